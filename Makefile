@@ -1,0 +1,87 @@
+# Everything runs in .venv, which the first target that needs it makes.
+# Another interpreter or torch:  make distclean && make setup PYTHON=python3.12 TORCH=torch==2.8.0
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+# Naming torch in every call keeps the version that was installed first.
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
+EXAMPLES = $(shell grep -l '^if __name__ == "__main__"' examples/*.py)
+
+# Touched after an installation has succeeded, so that an interrupted one is done again.
+TORCH_READY := .venv/.torch-ready
+DEMO_READY := .venv/.demo-ready
+DEV_READY := .venv/.dev-ready
+BENCH_READY := .venv/.bench-ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench bench-memory examples docs dist clean distclean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(DEV_READY) ## Install the package and its development tools into .venv
+
+demo: $(DEMO_READY) ## Meta-learn glyph recognition with iMAML; results in out/imaml
+	$(BIN)/python examples/imaml.py --out out/imaml
+
+test: $(DEV_READY) ## Run the tests and doctests, but for those marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(DEV_READY) ## Run every test and doctest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+lint: $(DEV_READY) ## Check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(DEV_READY) ## Format the code and mend what the linter can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(BENCH_READY) ## Compare speed with other libraries
+	$(BIN)/python -m tests.benchmarks.run
+
+bench-memory: $(DEV_READY) ## Measure peak memory
+	$(BIN)/python tests/benchmarks/memory.py
+
+examples: $(DEMO_READY) ## Run every example; results in out/<name>
+	@set -e; for script in $(EXAMPLES); do \
+		name=$$(basename $$script .py); echo "== $$name"; \
+		$(BIN)/python $$script --out out/$$name; \
+	done
+
+docs: $(DEV_READY) ## Build the API pages in docs-html
+	$(BIN)/pdoc --math --docformat google --output-directory docs-html hyperfunc
+
+dist: $(DEV_READY) ## Build and check the wheel and the source archive in dist
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+clean: ## Remove what the other targets made, except .venv
+	rm -rf out docs-html dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find hyperfunc tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove .venv too
+	rm -rf .venv
+
+$(TORCH_READY):
+	$(PYTHON) -m venv .venv
+	$(PIP)
+	@touch $@
+
+$(DEMO_READY): pyproject.toml $(TORCH_READY)
+	$(PIP) -e ".[examples]"
+	@touch $@
+
+# The dev extra includes the examples extra.
+$(DEV_READY): pyproject.toml $(TORCH_READY)
+	$(PIP) -e ".[dev]"
+	@touch $(DEMO_READY) $@
+
+$(BENCH_READY): pyproject.toml $(TORCH_READY)
+	$(PIP) -e ".[bench]"
+	@touch $@
