@@ -1,0 +1,223 @@
+"""The one seam where the autodiff engine is chosen.
+
+With no ``torch.func`` transform active, derivatives come from a retained ``torch.autograd`` graph,
+which is the faster engine; under a transform, from ``torch.func``, which is the one that composes.
+Both give the same numbers, and neither leaves a trace on the tensors that were passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from hyperfunc._types import Leaves
+
+LeavesFunction = Callable[..., Leaves]
+
+
+def transforms_active() -> bool:
+    """Whether code runs inside a ``torch.func`` transform, or is being traced by torch.compile."""
+    return _functorch.peek_interpreter_stack() is not None or torch.compiler.is_compiling()
+
+
+def is_tracked(tensors: Sequence[Any]) -> bool:
+    """Whether a derivative of what is computed from these tensors may be asked for later."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and any(_requires_grad(t) for t in tensors)
+    if any(
+        interpreter.key() in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+        for interpreter in _functorch.get_interpreter_stack() or ()
+    ):
+        return True
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(_requires_grad(t) for t in tensors)
+
+
+def is_differentiable(value: Any) -> bool:
+    """Whether a value is a tensor that a derivative can be taken with respect to."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def detach(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """The same values, cut from every graph and transform; what is not a tensor stays as it is."""
+    return tuple(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+
+class Linearization:
+    """A function of flat tensors at a point, with products by its Jacobian and its transpose.
+
+    ``fn(*primals) -> leaves`` is evaluated once, and that evaluation serves any number of products.
+    ``groups`` are the index sets of the primals that products may be taken with respect to; each
+    must name differentiable tensors only.
+    """
+
+    outputs: Leaves
+
+    def __init__(
+        self, fn: LeavesFunction, primals: Sequence[Any], groups: Sequence[Sequence[int]]
+    ) -> None:
+        self._fn = fn
+        self._primals = tuple(primals)
+        self._groups = tuple(tuple(group) for group in groups)
+        self._pushes: dict[int, Callable[[Leaves], Leaves]] = {}
+        self._pulls: dict[int, Callable[[Leaves], Leaves]] = {}
+        if transforms_active():
+            self.outputs = self._functional_pull(0)
+        else:
+            self._record_graph()
+
+    def pull(self, cotangents: Leaves, group: int = 0) -> Leaves:
+        """The product with the transposed Jacobian, for the primals of a group."""
+        if group not in self._pulls:
+            self._functional_pull(group)
+        return self._pulls[group](cotangents)
+
+    def push(self, tangents: Leaves, group: int = 0) -> Leaves:
+        """The product with the Jacobian, as the transpose of the transposed product."""
+        if group not in self._pushes:
+            zeros = tuple(torch.zeros_like(out) for out in self.outputs)
+            transpose = Linearization(
+                lambda *u: self.pull(u, group), zeros, (tuple(range(len(zeros))),)
+            )
+            self._pushes[group] = transpose.pull
+        return self._pushes[group](tangents)
+
+    def _functional_pull(self, group: int) -> Leaves:
+        indices = self._groups[group]
+
+        def restricted(*selected: Tensor) -> Leaves:
+            primals = list(self._primals)
+            for index, leaf in zip(indices, selected, strict=True):
+                primals[index] = leaf
+            return tuple(self._fn(*primals))
+
+        outputs, vjp = torch.func.vjp(restricted, *(self._primals[i] for i in indices))
+        tracked = is_tracked(self._primals)
+
+        def pull(cotangents: Leaves) -> Leaves:
+            if tracked or is_tracked(cotangents):
+                return tuple(vjp(tuple(cotangents)))
+            with torch.no_grad():
+                return tuple(vjp(tuple(cotangents)))
+
+        self._pulls[group] = pull
+        return tuple(outputs)
+
+    def _record_graph(self) -> None:
+        tracked = is_tracked(self._primals)
+        chosen = {index for group in self._groups for index in group}
+        with torch.enable_grad():
+            inputs = [
+                _enter(leaf, tracked) if index in chosen else leaf
+                for index, leaf in enumerate(self._primals)
+            ]
+            outputs = tuple(self._fn(*inputs))
+        self.outputs = outputs if tracked else detach(outputs)
+        for number, group in enumerate(self._groups):
+            self._pulls[number] = _graph_pull(outputs, [inputs[i] for i in group], tracked)
+
+
+def grad_and_value(
+    fn: Callable[..., Tensor], primals: Leaves, *, create_graph: bool | None = None
+) -> tuple[Leaves, Tensor]:
+    """Gradient and value of a scalar function of flat tensors.
+
+    The result is differentiable whenever the primals are tracked (or ``create_graph`` says so).
+    """
+    if transforms_active():
+        grads, value = torch.func.grad_and_value(
+            lambda selected: fn(*selected),
+        )(tuple(primals))
+        return tuple(grads), value
+    tracked = is_tracked(primals) if create_graph is None else create_graph
+    with torch.enable_grad():
+        inputs = [_enter(leaf, tracked) for leaf in primals]
+        value = fn(*inputs)
+        if not value.requires_grad:
+            return tuple(torch.zeros_like(leaf) for leaf in primals), value
+        grads = torch.autograd.grad(value, inputs, create_graph=tracked, allow_unused=True)
+    return _fill(grads, primals), value if tracked else value.detach()
+
+
+def count_true(flag: Tensor) -> int:
+    """How many tasks a 0-d bool tensor holds for, over all enclosing ``vmap`` levels (a host sync)."""
+    return int(_Total.apply(flag.to(torch.int64)))
+
+
+def count_tasks(flag: Tensor) -> int:
+    """How many tasks the enclosing ``vmap`` levels hold that the flag depends on."""
+    return int(_Total.apply(torch.ones_like(flag, dtype=torch.int64)))
+
+
+def all_true(flag: Tensor) -> bool:
+    """Whether a 0-d bool tensor holds for every task of the enclosing ``vmap`` levels (a host sync)."""
+    return count_true(~flag) == 0
+
+
+class _Total(torch.autograd.Function):
+    """The sum of a counter over every vmap level it is batched in."""
+
+    @staticmethod
+    def forward(counter: Tensor) -> Tensor:
+        return counter.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], counter: Tensor) -> tuple[Tensor, None]:
+        if in_dims[0] is not None:
+            counter = counter.sum(in_dims[0])
+        return _Total.apply(counter), None
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _enter(leaf: Tensor, tracked: bool) -> Tensor:
+    # A view, not the tensor itself: a primal may depend on another one, and products are partial.
+    if tracked and leaf.requires_grad:
+        return leaf.view_as(leaf)
+    return leaf.detach().requires_grad_()
+
+
+def _graph_pull(
+    outputs: Leaves, inputs: Sequence[Tensor], tracked: bool
+) -> Callable[[Leaves], Leaves]:
+    live = [index for index, out in enumerate(outputs) if out.requires_grad]
+
+    def pull(cotangents: Leaves) -> Leaves:
+        if not live or not inputs:
+            return tuple(torch.zeros_like(leaf) for leaf in inputs)
+        create_graph = torch.is_grad_enabled() and (
+            tracked or any(cotangents[index].requires_grad for index in live)
+        )
+        grads = torch.autograd.grad(
+            [outputs[index] for index in live],
+            inputs,
+            [cotangents[index] for index in live],
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        return _fill(grads, inputs)
+
+    return pull
+
+
+def _fill(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
+    return tuple(
+        torch.zeros_like(leaf) if grad is None else grad
+        for grad, leaf in zip(grads, like, strict=True)
+    )

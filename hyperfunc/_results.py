@@ -1,0 +1,85 @@
+"""What a solve reports: result codes, statistics, and the solution that carries them."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hyperfunc._types import TensorTree
+
+
+class RESULTS(enum.IntEnum):
+    """Outcome of a solve; the code travels as an integer tensor, ``message`` is its explanation.
+
+    Codes above ``max_steps`` are failures: they raise by default and are returned with
+    ``throw=False``.
+
+    Example:
+        >>> hf.RESULTS(0)
+        <RESULTS.success: 0>
+        >>> hf.RESULTS.breakdown.message
+        'the recurrence broke down: the operator is not what the method assumes ...'
+    """
+
+    message: str
+
+    def __new__(cls, code: int, message: str) -> RESULTS:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.message = message
+        return member
+
+    success = 0, "the solve succeeded"
+    max_steps = 1, "the step limit was reached before the tolerance; raise maxiter or rtol"
+    breakdown = (
+        2,
+        "the recurrence broke down: the operator is not what the method assumes "
+        "(CG needs a symmetric positive definite one; NormalCG and Dense need an invertible one)",
+    )
+    nonfinite = 3, "non-finite values (NaN or Inf) appeared"
+    divergence = (
+        4,
+        "the residual grew instead of shrinking: the iteration is not a contraction here "
+        "(use a smaller step_size, or a method that needs no contraction: NormalCG, Dense)",
+    )
+
+    @property
+    def failed(self) -> bool:
+        """Whether this outcome raises by default."""
+        return self > RESULTS.max_steps
+
+
+class SolveStats(NamedTuple):
+    """What an iterative solve did; every field is a 0-d tensor (batched under ``vmap``).
+
+    Attributes:
+        num_steps: int64, the steps that were taken.
+        residual_norm: Euclidean norm of the last residual that was computed, in the accumulation
+            dtype (at least float32).
+        result: int64, a code of `RESULTS`.
+    """
+
+    num_steps: Tensor
+    residual_norm: Tensor
+    result: Tensor
+
+
+class Solution(NamedTuple):
+    """All that one hypergradient computation found; a field without a meaning is ``()``.
+
+    Attributes:
+        params: the inner solution ``w*``.
+        value: the outer loss there, a scalar.
+        aux: the second output of an outer loss with ``has_aux=True``.
+        adjoint: ``u`` with ``A^T u = dE/dw``, a tree like ``params``; pass it back as
+            ``adjoint_init`` to warm-start the next solve.
+        stats: `SolveStats` of the linear solve.
+    """
+
+    params: TensorTree
+    value: Tensor
+    aux: Any
+    adjoint: TensorTree
+    stats: SolveStats | tuple[()]

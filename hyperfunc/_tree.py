@@ -1,0 +1,176 @@
+"""Pytree vector algebra: trees are flattened here, and vectors are tuples of leaves everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from hyperfunc._types import Leaves, TensorTree
+
+TreeSpec = optree.PyTreeSpec
+
+
+def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
+    """Leaves and structure of a tree; ``None`` is an empty node."""
+    leaves, spec = optree.tree_flatten(tree)
+    return list(leaves), spec
+
+
+def unflatten(spec: TreeSpec, leaves: Sequence[Any]) -> Any:
+    """The inverse of `flatten`."""
+    return optree.tree_unflatten(spec, leaves)
+
+
+def paths(spec: TreeSpec, root: str) -> list[str]:
+    """The Python expression of each leaf, as ``params['fc1']['weight']`` with root ``params``."""
+    return [accessor.codify(root) for accessor in spec.accessors()]
+
+
+def tree_map(fn: Callable[..., Any], tree: TensorTree, *rest: TensorTree) -> TensorTree:
+    """Apply ``fn`` leaf by leaf to trees of one structure."""
+    return optree.tree_map(fn, tree, *rest)
+
+
+def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:
+    """Flatten a tree that must hold floating-point tensors only, and at least one of them."""
+    leaves, spec = flatten(tree)
+    if not leaves:
+        raise ValueError(
+            f"{root} is an empty tree ({tree!r}); expected at least one floating-point tensor"
+        )
+    for path, leaf in zip(paths(spec, root), leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{path} is {_describe(leaf)}; expected a floating-point tensor. "
+                f"Write torch.tensor(...) around a number"
+            )
+        if leaf.is_complex():
+            raise TypeError(
+                f"{path} has complex dtype {leaf.dtype}; hypergradients are defined here for real "
+                f"tensors. Use torch.view_as_real and torch.view_as_complex inside your functions"
+            )
+        if not leaf.is_floating_point():
+            raise TypeError(
+                f"{path} has dtype {leaf.dtype}; expected a floating-point tensor. "
+                f"Convert it (.float() or .double()) or pass it through *args"
+            )
+        if leaf.layout is not torch.strided:
+            raise TypeError(
+                f"{path} has layout {leaf.layout}; expected a dense (strided) tensor. "
+                f"Call .to_dense(), or pass sparse data through *args"
+            )
+    return tuple(leaves), spec
+
+
+def check_like(
+    leaves: Sequence[Any], spec: TreeSpec, like: Leaves, like_spec: TreeSpec, what: str, root: str
+) -> None:
+    """Raise unless a flattened tree has the structure, shapes, dtypes and devices of another."""
+    if spec != like_spec:
+        raise ValueError(
+            f"{what} has another structure than {root}: got {spec}, expected {like_spec}"
+        )
+    for index, (leaf, ref) in enumerate(zip(leaves, like, strict=True)):
+        if leaf is ref:
+            continue
+        if not isinstance(leaf, Tensor):
+            problem = f"is {_describe(leaf)}, expected a tensor"
+        elif leaf.shape != ref.shape:
+            problem = f"has shape {tuple(leaf.shape)}, expected {tuple(ref.shape)}"
+        elif leaf.dtype != ref.dtype:
+            problem = f"has dtype {leaf.dtype}, expected {ref.dtype}"
+        elif leaf.device != ref.device:
+            problem = f"is on {leaf.device}, expected {ref.device}"
+        else:
+            continue
+        raise ValueError(f"{what}: the leaf for {paths(like_spec, root)[index]} {problem}")
+
+
+def accumulation_dtype(leaves: Leaves) -> torch.dtype:
+    """The dtype of inner products: the widest of the leaves, and float32 at least."""
+    dtype = torch.float32
+    for leaf in leaves:
+        dtype = torch.promote_types(dtype, leaf.dtype)
+    return dtype
+
+
+def epsilon(leaves: Leaves) -> float:
+    """The machine epsilon of the coarsest leaf."""
+    return max(torch.finfo(leaf.dtype).eps for leaf in leaves)
+
+
+def dot(a: Leaves, b: Leaves) -> Tensor:
+    """Euclidean inner product over all leaves, accumulated in `accumulation_dtype`."""
+    dtype, device = accumulation_dtype(a), a[0].device
+    terms = [
+        torch.dot(x.to(dtype).reshape(-1), y.to(dtype).reshape(-1)).to(device)
+        for x, y in zip(a, b, strict=True)
+    ]
+    return sum(terms[1:], terms[0])
+
+
+def norm(a: Leaves) -> Tensor:
+    """Euclidean norm over all leaves."""
+    return dot(a, a).sqrt()
+
+
+def axpy(alpha: Tensor | float, x: Leaves, y: Leaves) -> Leaves:
+    """``y + alpha x``, each leaf in its own dtype and on its own device."""
+    if isinstance(alpha, Tensor):
+        return tuple(
+            torch.addcmul(v, _scalar_like(alpha, u), u) for u, v in zip(x, y, strict=True)
+        )
+    return tuple(torch.add(v, u, alpha=alpha) for u, v in zip(x, y, strict=True))
+
+
+def scale(alpha: Tensor | float, x: Leaves) -> Leaves:
+    """``alpha x``."""
+    if isinstance(alpha, Tensor):
+        return tuple(_scalar_like(alpha, u) * u for u in x)
+    return tuple(u * alpha for u in x)
+
+
+def add(x: Leaves, y: Leaves) -> Leaves:
+    """``x + y``."""
+    return tuple(u + v for u, v in zip(x, y, strict=True))
+
+
+def sub(x: Leaves, y: Leaves) -> Leaves:
+    """``x - y``."""
+    return tuple(u - v for u, v in zip(x, y, strict=True))
+
+
+def neg(x: Leaves) -> Leaves:
+    """``-x``."""
+    return tuple(-u for u in x)
+
+
+def where(mask: Tensor, x: Leaves, y: Leaves) -> Leaves:
+    """``x`` where the 0-d mask holds, else ``y``."""
+    return tuple(torch.where(mask.to(u.device), u, v) for u, v in zip(x, y, strict=True))
+
+
+def zeros_like(x: Leaves) -> Leaves:
+    """Zeros of the same shapes."""
+    return tuple(torch.zeros_like(u) for u in x)
+
+
+def all_finite(x: Leaves) -> Tensor:
+    """A 0-d bool tensor: whether every entry of every leaf is finite."""
+    flags = [torch.isfinite(u).all().to(x[0].device) for u in x]
+    result = flags[0]
+    for flag in flags[1:]:
+        result = result & flag
+    return result
+
+
+def _scalar_like(alpha: Tensor, leaf: Tensor) -> Tensor:
+    return alpha.to(device=leaf.device, dtype=leaf.dtype)
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf!r} of type {type(leaf).__name__}"

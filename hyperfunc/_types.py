@@ -1,0 +1,31 @@
+"""The types of the functions that users write, and of the trees that go in and out of them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor
+
+TensorTree: TypeAlias = Any
+"""Any pytree (dict, list, tuple, namedtuple, optree-registered node, or a bare tensor) of tensors."""
+
+Leaves: TypeAlias = tuple[Tensor, ...]
+"""The tensors of a tree in flattening order; the form in which vectors are handled inside."""
+
+
+class InnerSolver(Protocol):
+    """``(hparams, *args) -> params``: any code that solves the inner problem."""
+
+    def __call__(self, hparams: TensorTree, /, *args: Any) -> TensorTree: ...
+
+
+class ParamsFunction(Protocol):
+    """``(params, hparams, *args) -> tree like params``: a fixed-point map or an optimality function."""
+
+    def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree: ...
+
+
+class Loss(Protocol):
+    """``(params, hparams, *args) -> scalar tensor``: an inner or outer loss (or ``(scalar, aux)``)."""
+
+    def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> Any: ...
