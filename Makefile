@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 # Naming torch in every call keeps the version that was installed first.
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)"
 EXAMPLES = $(shell grep -l '^if __name__ == "__main__"' examples/*.py)
 
 # Touched after an installation has succeeded, so that an interrupted one is done again.
