@@ -6,14 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-# One thread: results do not depend on the machine, and small products are faster.
-torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
 
 @pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 def device(request: pytest.FixtureRequest) -> torch.device:

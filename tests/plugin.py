@@ -1,0 +1,19 @@
+"""Fixtures for doctests and tests alike.
+
+pyproject.toml loads this file as a plugin, because a conftest.py here would not reach the doctests
+in hyperfunc/ and README.md.
+"""
+
+import pytest
+import torch
+
+import hyperfunc as hf
+
+# One thread: results do not depend on the machine, and small products are faster.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed(doctest_namespace: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    doctest_namespace.update(torch=torch, hf=hf)
