@@ -1,5 +1,28 @@
 """Hypergradients in PyTorch, in the style of torch.func."""
 
+from hyperfunc._hypergrad import (
+    hypergrad,
+    hypergrad_and_solution,
+    hypergrad_and_value,
+    implicit_diff,
+)
+from hyperfunc._implicit import HypergradError
 from hyperfunc._results import RESULTS, Solution, SolveStats
+from hyperfunc.linear_solvers import CG, Dense, FixedPoint, Neumann, NormalCG, OneStep
 
-__all__ = ["RESULTS", "Solution", "SolveStats"]
+__all__ = [
+    "CG",
+    "RESULTS",
+    "Dense",
+    "FixedPoint",
+    "HypergradError",
+    "Neumann",
+    "NormalCG",
+    "OneStep",
+    "Solution",
+    "SolveStats",
+    "hypergrad",
+    "hypergrad_and_solution",
+    "hypergrad_and_value",
+    "implicit_diff",
+]

@@ -7,16 +7,16 @@ Both give the same numbers, and neither leaves a trace on the tensors that were 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from hyperfunc._types import Leaves
-
-LeavesFunction = Callable[..., Leaves]
 
 
 def transforms_active() -> bool:
@@ -53,21 +53,39 @@ class Linearization:
 
     ``fn(*primals) -> leaves`` is evaluated once, and that evaluation serves any number of products.
     ``groups`` are the index sets of the primals that products may be taken with respect to; each
-    must name differentiable tensors only.
+    must name differentiable tensors only. With ``has_aux`` the function returns
+    ``(outputs, aux)``, two tuples of tensors, the second of which is only passed on.
+
+    Attributes:
+        outputs: the value of the function.
+        aux: its second value.
+        captures_gradient: whether the value depends on tensors that require grad and were not
+            passed in. Found for certain without transforms, and under transforms when nothing that
+            was passed in is tracked.
     """
 
     outputs: Leaves
+    aux: Leaves = ()
+    captures_gradient: bool = False
 
     def __init__(
-        self, fn: LeavesFunction, primals: Sequence[Any], groups: Sequence[Sequence[int]]
+        self,
+        fn: Callable[..., Any],
+        primals: Sequence[Any],
+        groups: Sequence[Sequence[int]],
+        *,
+        has_aux: bool = False,
     ) -> None:
-        self._fn = fn
+        self._fn = fn if has_aux else lambda *leaves: (fn(*leaves), ())
         self._primals = tuple(primals)
         self._groups = tuple(tuple(group) for group in groups)
         self._pushes: dict[int, Callable[[Leaves], Leaves]] = {}
         self._pulls: dict[int, Callable[[Leaves], Leaves]] = {}
         if transforms_active():
-            self.outputs = self._functional_pull(0)
+            self._functional_pull(0)
+            self.captures_gradient = not is_tracked(self._primals) and any(
+                out.requires_grad for out in self.outputs
+            )
         else:
             self._record_graph()
 
@@ -87,16 +105,19 @@ class Linearization:
             self._pushes[group] = transpose.pull
         return self._pushes[group](tangents)
 
-    def _functional_pull(self, group: int) -> Leaves:
+    def _functional_pull(self, group: int) -> None:
         indices = self._groups[group]
 
-        def restricted(*selected: Tensor) -> Leaves:
+        def restricted(*selected: Tensor) -> tuple[Leaves, Leaves]:
             primals = list(self._primals)
             for index, leaf in zip(indices, selected, strict=True):
                 primals[index] = leaf
-            return tuple(self._fn(*primals))
+            outputs, aux = self._fn(*primals)
+            return tuple(outputs), tuple(aux)
 
-        outputs, vjp = torch.func.vjp(restricted, *(self._primals[i] for i in indices))
+        self.outputs, vjp, self.aux = torch.func.vjp(
+            restricted, *(self._primals[i] for i in indices), has_aux=True
+        )
         tracked = is_tracked(self._primals)
 
         def pull(cotangents: Leaves) -> Leaves:
@@ -106,7 +127,6 @@ class Linearization:
                 return tuple(vjp(tuple(cotangents)))
 
         self._pulls[group] = pull
-        return tuple(outputs)
 
     def _record_graph(self) -> None:
         tracked = is_tracked(self._primals)
@@ -116,8 +136,10 @@ class Linearization:
                 _enter(leaf, tracked) if index in chosen else leaf
                 for index, leaf in enumerate(self._primals)
             ]
-            outputs = tuple(self._fn(*inputs))
-        self.outputs = outputs if tracked else detach(outputs)
+            outputs, aux = self._fn(*inputs)
+        self.captures_gradient = _reaches_foreign_leaf(outputs, inputs)
+        self.outputs = tuple(outputs) if tracked else detach(outputs)
+        self.aux = tuple(aux) if tracked else detach(aux)
         for number, group in enumerate(self._groups):
             self._pulls[number] = _graph_pull(outputs, [inputs[i] for i in group], tracked)
 
@@ -159,6 +181,11 @@ def all_true(flag: Tensor) -> bool:
     return count_true(~flag) == 0
 
 
+def any_true(flag: Tensor) -> bool:
+    """Whether a 0-d bool tensor holds for some task of the enclosing ``vmap`` levels (a host sync)."""
+    return count_true(flag) > 0
+
+
 class _Total(torch.autograd.Function):
     """The sum of a counter over every vmap level it is batched in."""
 
@@ -179,6 +206,83 @@ class _Total(torch.autograd.Function):
         if in_dims[0] is not None:
             counter = counter.sum(in_dims[0])
         return _Total.apply(counter), None
+
+
+@contextlib.contextmanager
+def nested_forward_mode(tensors: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """Make the body of ``Function.jvp`` differentiable in forward mode, and give it its tensors.
+
+    torch runs ``Function.jvp`` with forward-mode differentiation switched off, so that an enclosing
+    ``jvp`` would get a zero tangent. Switched on again, the tensors must not carry the tangents
+    that the body is about to propagate: what is yielded is their primal parts.
+    """
+    if not _forward_mode_is_nested():
+        yield tuple(tensors)
+        return
+    with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+        yield tuple(_primal(t) if is_differentiable(t) else t for t in tensors)
+
+
+def is_attached(value: Any) -> bool:
+    """Whether a tensor carries a derivative at any level: autograd's own or a transform's."""
+    if not isinstance(value, Tensor):
+        return False
+    interpreter = _functorch.peek_interpreter_stack()
+    if interpreter is None:
+        tangents = torch.autograd.forward_ad._current_level >= 0
+        return value.requires_grad or (tangents and _has_tangent(value))
+    if interpreter.key() != _functorch.TransformType.Vmap and (
+        value.requires_grad or _has_tangent(value)
+    ):
+        return True
+    with temporarily_pop_interpreter_stack():
+        if _functorch.maybe_get_level(value) == interpreter.level():
+            value = _functorch.get_unwrapped(value)
+        return is_attached(value)
+
+
+def _forward_mode_is_nested() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    stack = _functorch.get_interpreter_stack() or ()
+    return sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1
+
+
+def _primal(value: Tensor) -> Tensor:
+    """The tensor without the tangent of the innermost jvp level, below any vmap levels."""
+    interpreter = _functorch.peek_interpreter_stack()
+    if interpreter.key() != _functorch.TransformType.Vmap:
+        return torch.autograd.forward_ad.unpack_dual(value, level=0).primal
+    level = interpreter.level()
+    batched = _functorch.maybe_get_level(value) == level
+    inner, dim = _functorch._unwrap_batched(value, level) if batched else (value, None)
+    with temporarily_pop_interpreter_stack():
+        inner = _primal(inner)
+    return _functorch._add_batch_dim(inner, dim, level) if batched else inner
+
+
+def _has_tangent(value: Tensor) -> bool:
+    if not value.is_floating_point():
+        return False
+    return torch.autograd.forward_ad.unpack_dual(value, level=0).tangent is not None
+
+
+def _reaches_foreign_leaf(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> bool:
+    """Whether the graph of the outputs ends in a leaf variable that is not among the inputs."""
+    known = {id(leaf) for leaf in inputs if _requires_grad(leaf)}
+    stop = {leaf.grad_fn for leaf in inputs if _requires_grad(leaf) and leaf.grad_fn is not None}
+    stack = [out.grad_fn for out in outputs if out.grad_fn is not None]
+    seen = set(stop)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            return True
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return False
 
 
 def _requires_grad(value: Any) -> bool:

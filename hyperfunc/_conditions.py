@@ -1,0 +1,189 @@
+"""What characterises the inner solution: a fixed-point map, an inner loss, or an optimality function.
+
+Each is brought to one form, a residual ``r(w, theta) = shift w + scale P(w, theta)`` that vanishes
+at the solution:
+
+==============  =======================  =====  =====
+condition       ``P``                    shift  scale
+==============  =======================  =====  =====
+``fixed_point``  the map itself            1      -1
+``inner_loss``   the gradient of the loss  0       1
+``optimality``   the function itself       0       1
+==============  =======================  =====  =====
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hyperfunc import _ad, _tree
+from hyperfunc._types import Leaves
+from hyperfunc.linear_solvers import LinearOperator
+
+KINDS = ("fixed_point", "inner_loss", "optimality")
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """A user's function together with the kind of condition that it expresses."""
+
+    kind: str
+    fn: Callable[..., Any]
+
+    @property
+    def shift(self) -> float:
+        """Coefficient of the identity in the residual."""
+        return 1.0 if self.kind == "fixed_point" else 0.0
+
+    @property
+    def scale(self) -> float:
+        """Coefficient of the user's function in the residual."""
+        return -1.0 if self.kind == "fixed_point" else 1.0
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the Jacobian of the residual is symmetric: it is the Hessian of a loss."""
+        return self.kind == "inner_loss"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arguments:
+    """How ``(hparams, *args)`` is laid out flat: tensors are operands, the rest is constant."""
+
+    spec: _tree.TreeSpec
+    leaves: tuple[Any, ...]
+    positions: tuple[int, ...]
+    num_hparams: int
+
+    @staticmethod
+    def flatten(hparams: Any, args: tuple[Any, ...]) -> tuple[Arguments, Leaves, _tree.TreeSpec]:
+        """The layout, the tensors (those of hparams first), and the structure of hparams."""
+        hparam_leaves, hparams_spec = _tree.flatten_floating(hparams, "hparams")
+        leaves, spec = _tree.flatten((hparams, *args))
+        positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+        tensors = tuple(leaves[i] for i in positions)
+        constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        return Arguments(spec, constants, positions, len(hparam_leaves)), tensors, hparams_spec
+
+    def unflatten(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """``(hparams, *args)`` with the tensors put in their places."""
+        leaves = list(self.leaves)
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            leaves[position] = tensor
+        return tuple(_tree.unflatten(self.spec, leaves))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoundCondition:
+    """A condition for params and arguments of a known layout, as a function of flat tensors."""
+
+    condition: Condition
+    arguments: Arguments
+    params_spec: _tree.TreeSpec
+    num_params: int
+
+    def function(self, *tensors: Tensor) -> Leaves:
+        """``P(w, theta)`` for the leaves of ``w`` followed by the tensors of ``theta``."""
+        w, theta = tensors[: self.num_params], tensors[self.num_params :]
+        hparams_and_args = self.arguments.unflatten(theta)
+        if self.condition.kind == "inner_loss":
+            return _ad.grad_and_value(lambda *leaves: self._loss(leaves, hparams_and_args), w)[0]
+        name = self.condition.kind
+        value = self.condition.fn(_tree.unflatten(self.params_spec, w), *hparams_and_args)
+        leaves, spec = _tree.flatten(value)
+        _tree.check_like(
+            leaves, spec, w, self.params_spec, f"the output of {name}", "the params it was given"
+        )
+        return tuple(leaves)
+
+    def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> _ad.Linearization:
+        """``P`` at a point; group 0 is ``w``, group 1 the tensors of ``theta`` at ``wrt``."""
+        n = self.num_params
+        linearization = _ad.Linearization(
+            self.function,
+            (*w, *theta),
+            (tuple(range(n)), tuple(n + i for i in wrt)),
+        )
+        if linearization.captures_gradient:
+            raise ValueError(captured_message(self.condition.kind))
+        return linearization
+
+    def operator(self, linearization: _ad.Linearization) -> LinearOperator:
+        """``A = dr/dw`` as a linear operator."""
+        symmetric = self.condition.symmetric
+        return LinearOperator(
+            product=linearization.pull if symmetric else linearization.push,
+            transposed_product=linearization.pull,
+            shift=self.condition.shift,
+            scale=self.condition.scale,
+            symmetric=symmetric,
+        )
+
+    def _loss(self, w: Leaves, hparams_and_args: tuple[Any, ...]) -> Tensor:
+        loss = self.condition.fn(_tree.unflatten(self.params_spec, w), *hparams_and_args)
+        return check_scalar(loss, "inner_loss")
+
+
+def make_condition(
+    inner_solver: Any, fixed_point: Any, inner_loss: Any, optimality: Any
+) -> Condition | None:
+    """The one condition that was given, or that the inner solver carries; None when there is none."""
+    given = [
+        Condition(kind, fn)
+        for kind, fn in zip(KINDS, (fixed_point, inner_loss, optimality), strict=True)
+        if fn is not None
+    ]
+    if len(given) > 1:
+        names = " and ".join(f"{condition.kind}=" for condition in given)
+        raise ValueError(
+            f"got {names}; expected one of fixed_point=, inner_loss=, optimality=, since each of "
+            f"them alone determines the inner solution. Drop the others"
+        )
+    for condition in given:
+        if not callable(condition.fn):
+            raise TypeError(
+                f"{condition.kind}={condition.fn!r} is not callable; expected a function "
+                f"of (params, hparams, *args)"
+            )
+    if given:
+        return given[0]
+    carried = getattr(inner_solver, "condition", None)
+    if isinstance(carried, tuple) and len(carried) == 2 and carried[0] in KINDS:
+        return Condition(*carried)
+    return None
+
+
+def check_scalar(value: Any, name: str) -> Tensor:
+    """Return a loss value if it is a floating-point scalar tensor, raise otherwise."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} returned {type(value).__name__}; expected a scalar tensor"
+            + (
+                ". For an outer loss that returns (value, aux), pass has_aux=True"
+                if isinstance(value, tuple)
+                else ""
+            )
+        )
+    if value.ndim != 0:
+        raise ValueError(
+            f"{name} returned a tensor of shape {tuple(value.shape)}; expected a scalar. "
+            f"Reduce it with .sum() or .mean()"
+        )
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{name} returned a scalar of dtype {value.dtype}; expected a floating-point scalar"
+        )
+    return value
+
+
+def captured_message(name: str) -> str:
+    """The error for a function that uses a differentiable tensor it did not take as argument."""
+    return (
+        f"{name} closes over a tensor that requires grad or belongs to an enclosing torch.func "
+        f"transform, whose gradient would be lost. Pass that tensor in hparams or *args, so that "
+        f"{name} takes it as an argument, or call .detach() on it if it is a constant"
+    )

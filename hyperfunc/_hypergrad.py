@@ -1,0 +1,525 @@
+"""The transforms: ``hypergrad`` and its two variants, and ``implicit_diff``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _ad, _tree
+from hyperfunc._conditions import (
+    Arguments,
+    Condition,
+    captured_message,
+    check_scalar,
+    make_condition,
+)
+from hyperfunc._closures import refuse_captured_tensors
+from hyperfunc._implicit import (
+    HypergradError,
+    ImplicitProblem,
+    cross_term,
+    flatten_params,
+    raise_unless_finite,
+)
+from hyperfunc._methods import is_implicit, resolve_method
+from hyperfunc._results import Solution
+from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
+
+
+def hypergrad(
+    inner_solver: InnerSolver | None = None,
+    outer_loss: Loss | None = None,
+    *,
+    fixed_point: ParamsFunction | None = None,
+    inner_loss: Loss | None = None,
+    optimality: ParamsFunction | None = None,
+    method: Any = "cg",
+    has_aux: bool = False,
+    throw: bool = True,
+) -> Any:
+    r"""Turn an inner solver and an outer loss into a function that returns hypergradients.
+
+    With the inner solution :math:`w^*(\lambda)` for outer variables :math:`\lambda` (``hparams``),
+    the hypergradient of :math:`f(\lambda) = E(w^*(\lambda), \lambda)` is
+
+    .. math::
+        \nabla f = \partial_\lambda E - (\partial_\lambda r)^\top u,
+        \qquad (\partial_w r)^\top u = \partial_w E,
+
+    where the residual :math:`r` is :math:`w - \phi(w, \lambda)` for a fixed-point map,
+    :math:`\nabla_w \ell(w, \lambda)` for an inner loss, and :math:`F(w, \lambda)` for an optimality
+    function. A linear solver as ``method`` evaluates this formula (approximate implicit
+    differentiation); an iterative method differentiates the steps of the inner solver instead.
+
+    Without ``inner_solver`` this is a decorator: ``@hf.hypergrad(outer_loss=..., ...)``.
+
+    Args:
+        inner_solver: ``(hparams, *args) -> params``. Any code under an implicit method: it runs
+            once, with gradient mode on and on detached arguments, and nothing differentiates
+            through it. Iterative methods differentiate it, or its steps.
+        outer_loss: ``(params, hparams, *args) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
+        fixed_point: ``(params, hparams, *args) -> tree like params``, a map with
+            ``params = fixed_point(params, ...)`` at the solution.
+        inner_loss: ``(params, hparams, *args) -> scalar``, minimised by the solution.
+        optimality: ``(params, hparams, *args) -> tree like params``, zero at the solution.
+            Implicit methods need exactly one of the three; a solver made by `hyperfunc.iterate`
+            or `hyperfunc.minimize` carries its own.
+        method: a method object such as ``hf.CG(maxiter=20)``, or its short name.
+        has_aux: whether the outer loss returns ``(scalar, aux)``.
+        throw: whether non-finite values, breakdown and divergence raise. With ``throw=False`` the
+            numbers come back as they are; `hypergrad_and_solution` returns the codes.
+
+    Returns:
+        ``fn(hparams, *args, adjoint_init=None)``, which returns a tree like ``hparams``, or
+        ``(tree, aux)`` with ``has_aux``. ``adjoint_init`` is a tree like params from which the
+        linear solve starts. The function composes with `torch.func.vmap`, `grad`, `jvp` and so on,
+        and its result is differentiable by plain autograd if its arguments require grad.
+
+    Raises:
+        ValueError: a user function returned the wrong structure, shape, or dtype; none or several
+            conditions; an unknown method; a function that closes over a differentiable tensor.
+        HypergradError: the solution or the linear solve failed, and ``throw`` is on.
+
+    Example:
+        Ridge regression, with the regulariser tuned on held-out data:
+
+        >>> X, y = torch.randn(20, 5), torch.randn(20)
+        >>> X_val, y_val = torch.randn(20, 5), torch.randn(20)
+        >>> def ridge_loss(w, reg, X, y):
+        ...     return 0.5 * ((X @ w - y) ** 2).sum() + 0.5 * reg.exp() * (w**2).sum()
+        >>> def val_loss(w, reg, X, y):
+        ...     return ((X_val @ w - y_val) ** 2).mean()
+        >>> @hf.hypergrad(outer_loss=val_loss, inner_loss=ridge_loss, method="cg")
+        ... def solve(reg, X, y):
+        ...     return torch.linalg.solve(X.T @ X + reg.exp() * torch.eye(5), X.T @ y)
+        >>> solve(torch.tensor(0.0), X, y).shape
+        torch.Size([])
+
+    References:
+        Pedregosa, Hyperparameter optimization with approximate gradient, arXiv 1602.02355;
+        Grazzi, Franceschi, Pontil and Salzo, arXiv 2006.16218.
+    """
+    return _transform(
+        "hypergrad",
+        lambda grads, solution: (grads, solution.aux) if has_aux else grads,
+        inner_solver,
+        outer_loss,
+        (fixed_point, inner_loss, optimality),
+        method,
+        has_aux,
+        throw,
+    )
+
+
+def hypergrad_and_value(
+    inner_solver: InnerSolver | None = None,
+    outer_loss: Loss | None = None,
+    *,
+    fixed_point: ParamsFunction | None = None,
+    inner_loss: Loss | None = None,
+    optimality: ParamsFunction | None = None,
+    method: Any = "cg",
+    has_aux: bool = False,
+    throw: bool = True,
+) -> Any:
+    """Like `hypergrad`, returning the value of the outer loss too.
+
+    Args:
+        inner_solver: see `hypergrad`, as for all other arguments.
+        outer_loss: see `hypergrad`.
+        fixed_point: see `hypergrad`.
+        inner_loss: see `hypergrad`.
+        optimality: see `hypergrad`.
+        method: see `hypergrad`.
+        has_aux: see `hypergrad`.
+        throw: see `hypergrad`.
+
+    Returns:
+        ``fn(hparams, *args, adjoint_init=None) -> (hypergradient, value)``, or
+        ``(hypergradient, (value, aux))`` with ``has_aux``: the order of
+        `torch.func.grad_and_value`.
+
+    Example:
+        >>> fn = hf.hypergrad_and_value(
+        ...     lambda h: h / 2, lambda w, h: (w - 1) ** 2, fixed_point=lambda w, h: (w + h / 2) / 2)
+        >>> fn(torch.tensor(4.0))
+        (tensor(1.), tensor(1.))
+    """
+    return _transform(
+        "hypergrad_and_value",
+        lambda grads, solution: (
+            grads,
+            (solution.value, solution.aux) if has_aux else solution.value,
+        ),
+        inner_solver,
+        outer_loss,
+        (fixed_point, inner_loss, optimality),
+        method,
+        has_aux,
+        throw,
+    )
+
+
+def hypergrad_and_solution(
+    inner_solver: InnerSolver | None = None,
+    outer_loss: Loss | None = None,
+    *,
+    fixed_point: ParamsFunction | None = None,
+    inner_loss: Loss | None = None,
+    optimality: ParamsFunction | None = None,
+    method: Any = "cg",
+    has_aux: bool = False,
+    throw: bool = True,
+) -> Any:
+    """Like `hypergrad`, returning the whole `hyperfunc.Solution` too.
+
+    Args:
+        inner_solver: see `hypergrad`, as for all other arguments.
+        outer_loss: see `hypergrad`.
+        fixed_point: see `hypergrad`.
+        inner_loss: see `hypergrad`.
+        optimality: see `hypergrad`.
+        method: see `hypergrad`.
+        has_aux: see `hypergrad`.
+        throw: see `hypergrad`.
+
+    Returns:
+        ``fn(hparams, *args, adjoint_init=None) -> (hypergradient, Solution)``. The solution holds
+        the inner params, the outer value, aux, the adjoint (to be passed as ``adjoint_init`` next
+        time) and the statistics of the linear solve; iterative methods leave the last two ``()``.
+
+    Example:
+        >>> fn = hf.hypergrad_and_solution(
+        ...     lambda h: h / 2, lambda w, h: (w - 1) ** 2, fixed_point=lambda w, h: (w + h / 2) / 2)
+        >>> grads, solution = fn(torch.tensor(4.0))
+        >>> solution.params, solution.adjoint, solution.stats.result
+        (tensor(2.), tensor(4.), tensor(0))
+    """
+    return _transform(
+        "hypergrad_and_solution",
+        lambda grads, solution: (grads, solution),
+        inner_solver,
+        outer_loss,
+        (fixed_point, inner_loss, optimality),
+        method,
+        has_aux,
+        throw,
+    )
+
+
+def implicit_diff(
+    inner_solver: InnerSolver | None = None,
+    *,
+    fixed_point: ParamsFunction | None = None,
+    inner_loss: Loss | None = None,
+    optimality: ParamsFunction | None = None,
+    method: Any = "cg",
+    throw: bool = True,
+) -> Any:
+    r"""Make any inner solver differentiable, with a method as its differentiation rule.
+
+    The result is an ordinary function: `torch.func.grad`, `vjp`, `jvp`, `jacrev`, `jacfwd`,
+    `hessian` and `vmap` in any nesting, plain ``.backward()`` and double backward all work, with
+    respect to ``hparams`` and to every floating-point tensor in ``*args``. With residual
+    :math:`r(w, \lambda)` (see `hypergrad`) the Jacobian is
+
+    .. math:: \partial_\lambda w^* = -(\partial_w r)^{-1} \partial_\lambda r .
+
+    The starting point of an iterative solver, if it is an argument, has derivative zero, as it
+    does not enter the condition.
+
+    Args:
+        inner_solver: ``(hparams, *args) -> params``, any code; see `hypergrad`.
+        fixed_point: see `hypergrad`; exactly one of the three conditions.
+        inner_loss: see `hypergrad`.
+        optimality: see `hypergrad`.
+        method: see `hypergrad`.
+        throw: see `hypergrad`.
+
+    Returns:
+        ``fn(hparams, *args) -> params``; without ``inner_solver``, a decorator.
+
+    Example:
+        >>> @hf.implicit_diff(optimality=lambda w, a: w**2 - a)
+        ... def sqrt(a):
+        ...     with torch.no_grad():
+        ...         w = torch.ones_like(a)
+        ...         for _ in range(20):
+        ...             w = 0.5 * (w + a / w)
+        ...     return w
+        >>> torch.func.grad(sqrt)(torch.tensor(4.0))
+        tensor(0.2500)
+        >>> torch.func.grad(torch.func.grad(sqrt))(torch.tensor(4.0))
+        tensor(-0.0312)
+
+    References:
+        Blondel et al., Efficient and modular implicit differentiation, arXiv 2105.15183.
+    """
+    method = resolve_method(method)
+    if inner_solver is None:
+        return functools.partial(
+            implicit_diff,
+            fixed_point=fixed_point,
+            inner_loss=inner_loss,
+            optimality=optimality,
+            method=method,
+            throw=throw,
+        )
+    rule = _make_rule(inner_solver, (fixed_point, inner_loss, optimality), method, throw)
+    return _Transformed("implicit_diff", rule, functools.partial(_solution_map, rule))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rule:
+    """An inner solver with the method that differentiates it and the condition that this needs."""
+
+    inner_solver: Callable[..., Any]
+    condition: Condition | None
+    method: Any
+    throw: bool
+
+
+class _Transformed:
+    """A transformed inner solver: a callable with the solver's name and doc, and its own repr."""
+
+    def __init__(self, transform: str, rule: _Rule, call: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, rule.inner_solver, updated=())
+        self._transform = transform
+        self._rule = rule
+        self._call = call
+
+    def __call__(self, hparams: TensorTree, *args: Any, **keywords: Any) -> Any:
+        return self._call(hparams, *args, **keywords)
+
+    def __repr__(self) -> str:
+        solver = self._rule.inner_solver
+        name = getattr(solver, "__qualname__", None) or repr(solver)
+        return f"{self._transform}({name}, method={self._rule.method!r})"
+
+
+def _transform(
+    name: str,
+    select: Callable[[TensorTree, Solution], Any],
+    inner_solver: Any,
+    outer_loss: Any,
+    conditions: tuple[Any, Any, Any],
+    method: Any,
+    has_aux: bool,
+    throw: bool,
+) -> Any:
+    method = resolve_method(method)
+    if outer_loss is None or not callable(outer_loss):
+        raise TypeError(
+            f"{name}: outer_loss is {outer_loss!r}; expected a function of (params, hparams, "
+            f"*args). Write {name}(inner_solver, outer_loss, ...) or, as a decorator, "
+            f"@{name}(outer_loss=..., ...)"
+        )
+    if inner_solver is None:
+        return lambda solver: _transform(
+            name, select, _check_solver(solver), outer_loss, conditions, method, has_aux, throw
+        )
+    rule = _make_rule(inner_solver, conditions, method, throw)
+    compute = _implicit_hypergrad if is_implicit(method) else _iterative_hypergrad
+
+    def call(hparams: TensorTree, *args: Any, adjoint_init: TensorTree = None) -> Any:
+        grads, solution = compute(rule, outer_loss, has_aux, hparams, args, adjoint_init)
+        return select(grads, solution)
+
+    return _Transformed(name, rule, call)
+
+
+def _make_rule(
+    inner_solver: Any, conditions: tuple[Any, Any, Any], method: Any, throw: bool
+) -> _Rule:
+    _check_solver(inner_solver)
+    condition = make_condition(inner_solver, *conditions)
+    if is_implicit(method) and condition is None:
+        raise ValueError(
+            f"method {method!r} needs to know what the inner solution satisfies; got none of "
+            f"fixed_point=, inner_loss=, optimality=. Pass one of them (or an inner solver made "
+            f"by hf.iterate or hf.minimize without minibatch inputs), or use an iterative method "
+            f"such as method='reverse_unroll'"
+        )
+    return _Rule(inner_solver, condition, method, throw)
+
+
+def _check_solver(inner_solver: Any) -> Any:
+    if not callable(inner_solver):
+        raise TypeError(
+            f"the inner solver is {inner_solver!r}; expected a function (hparams, *args) -> params"
+        )
+    return inner_solver
+
+
+def _make_problem(rule: _Rule, arguments: Arguments) -> ImplicitProblem:
+    assert rule.condition is not None
+    refuse_captured_tensors(rule.inner_solver, "the inner solver")
+    refuse_captured_tensors(rule.condition.fn, rule.condition.kind)
+    return ImplicitProblem(rule.inner_solver, rule.condition, rule.method, arguments, rule.throw)
+
+
+def _solution_map(rule: _Rule, hparams: TensorTree, *args: Any) -> TensorTree:
+    if not is_implicit(rule.method):
+        return rule.method.solution_map(rule.inner_solver)(hparams, *args)
+    arguments, theta, _ = Arguments.flatten(hparams, args)
+    problem = _make_problem(rule, arguments)
+    w = problem.solution(theta)
+    assert problem.bound is not None
+    return _tree.unflatten(problem.bound.params_spec, w)
+
+
+def _implicit_hypergrad(
+    rule: _Rule,
+    outer_loss: Callable[..., Any],
+    has_aux: bool,
+    hparams: TensorTree,
+    args: tuple[Any, ...],
+    adjoint_init: TensorTree,
+) -> tuple[TensorTree, Solution]:
+    arguments, theta, hparams_spec = Arguments.flatten(hparams, args)
+    problem = _make_problem(rule, arguments)
+    w = problem.solution(theta)
+    assert problem.bound is not None
+    params_spec = problem.bound.params_spec
+    n, m = len(w), arguments.num_hparams
+
+    x0 = None
+    if adjoint_init is not None:
+        start, start_spec = _tree.flatten(adjoint_init)
+        _tree.check_like(start, start_spec, w, params_spec, "adjoint_init", "params")
+        x0 = tuple(start)
+
+    outer = _OuterLoss(outer_loss, has_aux)
+    linearized = _ad.Linearization(
+        lambda *leaves: outer(
+            _tree.unflatten(params_spec, leaves[:n]), *arguments.unflatten(leaves[n:])
+        ),
+        (*w, *theta),
+        (tuple(range(n + m)),),
+        has_aux=True,
+    )
+    outer.refuse_captured(linearized)
+    (value,) = linearized.outputs
+    gradient = linearized.pull((torch.ones_like(value),))
+    dw, dh = gradient[:n], gradient[n:]
+
+    linearization = problem.linearize(w, theta, tuple(range(m)))
+    u, stats = problem.adjoint(linearization, w, theta, dw, x0)
+    grads = _tree.add(dh, cross_term(problem, linearization, u))
+    if rule.throw:
+        _raise_unless_finite_hypergrad(grads, hparams_spec)
+    solution = Solution(
+        params=_tree.unflatten(params_spec, w),
+        value=value,
+        aux=outer.unflatten_aux(linearized.aux),
+        adjoint=_tree.unflatten(params_spec, u),
+        stats=stats,
+    )
+    return _tree.unflatten(hparams_spec, grads), solution
+
+
+def _iterative_hypergrad(
+    rule: _Rule,
+    outer_loss: Callable[..., Any],
+    has_aux: bool,
+    hparams: TensorTree,
+    args: tuple[Any, ...],
+    adjoint_init: TensorTree,
+) -> tuple[TensorTree, Solution]:
+    if adjoint_init is not None:
+        raise ValueError(
+            f"adjoint_init has no meaning for {rule.method!r}, which solves no linear system. "
+            f"Leave it out, or use an implicit method such as method='cg'"
+        )
+    arguments, theta, hparams_spec = Arguments.flatten(hparams, args)
+    refuse_captured_tensors(rule.inner_solver, "the inner solver")
+    solution_map = rule.method.solution_map(rule.inner_solver)
+    outer = _OuterLoss(outer_loss, has_aux)
+    params_specs: list[_tree.TreeSpec] = []
+
+    def value_and_aux(*leaves: Tensor) -> tuple[Leaves, Leaves]:
+        hparams_and_args = arguments.unflatten(leaves)
+        params = solution_map(*hparams_and_args)
+        w, spec = flatten_params(params)
+        params_specs[:] = [spec]
+        outputs, aux = outer(params, *hparams_and_args)
+        return outputs, (*w, *aux)
+
+    linearized = _ad.Linearization(
+        value_and_aux, theta, (tuple(range(arguments.num_hparams)),), has_aux=True
+    )
+    outer.refuse_captured(linearized)
+    (value,) = linearized.outputs
+    grads = linearized.pull((torch.ones_like(value),))
+    (params_spec,) = params_specs
+    n = params_spec.num_leaves
+    w = linearized.aux[:n]
+    if rule.throw:
+        raise_unless_finite(w, params_spec)
+        _raise_unless_finite_hypergrad(grads, hparams_spec)
+    solution = Solution(
+        params=_tree.unflatten(params_spec, w),
+        value=value,
+        aux=outer.unflatten_aux(linearized.aux[n:]),
+        adjoint=(),
+        stats=(),
+    )
+    return _tree.unflatten(hparams_spec, grads), solution
+
+
+class _OuterLoss:
+    """The outer loss as ``-> ((value,), tensors of aux)``, remembering how aux was laid out."""
+
+    def __init__(self, outer_loss: Callable[..., Any], has_aux: bool) -> None:
+        self._outer_loss = outer_loss
+        self._has_aux = has_aux
+        self._spec: _tree.TreeSpec | None = None
+        self._leaves: list[Any] = []
+
+    def __call__(self, params: TensorTree, hparams: TensorTree, *args: Any) -> tuple[Leaves, Leaves]:
+        output = self._outer_loss(params, hparams, *args)
+        if not self._has_aux:
+            return (check_scalar(output, "outer_loss"),), ()
+        if not (isinstance(output, tuple) and len(output) == 2):
+            raise TypeError(
+                f"outer_loss returned {type(output).__name__}; expected a tuple (scalar, aux), "
+                f"since has_aux=True"
+            )
+        value, aux = output
+        self._leaves, self._spec = _tree.flatten(aux)
+        tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
+        return (check_scalar(value, "outer_loss"),), tensors
+
+    def refuse_captured(self, linearized: _ad.Linearization) -> None:
+        if linearized.captures_gradient and torch.is_grad_enabled():
+            raise ValueError(captured_message("outer_loss"))
+
+    def unflatten_aux(self, tensors: Leaves) -> Any:
+        if self._spec is None:
+            return ()
+        remaining = iter(tensors)
+        leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        return _tree.unflatten(self._spec, leaves)
+
+
+def _raise_unless_finite_hypergrad(grads: Leaves, spec: _tree.TreeSpec) -> None:
+    finite = _tree.all_finite(grads)
+    failed = _ad.count_true(~finite)
+    if failed:
+        path = next(
+            path
+            for path, leaf in zip(_tree.paths(spec, "hparams"), grads, strict=True)
+            if _ad.count_true(~torch.isfinite(leaf).all())
+        )
+        total = _ad.count_tasks(finite)
+        tasks = f" for {failed} of {total} tasks" if total > 1 else ""
+        raise HypergradError(
+            f"the hypergradient with respect to {path} is not finite (NaN or Inf){tasks}, though "
+            f"the inner solution is. Check the outer loss and the derivatives of the condition "
+            f"there, or pass throw=False to get the numbers as they are"
+        )

@@ -1,0 +1,314 @@
+"""The implicit rule: derivatives of the solution of ``r(w, theta) = 0`` from one linear solve.
+
+With ``A = dr/dw`` at the solution ``w*(theta)``, the implicit function theorem gives
+
+    vjp:  g  ->  -(dr/dtheta)^T u   with  A^T u = g
+    jvp:  t  ->  -A^{-1} (dr/dtheta) t
+
+The linear solve is itself a solution map, with its own rule of the same kind; the two call each
+other, and that is what makes every order of derivative right whatever the linear solver does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _ad, _tree
+from hyperfunc._conditions import (
+    Arguments,
+    BoundCondition,
+    Condition,
+    captured_message,
+)
+from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._types import Leaves
+from hyperfunc.linear_solvers import AbstractLinearSolver
+
+
+class HypergradError(RuntimeError):
+    """A solve failed: non-finite values, breakdown or divergence; the message says which."""
+
+
+@dataclasses.dataclass(eq=False)
+class ImplicitProblem:
+    """One call of an inner solver, with the condition that its result satisfies.
+
+    ``solve`` fills in ``bound``, since the structure of params is known only then.
+    """
+
+    inner_solver: Callable[..., Any]
+    condition: Condition
+    linear_solver: AbstractLinearSolver
+    arguments: Arguments
+    throw: bool
+    bound: BoundCondition | None = None
+
+    def solve(self, theta: Leaves) -> Leaves:
+        """The inner solution as detached leaves that share no memory with the arguments."""
+        with torch.enable_grad():
+            params = self.inner_solver(*self.arguments.unflatten(_ad.detach(theta)))
+        leaves, spec = flatten_params(params)
+        self.bound = BoundCondition(self.condition, self.arguments, spec, len(leaves))
+        if self.throw:
+            raise_unless_finite(leaves, spec)
+        return tuple(leaf.detach().clone() for leaf in leaves)
+
+    def solution(self, theta: Leaves) -> Leaves:
+        """The inner solution with the implicit rule attached where a derivative may be asked for."""
+        if not _ad.is_tracked(theta):
+            return self.solve(theta)
+        w: Leaves = _ImplicitSolution.apply(self, *theta)
+        self._refuse_captured(w, theta)
+        return w
+
+    def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> _ad.Linearization:
+        """The condition's function at a point; see `BoundCondition.linearize`."""
+        assert self.bound is not None
+        return self.bound.linearize(w, theta, wrt)
+
+    def adjoint(
+        self,
+        linearization: _ad.Linearization,
+        w: Leaves,
+        theta: Leaves,
+        b: Leaves,
+        x0: Leaves | None = None,
+        *,
+        transposed: bool = True,
+    ) -> tuple[Leaves, SolveStats]:
+        """Solve ``A^T u = b`` (or ``A u = b``), differentiably where that may be asked for."""
+        system = _LinearSystem(self, len(w), len(theta), transposed)
+        if not _ad.is_tracked((*w, *theta, *b)):
+            return system.solve(linearization, b, x0)
+        start = () if x0 is None else _ad.detach(x0)
+        *u, num_steps, residual_norm, result = _LinearSolution.apply(system, *w, *theta, *b, *start)
+        return tuple(u), SolveStats(num_steps, residual_norm, result)
+
+    def _refuse_captured(self, w: Leaves, theta: Leaves) -> None:
+        if not _ad.transforms_active():
+            return
+        assert self.bound is not None
+        with torch.no_grad():
+            value = self.bound.function(*_ad.detach(w), *_ad.detach(theta))
+        if any(_ad.is_attached(leaf) for leaf in value):
+            raise ValueError(captured_message(self.condition.kind))
+
+
+class _ImplicitSolution(torch.autograd.Function):
+    """theta -> w*, solved in forward by any code, differentiated by the implicit rule."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(problem: ImplicitProblem, *theta: Tensor) -> Leaves:
+        return problem.solve(theta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
+        ctx.problem, *theta = inputs
+        ctx.num_params = len(output)
+        ctx.save_for_backward(*output, *theta)
+        ctx.save_for_forward(*output, *theta)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        w, theta = _split(ctx.saved_tensors, ctx.num_params)
+        wrt = _wanted(ctx.needs_input_grad[1:], theta)
+        linearization = ctx.problem.linearize(w, theta, wrt)
+        u, _ = ctx.problem.adjoint(linearization, w, theta, cotangents)
+        cross = cross_term(ctx.problem, linearization, u)
+        return (None, *_scatter(cross, wrt, len(theta)))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Leaves:
+        with _ad.nested_forward_mode(ctx.saved_tensors) as saved:
+            w, theta = _split(saved, ctx.num_params)
+            wrt, directions = _directions(tangents, theta)
+            linearization = ctx.problem.linearize(w, theta, wrt)
+            b = _tree.scale(-ctx.problem.condition.scale, linearization.push(directions, 1))
+            return ctx.problem.adjoint(linearization, w, theta, b, transposed=False)[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _LinearSystem:
+    """``A(w, theta)^T u = b``, or ``A(w, theta) u = b``, at a solution of an implicit problem."""
+
+    problem: ImplicitProblem
+    num_params: int
+    num_theta: int
+    transposed: bool
+
+    def solve(
+        self, linearization: _ad.Linearization, b: Leaves, x0: Leaves | None
+    ) -> tuple[Leaves, SolveStats]:
+        assert self.problem.bound is not None
+        operator = self.problem.bound.operator(linearization)
+        if self.transposed:
+            operator = operator.T
+        x, stats = self.problem.linear_solver.solve(operator, b, x0)
+        if self.problem.throw:
+            raise_on_failure(stats, self.problem.linear_solver)
+        return x, stats
+
+    def product(self, u: Leaves, point: Leaves) -> Leaves:
+        """``P(w, theta)^T u`` (or ``P u``) as a function of the point ``(w, theta)``."""
+        w, theta = _split(point, self.num_params)
+        linearization = self.problem.linearize(w, theta, ())
+        return linearization.pull(u) if self.transposed else linearization.push(u)
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[Leaves, Leaves, Leaves, Leaves]:
+        """``w, theta, b`` and what follows them (a starting iterate, or nothing)."""
+        w, rest = _split(tensors, self.num_params)
+        theta, rest = _split(rest, self.num_theta)
+        b, rest = _split(rest, self.num_params)
+        return w, theta, b, rest
+
+
+class _LinearSolution(torch.autograd.Function):
+    """(w, theta, b) -> u with A(w, theta)^T u = b, and the statistics of the solve."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(system: _LinearSystem, *tensors: Tensor) -> Leaves:
+        w, theta, b, start = system.split(tensors)
+        linearization = system.problem.linearize(w, theta, ())
+        u, stats = system.solve(linearization, b, start or None)
+        return tuple(leaf.clone() for leaf in (*u, *stats))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
+        ctx.system, *tensors = inputs
+        ctx.num_inputs = len(inputs)
+        point_size = ctx.system.num_params + ctx.system.num_theta
+        u = output[: ctx.system.num_params]
+        ctx.save_for_backward(*u, *tensors[:point_size])
+        ctx.save_for_forward(*u, *tensors[:point_size])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        system: _LinearSystem = ctx.system
+        u, point = _split(ctx.saved_tensors, system.num_params)
+        w, theta = _split(point, system.num_params)
+        cotangent = cotangents[: system.num_params]
+        linearization = system.problem.linearize(w, theta, ())
+        s, _ = system.problem.adjoint(
+            linearization, w, theta, cotangent, transposed=not system.transposed
+        )
+        wrt = _wanted(ctx.needs_input_grad[1 : 1 + len(point)], point)
+        products = _ad.Linearization(lambda *leaves: system.product(u, leaves), point, (wrt,))
+        grads = _tree.scale(-system.problem.condition.scale, products.pull(s))
+        rest = ctx.num_inputs - 1 - len(point) - system.num_params
+        return (None, *_scatter(grads, wrt, len(point)), *s, *[None] * rest)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        system: _LinearSystem = ctx.system
+        with _ad.nested_forward_mode(ctx.saved_tensors) as saved:
+            u, point = _split(saved, system.num_params)
+            w, theta = _split(point, system.num_params)
+            b_tangents = tangents[len(point) : len(point) + len(u)]
+            b_dot = tuple(
+                torch.zeros_like(leaf) if tangent is None else tangent
+                for leaf, tangent in zip(u, b_tangents, strict=True)
+            )
+            wrt, directions = _directions(tangents[: len(point)], point)
+            products = _ad.Linearization(lambda *leaves: system.product(u, leaves), point, (wrt,))
+            change = _tree.scale(system.problem.condition.scale, products.push(directions))
+            u_dot, stats = system.problem.adjoint(
+                system.problem.linearize(w, theta, ()),
+                w,
+                theta,
+                _tree.sub(b_dot, change),
+                transposed=system.transposed,
+            )
+            return (*u_dot, None, torch.zeros_like(stats.residual_norm), None)
+
+
+def cross_term(
+    problem: ImplicitProblem, linearization: _ad.Linearization, u: Leaves
+) -> Leaves:
+    """``-(dr/dtheta)^T u`` for the tensors of theta in group 1 of the linearization."""
+    return _tree.scale(-problem.condition.scale, linearization.pull(u, 1))
+
+
+def flatten_params(params: Any) -> tuple[Leaves, _tree.TreeSpec]:
+    """Flatten what an inner solver returned, with an error that names the solver."""
+    if params is None:
+        raise TypeError(
+            "the inner solver returned None; expected the tree of inner parameters. "
+            "Is its return statement missing?"
+        )
+    return _tree.flatten_floating(params, "params")
+
+
+def raise_unless_finite(leaves: Leaves, spec: _tree.TreeSpec) -> None:
+    """Raise if a solution has NaN or Inf in it, naming the leaf and the number of tasks."""
+    finite = _tree.all_finite(leaves)
+    failed = _ad.count_true(~finite)
+    if failed:
+        path = next(
+            path
+            for path, leaf in zip(_tree.paths(spec, "params"), leaves, strict=True)
+            if _ad.count_true(~torch.isfinite(leaf).all())
+        )
+        raise HypergradError(
+            f"the inner solver returned non-finite values (NaN or Inf) in {path}"
+            f"{_of_tasks(failed, finite)}. Lower its step size, check the data, or pass "
+            f"throw=False to get the numbers as they are"
+        )
+
+
+def raise_on_failure(stats: SolveStats, linear_solver: AbstractLinearSolver) -> None:
+    """Raise if a solve failed, with the reason and the number of tasks it failed for."""
+    failed_flag = stats.result > int(RESULTS.max_steps)
+    failed = _ad.count_true(failed_flag)
+    if not failed:
+        return
+    code = next(
+        code for code in RESULTS if code.failed and _ad.count_true(stats.result == int(code))
+    )
+    raise HypergradError(
+        f"the linear solve with {linear_solver!r} failed{_of_tasks(failed, failed_flag)}: "
+        f"{code.message}. Pass throw=False to get the result codes instead"
+    )
+
+
+def _of_tasks(failed: int, flag: Tensor) -> str:
+    total = _ad.count_tasks(flag)
+    return f" for {failed} of {total} tasks" if total > 1 else ""
+
+
+def _split(tensors: Sequence[Tensor], size: int) -> tuple[Leaves, Leaves]:
+    return tuple(tensors[:size]), tuple(tensors[size:])
+
+
+def _wanted(needed: Sequence[bool], tensors: Leaves) -> tuple[int, ...]:
+    return tuple(
+        index
+        for index, (need, leaf) in enumerate(zip(needed, tensors, strict=True))
+        if need and _ad.is_differentiable(leaf)
+    )
+
+
+def _directions(
+    tangents: Sequence[Tensor | None], tensors: Leaves
+) -> tuple[tuple[int, ...], Leaves]:
+    wrt = tuple(
+        index
+        for index, (tangent, leaf) in enumerate(zip(tangents, tensors, strict=True))
+        if tangent is not None and _ad.is_differentiable(leaf)
+    )
+    return wrt, tuple(tangents[index] for index in wrt if tangents[index] is not None)  # type: ignore[misc]
+
+
+def _scatter(grads: Leaves, wrt: Sequence[int], size: int) -> list[Tensor | None]:
+    result: list[Tensor | None] = [None] * size
+    for index, grad in zip(wrt, grads, strict=True):
+        result[index] = grad
+    return result

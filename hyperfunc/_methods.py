@@ -1,0 +1,48 @@
+"""The table of methods: from the short names to the objects."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from hyperfunc import linear_solvers
+from hyperfunc.linear_solvers import AbstractLinearSolver
+
+METHODS: dict[str, type] = {
+    "cg": linear_solvers.CG,
+    "normal_cg": linear_solvers.NormalCG,
+    "fixed_point": linear_solvers.FixedPoint,
+    "neumann": linear_solvers.Neumann,
+    "dense": linear_solvers.Dense,
+    "one_step": linear_solvers.OneStep,
+}
+
+
+def resolve_method(method: Any) -> Any:
+    """The method object for a method or its short name."""
+    if isinstance(method, str):
+        if method in METHODS:
+            return METHODS[method]()
+        key = method.lower().replace("-", "_")
+        near = difflib.get_close_matches(key, METHODS, n=3, cutoff=0.5)
+        near = [name for name in METHODS if name in key or key in name and name not in near] + near
+        advice = f"Did you mean {' or '.join(map(repr, dict.fromkeys(near)))}? " if near else ""
+        raise ValueError(
+            f"unknown method {method!r}. {advice}Known methods: {', '.join(map(repr, METHODS))}"
+        )
+    if isinstance(method, type) and method in METHODS.values():
+        raise TypeError(
+            f"method={method.__name__} is a class; expected an object. "
+            f"Write method=hf.{method.__name__}()"
+        )
+    if isinstance(method, AbstractLinearSolver) or callable(getattr(method, "solution_map", None)):
+        return method
+    raise TypeError(
+        f"method={method!r} is not a method; expected one of {', '.join(map(repr, METHODS))} "
+        f"or an object such as hf.CG(maxiter=20)"
+    )
+
+
+def is_implicit(method: Any) -> bool:
+    """Whether a method is a linear solver for the implicit rule (else it differentiates steps)."""
+    return isinstance(method, AbstractLinearSolver)

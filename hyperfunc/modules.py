@@ -1,0 +1,514 @@
+"""From ``torch.nn`` modules to pure functions, and from gradients back to ``.grad``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any, Literal, TypeAlias, cast, final, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.utils._pytree import tree_leaves
+
+from hyperfunc._ad import transforms_active
+from hyperfunc._tree import check_like, flatten, flatten_floating
+from hyperfunc._types import TensorTree
+
+BufferMode: TypeAlias = Literal["batch", "frozen", "update"]
+
+
+def functional(
+    module: nn.Module, *, buffers: BufferMode = "batch", include_frozen: bool = False
+) -> tuple[FunctionalModule, dict[str, Tensor]]:
+    r"""Turn a module into a pure function of its parameters.
+
+    ``apply(params, *inputs)`` is what ``module(*inputs)`` would return if the module held
+    ``params``: a function in the mathematical sense, which ``torch.func`` can differentiate and
+    map, over the inputs and over stacked parameters alike. The module is copied once, here: nothing
+    done with the result changes it (no parameter, buffer, ``.grad`` or training flag), and nothing
+    done later to the module changes the result. Each layer keeps the mode, training or evaluation,
+    that it is in when this is called.
+
+    A normalisation layer in training mode computes, from the mean :math:`\mu_B` and the variance
+    :math:`\sigma_B^2` of the :math:`n` values of a channel in its batch,
+
+    .. math::
+        y = \gamma \, (x - \mu_B) / \sqrt{\sigma_B^2 + \epsilon} + \beta, \qquad
+        m \leftarrow (1 - \rho) \, m + \rho \, \mu_B, \qquad
+        v \leftarrow (1 - \rho) \, v + \rho \, \tfrac{n}{n - 1} \sigma_B^2,
+
+    and one in evaluation mode puts the running statistics :math:`m, v` in place of
+    :math:`\mu_B, \sigma_B^2`. The assignments to the buffers :math:`m, v` are what a pure function
+    cannot do; ``buffers`` says what happens instead.
+
+    - ``"batch"``: a layer in training mode uses the statistics of its batch. What ``forward``
+      writes to a buffer is dropped.
+    - ``"frozen"``: every normalisation layer uses its running statistics :math:`m, v`, as
+      constants, whatever its mode. Other layers, such as Dropout, stay in theirs.
+    - ``"update"``: as "batch", but ``apply`` returns ``(output, new_buffers)``: the buffers that the
+      module would hold after the call, by name, with a task dimension under ``vmap``.
+
+    All other buffers (tables, masks) are constants. Spectral normalisation in training mode takes
+    its power iteration steps from the stored vectors (none if "frozen"), and no derivative goes
+    through them. Layers that draw random numbers need ``torch.func.vmap(..., randomness="different")``
+    or ``"same"``. A forward of your own that writes to a buffer in place (``self.m.mul_(0.9)``)
+    works under ``vmap`` with "update"; written as ``self.m = 0.9 * self.m``, with all three.
+
+    Args:
+        module: any ``nn.Module``; parametrisations, hooks and tied weights work. Wrappers such as
+            DataParallel are taken off first. Compile ``apply``, not the module.
+        buffers: what becomes of the buffers, by the table above.
+        include_frozen: also put the floating-point parameters with ``requires_grad=False`` into
+            ``params``. Without it they are constants of ``apply``.
+
+    Returns:
+        The pair ``(apply, params)``. ``params`` maps each parameter's name to a detached copy of
+        it; tied weights appear once, under their first name, and stay tied. For ``apply`` see
+        `FunctionalModule`.
+
+    Raises:
+        TypeError: if ``module`` is not a module, or is a wrapper, or cannot be copied.
+        ValueError: if ``buffers`` is not one of the three, or a lazy layer has not run yet.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+        >>> apply, params = hf.functional(net)
+        >>> sorted(params)
+        ['0.bias', '0.weight', '1.bias', '1.weight']
+        >>> tasks = torch.randn(5, 8, 3)  # five tasks of eight rows
+        >>> torch.func.vmap(apply, in_dims=(None, 0))(params, tasks).shape
+        torch.Size([5, 8, 4])
+
+        >>> apply, params = hf.functional(net, buffers="update")
+        >>> output, buffers = torch.func.vmap(apply, in_dims=(None, 0))(params, tasks)
+        >>> buffers["1.running_mean"].shape
+        torch.Size([5, 4])
+        >>> net[1].num_batches_tracked  # the module has not noticed
+        tensor(0)
+
+    Ioffe and Szegedy, "Batch normalization", 2015; Miyato et al., "Spectral normalization", 2018.
+    """
+    _check_module(module)
+    if buffers not in get_args(BufferMode):
+        raise ValueError(
+            f"functional(module, buffers={buffers!r}): expected one of "
+            f"{', '.join(map(repr, get_args(BufferMode)))}"
+        )
+    chosen = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad or (include_frozen and parameter.is_floating_point())
+    }
+    params = {name: parameter.detach().clone() for name, parameter in chosen.items()}
+    return FunctionalModule(_private_copy(module, chosen), tuple(chosen), buffers), params
+
+
+def module_map(
+    cell: nn.Module, *, buffers: Literal["batch", "frozen"] = "batch"
+) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    r"""Turn a module from states to states into a fixed-point map with its parameters as hparams.
+
+    For a cell :math:`z \mapsto \mathrm{cell}_\theta(z, x)`, the map is
+    :math:`\phi(z, \theta, x) = \mathrm{cell}_\theta(z, x)`, in the order of arguments that every
+    function of this library has: the solution :math:`z^* = \phi(z^*, \theta, x)` is the ``params``,
+    the weights :math:`\theta` are the ``hparams``, and the inputs :math:`x` are the ``*args``.
+
+    The map must be deterministic to have a fixed point: put cells with Dropout in evaluation mode.
+
+    Args:
+        cell: a module whose ``forward(state, *inputs)`` returns a tree like ``state``.
+        buffers: "batch" or "frozen", as in `functional`.
+
+    Returns:
+        The pair ``(fixed_point, weights)``: ``fixed_point(state, weights, *inputs) -> state``, and
+        the detached parameters by name.
+
+    Raises:
+        TypeError: as `functional`.
+        ValueError: as `functional`, and for ``buffers="update"``: a map that is iterated has no
+            single update.
+
+    Example:
+        >>> class Cell(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(3, 3)
+        ...
+        ...     def forward(self, z, x):
+        ...         return torch.tanh(0.5 * self.linear(z) + x)
+        >>> fixed_point, weights = hf.module_map(Cell())
+        >>> z, x = torch.zeros(3), torch.ones(3)
+        >>> for _ in range(50):
+        ...     z = fixed_point(z, weights, x)
+        >>> torch.allclose(z, fixed_point(z, weights, x))
+        True
+
+    Bai, Kolter and Koltun, "Deep equilibrium models", 2019.
+    """
+    if cast(str, buffers) == "update":
+        raise ValueError(
+            "module_map(cell, buffers='update'): a fixed-point map returns a state and nothing "
+            "else. Solve with buffers='batch' or 'frozen', then call the apply of "
+            "functional(cell, buffers='update') once, at the solution"
+        )
+    apply, weights = functional(cell, buffers=buffers)
+
+    def fixed_point(state: TensorTree, weights: dict[str, Tensor], /, *inputs: Any) -> Any:
+        return apply(weights, state, *inputs)
+
+    return fixed_point, weights
+
+
+def assign_grads(
+    tree_or_module: TensorTree | nn.Module, grads: TensorTree, add: bool = False
+) -> None:
+    r"""Write gradients into ``.grad``, where the optimisers of ``torch.optim`` look for them.
+
+    Sets :math:`\mathtt{leaf.grad} \leftarrow g`, or :math:`\mathtt{leaf.grad} + g` with ``add``, to
+    detached copies: neither the optimiser nor ``zero_grad`` can reach the tree that was passed. A
+    tensor that occurs in several places of the tree gets the sum of its gradients. All is checked
+    before anything is written.
+
+    Args:
+        tree_or_module: a tree of the leaf tensors that the optimiser holds, or a module.
+        grads: for a tree, one of the same structure. For a module, a dictionary from the names of
+            its trainable parameters, as `functional` names them; frozen ones may be added.
+        add: add to a ``.grad`` that is already there instead of replacing it.
+
+    Raises:
+        TypeError: if a leaf is not a floating-point tensor, or the gradients of a module are not a
+            dictionary.
+        ValueError: if structures, names, shapes, dtypes or devices differ, a leaf was computed from
+            other tensors (autograd keeps no ``.grad`` for it), or a gradient belongs to a
+            ``torch.func`` transform that is still running.
+
+    Example:
+        >>> hparams = {"log_reg": torch.zeros(2)}
+        >>> optimizer = torch.optim.SGD(hparams.values(), lr=0.1)
+        >>> hf.assign_grads(hparams, {"log_reg": torch.ones(2)})
+        >>> optimizer.step()
+        >>> hparams["log_reg"]
+        tensor([-0.1000, -0.1000])
+    """
+    if isinstance(tree_or_module, nn.Module):
+        root = "module"
+        tree, grads = _named_targets(tree_or_module, grads)
+        if not tree:
+            return
+    else:
+        root, tree = "tree", tree_or_module
+    targets, spec = flatten_floating(tree, root)
+    values, values_spec = flatten(grads)
+    check_like(values, values_spec, targets, spec, "assign_grads: grads", root)
+    if not all(target.is_leaf for target in targets):
+        raise ValueError(
+            f"assign_grads: {root} holds a tensor that was computed from others, which keeps no "
+            f".grad. Pass the tensors that the optimiser holds"
+        )
+    if any(_functorch.is_functorch_wrapped_tensor(value) for value in values):
+        raise ValueError(
+            "assign_grads: grads belong to a torch.func transform that is still running. Return "
+            "them from the transformed function, and assign what the transform returns"
+        )
+    totals: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for target, value in zip(targets, values, strict=True):
+            before = totals.get(id(target), target.grad if add else None)
+            total = value.detach().clone() if before is None else before + value
+            totals[id(target)] = total
+    for target in targets:
+        target.grad = totals[id(target)]
+
+
+@final
+class FunctionalModule:
+    """The pure function of a module that `functional` makes: ``apply(params, *inputs)``.
+
+    ``apply.buffers`` is a copy of the buffers that it holds. A call takes others in their place by
+    the keyword ``buffers``, a dictionary with the same names, such as an earlier call returned: so
+    running statistics are carried from step to step, or from adaptation ("update") to evaluation
+    ("frozen"). All other keywords go to the module. One object serves one thread at a time; make
+    further ones with `copy.deepcopy`.
+
+    Example:
+        >>> net = torch.nn.BatchNorm1d(2, affine=False)
+        >>> adapt, params = hf.functional(net, buffers="update")
+        >>> evaluate, _ = hf.functional(net, buffers="frozen")
+        >>> buffers = adapt.buffers
+        >>> for _ in range(100):
+        ...     _, buffers = adapt(params, torch.tensor([[1.0, 2.0], [3.0, 6.0]]), buffers=buffers)
+        >>> evaluate(params, torch.tensor([[2.0, 4.0]]), buffers=buffers).abs() < 1e-3
+        tensor([[True, True]])
+    """
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...], mode: BufferMode) -> None:
+        self._name = type(module).__name__
+        self._mode = mode
+        self._buffers = dict(module.named_buffers())
+        self._stateful = {
+            name for name in self._buffers if module.get_submodule(name.rpartition(".")[0]).training
+        }
+        for layer in module.modules():
+            _purify(layer, mode)
+        self._module = module
+        self._layers = tuple(module.modules())
+        tensors: dict[str, Tensor] = dict(module.named_parameters())
+        self._shapes = {name: tensors[name].shape for name in names}
+        tensors.update(self._buffers)
+        # A tied tensor has one name in params and is put in under all that it has in the module.
+        first = {id(tensor): name for name, tensor in tensors.items()}
+        self._aliases = {
+            alias: first[id(tensor)]
+            for named in (module.named_parameters, module.named_buffers)
+            for alias, tensor in named(remove_duplicate=False)
+            if first[id(tensor)] in self._shapes or first[id(tensor)] in self._buffers
+        }
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """A copy of the buffers that a call uses when it is given none."""
+        return {name: buffer.clone() for name, buffer in self._buffers.items()}
+
+    def __call__(
+        self,
+        params: Mapping[str, Tensor],
+        /,
+        *inputs: Any,
+        buffers: Mapping[str, Tensor] | None = None,
+        **keywords: Any,
+    ) -> Any:
+        """What the module returns for these inputs if it holds these parameters."""
+        self._check(params, "params", self._shapes)
+        if buffers is None:
+            buffers = self._buffers
+        else:
+            shapes = {name: buffer.shape for name, buffer in self._buffers.items()}
+            self._check(buffers, "buffers", shapes)
+        tensors = {**params, **self._fresh(buffers, (params, inputs, keywords))}
+        values = {alias: tensors[name] for alias, name in self._aliases.items()}
+        attributes = [vars(layer).copy() for layer in self._layers]
+        try:
+            output = torch.func.functional_call(
+                self._module, values, inputs, keywords, tie_weights=False
+            )
+        except (RuntimeError, ValueError) as error:
+            raise self._explain(error) from error
+        finally:
+            # What forward keeps on a layer (a cache, a hidden state) must not reach the next call.
+            for layer, before in zip(self._layers, attributes, strict=True):
+                object.__setattr__(layer, "__dict__", before)
+        if self._mode != "update":
+            return output
+        return output, {name: values.get(name, tensors[name]) for name in self._buffers}
+
+    def __repr__(self) -> str:
+        return f"<functional({self._name}, buffers={self._mode!r}), {len(self._shapes)} parameters>"
+
+    def _fresh(self, buffers: Mapping[str, Tensor], arguments: Any) -> dict[str, Tensor]:
+        """Copies of the buffers that forward may write to, mapped under vmap where they must be."""
+        zero = None
+        if self._mode == "update" and self._stateful and transforms_active():
+            zero = _mapped_zero((arguments, dict(buffers)))
+        return {
+            name: buffer.clone()
+            if zero is None or name not in self._stateful
+            else buffer + zero.to(device=buffer.device, dtype=buffer.dtype)
+            for name, buffer in buffers.items()
+        }
+
+    def _check(self, given: Any, what: str, shapes: Mapping[str, torch.Size]) -> None:
+        """Raise unless a dictionary has these names and shapes."""
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"apply: {what} is of type {type(given).__name__}; expected a dictionary of "
+                f"tensors. Call apply(params, *inputs), with params as functional(module) returned it"
+            )
+        if given.keys() != shapes.keys():
+            raise ValueError(
+                f"apply: {what} has other names than {self._name}: "
+                f"{_compare_names(given.keys(), shapes.keys())}"
+            )
+        for name, shape in shapes.items():
+            if not isinstance(given[name], Tensor):
+                raise TypeError(
+                    f"apply: {what}[{name!r}] is of type {type(given[name]).__name__}; "
+                    f"expected a tensor"
+                )
+            if given[name].shape != shape:
+                raise ValueError(
+                    f"apply: {what}[{name!r}] has shape {tuple(given[name].shape)}, expected "
+                    f"{tuple(shape)}. To call several sets of {what} that are stacked, use "
+                    f"torch.func.vmap(apply)"
+                )
+
+    def _explain(self, error: Exception) -> Exception:
+        """The error to raise for one that came out of the module's forward."""
+        for fragments, advice in _ADVICE:
+            if any(fragment in str(error) for fragment in fragments):
+                return RuntimeError(f"{self._name}: {advice}")
+        return error
+
+
+# What torch says when a forward cannot be made pure or mapped, and what helps.
+_ADVICE = (
+    (
+        ("randomness",),
+        "this module draws random numbers (Dropout?) under vmap, which must be told whether tasks "
+        'share them: torch.func.vmap(..., randomness="different") draws anew for each task, '
+        'randomness="same" once for all. jacfwd takes the same keyword; or call module.eval() '
+        "before functional(module)",
+    ),
+    (
+        ("extra_args is not possible", "out= or view ops", "were not batched"),
+        "its forward writes in place to a buffer, which vmap cannot follow as all tasks share it. "
+        'Use functional(module, buffers="update"), where each task has its own buffers; or write '
+        "`self.buffer = new_value` instead of `self.buffer.copy_(new_value)` or `out=self.buffer`. "
+        "(For torch.nn.utils.spectral_norm use torch.nn.utils.parametrizations.spectral_norm)",
+    ),
+    (
+        ("mutate a captured Tensor",),
+        "its forward writes in place to a tensor attribute that is not a buffer. Register it by "
+        "self.register_buffer, or write `self.attribute = new_value`",
+    ),
+    (
+        ("device meta", "meta device", "meta tensor"),
+        "its forward uses a trainable parameter that is not reached by its registered name (from a "
+        "list, a closure or another module), so apply cannot put params in its place. Read it as "
+        "self.name in the module that registers it, or make it a constant by requires_grad_(False)",
+    ),
+)
+
+
+def _check_module(module: Any) -> None:
+    """Raise unless a module can be copied and called with other tensors in place of its own."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"functional(module): got {module!r} of type {type(module).__name__}; expected a "
+            f"torch.nn.Module. A function of (params, *inputs) needs no conversion"
+        )
+    for name, layer in module.named_modules():
+        where = f"functional(module): {name or 'module'} is a {type(layer).__name__}"
+        if isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise TypeError(f"{where}; pass the module inside it (its .module)")
+        if hasattr(layer, "_orig_mod"):
+            raise TypeError(
+                f"{where}, made by torch.compile; pass the module that was compiled, and compile "
+                f"the result: torch.compile(apply)"
+            )
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise TypeError(f"{where}; pass the module before torch.jit.script or trace")
+    for kind, named in (
+        ("parameter", module.named_parameters()),
+        ("buffer", module.named_buffers()),
+    ):
+        for name, tensor in named:
+            if is_lazy(tensor):
+                raise ValueError(
+                    f"functional(module): {kind} {name!r} has no shape yet, as its layer is lazy. "
+                    f"Run the module once on example inputs first: module(*inputs)"
+                )
+
+
+def _private_copy(module: nn.Module, chosen: Mapping[str, nn.Parameter]) -> nn.Module:
+    """A copy that shares no tensor with the module; the chosen parameters hold no memory in it."""
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(
+            torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"),
+            requires_grad=parameter.requires_grad,
+        )
+        for parameter in chosen.values()
+    }
+    for layer in module.modules():
+        for tensor in (*vars(layer).values(), *layer.buffers(recurse=False)):
+            # Hooks (weight_norm, pruning) leave computed tensors, which copy.deepcopy refuses.
+            if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise TypeError(
+            f"functional(module): {type(module).__name__} could not be copied ({error}). It must "
+            f"work with copy.deepcopy: keep locks, files and generators out of it and its hooks"
+        ) from error
+
+
+def _purify(layer: nn.Module, mode: BufferMode) -> None:
+    """Change a layer of the private copy so that its state is read and written as values."""
+    if isinstance(layer, _NormBase) and layer.running_mean is not None and layer.training:
+        if mode == "frozen":
+            layer.training = False
+        elif mode == "batch":
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+            layer.track_running_stats = False
+        elif layer.momentum is None and type(layer).forward is _BatchNorm.forward:
+            vars(layer)["forward"] = MethodType(_cumulative_batch_norm, layer)
+    elif isinstance(layer, _SpectralNorm):
+        if mode == "frozen":
+            layer.training = False
+        vars(layer)["_power_method"] = MethodType(_power_method, layer)
+
+
+def _cumulative_batch_norm(self: Any, x: Tensor) -> Tensor:
+    """BatchNorm with ``momentum=None``, whose step size 1 / count differs from task to task."""
+    self._check_input_dim(x)
+    # With momentum 1, what batch_norm writes to the statistics is those of the batch.
+    mean = x.new_zeros(self.running_mean.shape, dtype=self.running_mean.dtype)
+    var = torch.zeros_like(mean)
+    output = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+    self.num_batches_tracked = self.num_batches_tracked + 1
+    step = 1.0 / self.num_batches_tracked.to(mean.dtype)
+    self.running_mean = (1.0 - step) * self.running_mean + step * mean
+    self.running_var = (1.0 - step) * self.running_var + step * var
+    return output
+
+
+def _power_method(self: Any, weight: Tensor, steps: int) -> None:
+    """The power iteration of spectral_norm, by assignment instead of in place."""
+    weight = weight.detach()
+    for _ in range(steps):
+        self._u = F.normalize(weight.mv(self._v), dim=0, eps=self.eps)
+        self._v = F.normalize(weight.mH.mv(self._u), dim=0, eps=self.eps)
+
+
+def _mapped_zero(tree: Any) -> Tensor:
+    """A 0-d False that is mapped by every vmap that maps a tensor of the tree."""
+    zero = torch.zeros((), dtype=torch.bool)
+    # torch's own notion of a tree, as it is vmap's.
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            zero = zero | leaf.new_zeros((), dtype=torch.bool, layout=torch.strided)
+    return zero
+
+
+def _named_targets(module: nn.Module, grads: Any) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:
+    """The parameters that gradients are written to, and the gradients, both by name."""
+    if not isinstance(grads, Mapping):
+        raise TypeError(
+            f"assign_grads(module, grads): grads is of type {type(grads).__name__}; expected a "
+            f"dictionary from the names of the module's parameters to tensors"
+        )
+    targets = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad or name in grads
+    }
+    if grads.keys() != targets.keys():
+        raise ValueError(
+            f"assign_grads(module, grads): grads has other names than the parameters of "
+            f"{type(module).__name__}: {_compare_names(grads.keys(), targets.keys())}"
+        )
+    return targets, dict(grads)
+
+
+def _compare_names(given: Any, expected: Any) -> str:
+    """Which names are missing and which are not known."""
+    missing, unknown = sorted(expected - given), sorted(given - expected, key=str)
+    parts = ["missing " + ", ".join(map(repr, missing))] if missing else []
+    parts += ["not known " + ", ".join(map(repr, unknown))] if unknown else []
+    return "; ".join(parts) + f" (expected {', '.join(map(repr, sorted(expected))) or 'none'})"
