@@ -115,8 +115,9 @@ class Linearization:
             outputs, aux = self._fn(*primals)
             return tuple(outputs), tuple(aux)
 
-        self.outputs, vjp, self.aux = torch.func.vjp(
-            restricted, *(self._primals[i] for i in indices), has_aux=True
+        selected = (self._primals[i] for i in indices)
+        self.outputs, vjp, self.aux = torch.func.vjp(  # type: ignore[misc]
+            restricted, *selected, has_aux=True
         )
         tracked = is_tracked(self._primals)
 
@@ -167,7 +168,7 @@ def grad_and_value(
 
 
 def count_true(flag: Tensor) -> int:
-    """How many tasks a 0-d bool tensor holds for, over all enclosing ``vmap`` levels (a host sync)."""
+    """How many tasks of the enclosing ``vmap`` levels a 0-d bool holds for (a host sync)."""
     return int(_Total.apply(flag.to(torch.int64)))
 
 
@@ -177,12 +178,12 @@ def count_tasks(flag: Tensor) -> int:
 
 
 def all_true(flag: Tensor) -> bool:
-    """Whether a 0-d bool tensor holds for every task of the enclosing ``vmap`` levels (a host sync)."""
+    """Whether a 0-d bool holds for every task of the ``vmap`` levels (a host sync)."""
     return count_true(~flag) == 0
 
 
 def any_true(flag: Tensor) -> bool:
-    """Whether a 0-d bool tensor holds for some task of the enclosing ``vmap`` levels (a host sync)."""
+    """Whether a 0-d bool holds for some task of the ``vmap`` levels (a host sync)."""
     return count_true(flag) > 0
 
 
@@ -227,7 +228,7 @@ def is_attached(value: Any) -> bool:
     """Whether a tensor carries a derivative at any level: autograd's own or a transform's."""
     if not isinstance(value, Tensor):
         return False
-    interpreter = _functorch.peek_interpreter_stack()
+    interpreter: Any = _functorch.peek_interpreter_stack()
     if interpreter is None:
         tangents = torch.autograd.forward_ad._current_level >= 0
         return value.requires_grad or (tangents and _has_tangent(value))
@@ -252,13 +253,17 @@ def _primal(value: Tensor) -> Tensor:
     """The tensor without the tangent of the innermost jvp level, below any vmap levels."""
     interpreter = _functorch.peek_interpreter_stack()
     if interpreter.key() != _functorch.TransformType.Vmap:
-        return torch.autograd.forward_ad.unpack_dual(value, level=0).primal
+        primal: Tensor = torch.autograd.forward_ad.unpack_dual(value, level=0).primal
+        return primal
     level = interpreter.level()
-    batched = _functorch.maybe_get_level(value) == level
-    inner, dim = _functorch._unwrap_batched(value, level) if batched else (value, None)
+    if _functorch.maybe_get_level(value) != level:
+        with temporarily_pop_interpreter_stack():
+            return _primal(value)
+    inner, dim = _functorch._unwrap_batched(value, level)
     with temporarily_pop_interpreter_stack():
         inner = _primal(inner)
-    return _functorch._add_batch_dim(inner, dim, level) if batched else inner
+    assert dim is not None
+    return _functorch._add_batch_dim(inner, dim, level)
 
 
 def _has_tangent(value: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Detects differentiable tensors that a user function closes over instead of taking as arguments."""
+"""Detects differentiable tensors that a function closes over instead of taking as arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What characterises the inner solution: a fixed-point map, an inner loss, or an optimality function.
+"""What characterises the inner solution: a fixed-point map, inner loss, or optimality function.
 
 Each is brought to one form, a residual ``r(w, theta) = shift w + scale P(w, theta)`` that vanishes
 at the solution:
@@ -131,7 +131,7 @@ class BoundCondition:
 def make_condition(
     inner_solver: Any, fixed_point: Any, inner_loss: Any, optimality: Any
 ) -> Condition | None:
-    """The one condition that was given, or that the inner solver carries; None when there is none."""
+    """The one condition that was given, or that the inner solver carries, if any."""
     given = [
         Condition(kind, fn)
         for kind, fn in zip(KINDS, (fixed_point, inner_loss, optimality), strict=True)

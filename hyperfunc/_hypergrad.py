@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc import _ad, _tree
+from hyperfunc._closures import refuse_captured_tensors
 from hyperfunc._conditions import (
     Arguments,
     Condition,
@@ -18,7 +19,6 @@ from hyperfunc._conditions import (
     check_scalar,
     make_condition,
 )
-from hyperfunc._closures import refuse_captured_tensors
 from hyperfunc._implicit import (
     HypergradError,
     ImplicitProblem,
@@ -146,7 +146,8 @@ def hypergrad_and_value(
 
     Example:
         >>> fn = hf.hypergrad_and_value(
-        ...     lambda h: h / 2, lambda w, h: (w - 1) ** 2, fixed_point=lambda w, h: (w + h / 2) / 2)
+        ...     lambda h: h / 2, lambda w, h: (w - 1) ** 2, fixed_point=lambda w, h: (w + h / 2) / 2
+        ... )
         >>> fn(torch.tensor(4.0))
         (tensor(1.), tensor(1.))
     """
@@ -195,7 +196,8 @@ def hypergrad_and_solution(
 
     Example:
         >>> fn = hf.hypergrad_and_solution(
-        ...     lambda h: h / 2, lambda w, h: (w - 1) ** 2, fixed_point=lambda w, h: (w + h / 2) / 2)
+        ...     lambda h: h / 2, lambda w, h: (w - 1) ** 2, fixed_point=lambda w, h: (w + h / 2) / 2
+        ... )
         >>> grads, solution = fn(torch.tensor(4.0))
         >>> solution.params, solution.adjoint, solution.stats.result
         (tensor(2.), tensor(4.), tensor(0))
@@ -481,7 +483,9 @@ class _OuterLoss:
         self._spec: _tree.TreeSpec | None = None
         self._leaves: list[Any] = []
 
-    def __call__(self, params: TensorTree, hparams: TensorTree, *args: Any) -> tuple[Leaves, Leaves]:
+    def __call__(
+        self, params: TensorTree, hparams: TensorTree, *args: Any
+    ) -> tuple[Leaves, Leaves]:
         output = self._outer_loss(params, hparams, *args)
         if not self._has_aux:
             return (check_scalar(output, "outer_loss"),), ()

@@ -59,7 +59,7 @@ class ImplicitProblem:
         return tuple(leaf.detach().clone() for leaf in leaves)
 
     def solution(self, theta: Leaves) -> Leaves:
-        """The inner solution with the implicit rule attached where a derivative may be asked for."""
+        """The inner solution, with the implicit rule attached if derivatives may be asked for."""
         if not _ad.is_tracked(theta):
             return self.solve(theta)
         w: Leaves = _ImplicitSolution.apply(self, *theta)
@@ -131,7 +131,8 @@ class _ImplicitSolution(torch.autograd.Function):
             wrt, directions = _directions(tangents, theta)
             linearization = ctx.problem.linearize(w, theta, wrt)
             b = _tree.scale(-ctx.problem.condition.scale, linearization.push(directions, 1))
-            return ctx.problem.adjoint(linearization, w, theta, b, transposed=False)[0]
+            w_dot, _ = ctx.problem.adjoint(linearization, w, theta, b, transposed=False)
+            return tuple(w_dot)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -230,9 +231,7 @@ class _LinearSolution(torch.autograd.Function):
             return (*u_dot, None, torch.zeros_like(stats.residual_norm), None)
 
 
-def cross_term(
-    problem: ImplicitProblem, linearization: _ad.Linearization, u: Leaves
-) -> Leaves:
+def cross_term(problem: ImplicitProblem, linearization: _ad.Linearization, u: Leaves) -> Leaves:
     """``-(dr/dtheta)^T u`` for the tensors of theta in group 1 of the linearization."""
     return _tree.scale(-problem.condition.scale, linearization.pull(u, 1))
 

@@ -121,9 +121,7 @@ def norm(a: Leaves) -> Tensor:
 def axpy(alpha: Tensor | float, x: Leaves, y: Leaves) -> Leaves:
     """``y + alpha x``, each leaf in its own dtype and on its own device."""
     if isinstance(alpha, Tensor):
-        return tuple(
-            torch.addcmul(v, _scalar_like(alpha, u), u) for u, v in zip(x, y, strict=True)
-        )
+        return tuple(torch.addcmul(v, _scalar_like(alpha, u), u) for u, v in zip(x, y, strict=True))
     return tuple(torch.add(v, u, alpha=alpha) for u, v in zip(x, y, strict=True))
 
 

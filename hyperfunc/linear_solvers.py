@@ -234,7 +234,8 @@ class FixedPoint(AbstractLinearSolver):
         >>> import torch
         >>> J = torch.tensor([[0.5, 0.25], [0.0, 0.5]])
         >>> operator = LinearOperator(
-        ...     lambda v: (J @ v[0],), lambda v: (J.T @ v[0],), shift=1.0, scale=-1.0)
+        ...     lambda v: (J @ v[0],), lambda v: (J.T @ v[0],), shift=1.0, scale=-1.0
+        ... )
         >>> (x,), stats = FixedPoint(maxiter=100).solve(operator, (torch.tensor([0.0, 1.0]),))
         >>> x
         tensor([1.0000, 2.0000])
@@ -269,7 +270,8 @@ class Neumann(AbstractLinearSolver):
     Example:
         >>> import torch
         >>> operator = LinearOperator(
-        ...     lambda v: (0.5 * v[0],), lambda v: (0.5 * v[0],), shift=1.0, scale=-1.0)
+        ...     lambda v: (0.5 * v[0],), lambda v: (0.5 * v[0],), shift=1.0, scale=-1.0
+        ... )
         >>> (x,), stats = Neumann(maxiter=2, rtol=0, atol=0).solve(operator, (torch.ones(1),))
         >>> x
         tensor([1.7500])
@@ -444,9 +446,7 @@ def _richardson(
     # rounding noise around a converged start is not growth
     grown = rs > 1.001 * torch.maximum(first, bb * _tree.epsilon(b))
     return x, stats._replace(
-        result=torch.where(
-            grown & torch.isfinite(rs), int(RESULTS.divergence), stats.result
-        )
+        result=torch.where(grown & torch.isfinite(rs), int(RESULTS.divergence), stats.result)
     )
 
 
