@@ -24,8 +24,8 @@ def resolve_method(method: Any) -> Any:
         if method in METHODS:
             return METHODS[method]()
         key = method.lower().replace("-", "_")
-        near = difflib.get_close_matches(key, METHODS, n=3, cutoff=0.5)
-        near = [name for name in METHODS if name in key or key in name and name not in near] + near
+        near = [name for name in METHODS if name in key or key in name]
+        near += difflib.get_close_matches(key, METHODS, n=3, cutoff=0.5)
         advice = f"Did you mean {' or '.join(map(repr, dict.fromkeys(near)))}? " if near else ""
         raise ValueError(
             f"unknown method {method!r}. {advice}Known methods: {', '.join(map(repr, METHODS))}"

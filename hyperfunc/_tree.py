@@ -1,4 +1,4 @@
-"""Pytree vector algebra: trees are flattened here, and vectors are tuples of leaves everywhere else."""
+"""Pytree vector algebra: trees are flattened here, and vectors are tuples of leaves elsewhere."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 
 TensorTree: TypeAlias = Any
-"""Any pytree (dict, list, tuple, namedtuple, optree-registered node, or a bare tensor) of tensors."""
+"""Any pytree of tensors (dict, list, tuple, namedtuple, optree-registered node, bare tensor)."""
 
 Leaves: TypeAlias = tuple[Tensor, ...]
 """The tensors of a tree in flattening order; the form in which vectors are handled inside."""
@@ -20,12 +20,12 @@ class InnerSolver(Protocol):
 
 
 class ParamsFunction(Protocol):
-    """``(params, hparams, *args) -> tree like params``: a fixed-point map or an optimality function."""
+    """``(params, hparams, *args) -> tree like params``: fixed-point map or optimality function."""
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree: ...
 
 
 class Loss(Protocol):
-    """``(params, hparams, *args) -> scalar tensor``: an inner or outer loss (or ``(scalar, aux)``)."""
+    """``(params, hparams, *args) -> scalar tensor``, or ``(scalar, aux)`` for an outer loss."""
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> Any: ...
