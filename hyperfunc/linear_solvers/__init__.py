@@ -1,0 +1,23 @@
+"""Linear solvers for the adjoint system ``A^T u = dE/dw``, matrix-free on trees of any layout.
+
+Each solver is a small frozen object. It sees a `LinearOperator` and a right-hand side as tuples of
+leaves, works under ``torch.func.vmap`` (a task that has converged is frozen, with its own
+``num_steps`` and result code), never looks at the operator's entries unless it says so, and
+returns the iterate together with `hyperfunc.SolveStats`.
+"""
+
+from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
+from hyperfunc.linear_solvers._dense import Dense
+from hyperfunc.linear_solvers._krylov import CG, NormalCG
+from hyperfunc.linear_solvers._stationary import FixedPoint, Neumann, OneStep
+
+__all__ = [
+    "CG",
+    "AbstractLinearSolver",
+    "Dense",
+    "FixedPoint",
+    "LinearOperator",
+    "Neumann",
+    "NormalCG",
+    "OneStep",
+]

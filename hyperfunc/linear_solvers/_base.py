@@ -1,0 +1,151 @@
+"""What linear solvers share: the operator, the abstract solver, and the bounds on an iteration."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _tree
+from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._types import Leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearOperator:
+    """The operator ``A = shift I + scale P``, given by the products with ``P`` and ``P^T``.
+
+    A fixed-point map has ``P = dphi/dw`` with ``shift = 1, scale = -1``; an inner loss has its
+    Hessian with ``shift = 0, scale = 1``. Keeping the identity apart lets solvers fuse it into
+    their own vector updates.
+
+    Args:
+        product: ``v -> P v`` on tuples of leaves.
+        transposed_product: ``v -> P^T v``.
+        shift: the coefficient of the identity.
+        scale: the coefficient of ``P``.
+        symmetric: whether ``P = P^T`` is known.
+    """
+
+    product: Callable[[Leaves], Leaves]
+    transposed_product: Callable[[Leaves], Leaves]
+    shift: float = 0.0
+    scale: float = 1.0
+    symmetric: bool = False
+
+    @staticmethod
+    def from_matrix(matrix: Tensor) -> LinearOperator:
+        """The operator of a square matrix, acting on a single leaf of shape ``(n,)``."""
+        return LinearOperator(lambda v: (matrix @ v[0],), lambda v: (matrix.mT @ v[0],))
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transposed operator."""
+        return dataclasses.replace(
+            self, product=self.transposed_product, transposed_product=self.product
+        )
+
+    def mv(self, v: Leaves) -> Leaves:
+        """The product ``A v``."""
+        return _combine(self.scale, self.product(v), self.shift, v)
+
+    def residual(self, v: Leaves, b: Leaves) -> Leaves:
+        """The residual ``b - A v``."""
+        return _combine(-1.0, self.mv(v), 1.0, b)
+
+    def richardson(self, v: Leaves, b: Leaves, step_size: float) -> Leaves:
+        """One step ``v + step_size (b - A v)``, with as few passes over the vectors as it takes."""
+        update = _combine(-step_size * self.scale, self.product(v), step_size, b)
+        return _combine(1.0, update, 1.0 - step_size * self.shift, v)
+
+
+class AbstractLinearSolver(abc.ABC):
+    """What every linear solver provides: `solve`.
+
+    A subclass is final: a frozen dataclass of its settings with this one method.
+    """
+
+    @abc.abstractmethod
+    def solve(
+        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
+    ) -> tuple[Leaves, SolveStats]:
+        """Solve ``A x = b`` from ``x0`` (zeros by default).
+
+        Args:
+            operator: the operator ``A``.
+            b: right-hand side, a tuple of leaves.
+            x0: initial iterate, like ``b``.
+
+        Returns:
+            The solution and its statistics. A failure is a result code here, never an exception.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The squared residual norms at which an iteration stops, and the verdict when it has."""
+
+    converged: Tensor
+    diverged: Tensor
+    asymmetry: float
+    adaptive: bool
+
+    @staticmethod
+    def make(rtol: float | None, atol: float, b: Leaves, rs: Tensor) -> Bounds:
+        """Bounds for a right-hand side and the squared norm of the first residual."""
+        eps = _tree.epsilon(b)
+        bb = _tree.dot(b, b)
+        relative = eps**0.75 if rtol is None else rtol
+        # below eps ||b|| a residual is rounding noise, on which recurrences divide 0 by 0
+        converged = bb * max(relative, eps) ** 2
+        if atol:
+            converged = converged.clamp_min(atol**2)
+        return Bounds(
+            converged=converged,
+            diverged=torch.maximum(rs, bb) / eps,
+            asymmetry=eps**0.25,
+            adaptive=bool(relative or atol),
+        )
+
+    def open(self, rs: Tensor) -> Tensor:
+        """Whether the iteration may go on: neither converged, nor diverged, nor NaN."""
+        return (rs > self.converged) & (rs < self.diverged)
+
+    def stats(self, num_steps: Tensor, rs: Tensor, active: Tensor) -> SolveStats:
+        """Statistics at the end, where ``active`` tells an iteration that could have gone on."""
+        unfinished = RESULTS.max_steps if self.adaptive else RESULTS.success
+        result = torch.where(active, int(unfinished), int(RESULTS.breakdown))
+        result = torch.where(rs >= self.diverged, int(RESULTS.divergence), result)
+        result = torch.where(rs <= self.converged, int(RESULTS.success), result)
+        result = torch.where(torch.isfinite(rs), result, int(RESULTS.nonfinite))
+        return SolveStats(num_steps.expand_as(result).clone(), rs.sqrt(), result)
+
+
+def check_settings(solver: object, maxiter: object, rtol: object, atol: object) -> None:
+    name = type(solver).__name__
+    if isinstance(maxiter, bool) or not isinstance(maxiter, int) or maxiter < 0:
+        raise ValueError(f"{name}: maxiter is {maxiter!r}; expected an integer >= 0")
+    for field, value in (("rtol", rtol), ("atol", atol)):
+        if field == "rtol" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise ValueError(f"{name}: {field} is {value!r}; expected a number >= 0")
+
+
+def check_step_size(solver: object, step_size: object) -> None:
+    if isinstance(step_size, bool) or not isinstance(step_size, int | float) or not step_size > 0:
+        name = type(solver).__name__
+        raise ValueError(f"{name}: step_size is {step_size!r}; expected a number > 0")
+
+
+def _combine(alpha: float, x: Leaves, beta: float, y: Leaves) -> Leaves:
+    if beta == 0:
+        return x if alpha == 1 else _tree.scale(alpha, x)
+    if alpha == 1:
+        return _tree.axpy(beta, y, x)
+    if beta == 1:
+        return _tree.axpy(alpha, x, y)
+    return _tree.axpy(alpha, x, _tree.scale(beta, y))

@@ -1,0 +1,66 @@
+"""Direct solves with the matrix of the operator."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _tree
+from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._types import Leaves
+from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(AbstractLinearSolver):
+    """Forms the matrix of the operator column by column and solves by LU factorisation.
+
+    Exact up to rounding for any invertible operator. Takes ``n`` products and ``n^2`` memory for
+    ``n`` inner parameters in all, so it is for small problems and as the oracle that other methods
+    are checked against. A matrix that is singular to working precision is reported as breakdown.
+
+    Example:
+        >>> import torch
+        >>> A = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
+        >>> operator = hf.linear_solvers.LinearOperator(
+        ...     lambda v: (A @ v[0],), lambda v: (A.T @ v[0],)
+        ... )
+        >>> hf.Dense().solve(operator, (torch.tensor([4.0, 3.0]),))[0]
+        (tensor([-3.,  2.]),)
+    """
+
+    def solve(
+        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
+    ) -> tuple[Leaves, SolveStats]:
+        dtype = _tree.accumulation_dtype(b)
+        rhs = ravel(b, dtype)
+        identity = torch.eye(rhs.numel(), dtype=dtype, device=rhs.device)
+        matrix = torch.stack(
+            [ravel(operator.mv(unravel(column, b)), dtype) for column in identity], dim=1
+        )
+        # solve_ex, unlike solve, neither raises nor synchronises on a singular matrix
+        x, info = torch.linalg.solve_ex(matrix, rhs)
+        residual_norm = torch.linalg.vector_norm(rhs - matrix @ x)
+        conditioning = torch.linalg.vector_norm(matrix) * torch.linalg.vector_norm(x)
+        singular = (info != 0) | (
+            conditioning * torch.finfo(dtype).eps > torch.linalg.vector_norm(rhs)
+        )
+        finite = torch.isfinite(matrix).all() & torch.isfinite(rhs).all()
+        result = torch.where(singular, int(RESULTS.breakdown), int(RESULTS.success))
+        result = torch.where(finite, result, int(RESULTS.nonfinite))
+        num_steps = torch.full_like(result, identity.shape[0])
+        return unravel(x, b), SolveStats(num_steps, residual_norm, result)
+
+
+def ravel(x: Leaves, dtype: torch.dtype) -> Tensor:
+    return torch.cat([leaf.to(device=x[0].device, dtype=dtype).reshape(-1) for leaf in x])
+
+
+def unravel(vector: Tensor, like: Leaves) -> Leaves:
+    parts = torch.split(vector, [leaf.numel() for leaf in like])
+    return tuple(
+        part.reshape(leaf.shape).to(device=leaf.device, dtype=leaf.dtype)
+        for part, leaf in zip(parts, like, strict=True)
+    )
