@@ -1,0 +1,49 @@
+"""Optimisers as pure functions, differentiable in their gradients, states and coefficients.
+
+An `Optimizer` is a pair of functions: ``init(params)`` makes a state, and
+``update(grads, state, params, hparams)`` returns the next parameters and the next state. Nothing
+is mutated, so a step can be differentiated, batched with ``torch.func.vmap``, replayed and
+checkpointed. Forward values are those of ``torch.optim``, option by option.
+
+**Coefficients.** Every number of an optimiser (``lr``, ``momentum``, ``betas``, ``weight_decay``,
+``eps``, ...) may be
+
+- a number;
+- a tensor: 0-d, or one that broadcasts to each leaf it applies to without enlarging it;
+- a tree of those whose structure is that of ``params`` cut off at any depth: one value for a layer
+  holds for all leaves of the layer, one tensor like each leaf gives a rate to each coordinate;
+- a function of ``hparams`` that returns any of these.
+
+Derivatives with respect to coefficients are exact, in reverse and in forward mode, at every order.
+Numbers are checked against their range; tensors are not, since looking at their values would wait
+for the device and fail under ``vmap``. A function of ``hparams`` sees what `update` was given, so a
+schedule over steps is ``update(grads, state, params, schedule[t])``.
+
+**Square roots.** ``sqrt(v)`` has no derivative at ``v = 0``, but the steps that contain it have
+one: ``g / (sqrt(g^2) + eps)`` has derivative ``1 / eps`` at ``g = 0``. The square roots here have
+all their derivatives equal to zero at zero, which gives that value instead of NaN.
+
+**Low precision.** Steps on bfloat16 and float16 leaves are computed in float32 and rounded once, to
+the dtype of the leaf; the state has the dtypes of the parameters.
+"""
+
+from hyperfunc.optim._base import Coefficient, Optimizer, State, check_optimizer
+from hyperfunc.optim._clip import clip_grad_norm, clip_grad_value
+from hyperfunc.optim._rules import adagrad, adam, adamw, heavy_ball, rmsprop, sgd
+from hyperfunc.optim._torch import from_torch
+
+__all__ = [
+    "Coefficient",
+    "Optimizer",
+    "State",
+    "adagrad",
+    "adam",
+    "adamw",
+    "check_optimizer",
+    "clip_grad_norm",
+    "clip_grad_value",
+    "from_torch",
+    "heavy_ball",
+    "rmsprop",
+    "sgd",
+]

@@ -1,0 +1,238 @@
+"""What all optimisers share: their form, and the coefficients that may depend on hparams."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _tree
+from hyperfunc._types import Leaves, TensorTree
+
+Coefficient: TypeAlias = float | TensorTree | Callable[[Any], Any]
+"""A number, a tensor, a tree of them (see the top of this page), or a function of hparams."""
+
+
+class Optimizer(NamedTuple):
+    """A pair of pure functions that is one optimiser.
+
+    Attributes:
+        init: ``init(params) -> state``, a pytree of tensors.
+        update: ``update(grads, state, params, hparams=None) -> (new_params, new_state)``. ``grads``
+            is a tree like ``params``; ``hparams`` is handed to the coefficients that are functions.
+
+    Example:
+        A step written by hand is an optimiser too:
+
+        >>> halve = hf.optim.Optimizer(
+        ...     init=lambda params: (),
+        ...     update=lambda grads, state, params, hparams=None: (0.5 * params, state),
+        ... )
+        >>> halve.update(None, halve.init(1.0), torch.tensor(4.0))
+        (tensor(2.), ())
+    """
+
+    init: Callable[[TensorTree], Any]
+    update: Callable[..., tuple[TensorTree, Any]]
+
+
+class State(NamedTuple):
+    """The state of the optimisers of this module.
+
+    Attributes:
+        step: int64, 0-d: the updates made so far.
+        slots: the running averages, under the names that ``torch.optim`` gives them: a dict of
+            trees like ``params``. For a class that `from_torch` runs, one dict a leaf.
+    """
+
+    step: Tensor
+    slots: Any
+
+
+def check_optimizer(optimizer: Any, caller: str) -> Optimizer:
+    """Return an `Optimizer`, or raise an error that says how to get one.
+
+    Args:
+        optimizer: what a user passed.
+        caller: the function that it was passed to; the error begins with it.
+
+    Returns:
+        The optimiser itself.
+
+    Raises:
+        TypeError: anything but an `Optimizer`.
+
+    Example:
+        >>> hf.optim.check_optimizer(torch.optim.Adam, "minimize")
+        Traceback (most recent call last):
+        TypeError: minimize: got the class torch.optim.Adam; expected an hf.optim.Optimizer. ...
+    """
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):
+        name = class_name(type(optimizer))
+        got, advice = f"an instance of {name}", f"Write hf.optim.from_torch({name}, lr=...)"
+    elif inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer):
+        name = class_name(optimizer)
+        got, advice = f"the class {name}", f"Write hf.optim.from_torch({name}, lr=...)"
+    elif inspect.isfunction(optimizer) and optimizer.__module__.startswith("hyperfunc.optim"):
+        got = f"the function hf.optim.{optimizer.__name__}"
+        advice = f"Call it: hf.optim.{optimizer.__name__}(lr=...)"
+    else:
+        got = describe(optimizer)
+        advice = "Write hf.optim.sgd(lr=0.1), or hf.optim.Optimizer(init, update) around your own"
+    raise TypeError(f"{caller}: got {got}; expected an hf.optim.Optimizer. {advice}")
+
+
+def check_coefficient(name: str, key: str, coefficient: Coefficient) -> None:
+    """Check what can be known before hparams are."""
+    if not callable(coefficient):
+        _check_values(name, key, coefficient, key)
+
+
+def check_single(label: str, value: Any, advice: str) -> None:
+    if not is_single(value):
+        raise TypeError(
+            f"{label} is {describe(value)}; expected a number or a 0-d tensor, one value for all "
+            f"leaves. For values leaf by leaf, {advice}"
+        )
+
+
+def is_single(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
+
+
+def is_zero(coefficient: Any) -> bool:
+    return isinstance(coefficient, int | float) and coefficient == 0
+
+
+def evaluate(name: str, key: str, coefficient: Coefficient, hparams: Any) -> Any:
+    """The value of a coefficient at these hparams: a number, a tensor or a tree of them."""
+    if not callable(coefficient):
+        return coefficient
+    if hparams is None:
+        raise TypeError(
+            f"{name}: {key} is a function of hparams, but update got hparams=None. "
+            f"Write optimizer.update(grads, state, params, hparams)"
+        )
+    value = coefficient(hparams)
+    _check_values(name, key, value, f"{key}(hparams)")
+    return value
+
+
+def values_by_leaf(
+    name: str,
+    coefficients: dict[str, Coefficient],
+    hparams: Any,
+    params: TensorTree,
+    leaves: Sequence[Tensor],
+    spec: _tree.TreeSpec,
+) -> list[tuple[Any, ...]]:
+    """The values of all coefficients for each leaf; one and the same tuple if leaves share them."""
+    columns = []
+    shared = []
+    for key, coefficient in coefficients.items():
+        value = evaluate(name, key, coefficient, hparams)
+        shared.append(is_single(value))
+        columns.append(
+            [value] * len(leaves)
+            if shared[-1]
+            else _broadcast_prefix(f"{name}: {key}", value, params, leaves, spec)
+        )
+    if all(shared):
+        return [tuple(column[0] for column in columns)] * len(leaves) if leaves else []
+    return list(zip(*columns, strict=True))
+
+
+def cast(values: Iterable[Any], dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    return tuple(
+        value.to(dtype=dtype, device=device) if isinstance(value, Tensor) else value
+        for value in values
+    )
+
+
+def flatten_like_params(
+    name: str, grads: TensorTree, params: TensorTree
+) -> tuple[Leaves, Leaves, _tree.TreeSpec]:
+    """The leaves of the gradients, those of the parameters, and their common structure."""
+    leaves, spec = _tree.flatten(params)
+    grad_leaves, grad_spec = _tree.flatten(grads)
+    _tree.check_like(grad_leaves, grad_spec, tuple(leaves), spec, f"{name}: grads", "params")
+    return tuple(grad_leaves), tuple(leaves), spec
+
+
+def describe(value: Any) -> str:
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def class_name(optimizer_class: type) -> str:
+    name = optimizer_class.__name__
+    if getattr(torch.optim, name, None) is optimizer_class:
+        return f"torch.optim.{name}"
+    return f"{optimizer_class.__module__}.{optimizer_class.__qualname__}"
+
+
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "alpha": (0.0, 1.0, "in [0, 1]"),
+    "beta": (0.0, math.nextafter(1.0, 0.0), "in [0, 1)"),
+    "betas[0]": (0.0, math.nextafter(1.0, 0.0), "in [0, 1)"),
+    "betas[1]": (0.0, math.nextafter(1.0, 0.0), "in [0, 1)"),
+    "dampening": (-math.inf, math.inf, "that is not NaN"),
+}
+_AT_LEAST_ZERO = (0.0, math.inf, "of at least 0")
+_KINDS = (
+    "a number, a floating-point tensor, a tree of them with the structure of params, or a function "
+    "of hparams that returns one of these"
+)
+
+
+def _check_values(name: str, key: str, value: Any, label: str) -> None:
+    low, high, words = _RANGES.get(key, _AT_LEAST_ZERO)
+    leaves, spec = (
+        ([value], None) if isinstance(value, int | float | Tensor) else _tree.flatten(value)
+    )
+    if not leaves:
+        raise TypeError(f"{name}: {label} is {describe(value)}; expected {_KINDS}")
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            continue
+        path = label if spec is None else _tree.paths(spec, label)[index]
+        if isinstance(leaf, bool) or not isinstance(leaf, int | float):
+            got = f"a tensor of dtype {leaf.dtype}" if isinstance(leaf, Tensor) else describe(leaf)
+            raise TypeError(f"{name}: {path} is {got}; expected {_KINDS}")
+        if not low <= leaf <= high:
+            raise ValueError(f"{name}: {path} is {leaf}; expected a number {words}")
+
+
+def _broadcast_prefix(
+    label: str, value: Any, params: TensorTree, leaves: Sequence[Tensor], spec: _tree.TreeSpec
+) -> list[Any]:
+    """One value a leaf, from a tree that is a prefix of params."""
+    values, prefix = _tree.flatten(value)
+    try:
+        subtrees = prefix.flatten_up_to(params)
+    except ValueError as error:
+        raise ValueError(
+            f"{label} has another structure than params: got {prefix}, expected {spec} or that "
+            f"tree cut off at some depth"
+        ) from error
+    column = []
+    for item, subtree in zip(values, subtrees, strict=True):
+        column += [item] * len(_tree.flatten(subtree)[0])
+    for path, item, leaf in zip(_tree.paths(spec, "params"), column, leaves, strict=True):
+        if isinstance(item, Tensor) and not _broadcasts(item.shape, leaf.shape):
+            raise ValueError(
+                f"{label}: a value of shape {tuple(item.shape)} stands for {path}, of shape "
+                f"{tuple(leaf.shape)}; expected a 0-d tensor or one that broadcasts to the leaf"
+            )
+    return column
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False)
+    )

@@ -1,0 +1,114 @@
+"""Gradient clipping, as wrappers around an optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hyperfunc import _tree
+from hyperfunc._types import TensorTree
+from hyperfunc.optim._base import (
+    Coefficient,
+    Optimizer,
+    cast,
+    check_coefficient,
+    check_optimizer,
+    check_single,
+    evaluate,
+    flatten_like_params,
+    values_by_leaf,
+)
+from hyperfunc.optim._leafwise import safe_root
+
+
+def clip_grad_norm(optimizer: Optimizer, max_norm: Coefficient) -> Optimizer:
+    """The optimiser on gradients scaled down to a Euclidean norm of at most ``max_norm``.
+
+        g <- min(1, max_norm / (||g|| + 1e-6)) g,    ||.|| over all leaves together
+
+    as ``torch.nn.utils.clip_grad_norm_``. Under ``vmap`` each task has its own norm.
+
+    Args:
+        optimizer: the `Optimizer` to wrap; its state is the state of the whole.
+        max_norm: a number of at least 0, a 0-d tensor, or a function of hparams that returns one.
+
+    Returns:
+        An `Optimizer`.
+
+    Raises:
+        TypeError: something that is no `Optimizer`, or no such coefficient.
+        ValueError: a number below 0.
+
+    Example:
+        >>> optimizer = hf.optim.clip_grad_norm(hf.optim.sgd(lr=1.0), max_norm=1.0)
+        >>> w = torch.zeros(2)
+        >>> optimizer.update(torch.tensor([30.0, 40.0]), optimizer.init(w), w)[0]
+        tensor([-0.6000, -0.8000])
+
+    References:
+        Pascanu, Mikolov, Bengio. On the difficulty of training recurrent neural networks. ICML
+        2013.
+    """
+    inner = check_optimizer(optimizer, "clip_grad_norm")
+    check_coefficient("clip_grad_norm", "max_norm", max_norm)
+    if not callable(max_norm):
+        check_single("clip_grad_norm: max_norm", max_norm, "use clip_grad_value")
+
+    def update(
+        grads: TensorTree, state: Any, params: TensorTree, hparams: Any = None
+    ) -> tuple[TensorTree, Any]:
+        leaves, _, spec = flatten_like_params("clip_grad_norm", grads, params)
+        limit = evaluate("clip_grad_norm", "max_norm", max_norm, hparams)
+        check_single("clip_grad_norm: max_norm", limit, "use clip_grad_value")
+        total = safe_root(_tree.dot(leaves, leaves))
+        factor = (limit / (total + 1e-6)).clamp(max=1.0)
+        return inner.update(
+            _tree.unflatten(spec, _tree.scale(factor, leaves)), state, params, hparams
+        )
+
+    return Optimizer(inner.init, update)
+
+
+def clip_grad_value(optimizer: Optimizer, clip_value: Coefficient) -> Optimizer:
+    """The optimiser on gradients whose entries are cut off at ``-clip_value`` and ``clip_value``.
+
+        g <- min(max(g, -clip_value), clip_value)
+
+    Args:
+        optimizer: the `Optimizer` to wrap; its state is the state of the whole.
+        clip_value: at least 0; a `Coefficient`.
+
+    Returns:
+        An `Optimizer`.
+
+    Raises:
+        TypeError: something that is no `Optimizer`, or no coefficient.
+        ValueError: a number below 0.
+
+    Example:
+        >>> optimizer = hf.optim.clip_grad_value(hf.optim.sgd(lr=1.0), clip_value=0.5)
+        >>> w = torch.zeros(2)
+        >>> optimizer.update(torch.tensor([30.0, -0.1]), optimizer.init(w), w)[0]
+        tensor([-0.5000,  0.1000])
+
+    References:
+        Mikolov. Statistical language models based on neural networks. PhD thesis, Brno University
+        of Technology, 2012.
+    """
+    inner = check_optimizer(optimizer, "clip_grad_value")
+    check_coefficient("clip_grad_value", "clip_value", clip_value)
+
+    def update(
+        grads: TensorTree, state: Any, params: TensorTree, hparams: Any = None
+    ) -> tuple[TensorTree, Any]:
+        leaves, _, spec = flatten_like_params("clip_grad_value", grads, params)
+        limits = {"clip_value": clip_value}
+        rows = values_by_leaf("clip_grad_value", limits, hparams, params, leaves, spec)
+        clipped = []
+        for leaf, row in zip(leaves, rows, strict=True):
+            (limit,) = cast(row, leaf.dtype, leaf.device)
+            clipped.append(torch.clamp(leaf, -limit, limit))
+        return inner.update(_tree.unflatten(spec, clipped), state, params, hparams)
+
+    return Optimizer(inner.init, update)

@@ -1,0 +1,444 @@
+"""The optimisers of this package, each a step rule on one leaf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperfunc._types import Leaves, TensorTree
+from hyperfunc.optim._base import Coefficient, Optimizer, is_zero
+from hyperfunc.optim._leafwise import (
+    Mode,
+    after_first,
+    average_square,
+    axpy,
+    leafwise,
+    quotient_step,
+    regularised,
+    root_plus,
+    scale,
+)
+
+
+def sgd(
+    lr: Coefficient = 1e-3,
+    momentum: Coefficient = 0.0,
+    dampening: Coefficient = 0.0,
+    weight_decay: Coefficient = 0.0,
+    nesterov: bool = False,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    r"""Stochastic gradient descent, with momentum.
+
+    With g the gradient plus ``weight_decay * w`` (the gradient negated first with ``maximize``),
+
+        b_1 = g_1,    b_t = momentum b_{t-1} + (1 - dampening) g_t,    w_t = w_{t-1} - lr b_t,
+
+    and w_t = w_{t-1} - lr (g_t + momentum b_t) with ``nesterov``. Without momentum b_t = g_t.
+
+    Args:
+        lr: step size, at least 0; a `Coefficient`, as are the next three.
+        momentum: decay of the buffer b, at least 0.
+        dampening: share of the gradient that is kept out of the buffer.
+        weight_decay: factor of ``w`` that is added to the gradient, at least 0.
+        nesterov: look ahead along the buffer; needs momentum and no dampening.
+        maximize: climb instead of descend.
+
+    Returns:
+        An `Optimizer` whose slots are ``momentum_buffer``, or none without momentum.
+
+    Raises:
+        ValueError: a number out of its range; ``nesterov`` without momentum or with dampening.
+        TypeError: a coefficient that is none of the kinds above.
+
+    Example:
+        The derivative of one step with respect to the learning rate is minus the gradient:
+
+        >>> optimizer = hf.optim.sgd(lr=lambda hparams: hparams["lr"])
+        >>> params, grads = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
+        >>> state = optimizer.init(params)
+        >>> step = lambda hparams: optimizer.update(grads, state, params, hparams)[0]
+        >>> torch.func.jacrev(step)({"lr": torch.tensor(0.1)})
+        {'lr': tensor([-0.5000, -4.0000])}
+
+    References:
+        Sutskever, Martens, Dahl, Hinton. On the importance of initialization and momentum in deep
+        learning. ICML 2013.
+    """
+    has_momentum = not is_zero(momentum)
+    if nesterov and not (has_momentum and is_zero(dampening)):
+        raise ValueError(
+            f"sgd: nesterov=True needs momentum and no dampening; got momentum={momentum!r}, "
+            f"dampening={dampening!r}. Write sgd(lr, momentum=0.9, nesterov=True)"
+        )
+
+    def prepare(t: Any, lr: Any, momentum: Any, dampening: Any, weight_decay: Any) -> Any:
+        gain = 1 if is_zero(dampening) else 1 - dampening * after_first(t)
+        return -lr, momentum, gain, weight_decay
+
+    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any, mode: Mode) -> Any:
+        rate, momentum, gain, weight_decay = c
+        grad = regularised(grad, leaf, weight_decay, maximize)
+        if not has_momentum:
+            return axpy(rate, grad, leaf), ()
+        buffer = axpy(momentum, slots[0], scale(gain, grad))
+        direction = axpy(momentum, buffer, grad) if nesterov else buffer
+        return axpy(rate, direction, leaf), (buffer,)
+
+    return leafwise(
+        "sgd",
+        {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay},
+        prepare,
+        step,
+        {"momentum_buffer": 0.0} if has_momentum else {},
+    )
+
+
+def heavy_ball(lr: Coefficient, beta: Coefficient) -> Optimizer:
+    """Polyak's heavy ball, started at rest.
+
+        w_{t+1} = w_t - lr g_t + beta (w_t - w_{t-1}),    w_{-1} = w_0
+
+    For a constant ``lr`` these are the iterates of ``sgd(lr, momentum=beta)``; for one that changes
+    they are not, since here the rate multiplies the newest gradient alone.
+
+    Args:
+        lr: step size, at least 0; a `Coefficient`, as is the next.
+        beta: the share of the last displacement that is kept, in [0, 1).
+
+    Returns:
+        An `Optimizer` whose slot ``previous`` is the iterate before the current one.
+
+    Raises:
+        ValueError: a number out of its range.
+        TypeError: a coefficient of no kind that is known.
+
+    Example:
+        >>> optimizer = hf.optim.heavy_ball(lr=0.1, beta=0.5)
+        >>> w = torch.tensor(1.0)
+        >>> state = optimizer.init(w)
+        >>> for _ in range(2):
+        ...     w, state = optimizer.update(w, state, w)  # the gradient of w^2 / 2 is w
+        >>> w
+        tensor(0.7600)
+
+    References:
+        Polyak. Some methods of speeding up the convergence of iteration methods. USSR Computational
+        Mathematics and Mathematical Physics 4(5), 1964.
+    """
+
+    def prepare(t: Any, lr: Any, beta: Any) -> Any:
+        return -lr, 1 + beta
+
+    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any, mode: Mode) -> Any:
+        rate, reach = c
+        # One pass over the leaves: lerp goes from the previous iterate through this one and beyond.
+        return axpy(rate, grad, torch.lerp(slots[0], leaf, reach)), (leaf,)
+
+    return leafwise("heavy_ball", {"lr": lr, "beta": beta}, prepare, step, {"previous": None})
+
+
+def adam(
+    lr: Coefficient = 1e-3,
+    betas: tuple[Coefficient, Coefficient] = (0.9, 0.999),
+    eps: Coefficient = 1e-8,
+    weight_decay: Coefficient = 0.0,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+    decoupled_weight_decay: bool = False,
+) -> Optimizer:
+    r"""Adam: steps scaled by running averages of the gradient and of its square.
+
+    With g the gradient plus ``weight_decay * w`` (the gradient negated first with ``maximize``),
+
+        m_t = beta1 m_{t-1} + (1 - beta1) g_t          m^ = m_t / (1 - beta1^t)
+        v_t = beta2 v_{t-1} + (1 - beta2) g_t^2        v^ = v_t / (1 - beta2^t)
+        w_t = w_{t-1} - lr m^ / (sqrt(v^) + eps)
+
+    With ``amsgrad``, the largest v so far stands in v^.
+
+    Args:
+        lr: step size, at least 0; a `Coefficient`, as are both betas, ``eps`` and ``weight_decay``.
+        betas: decays of the two averages, each in [0, 1).
+        eps: added to the root, at least 0.
+        weight_decay: factor of ``w`` that is added to the gradient, at least 0.
+        amsgrad: never let the scale of the steps grow again.
+        maximize: climb instead of descend.
+        decoupled_weight_decay: shrink ``w`` by ``1 - lr * weight_decay`` instead of adding to the
+            gradient, as `adamw` does.
+
+    Returns:
+        An `Optimizer` with slots ``exp_avg``, ``exp_avg_sq`` and, with ``amsgrad``,
+        ``max_exp_avg_sq``.
+
+    Raises:
+        ValueError: a number out of its range.
+        TypeError: ``betas`` that are not a pair, or a coefficient of no kind that is known.
+
+    Example:
+        A zero gradient is no obstacle to derivatives: the first step is ``-lr g / (|g| + eps)``,
+        whose slope at zero is ``-lr / eps``.
+
+        >>> optimizer = hf.optim.adam(lr=0.1, eps=0.01)
+        >>> w = torch.tensor(1.0)
+        >>> state = optimizer.init(w)
+        >>> torch.func.grad(lambda g: optimizer.update(g, state, w)[0])(torch.tensor(0.0))
+        tensor(-10.)
+
+    References:
+        Kingma, Ba. Adam: a method for stochastic optimization. ICLR 2015.
+        Reddi, Kale, Kumar. On the convergence of Adam and beyond. ICLR 2018.
+    """
+    return _adam(
+        "adam", lr, betas, eps, weight_decay, amsgrad, maximize, decoupled=decoupled_weight_decay
+    )
+
+
+def adamw(
+    lr: Coefficient = 1e-3,
+    betas: tuple[Coefficient, Coefficient] = (0.9, 0.999),
+    eps: Coefficient = 1e-8,
+    weight_decay: Coefficient = 1e-2,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Adam whose weight decay acts on the parameters, not through the averages.
+
+        w_t = (1 - lr weight_decay) w_{t-1} - lr m^ / (sqrt(v^) + eps)
+
+    with m^ and v^ the averages of the bare gradient, as in `adam`.
+
+    Args:
+        lr: step size, at least 0; a `Coefficient`, as are both betas, ``eps`` and ``weight_decay``.
+        betas: decays of the two averages, each in [0, 1).
+        eps: added to the root, at least 0.
+        weight_decay: rate of decay, relative to ``lr``, at least 0.
+        amsgrad: never let the scale of the steps grow again.
+        maximize: climb instead of descend.
+
+    Returns:
+        An `Optimizer` with the slots of `adam`.
+
+    Raises:
+        ValueError: a number out of its range.
+        TypeError: ``betas`` that are not a pair, or a coefficient of no kind that is known.
+
+    Example:
+        >>> optimizer = hf.optim.adamw(lr=0.1, weight_decay=lambda hparams: hparams)
+        >>> w = torch.tensor(2.0)
+        >>> state = optimizer.init(w)
+        >>> step = lambda decay: optimizer.update(torch.tensor(1.0), state, w, decay)[0]
+        >>> step(torch.tensor(0.5)), torch.func.grad(step)(torch.tensor(0.5))
+        (tensor(1.8000), tensor(-0.2000))
+
+    References:
+        Loshchilov, Hutter. Decoupled weight decay regularization. ICLR 2019.
+    """
+    return _adam("adamw", lr, betas, eps, weight_decay, amsgrad, maximize, decoupled=True)
+
+
+def rmsprop(
+    lr: Coefficient = 1e-2,
+    alpha: Coefficient = 0.99,
+    eps: Coefficient = 1e-8,
+    weight_decay: Coefficient = 0.0,
+    momentum: Coefficient = 0.0,
+    centered: bool = False,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Steps scaled by a running average of the squared gradient.
+
+    With g the gradient plus ``weight_decay * w`` (the gradient negated first with ``maximize``),
+
+        v_t = alpha v_{t-1} + (1 - alpha) g_t^2
+        b_t = momentum b_{t-1} + g_t / (sqrt(v_t) + eps),    w_t = w_{t-1} - lr b_t.
+
+    With ``centered`` the root is of ``v_t - m_t^2``, the variance, where m is the same average of
+    the gradient.
+
+    Args:
+        lr: step size, at least 0; a `Coefficient`, as are the next four.
+        alpha: decay of the averages, in [0, 1].
+        eps: added to the root, at least 0.
+        weight_decay: factor of ``w`` that is added to the gradient, at least 0.
+        momentum: decay of the buffer b, at least 0.
+        centered: divide by the standard deviation instead of the root mean square.
+        maximize: climb instead of descend.
+
+    Returns:
+        An `Optimizer` with slots ``square_avg``, with momentum ``momentum_buffer``, and with
+        ``centered`` ``grad_avg``.
+
+    Raises:
+        ValueError: a number out of its range.
+        TypeError: a coefficient of no kind that is known.
+
+    Example:
+        The first step is ``lr / sqrt(1 - alpha)`` long, whatever the gradient:
+
+        >>> optimizer = hf.optim.rmsprop(lr=0.1, alpha=0.75)
+        >>> w = torch.tensor([0.0, 0.0])
+        >>> optimizer.update(torch.tensor([3.0, -0.1]), optimizer.init(w), w)[0]
+        tensor([-0.2000,  0.2000])
+
+    References:
+        Tieleman, Hinton. Lecture 6.5: rmsprop. COURSERA: Neural networks for machine learning,
+        2012.
+        Graves. Generating sequences with recurrent neural networks. arXiv:1308.0850 (``centered``).
+    """
+    has_momentum = not is_zero(momentum)
+
+    def prepare(t: Any, lr: Any, alpha: Any, eps: Any, weight_decay: Any, momentum: Any) -> Any:
+        return -lr, alpha, 1 - alpha, eps, weight_decay, momentum
+
+    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any, mode: Mode) -> Any:
+        rate, alpha, gain, eps, weight_decay, momentum = c
+        grad = regularised(grad, leaf, weight_decay, maximize)
+        square = average_square(slots[0], grad, alpha, gain, mode)
+        new_slots = [square]
+        if centered:
+            mean = torch.lerp(slots[-1], grad, gain)
+            # Rounding can make the variance negative; its root would be NaN.
+            square = torch.addcmul(square, mean, mean, value=-1).clamp(min=0)
+        if not has_momentum:
+            new = quotient_step(leaf, rate, grad, square, eps, mode)
+        else:
+            buffer = axpy(momentum, slots[1], grad / root_plus(square, eps, mode))
+            new_slots.append(buffer)
+            new = axpy(rate, buffer, leaf)
+        return new, (*new_slots, mean) if centered else tuple(new_slots)
+
+    slots = ["square_avg"] + ["momentum_buffer"] * has_momentum + ["grad_avg"] * centered
+    coefficients = {
+        "lr": lr,
+        "alpha": alpha,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "momentum": momentum,
+    }
+    return leafwise("rmsprop", coefficients, prepare, step, dict.fromkeys(slots, 0.0))
+
+
+def adagrad(
+    lr: Coefficient = 1e-2,
+    lr_decay: Coefficient = 0.0,
+    weight_decay: Coefficient = 0.0,
+    initial_accumulator_value: float | TensorTree = 0.0,
+    eps: Coefficient = 1e-10,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Steps scaled by the root of the sum of all squared gradients.
+
+    With g the gradient plus ``weight_decay * w`` (the gradient negated first with ``maximize``),
+
+        s_t = s_{t-1} + g_t^2
+        w_t = w_{t-1} - lr / (1 + (t - 1) lr_decay) g_t / (sqrt(s_t) + eps)
+
+    Args:
+        lr: step size, at least 0; a `Coefficient`, as are ``lr_decay``, ``weight_decay``, ``eps``.
+        lr_decay: how fast the step size falls with the number of steps, at least 0.
+        weight_decay: factor of ``w`` that is added to the gradient, at least 0.
+        initial_accumulator_value: s_0, at least 0; not a function, since ``init`` sees no hparams.
+        eps: added to the root, at least 0.
+        maximize: climb instead of descend.
+
+    Returns:
+        An `Optimizer` with the slot ``sum``.
+
+    Raises:
+        ValueError: a number out of its range.
+        TypeError: a coefficient of no kind that is known; an ``initial_accumulator_value`` that is
+            a function.
+
+    Example:
+        >>> optimizer = hf.optim.adagrad(lr=1.0)
+        >>> w, g = torch.tensor(0.0), torch.tensor(5.0)
+        >>> state = optimizer.init(w)
+        >>> for _ in range(2):
+        ...     w, state = optimizer.update(g, state, w)  # -1, then -1 / sqrt(2)
+        >>> w
+        tensor(-1.7071)
+
+    References:
+        Duchi, Hazan, Singer. Adaptive subgradient methods for online learning and stochastic
+        optimization. JMLR 12, 2011.
+    """
+    if callable(initial_accumulator_value):
+        raise TypeError(
+            "adagrad: initial_accumulator_value is a function, but it is needed in init(params), "
+            "which sees no hparams. Pass a number or a tensor, or put the value into the state: "
+            "state._replace(slots={'sum': ...})"
+        )
+
+    def prepare(t: Any, lr: Any, lr_decay: Any, weight_decay: Any, eps: Any) -> Any:
+        return -lr / (1 + (t - 1) * lr_decay), weight_decay, eps
+
+    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any, mode: Mode) -> Any:
+        rate, weight_decay, eps = c
+        grad = regularised(grad, leaf, weight_decay, maximize)
+        total = torch.addcmul(slots[0], grad, grad)
+        return quotient_step(leaf, rate, grad, total, eps, mode), (total,)
+
+    return leafwise(
+        "adagrad",
+        {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay, "eps": eps},
+        prepare,
+        step,
+        {"sum": initial_accumulator_value},
+    )
+
+
+def _adam(
+    name: str,
+    lr: Coefficient,
+    betas: tuple[Coefficient, Coefficient],
+    eps: Coefficient,
+    weight_decay: Coefficient,
+    amsgrad: bool,
+    maximize: bool,
+    *,
+    decoupled: bool,
+) -> Optimizer:
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(
+            f"{name}: betas is {betas!r}; expected a pair of coefficients such as (0.9, 0.999), "
+            f"either of which may be a function of hparams"
+        )
+
+    def prepare(t: Any, lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay: Any) -> Any:
+        correction = (1 - beta2**t) ** 0.5
+        # The root of v^ is multiplied out: one pass over the leaves less.
+        rate = -lr * correction / (1 - beta1**t)
+        return rate, 1 - beta1, beta2, 1 - beta2, eps * correction, weight_decay, lr * weight_decay
+
+    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any, mode: Mode) -> Any:
+        rate, gain1, beta2, gain2, eps, weight_decay, shrink = c
+        if decoupled:
+            grad = regularised(grad, leaf, 0.0, maximize)
+            leaf = scale(1 - shrink, leaf)
+        else:
+            grad = regularised(grad, leaf, weight_decay, maximize)
+        mean = torch.lerp(slots[0], grad, gain1)
+        square = average_square(slots[1], grad, beta2, gain2, mode)
+        if not amsgrad:
+            return quotient_step(leaf, rate, mean, square, eps, mode), (mean, square)
+        largest = torch.maximum(slots[2], square)
+        new = quotient_step(leaf, rate, mean, largest, eps, mode)
+        return new, (mean, square, largest)
+
+    slots = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
+    coefficients = {
+        "lr": lr,
+        "betas[0]": betas[0],
+        "betas[1]": betas[1],
+        "eps": eps,
+        "weight_decay": weight_decay,
+    }
+    return leafwise(name, coefficients, prepare, step, dict.fromkeys(slots, 0.0))

@@ -1,0 +1,422 @@
+"""The classes of torch.optim as pure updates."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _tree
+from hyperfunc._types import Leaves, TensorTree
+from hyperfunc.optim._base import (
+    Optimizer,
+    State,
+    check_single,
+    class_name,
+    describe,
+    evaluate,
+    flatten_like_params,
+)
+from hyperfunc.optim._leafwise import safe_root
+from hyperfunc.optim._rules import adagrad, adam, adamw, rmsprop, sgd
+
+
+def from_torch(
+    optimizer_class: type[torch.optim.Optimizer], /, *, differentiable: bool = False, **options: Any
+) -> Optimizer:
+    """Run a ``torch.optim`` class as a pure update.
+
+    SGD, Adam, AdamW, RMSprop and Adagrad become the functions of this module, with all that they
+    can do. Any other class takes its own step, on copies, with its state passed in and out. Then
+
+    - options may be numbers, 0-d tensors or functions of ``hparams``, also within ``betas``;
+    - derivatives with respect to gradients, parameters and state are right for Adadelta, Adamax,
+      ASGD, NAdam, RAdam and Rprop, and with respect to ``lr`` for NAdam and RAdam. All others are
+      refused when they are asked for, since torch's own are missing or silently zero;
+    - ``vmap`` runs the step task by task.
+
+    Args:
+        optimizer_class: a subclass of ``torch.optim.Optimizer`` that works on dense gradients and
+            needs no closure.
+        differentiable: states that the step of a class that is not in ``torch.optim`` is right when
+            it is differentiated in gradients, parameters and state with its own option
+            ``differentiable=True``. The classes named above need no such statement.
+        **options: the options of the class, but no ``params``: these go to ``init``. The first five
+            classes ignore ``foreach``, ``fused`` and ``capturable``, which change no result.
+
+    Returns:
+        An `Optimizer`.
+
+    Raises:
+        TypeError: something that is no such class; an option that it does not know.
+        ValueError: LBFGS and its like, which evaluate the loss themselves; SparseAdam; an option
+            out of its range.
+        RuntimeError: a derivative that would be wrong, when it is taken.
+
+    Example:
+        >>> optimizer = hf.optim.from_torch(torch.optim.NAdam, lr=lambda hparams: hparams["lr"])
+        >>> params = {"w": torch.ones(2)}
+        >>> state = optimizer.init(params)
+        >>> def loss_after_step(hparams):
+        ...     new, _ = optimizer.update(params, state, params, hparams)
+        ...     return (new["w"] ** 2).sum() / 2
+        >>> torch.func.grad(loss_after_step)({"lr": torch.tensor(0.0)})["lr"]
+        tensor(-2.1...)
+
+    References:
+        The algorithms are described, with their papers, in the documentation of ``torch.optim``.
+    """
+    _check_torch_class(optimizer_class)
+    native = _NATIVE.get(optimizer_class)
+    if native is not None:
+        kept = {name: value for name, value in options.items() if name not in _EXECUTION_OPTIONS}
+        return native(**kept)
+    return _torch_step(optimizer_class, differentiable, options)
+
+
+_NATIVE: dict[type[torch.optim.Optimizer], Callable[..., Optimizer]] = {
+    torch.optim.SGD: sgd,
+    torch.optim.Adam: adam,
+    torch.optim.AdamW: adamw,
+    torch.optim.RMSprop: rmsprop,
+    torch.optim.Adagrad: adagrad,
+}
+_EXECUTION_OPTIONS = ("foreach", "fused", "capturable")
+
+# The classes whose step torch differentiates rightly in gradients, parameters and state, and the
+# options in which it does too. tests/test_optim.py compares every class with finite differences.
+_DIFFERENTIABLE: dict[str, frozenset[str]] = {
+    "torch.optim.ASGD": frozenset(),
+    "torch.optim.Adadelta": frozenset(),
+    "torch.optim.Adamax": frozenset(),
+    "torch.optim.NAdam": frozenset({"lr"}),
+    "torch.optim.RAdam": frozenset({"lr"}),
+    "torch.optim.Rprop": frozenset(),
+}
+_PROBE = 0.5  # stands for coefficients that are not known yet; in range for each of them
+
+
+def _check_torch_class(optimizer_class: Any) -> None:
+    if isinstance(optimizer_class, torch.optim.Optimizer):
+        name = class_name(type(optimizer_class))
+        raise TypeError(
+            f"from_torch: got an instance of {name}; expected the class and its options. "
+            f"Write hf.optim.from_torch({name}, lr=...)"
+        )
+    if not (
+        inspect.isclass(optimizer_class) and issubclass(optimizer_class, torch.optim.Optimizer)
+    ):
+        raise TypeError(
+            f"from_torch: got {describe(optimizer_class)}; expected a subclass of "
+            f"torch.optim.Optimizer. Write hf.optim.from_torch(torch.optim.NAdam, lr=...)"
+        )
+    closure = inspect.signature(optimizer_class.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"from_torch: {class_name(optimizer_class)} evaluates the loss itself, through a "
+            f"closure, and has no update from gradients. Run it in your own inner solver, and take "
+            f"the hypergradient with an implicit method such as method='cg'"
+        )
+    if issubclass(optimizer_class, torch.optim.SparseAdam):
+        raise ValueError(
+            "from_torch: torch.optim.SparseAdam works on sparse gradients; trees of params are "
+            "dense here. Use hf.optim.adam"
+        )
+
+
+def _torch_step(
+    optimizer_class: type[torch.optim.Optimizer], differentiable: bool, options: dict[str, Any]
+) -> Optimizer:
+    name = class_name(optimizer_class)
+    rule = _TorchRule(optimizer_class, options)
+    right = _DIFFERENTIABLE.get(name, frozenset())
+    if differentiable and "differentiable" not in inspect.signature(optimizer_class).parameters:
+        raise TypeError(
+            f"from_torch: differentiable=True, but {name} has no option of that name: its step "
+            f"cannot be differentiated. Use one of the functions of hf.optim"
+        )
+    differentiable = differentiable or name in _DIFFERENTIABLE
+    # A wrong option raises here, and not at the first step.
+    rule.build([torch.zeros(1, 1)], [_PROBE] * len(rule.labels), {})
+
+    def init(params: TensorTree) -> State:
+        leaves, _ = _tree.flatten_floating(params, "params")
+        with torch.no_grad():
+            zeros = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in leaves]
+            _, states = rule.run(zeros, zeros, None, [_PROBE] * len(rule.labels), {})
+        for entries in states:
+            for key, value in entries.items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(
+                        f"from_torch: {name} keeps {key!r} in its state as {describe(value)}; "
+                        f"expected tensors only, since a state is a pytree of tensors"
+                    )
+        slots = tuple(
+            {
+                key: torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+                for key, x in sorted(entries.items())
+            }
+            for entries in states
+        )
+        return State(torch.zeros((), dtype=torch.int64, device="cpu"), slots)
+
+    def update(
+        grads: TensorTree, state: State, params: TensorTree, hparams: Any = None
+    ) -> tuple[TensorTree, State]:
+        grad_leaves, leaves, spec = flatten_like_params(name, grads, params)
+        if not (isinstance(state, State) and isinstance(state.slots, tuple)) or (
+            len(state.slots) != len(leaves)
+        ):
+            raise TypeError(
+                f"{name}: got a state that is not one of from_torch({name}) for these params. "
+                f"Make it with state = optimizer.init(params)"
+            )
+        slot_leaves, slot_spec = _tree.flatten(state.slots)
+        values = [rule.evaluate(name, index, hparams) for index in range(len(rule.labels))]
+        n = len(leaves)
+
+        def take_step(traced: bool, *inputs: Tensor) -> Leaves:
+            first, second, (steps, *rest) = inputs[:n], inputs[n : 2 * n], inputs[2 * n :]
+            slots, values = rest[: len(slot_leaves)], rest[len(slot_leaves) :]
+            numbers = [
+                value if traced and label in right else value.item()
+                for label, value in zip(rule.labels, values, strict=True)
+            ]
+            states = _tree.unflatten(slot_spec, slots) if steps.item() else None
+            execution = rule.traced_execution if traced else {}
+            new_leaves, new_states = rule.run(first, second, states, numbers, execution)
+            return (*new_leaves, *_tree.flatten(tuple(new_states))[0])
+
+        first_value = 2 * n + 1 + len(slot_leaves)
+
+        def refuse(index: int) -> None:
+            if not differentiable:
+                raise RuntimeError(
+                    f"from_torch: a step of {name} cannot be differentiated. Use one of the "
+                    f"functions of hf.optim, or an implicit method such as method='cg', which "
+                    f"does not differentiate steps. If the class is written to be differentiated, "
+                    f"write from_torch({name}, differentiable=True, ...)"
+                )
+            if index >= first_value and rule.labels[index - first_value] not in right:
+                raise RuntimeError(
+                    f"from_torch: the derivative of a step of {name} with respect to "
+                    f"{rule.labels[index - first_value]} is wrong or missing in torch. Use one of "
+                    f"the functions of hf.optim, which have it for every coefficient"
+                )
+
+        outputs = _TaskByTask.apply(
+            lambda *inputs: take_step(False, *inputs),
+            lambda *inputs: take_step(True, *inputs),
+            refuse,
+            *leaves,
+            *grad_leaves,
+            state.step,
+            *slot_leaves,
+            *values,
+        )
+        new_slots = _tree.unflatten(slot_spec, outputs[n:])
+        return _tree.unflatten(spec, outputs[:n]), State(state.step + 1, new_slots)
+
+    return Optimizer(init, update)
+
+
+class _TorchRule:
+    """One step of a torch.optim class on copies, with some of its options left open."""
+
+    def __init__(
+        self, optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]
+    ) -> None:
+        self._class = optimizer_class
+        self._leaves, self._spec = _tree.flatten(options)
+        self._open = [
+            index
+            for index, leaf in enumerate(self._leaves)
+            if callable(leaf) or isinstance(leaf, Tensor)
+        ]
+        paths = {key: _tree.paths(_tree.flatten(value)[1], key) for key, value in options.items()}
+        labels = list(itertools.chain(*(paths[key] for key in sorted(paths))))
+        self.labels = [labels[index] for index in self._open]
+        accepted = inspect.signature(optimizer_class).parameters
+        self.traced_execution = {
+            "differentiable": True,
+            **{key: False for key in _EXECUTION_OPTIONS if key in accepted},
+        }
+
+    def evaluate(self, name: str, index: int, hparams: Any) -> Tensor:
+        label, coefficient = self.labels[index], self._leaves[self._open[index]]
+        value = evaluate(name, label, coefficient, hparams)
+        check_single(f"{name}: {label}", value, "use the functions of hf.optim")
+        return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+    def build(
+        self, params: list[Tensor], values: Sequence[Any], execution: dict[str, Any]
+    ) -> torch.optim.Optimizer:
+        leaves = list(self._leaves)
+        for index, value in zip(self._open, values, strict=True):
+            leaves[index] = value
+        optimizer_class: Any = self._class
+        built: torch.optim.Optimizer = optimizer_class(
+            params, **{**_tree.unflatten(self._spec, leaves), **execution}
+        )
+        return built
+
+    def run(
+        self,
+        leaves: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]] | None,
+        values: Sequence[Any],
+        execution: dict[str, Any],
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        params = [leaf.clone() for leaf in leaves]
+        optimizer = self.build(params, values, execution)
+        for index, param in enumerate(params):
+            param.grad = grads[index].clone()
+            if states is not None:
+                # Step counters have no derivative, and torch refuses those that carry one.
+                optimizer.state[param] = {
+                    key: (value.detach() if key == "step" else value).clone()
+                    for key, value in states[index].items()
+                }
+        with _SafeRoots():
+            optimizer.step()
+        return params, [dict(optimizer.state[param]) for param in params]
+
+
+class _SafeRoots(torch.overrides.TorchFunctionMode):
+    """Within this context, square roots have derivative zero at zero."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.sqrt, torch.Tensor.sqrt) and isinstance(args[0], Tensor) and not kwargs:
+            return safe_root(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class _TaskByTask(torch.autograd.Function):
+    """A function that ``vmap`` runs task by task, and whose derivatives are such functions again.
+
+    ``plain`` computes values, ``traced`` the same values for differentiation; both see tensors
+    without a batch dimension only. ``refuse(index)`` raises if no derivative with respect to that
+    input can be had.
+    """
+
+    @staticmethod
+    def forward(plain: Any, traced: Any, refuse: Any, *inputs: Tensor) -> Leaves:
+        return tuple(plain(*inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
+        _, ctx.traced, ctx.refuse, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(x for x in output if not x.is_floating_point()))
+        ctx.smooth = [i for i, x in enumerate(output) if x.is_floating_point()]
+        ctx.num_outputs = len(output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+        for index in wanted:
+            ctx.refuse(index)
+        if not given:
+            return (None,) * (3 + len(inputs))
+
+        def pull(*inputs_and_cotangents: Tensor) -> Leaves:
+            primals = inputs_and_cotangents[: len(inputs)]
+            restricted = _restrict(ctx.traced, primals, wanted, given)
+            vjp = torch.func.vjp(restricted, *(primals[i] for i in wanted))[1]
+            return tuple(vjp(inputs_and_cotangents[len(inputs) :]))
+
+        pulled = _TaskByTask.apply(
+            pull,
+            pull,
+            _refuse_before(ctx.refuse, len(inputs)),
+            *inputs,
+            *(cotangents[i] for i in given),
+        )
+        return None, None, None, *_spread(pulled, wanted, len(inputs))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        moved = [i for i, tangent in enumerate(tangents[3:]) if tangent is not None]
+        for index in moved:
+            ctx.refuse(index)
+
+        def push(*inputs_and_tangents: Tensor) -> Leaves:
+            primals = inputs_and_tangents[: len(inputs)]
+            restricted = _restrict(ctx.traced, primals, moved, ctx.smooth)
+            point = tuple(primals[i] for i in moved)
+            return tuple(torch.func.jvp(restricted, point, inputs_and_tangents[len(inputs) :])[1])
+
+        pushed = _TaskByTask.apply(
+            push,
+            push,
+            _refuse_before(ctx.refuse, len(inputs)),
+            *inputs,
+            *(tangents[3 + i] for i in moved),
+        )
+        return tuple(_spread(pushed, ctx.smooth, ctx.num_outputs))
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        plain: Any,
+        traced: Any,
+        refuse: Any,
+        *inputs: Tensor,
+    ) -> tuple[Leaves, tuple[int, ...]]:
+        tasks = [
+            _TaskByTask.apply(
+                plain,
+                traced,
+                refuse,
+                *(
+                    x if dim is None else x.select(dim, task)
+                    for x, dim in zip(inputs, in_dims[3:], strict=True)
+                ),
+            )
+            for task in range(info.batch_size)
+        ]
+        outputs = tuple(torch.stack(values) for values in zip(*tasks, strict=True))
+        return outputs, (0,) * len(outputs)
+
+
+def _restrict(
+    fn: Callable[..., Leaves],
+    inputs: Sequence[Tensor],
+    indices: Sequence[int],
+    outputs: Sequence[int],
+) -> Callable[..., Leaves]:
+    """The function of some of its inputs, and some of its outputs, alone."""
+
+    def restricted(*selected: Tensor) -> Leaves:
+        filled = list(inputs)
+        for index, value in zip(indices, selected, strict=True):
+            filled[index] = value
+        values = fn(*filled)
+        return tuple(values[i] for i in outputs)
+
+    return restricted
+
+
+def _spread(values: Sequence[Any], indices: Sequence[int], size: int) -> list[Any]:
+    """The values at their indices in a list of None."""
+    spread = [None] * size
+    for index, value in zip(indices, values, strict=True):
+        spread[index] = value
+    return spread
+
+
+def _refuse_before(refuse: Callable[[int], None], end: int) -> Callable[[int], None]:
+    return lambda index: refuse(index) if index < end else None
