@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from types import MethodType
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, TypeAlias, cast, final, get_args
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.utils._pytree import tree_leaves
 
-from hyperfunc._ad import transforms_active
+from hyperfunc._ad import is_tracked, transforms_active
 from hyperfunc._tree import check_like, flatten, flatten_floating
 from hyperfunc._types import TensorTree
 
@@ -51,14 +51,14 @@ def functional(
       writes to a buffer is dropped.
     - ``"frozen"``: every normalisation layer uses its running statistics :math:`m, v`, as
       constants, whatever its mode. Other layers, such as Dropout, stay in theirs.
-    - ``"update"``: as "batch", but ``apply`` returns ``(output, new_buffers)``: the buffers that the
-      module would hold after the call, by name, with a task dimension under ``vmap``.
+    - ``"update"``: as "batch", but ``apply`` returns ``(output, new_buffers)``: by name, the
+      buffers that the module would hold after the call; under ``vmap``, those of each task.
 
     All other buffers (tables, masks) are constants. Spectral normalisation in training mode takes
     its power iteration steps from the stored vectors (none if "frozen"), and no derivative goes
-    through them. Layers that draw random numbers need ``torch.func.vmap(..., randomness="different")``
-    or ``"same"``. A forward of your own that writes to a buffer in place (``self.m.mul_(0.9)``)
+    through them. A forward of your own that writes to a buffer in place (``self.m.mul_(0.9)``)
     works under ``vmap`` with "update"; written as ``self.m = 0.9 * self.m``, with all three.
+    Layers that draw random numbers need ``vmap(..., randomness="different")`` or ``"same"``.
 
     Args:
         module: any ``nn.Module``; parametrisations, hooks and tied weights work. Wrappers such as
@@ -233,8 +233,9 @@ class FunctionalModule:
     ``apply.buffers`` is a copy of the buffers that it holds. A call takes others in their place by
     the keyword ``buffers``, a dictionary with the same names, such as an earlier call returned: so
     running statistics are carried from step to step, or from adaptation ("update") to evaluation
-    ("frozen"). All other keywords go to the module. One object serves one thread at a time; make
-    further ones with `copy.deepcopy`.
+    ("frozen"). ``torch.func.vmap`` maps no keywords, so to map buffers write
+    ``vmap(lambda params, buffers, x: apply(params, x, buffers=buffers))``. All other keywords go to
+    the module. One object serves one thread at a time; make further ones with `copy.deepcopy`.
 
     Example:
         >>> net = torch.nn.BatchNorm1d(2, affine=False)
@@ -297,15 +298,19 @@ class FunctionalModule:
             output = torch.func.functional_call(
                 self._module, values, inputs, keywords, tie_weights=False
             )
-        except (RuntimeError, ValueError) as error:
-            raise self._explain(error) from error
+        except RuntimeError as error:
+            for fragments, advice in _ADVICE:
+                if transforms_active() and any(text in str(error) for text in fragments):
+                    raise RuntimeError(f"{self._name}: {advice}") from error
+            raise
         finally:
             # What forward keeps on a layer (a cache, a hidden state) must not reach the next call.
             for layer, before in zip(self._layers, attributes, strict=True):
                 object.__setattr__(layer, "__dict__", before)
+        self._check_graph(output, (params, buffers, inputs, keywords))
         if self._mode != "update":
             return output
-        return output, {name: values.get(name, tensors[name]) for name in self._buffers}
+        return output, {name: values[name] for name in self._buffers}
 
     def __repr__(self) -> str:
         return f"<functional({self._name}, buffers={self._mode!r}), {len(self._shapes)} parameters>"
@@ -327,7 +332,7 @@ class FunctionalModule:
         if not isinstance(given, Mapping):
             raise TypeError(
                 f"apply: {what} is of type {type(given).__name__}; expected a dictionary of "
-                f"tensors. Call apply(params, *inputs), with params as functional(module) returned it"
+                f"tensors. Call apply(params, *inputs), with the params of functional(module)"
             )
         if given.keys() != shapes.keys():
             raise ValueError(
@@ -343,17 +348,27 @@ class FunctionalModule:
             if given[name].shape != shape:
                 raise ValueError(
                     f"apply: {what}[{name!r}] has shape {tuple(given[name].shape)}, expected "
-                    f"{tuple(shape)}. To call several sets of {what} that are stacked, use "
-                    f"torch.func.vmap(apply)"
+                    f"{tuple(shape)}. If it is stacked, map over it: {_MAPPED[what]}"
                 )
 
-    def _explain(self, error: Exception) -> Exception:
-        """The error to raise for one that came out of the module's forward."""
-        for fragments, advice in _ADVICE:
-            if any(fragment in str(error) for fragment in fragments):
-                return RuntimeError(f"{self._name}: {advice}")
-        return error
+    def _check_graph(self, output: Any, arguments: Any) -> None:
+        """Raise if the output depends on a parameter of a module instead of on params."""
+        if transforms_active() or is_tracked(tree_leaves(arguments)):
+            return
+        tracked = [t.grad_fn for t in tree_leaves(output) if isinstance(t, Tensor)]
+        if any(isinstance(leaf, nn.Parameter) for leaf in _graph_leaves(tracked)):
+            raise RuntimeError(
+                f"{self._name}: its forward uses a trainable parameter that it does not reach by "
+                f"its registered name (but by a list or a closure), so apply cannot put params in "
+                f"its place. Read it as self.name of the layer that registers it, or make it a "
+                f"constant by requires_grad_(False)"
+            )
 
+
+_MAPPED = {
+    "params": "torch.func.vmap(apply)",
+    "buffers": "torch.func.vmap(lambda params, buffers, x: apply(params, x, buffers=buffers))",
+}
 
 # What torch says when a forward cannot be made pure or mapped, and what helps.
 _ADVICE = (
@@ -365,22 +380,17 @@ _ADVICE = (
         "before functional(module)",
     ),
     (
-        ("extra_args is not possible", "out= or view ops", "were not batched"),
-        "its forward writes in place to a buffer, which vmap cannot follow as all tasks share it. "
-        'Use functional(module, buffers="update"), where each task has its own buffers; or write '
+        ("extra_args is not possible", "broadcast shape", "out= or view ops", "were not batched"),
+        "under vmap, its forward writes in place to a tensor that all tasks share. If that is a "
+        'buffer, use functional(module, buffers="update"), where each task has its own; or write '
         "`self.buffer = new_value` instead of `self.buffer.copy_(new_value)` or `out=self.buffer`. "
-        "(For torch.nn.utils.spectral_norm use torch.nn.utils.parametrizations.spectral_norm)",
+        "If forward makes it, use x.new_zeros(shape). For torch.nn.utils.spectral_norm, take "
+        "torch.nn.utils.parametrizations.spectral_norm",
     ),
     (
         ("mutate a captured Tensor",),
         "its forward writes in place to a tensor attribute that is not a buffer. Register it by "
         "self.register_buffer, or write `self.attribute = new_value`",
-    ),
-    (
-        ("device meta", "meta device", "meta tensor"),
-        "its forward uses a trainable parameter that is not reached by its registered name (from a "
-        "list, a closure or another module), so apply cannot put params in its place. Read it as "
-        "self.name in the module that registers it, or make it a constant by requires_grad_(False)",
     ),
 )
 
@@ -416,11 +426,10 @@ def _check_module(module: Any) -> None:
 
 
 def _private_copy(module: nn.Module, chosen: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A copy that shares no tensor with the module; the chosen parameters hold no memory in it."""
+    """A copy that shares no tensor with the module, with NaN for the chosen parameters."""
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(
-            torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"),
-            requires_grad=parameter.requires_grad,
+            torch.full_like(parameter.new_empty(()), torch.nan).expand(parameter.shape)
         )
         for parameter in chosen.values()
     }
@@ -445,13 +454,14 @@ def _purify(layer: nn.Module, mode: BufferMode) -> None:
             layer.training = False
         elif mode == "batch":
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
-            layer.track_running_stats = False
         elif layer.momentum is None and type(layer).forward is _BatchNorm.forward:
-            vars(layer)["forward"] = MethodType(_cumulative_batch_norm, layer)
+            vars(layer)["forward"] = partial(_cumulative_batch_norm, layer)
+    elif isinstance(layer, _WeightNorm):
+        vars(layer)["forward"] = partial(_weight_norm, layer)
     elif isinstance(layer, _SpectralNorm):
         if mode == "frozen":
             layer.training = False
-        vars(layer)["_power_method"] = MethodType(_power_method, layer)
+        vars(layer)["_power_method"] = partial(_power_method, layer)
 
 
 def _cumulative_batch_norm(self: Any, x: Tensor) -> Tensor:
@@ -466,6 +476,15 @@ def _cumulative_batch_norm(self: Any, x: Tensor) -> Tensor:
     self.running_mean = (1.0 - step) * self.running_mean + step * mean
     self.running_var = (1.0 - step) * self.running_var + step * var
     return output
+
+
+def _weight_norm(self: Any, length: Tensor, direction: Tensor) -> Tensor:
+    """The weight of weight_norm, by operations that have all derivatives and vmap rules."""
+    others = [dim for dim in range(direction.ndim) if dim != self.dim]
+    norm: Tensor = direction.abs()
+    if others:  # none means all of them to vector_norm
+        norm = torch.linalg.vector_norm(direction, dim=others, keepdim=True)
+    return direction * (length / norm)
 
 
 def _power_method(self: Any, weight: Tensor, steps: int) -> None:
@@ -484,6 +503,18 @@ def _mapped_zero(tree: Any) -> Tensor:
         if isinstance(leaf, Tensor):
             zero = zero | leaf.new_zeros((), dtype=torch.bool, layout=torch.strided)
     return zero
+
+
+def _graph_leaves(nodes: list[Any]) -> Iterator[Tensor]:
+    """The tensors that autograd would accumulate a gradient in."""
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes.extend(following for following, _ in node.next_functions)
+            if hasattr(node, "variable"):
+                yield node.variable
 
 
 def _named_targets(module: nn.Module, grads: Any) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:
