@@ -8,15 +8,24 @@ Both give the same numbers, and neither leaves a trace on the tensors that were 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._functorch.pyfunctorch import (
+    retrieve_current_functorch_interpreter,
+    temporarily_pop_interpreter_stack,
+)
+from torch._functorch.vmap import restore_vmap
 
 from hyperfunc._types import Leaves
+
+LeavesFunction = Callable[..., Leaves]
+_AuxFunction = Callable[..., tuple[Leaves, Leaves]]
+_Groups = tuple[tuple[int, ...], ...]
 
 
 def transforms_active() -> bool:
@@ -75,74 +84,37 @@ class Linearization:
         groups: Sequence[Sequence[int]],
         *,
         has_aux: bool = False,
+        tracked: bool | None = None,
     ) -> None:
-        self._fn = fn if has_aux else lambda *leaves: (fn(*leaves), ())
-        self._primals = tuple(primals)
-        self._groups = tuple(tuple(group) for group in groups)
+        self._tracked = is_tracked(primals) if tracked is None else tracked
+        self._engine = _make_engine(
+            fn if has_aux else lambda *leaves: (fn(*leaves), ()),
+            tuple(primals),
+            tuple(tuple(group) for group in groups),
+            self._tracked,
+        )
+        self.outputs = self._engine.outputs
+        self.aux = self._engine.aux
+        self.captures_gradient = self._engine.captures_gradient
         self._pushes: dict[int, Callable[[Leaves], Leaves]] = {}
-        self._pulls: dict[int, Callable[[Leaves], Leaves]] = {}
-        if transforms_active():
-            self._functional_pull(0)
-            self.captures_gradient = not is_tracked(self._primals) and any(
-                out.requires_grad for out in self.outputs
-            )
-        else:
-            self._record_graph()
 
     def pull(self, cotangents: Leaves, group: int = 0) -> Leaves:
         """The product with the transposed Jacobian, for the primals of a group."""
-        if group not in self._pulls:
-            self._functional_pull(group)
-        return self._pulls[group](cotangents)
+        return self._engine.pull(cotangents, group)
 
     def push(self, tangents: Leaves, group: int = 0) -> Leaves:
         """The product with the Jacobian, as the transpose of the transposed product."""
         if group not in self._pushes:
             zeros = tuple(torch.zeros_like(out) for out in self.outputs)
+            # tracked like the point: the zeros are not, but the product depends on the point too
             transpose = Linearization(
-                lambda *u: self.pull(u, group), zeros, (tuple(range(len(zeros))),)
+                lambda *u: self.pull(u, group),
+                zeros,
+                (tuple(range(len(zeros))),),
+                tracked=self._tracked,
             )
             self._pushes[group] = transpose.pull
         return self._pushes[group](tangents)
-
-    def _functional_pull(self, group: int) -> None:
-        indices = self._groups[group]
-
-        def restricted(*selected: Tensor) -> tuple[Leaves, Leaves]:
-            primals = list(self._primals)
-            for index, leaf in zip(indices, selected, strict=True):
-                primals[index] = leaf
-            outputs, aux = self._fn(*primals)
-            return tuple(outputs), tuple(aux)
-
-        selected = (self._primals[i] for i in indices)
-        self.outputs, vjp, self.aux = torch.func.vjp(  # type: ignore[misc]
-            restricted, *selected, has_aux=True
-        )
-        tracked = is_tracked(self._primals)
-
-        def pull(cotangents: Leaves) -> Leaves:
-            if tracked or is_tracked(cotangents):
-                return tuple(vjp(tuple(cotangents)))
-            with torch.no_grad():
-                return tuple(vjp(tuple(cotangents)))
-
-        self._pulls[group] = pull
-
-    def _record_graph(self) -> None:
-        tracked = is_tracked(self._primals)
-        chosen = {index for group in self._groups for index in group}
-        with torch.enable_grad():
-            inputs = [
-                _enter(leaf, tracked) if index in chosen else leaf
-                for index, leaf in enumerate(self._primals)
-            ]
-            outputs, aux = self._fn(*inputs)
-        self.captures_gradient = _reaches_foreign_leaf(outputs, inputs)
-        self.outputs = tuple(outputs) if tracked else detach(outputs)
-        self.aux = tuple(aux) if tracked else detach(aux)
-        for number, group in enumerate(self._groups):
-            self._pulls[number] = _graph_pull(outputs, [inputs[i] for i in group], tracked)
 
 
 def grad_and_value(
@@ -152,19 +124,8 @@ def grad_and_value(
 
     The result is differentiable whenever the primals are tracked (or ``create_graph`` says so).
     """
-    if transforms_active():
-        grads, value = torch.func.grad_and_value(
-            lambda selected: fn(*selected),
-        )(tuple(primals))
-        return tuple(grads), value
-    tracked = is_tracked(primals) if create_graph is None else create_graph
-    with torch.enable_grad():
-        inputs = [_enter(leaf, tracked) for leaf in primals]
-        value = fn(*inputs)
-        if not value.requires_grad:
-            return tuple(torch.zeros_like(leaf) for leaf in primals), value
-        grads = torch.autograd.grad(value, inputs, create_graph=tracked, allow_unused=True)
-    return _fill(grads, primals), value if tracked else value.detach()
+    (value,), grads = _values_and_grads(lambda *leaves: (fn(*leaves),), primals, create_graph)
+    return grads, value
 
 
 def count_true(flag: Tensor) -> int:
@@ -185,6 +146,13 @@ def all_true(flag: Tensor) -> bool:
 def any_true(flag: Tensor) -> bool:
     """Whether a 0-d bool holds for some task of the ``vmap`` levels (a host sync)."""
     return count_true(flag) > 0
+
+
+class _State(threading.local):
+    composable = False
+
+
+_state = _State()
 
 
 class _Total(torch.autograd.Function):
@@ -222,6 +190,20 @@ def nested_forward_mode(tensors: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
         return
     with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
         yield tuple(_primal(t) if is_differentiable(t) else t for t in tensors)
+
+
+@contextlib.contextmanager
+def composable() -> Iterator[None]:
+    """Take all derivatives by ``torch.func`` while transforms are active.
+
+    For the bodies of autograd Functions: at the levels that they run at, a stack of nothing but
+    vmap does not mean that nothing is differentiated further up.
+    """
+    previous, _state.composable = _state.composable, True
+    try:
+        yield
+    finally:
+        _state.composable = previous
 
 
 def is_attached(value: Any) -> bool:
@@ -290,6 +272,229 @@ def _reaches_foreign_leaf(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> b
     return False
 
 
+class _Engine(Protocol):
+    """A way to take the products of a `Linearization`."""
+
+    outputs: Leaves
+    aux: Leaves
+    captures_gradient: bool
+
+    def pull(self, cotangents: Leaves, group: int) -> Leaves: ...
+
+
+class _GraphEngine:
+    """Products from one recorded autograd graph, for use outside all transforms."""
+
+    def __init__(
+        self, fn: _AuxFunction, primals: tuple[Any, ...], groups: _Groups, tracked: bool
+    ) -> None:
+        chosen = {index for group in groups for index in group}
+        with torch.enable_grad():
+            inputs = [
+                _enter(leaf, tracked) if index in chosen else leaf
+                for index, leaf in enumerate(primals)
+            ]
+            outputs, aux = fn(*inputs)
+        self.captures_gradient = _reaches_foreign_leaf(outputs, inputs)
+        self.outputs = tuple(outputs) if tracked else detach(outputs)
+        self.aux = tuple(aux) if tracked else detach(aux)
+        self._tracked = tracked
+        self._inputs = [[inputs[index] for index in group] for group in groups]
+        self._live = [index for index, out in enumerate(outputs) if out.requires_grad]
+        self._live_outputs = [outputs[index] for index in self._live]
+
+    def pull(self, cotangents: Leaves, group: int) -> Leaves:
+        inputs = self._inputs[group]
+        if not self._live or not inputs:
+            return tuple(torch.zeros_like(leaf) for leaf in inputs)
+        selected = [cotangents[index] for index in self._live]
+        create_graph = torch.is_grad_enabled() and (
+            self._tracked or any(cotangent.requires_grad for cotangent in selected)
+        )
+        grads = torch.autograd.grad(
+            self._live_outputs,
+            inputs,
+            selected,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        return _fill(grads, inputs)
+
+
+class _FunctionalEngine:
+    """Products from ``torch.func.vjp``, for use under transforms that track derivatives."""
+
+    captures_gradient = False
+
+    def __init__(
+        self, fn: _AuxFunction, primals: tuple[Any, ...], groups: _Groups, tracked: bool
+    ) -> None:
+        self._fn = fn
+        self._primals = primals
+        self._groups = groups
+        self._tracked = tracked
+        self._vjps: dict[int, Callable[[Leaves], Leaves]] = {}
+        self.outputs, self.aux = self._record(0)
+
+    def pull(self, cotangents: Leaves, group: int) -> Leaves:
+        if group not in self._vjps:
+            self._record(group)
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and (self._tracked or is_tracked(cotangents))
+        ):
+            return tuple(self._vjps[group](tuple(cotangents)))
+
+    def _record(self, group: int) -> tuple[Leaves, Leaves]:
+        indices = self._groups[group]
+
+        def restricted(*selected: Tensor) -> tuple[Leaves, Leaves]:
+            primals = list(self._primals)
+            for index, leaf in zip(indices, selected, strict=True):
+                primals[index] = leaf
+            outputs, aux = self._fn(*primals)
+            return tuple(outputs), tuple(aux)
+
+        selected = (self._primals[index] for index in indices)
+        outputs, self._vjps[group], aux = torch.func.vjp(  # type: ignore[misc]
+            restricted, *selected, has_aux=True
+        )
+        return outputs, aux
+
+
+class _BatchedEngine:
+    """Products for all tasks of a vmap level at once, from an engine that runs below that level.
+
+    With ``f`` the user's function of one task, ``vmap(f)`` is differentiated outside the level:
+    tasks are independent, so its products are those of all tasks, and autograd's own graph is
+    faster than ``vjp`` inside ``vmap``.
+    """
+
+    def __init__(self, fn: _AuxFunction, primals: tuple[Any, ...], groups: _Groups) -> None:
+        self._level = _VmapLevel()
+        chosen = {index for group in groups for index in group}
+        with self._level.below():
+            lowered, in_dims = self._level.lower(primals, chosen)
+            batched = self._level.batched(fn, in_dims)
+            self._engine = _make_engine(batched, lowered, groups, tracked=False)
+        self.outputs = self._level.lift(self._engine.outputs)
+        self.aux = self._level.lift(self._engine.aux)
+        self.captures_gradient = self._engine.captures_gradient
+
+    def pull(self, cotangents: Leaves, group: int) -> Leaves:
+        with self._level.below():
+            lowered, _ = self._level.lower(cotangents, range(len(cotangents)))
+            grads = self._engine.pull(lowered, group)
+        return self._level.lift(grads)
+
+
+class _VmapLevel:
+    """The innermost vmap level: values can be taken below it, and results lifted back to it."""
+
+    def __init__(self) -> None:
+        interpreter: Any = retrieve_current_functorch_interpreter()
+        self._level = interpreter.level()
+        self._size = interpreter.batch_size()
+        self._randomness = interpreter.randomness()
+
+    below = staticmethod(temporarily_pop_interpreter_stack)
+
+    def lower(
+        self, values: Sequence[Any], expand: Container[int]
+    ) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
+        """The values with their batch dimension in front, and which of them have one.
+
+        Those at the indices in ``expand`` are given one. To be called below the level.
+        """
+        lowered: list[Any] = []
+        in_dims: list[int | None] = []
+        for index, value in enumerate(values):
+            dim: int | None = None
+            if isinstance(value, Tensor):
+                value = _functorch.unwrap_if_dead(value)
+                if _functorch.maybe_get_level(value) == self._level:
+                    value, dim = _functorch._unwrap_batched(value, self._level)
+                if dim is not None:
+                    value = value.movedim(dim, 0)
+                elif index in expand:
+                    value, dim = value.expand(self._size, *value.shape), 0
+            lowered.append(value)
+            in_dims.append(None if dim is None else 0)
+        return tuple(lowered), tuple(in_dims)
+
+    def batched(self, fn: _AuxFunction, in_dims: tuple[int | None, ...]) -> _AuxFunction:
+        """The function of all tasks, for use below the level."""
+
+        def apply(*values: Any) -> tuple[Leaves, Leaves]:
+            (outputs, aux), (out_dims, aux_dims) = restore_vmap(
+                lambda *leaves: tuple(map(tuple, fn(*leaves))),
+                in_dims,
+                self._size,
+                self._randomness,
+            )(*values)
+            return self._to_front(outputs, out_dims), self._to_front(aux, aux_dims)
+
+        return apply
+
+    def lift(self, values: Leaves) -> Leaves:
+        """Tensors with the batch dimension in front, as values of the level again."""
+        return tuple(_functorch._add_batch_dim(value, 0, self._level) for value in values)
+
+    def _to_front(self, values: Leaves, dims: Sequence[int | None]) -> Leaves:
+        return tuple(
+            value.expand(self._size, *value.shape) if dim is None else value.movedim(dim, 0)
+            for value, dim in zip(values, dims, strict=True)
+        )
+
+
+def _make_engine(
+    fn: _AuxFunction, primals: tuple[Any, ...], groups: _Groups, tracked: bool
+) -> _Engine:
+    if not transforms_active():
+        return _GraphEngine(fn, primals, groups, tracked)
+    if not tracked and _only_vmap_active():
+        return _BatchedEngine(fn, primals, groups)
+    return _FunctionalEngine(fn, primals, groups, tracked)
+
+
+def _only_vmap_active() -> bool:
+    if _state.composable or torch.compiler.is_compiling():
+        return False
+    return all(
+        level.key() == _functorch.TransformType.Vmap
+        for level in _functorch.get_interpreter_stack() or ()
+    )
+
+
+def _values_and_grads(
+    fn: LeavesFunction, primals: Leaves, create_graph: bool | None
+) -> tuple[Leaves, Leaves]:
+    """A function's one output, of any shape, and the gradient of the sum of its entries."""
+    if not transforms_active():
+        tracked = is_tracked(primals) if create_graph is None else create_graph
+        with torch.enable_grad():
+            inputs = [_enter(leaf, tracked) for leaf in primals]
+            (value,) = fn(*inputs)
+            if not value.requires_grad:
+                return (value,), tuple(torch.zeros_like(leaf) for leaf in primals)
+            grads = torch.autograd.grad(
+                value, inputs, torch.ones_like(value), create_graph=tracked, allow_unused=True
+            )
+        return (value if tracked else value.detach(),), _fill(grads, primals)
+    if _only_vmap_active():
+        level = _VmapLevel()
+        with level.below():
+            lowered, in_dims = level.lower(primals, range(len(primals)))
+            batched = level.batched(lambda *leaves: (fn(*leaves), ()), in_dims)
+            values, grads = _values_and_grads(
+                lambda *leaves: batched(*leaves)[0], lowered, create_graph
+            )
+        return level.lift(values), level.lift(grads)
+    # not vjp, whose product is taken after its level is left: enclosing levels do not bear that
+    grads, value = torch.func.grad_and_value(lambda leaves: fn(*leaves)[0])(tuple(primals))
+    return (value,), tuple(grads)
+
+
 def _requires_grad(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
@@ -299,30 +504,6 @@ def _enter(leaf: Tensor, tracked: bool) -> Tensor:
     if tracked and leaf.requires_grad:
         return leaf.view_as(leaf)
     return leaf.detach().requires_grad_()
-
-
-def _graph_pull(
-    outputs: Leaves, inputs: Sequence[Tensor], tracked: bool
-) -> Callable[[Leaves], Leaves]:
-    live = [index for index, out in enumerate(outputs) if out.requires_grad]
-
-    def pull(cotangents: Leaves) -> Leaves:
-        if not live or not inputs:
-            return tuple(torch.zeros_like(leaf) for leaf in inputs)
-        create_graph = torch.is_grad_enabled() and (
-            tracked or any(cotangents[index].requires_grad for index in live)
-        )
-        grads = torch.autograd.grad(
-            [outputs[index] for index in live],
-            inputs,
-            [cotangents[index] for index in live],
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-        return _fill(grads, inputs)
-
-    return pull
 
 
 def _fill(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
