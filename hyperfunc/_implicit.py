@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,9 +25,13 @@ from hyperfunc._conditions import (
     Condition,
     captured_message,
 )
+from hyperfunc._minibatches import MinibatchLinearization
 from hyperfunc._results import RESULTS, SolveStats
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers import AbstractLinearSolver
+from hyperfunc.linear_solvers import AbstractLinearSolver, LinearOperator, StochasticAID
+
+
+Linearized: TypeAlias = _ad.Linearization | MinibatchLinearization
 
 
 class HypergradError(RuntimeError):
@@ -66,14 +70,17 @@ class ImplicitProblem:
         self._refuse_captured(w, theta)
         return w
 
-    def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> _ad.Linearization:
+    def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> Linearized:
         """The condition's function at a point; see `BoundCondition.linearize`."""
         assert self.bound is not None
+        method = self.linear_solver
+        if isinstance(method, StochasticAID) and method.sampler is not None:
+            return MinibatchLinearization(method, self.bound, w, theta, tuple(wrt))
         return self.bound.linearize(w, theta, wrt)
 
     def adjoint(
         self,
-        linearization: _ad.Linearization,
+        linearization: Linearized,
         w: Leaves,
         theta: Leaves,
         b: Leaves,
@@ -148,16 +155,22 @@ class _LinearSystem:
     transposed: bool
 
     def solve(
-        self, linearization: _ad.Linearization, b: Leaves, x0: Leaves | None
+        self, linearization: Linearized, b: Leaves, x0: Leaves | None
     ) -> tuple[Leaves, SolveStats]:
-        assert self.problem.bound is not None
-        operator = self.problem.bound.operator(linearization)
-        if self.transposed:
-            operator = operator.T
-        x, stats = self.problem.linear_solver.solve(operator, b, x0)
+        if isinstance(linearization, MinibatchLinearization):
+            at = linearization.at
+            x, stats = linearization.method.descend(lambda step: self.operator(at(step)), b, x0)
+        else:
+            x, stats = self.problem.linear_solver.solve(self.operator(linearization), b, x0)
         if self.problem.throw:
             raise_on_failure(stats, self.problem.linear_solver)
         return x, stats
+
+    def operator(self, linearization: _ad.Linearization) -> LinearOperator:
+        """``A^T`` (or ``A``) from the linearisation of the condition."""
+        assert self.problem.bound is not None
+        operator = self.problem.bound.operator(linearization)
+        return operator.T if self.transposed else operator
 
     def product(self, u: Leaves, point: Leaves) -> Leaves:
         """``P(w, theta)^T u`` (or ``P u``) as a function of the point ``(w, theta)``."""
@@ -221,7 +234,7 @@ class _LinearSolution(torch.autograd.Function):
             w, theta = _split(point, system.num_params)
             b_tangents = tangents[len(point) : len(point) + len(u)]
             b_dot = tuple(
-                torch.zeros_like(leaf) if tangent is None else tangent
+                torch.zeros_like(leaf) if tangent is None else tangent.to(leaf.dtype)
                 for leaf, tangent in zip(u, b_tangents, strict=True)
             )
             wrt, directions = _directions(tangents[: len(point)], point)
@@ -309,7 +322,12 @@ def _directions(
         for index, (tangent, leaf) in enumerate(zip(tangents, tensors, strict=True))
         if tangent is not None and _ad.is_differentiable(leaf)
     )
-    return wrt, tuple(tangents[index] for index in wrt if tangents[index] is not None)  # type: ignore[misc]
+    # a number times a 0-d float32 tensor has a float64 tangent in torch
+    return wrt, tuple(
+        tangent.to(tensors[index].dtype)
+        for index, tangent in enumerate(tangents)
+        if index in wrt and tangent is not None
+    )
 
 
 def _scatter(grads: Leaves, wrt: Sequence[int], size: int) -> list[Tensor | None]:

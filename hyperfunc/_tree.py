@@ -129,7 +129,8 @@ def scale(alpha: Tensor | float, x: Leaves) -> Leaves:
     """``alpha x``."""
     if isinstance(alpha, Tensor):
         return tuple(_scalar_like(alpha, u) * u for u in x)
-    return tuple(u * alpha for u in x)
+    # a number times a 0-d tensor gets a float64 tangent in torch's forward mode, a tensor does not
+    return tuple(u * (alpha if u.ndim else u.new_full((), alpha)) for u in x)
 
 
 def add(x: Leaves, y: Leaves) -> Leaves:
