@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +25,9 @@ from hyperfunc._conditions import (
     Condition,
     captured_message,
 )
-from hyperfunc._minibatches import MinibatchLinearization
 from hyperfunc._results import RESULTS, SolveStats
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers import AbstractLinearSolver, LinearOperator, StochasticAID
-
-
-Linearized: TypeAlias = _ad.Linearization | MinibatchLinearization
+from hyperfunc.linear_solvers import AbstractLinearSolver
 
 
 class HypergradError(RuntimeError):
@@ -70,17 +66,14 @@ class ImplicitProblem:
         self._refuse_captured(w, theta)
         return w
 
-    def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> Linearized:
+    def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> _ad.Linearization:
         """The condition's function at a point; see `BoundCondition.linearize`."""
         assert self.bound is not None
-        method = self.linear_solver
-        if isinstance(method, StochasticAID) and method.sampler is not None:
-            return MinibatchLinearization(method, self.bound, w, theta, tuple(wrt))
         return self.bound.linearize(w, theta, wrt)
 
     def adjoint(
         self,
-        linearization: Linearized,
+        linearization: _ad.Linearization,
         w: Leaves,
         theta: Leaves,
         b: Leaves,
@@ -155,22 +148,16 @@ class _LinearSystem:
     transposed: bool
 
     def solve(
-        self, linearization: Linearized, b: Leaves, x0: Leaves | None
+        self, linearization: _ad.Linearization, b: Leaves, x0: Leaves | None
     ) -> tuple[Leaves, SolveStats]:
-        if isinstance(linearization, MinibatchLinearization):
-            at = linearization.at
-            x, stats = linearization.method.descend(lambda step: self.operator(at(step)), b, x0)
-        else:
-            x, stats = self.problem.linear_solver.solve(self.operator(linearization), b, x0)
+        assert self.problem.bound is not None
+        operator = self.problem.bound.operator(linearization)
+        if self.transposed:
+            operator = operator.T
+        x, stats = self.problem.linear_solver.solve(operator, b, x0)
         if self.problem.throw:
             raise_on_failure(stats, self.problem.linear_solver)
         return x, stats
-
-    def operator(self, linearization: _ad.Linearization) -> LinearOperator:
-        """``A^T`` (or ``A``) from the linearisation of the condition."""
-        assert self.problem.bound is not None
-        operator = self.problem.bound.operator(linearization)
-        return operator.T if self.transposed else operator
 
     def product(self, u: Leaves, point: Leaves) -> Leaves:
         """``P(w, theta)^T u`` (or ``P u``) as a function of the point ``(w, theta)``."""
