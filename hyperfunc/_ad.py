@@ -254,7 +254,7 @@ def _has_tangent(value: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(value, level=0).tangent is not None
 
 
-def _reaches_foreign_leaf(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> bool:
+def reaches_foreign_leaf(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> bool:
     """Whether the graph of the outputs ends in a leaf variable that is not among the inputs."""
     known = {id(leaf) for leaf in inputs if _requires_grad(leaf)}
     stop = {leaf.grad_fn for leaf in inputs if _requires_grad(leaf) and leaf.grad_fn is not None}
@@ -295,7 +295,7 @@ class _GraphEngine:
                 for index, leaf in enumerate(primals)
             ]
             outputs, aux = fn(*inputs)
-        self.captures_gradient = _reaches_foreign_leaf(outputs, inputs)
+        self.captures_gradient = reaches_foreign_leaf(outputs, inputs)
         self.outputs = tuple(outputs) if tracked else detach(outputs)
         self.aux = tuple(aux) if tracked else detach(aux)
         self._tracked = tracked
@@ -496,7 +496,12 @@ def _values_and_grads(
 
 
 def _requires_grad(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+    if not isinstance(value, Tensor):
+        return False
+    # a batched tensor does not tell that the tensor it wraps requires grad
+    while _functorch.is_batchedtensor(value) and not value.requires_grad:
+        value = _functorch.get_unwrapped(value)
+    return value.requires_grad
 
 
 def _enter(leaf: Tensor, tracked: bool) -> Tensor:
