@@ -1,5 +1,6 @@
 """Hypergradients in PyTorch, in the style of torch.func."""
 
+from hyperfunc import optim
 from hyperfunc._hypergrad import (
     hypergrad,
     hypergrad_and_solution,
@@ -8,7 +9,16 @@ from hyperfunc._hypergrad import (
 )
 from hyperfunc._implicit import HypergradError
 from hyperfunc._results import RESULTS, Solution, SolveStats
-from hyperfunc.linear_solvers import CG, Dense, FixedPoint, Neumann, NormalCG, OneStep
+from hyperfunc.linear_solvers import (
+    CG,
+    Dense,
+    FixedPoint,
+    Neumann,
+    NormalCG,
+    OneStep,
+    StochasticAID,
+)
+from hyperfunc.modules import assign_grads, functional, module_map
 
 __all__ = [
     "CG",
@@ -21,8 +31,13 @@ __all__ = [
     "OneStep",
     "Solution",
     "SolveStats",
+    "StochasticAID",
+    "assign_grads",
+    "functional",
     "hypergrad",
     "hypergrad_and_solution",
     "hypergrad_and_value",
     "implicit_diff",
+    "module_map",
+    "optim",
 ]

@@ -29,6 +29,7 @@ from hyperfunc._implicit import (
 from hyperfunc._methods import is_implicit, resolve_method
 from hyperfunc._results import Solution
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
+from hyperfunc.linear_solvers import StochasticAID
 
 
 def hypergrad(
@@ -362,6 +363,9 @@ def _make_problem(rule: _Rule, arguments: Arguments) -> ImplicitProblem:
     assert rule.condition is not None
     refuse_captured_tensors(rule.inner_solver, "the inner solver")
     refuse_captured_tensors(rule.condition.fn, rule.condition.kind)
+    if isinstance(rule.method, StochasticAID):
+        for name in ("sampler", "outer_sampler"):
+            refuse_captured_tensors(getattr(rule.method, name), name)
     return ImplicitProblem(rule.inner_solver, rule.condition, rule.method, arguments, rule.throw)
 
 
@@ -396,18 +400,14 @@ def _implicit_hypergrad(
         _tree.check_like(start, start_spec, w, params_spec, "adjoint_init", "params")
         x0 = tuple(start)
 
-    outer = _OuterLoss(outer_loss, has_aux)
-    linearized = _ad.Linearization(
-        lambda *leaves: outer(
-            _tree.unflatten(params_spec, leaves[:n]), *arguments.unflatten(leaves[n:])
-        ),
-        (*w, *theta),
-        (tuple(range(n + m)),),
-        has_aux=True,
+    is_stochastic = isinstance(rule.method, StochasticAID)
+    value, aux, gradient = _mean_outer_gradient(
+        rule.method.outer_losses(outer_loss) if is_stochastic else [outer_loss],
+        has_aux,
+        problem,
+        w,
+        theta,
     )
-    outer.refuse_captured(linearized)
-    (value,) = linearized.outputs
-    gradient = linearized.pull((torch.ones_like(value),))
     dw, dh = gradient[:n], gradient[n:]
 
     linearization = problem.linearize(w, theta, tuple(range(m)))
@@ -418,11 +418,47 @@ def _implicit_hypergrad(
     solution = Solution(
         params=_tree.unflatten(params_spec, w),
         value=value,
-        aux=outer.unflatten_aux(linearized.aux),
+        aux=aux,
         adjoint=_tree.unflatten(params_spec, u),
         stats=stats,
     )
     return _tree.unflatten(hparams_spec, grads), solution
+
+
+def _mean_outer_gradient(
+    outer_losses: list[Callable[..., Any]],
+    has_aux: bool,
+    problem: ImplicitProblem,
+    w: Leaves,
+    theta: Leaves,
+) -> tuple[Tensor, Any, Leaves]:
+    """The mean of the outer losses, what they gave as aux, and the gradient by params and hparams.
+
+    Losses (of minibatches) are evaluated one by one, so that one graph at a time is held.
+    """
+    assert problem.bound is not None
+    arguments, params_spec, n = problem.arguments, problem.bound.params_spec, len(w)
+    auxes = []
+    total: Leaves = ()
+    for outer_loss in outer_losses:
+        outer = _OuterLoss(outer_loss, has_aux)
+        linearized = _ad.Linearization(
+            lambda *leaves, outer=outer: outer(
+                _tree.unflatten(params_spec, leaves[:n]), *arguments.unflatten(leaves[n:])
+            ),
+            (*w, *theta),
+            (tuple(range(n + arguments.num_hparams)),),
+            has_aux=True,
+        )
+        outer.refuse_captured(linearized)
+        (value,) = linearized.outputs
+        result = (value, *linearized.pull((torch.ones_like(value),)))
+        total = _tree.add(total, result) if total else result
+        auxes.append(outer.unflatten_aux(linearized.aux))
+    if len(outer_losses) == 1:
+        return total[0], auxes[0], total[1:]
+    value, *gradient = _tree.scale(1 / len(outer_losses), total)
+    return value, tuple(auxes) if has_aux else (), tuple(gradient)
 
 
 def _iterative_hypergrad(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,9 +25,12 @@ from hyperfunc._conditions import (
     Condition,
     captured_message,
 )
+from hyperfunc._minibatches import SECOND_DERIVATIVE, MinibatchLinearization
 from hyperfunc._results import RESULTS, SolveStats
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers import AbstractLinearSolver
+from hyperfunc.linear_solvers import AbstractLinearSolver, LinearOperator, StochasticAID
+
+Linearized: TypeAlias = _ad.Linearization | MinibatchLinearization
 
 
 class HypergradError(RuntimeError):
@@ -66,14 +69,17 @@ class ImplicitProblem:
         self._refuse_captured(w, theta)
         return w
 
-    def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> _ad.Linearization:
+    def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> Linearized:
         """The condition's function at a point; see `BoundCondition.linearize`."""
         assert self.bound is not None
+        method = self.linear_solver
+        if isinstance(method, StochasticAID) and method.sampler is not None:
+            return MinibatchLinearization(method, self.bound, w, theta, tuple(wrt))
         return self.bound.linearize(w, theta, wrt)
 
     def adjoint(
         self,
-        linearization: _ad.Linearization,
+        linearization: Linearized,
         w: Leaves,
         theta: Leaves,
         b: Leaves,
@@ -148,21 +154,29 @@ class _LinearSystem:
     transposed: bool
 
     def solve(
-        self, linearization: _ad.Linearization, b: Leaves, x0: Leaves | None
+        self, linearization: Linearized, b: Leaves, x0: Leaves | None
     ) -> tuple[Leaves, SolveStats]:
-        assert self.problem.bound is not None
-        operator = self.problem.bound.operator(linearization)
-        if self.transposed:
-            operator = operator.T
-        x, stats = self.problem.linear_solver.solve(operator, b, x0)
+        if isinstance(linearization, MinibatchLinearization):
+            at = linearization.at
+            x, stats = linearization.method.descend(lambda step: self.operator(at(step)), b, x0)
+        else:
+            x, stats = self.problem.linear_solver.solve(self.operator(linearization), b, x0)
         if self.problem.throw:
             raise_on_failure(stats, self.problem.linear_solver)
         return x, stats
+
+    def operator(self, linearization: _ad.Linearization) -> LinearOperator:
+        """``A^T`` (or ``A``) from the linearisation of the condition."""
+        assert self.problem.bound is not None
+        operator = self.problem.bound.operator(linearization)
+        return operator.T if self.transposed else operator
 
     def product(self, u: Leaves, point: Leaves) -> Leaves:
         """``P(w, theta)^T u`` (or ``P u``) as a function of the point ``(w, theta)``."""
         w, theta = _split(point, self.num_params)
         linearization = self.problem.linearize(w, theta, ())
+        if isinstance(linearization, MinibatchLinearization):
+            raise RuntimeError(SECOND_DERIVATIVE)
         return linearization.pull(u) if self.transposed else linearization.push(u)
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[Leaves, Leaves, Leaves, Leaves]:
@@ -202,12 +216,12 @@ class _LinearSolution(torch.autograd.Function):
         u, point = _split(ctx.saved_tensors, system.num_params)
         w, theta = _split(point, system.num_params)
         cotangent = cotangents[: system.num_params]
+        wrt = _wanted(ctx.needs_input_grad[1 : 1 + len(point)], point)
+        products = _ad.Linearization(lambda *leaves: system.product(u, leaves), point, (wrt,))
         linearization = system.problem.linearize(w, theta, ())
         s, _ = system.problem.adjoint(
             linearization, w, theta, cotangent, transposed=not system.transposed
         )
-        wrt = _wanted(ctx.needs_input_grad[1 : 1 + len(point)], point)
-        products = _ad.Linearization(lambda *leaves: system.product(u, leaves), point, (wrt,))
         grads = _tree.scale(-system.problem.condition.scale, products.pull(s))
         rest = ctx.num_inputs - 1 - len(point) - system.num_params
         return (None, *_scatter(grads, wrt, len(point)), *s, *[None] * rest)
@@ -237,7 +251,7 @@ class _LinearSolution(torch.autograd.Function):
             return (*u_dot, None, torch.zeros_like(stats.residual_norm), None)
 
 
-def cross_term(problem: ImplicitProblem, linearization: _ad.Linearization, u: Leaves) -> Leaves:
+def cross_term(problem: ImplicitProblem, linearization: Linearized, u: Leaves) -> Leaves:
     """``-(dr/dtheta)^T u`` for the tensors of theta in group 1 of the linearization."""
     return _tree.scale(-problem.condition.scale, linearization.pull(u, 1))
 

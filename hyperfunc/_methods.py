@@ -15,6 +15,7 @@ METHODS: dict[str, type] = {
     "neumann": linear_solvers.Neumann,
     "dense": linear_solvers.Dense,
     "one_step": linear_solvers.OneStep,
+    "stoch_aid": linear_solvers.StochasticAID,
 }
 
 

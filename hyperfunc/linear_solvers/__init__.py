@@ -10,6 +10,7 @@ from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
 from hyperfunc.linear_solvers._dense import Dense
 from hyperfunc.linear_solvers._krylov import CG, NormalCG
 from hyperfunc.linear_solvers._stationary import FixedPoint, Neumann, OneStep
+from hyperfunc.linear_solvers._stochastic import StochasticAID
 
 __all__ = [
     "CG",
@@ -20,4 +21,5 @@ __all__ = [
     "Neumann",
     "NormalCG",
     "OneStep",
+    "StochasticAID",
 ]

@@ -1,0 +1,66 @@
+"""The linearisation of a condition of which only minibatches are ever evaluated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hyperfunc import _ad, _tree
+from hyperfunc._conditions import BoundCondition
+from hyperfunc._types import Leaves
+from hyperfunc.linear_solvers import StochasticAID
+
+SECOND_DERIVATIVE = (
+    "a second derivative through StochasticAID with a sampler: the solve and its derivative would "
+    "share their minibatches, and the result would be biased. Use a deterministic method such as "
+    "method='cg' for this, or .detach() the hypergradient if no derivative of it is meant"
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MinibatchLinearization:
+    """Stands in for `_ad.Linearization` under a stochastic method.
+
+    `at` linearises with respect to ``w`` on one minibatch; `pull` and `push` are products of group
+    1, with respect to ``theta``, as means over the minibatches that come after those of the steps.
+    """
+
+    method: StochasticAID
+    bound: BoundCondition
+    w: Leaves
+    theta: Leaves
+    wrt: tuple[int, ...]
+
+    def at(self, step: int) -> _ad.Linearization:
+        """The condition's function on the minibatch of a step."""
+        return self._linearize(step, ())
+
+    def pull(self, cotangents: Leaves, group: int) -> Leaves:
+        """The mean product with the transposed Jacobian with respect to theta."""
+        return self._mean("pull", cotangents, group)
+
+    def push(self, tangents: Leaves, group: int) -> Leaves:
+        """The mean product with the Jacobian with respect to theta."""
+        return self._mean("push", tangents, group)
+
+    def _mean(self, product: str, vector: Leaves, group: int) -> Leaves:
+        assert group == 1
+        if not callable(self.method.sampler) and any(
+            index >= self.bound.arguments.num_hparams for index in self.wrt
+        ):
+            raise ValueError(
+                "sampler replaces *args, so that derivatives with respect to them are lost. Pass "
+                "a function (step, *args) -> args that indexes into its arguments, or .detach() "
+                "the arguments"
+            )
+        first, count = self.method.num_steps, self.method.num_cross_batches
+        total: Leaves | None = None
+        for step in range(first, first + count):
+            value = getattr(self._linearize(step, self.wrt), product)(vector, 1)
+            total = value if total is None else _tree.add(total, value)
+        assert total is not None
+        return _tree.scale(1 / count, total)
+
+    def _linearize(self, step: int, wrt: tuple[int, ...]) -> _ad.Linearization:
+        condition = self.bound.condition
+        sampled = dataclasses.replace(condition, fn=self.method.on_minibatch(condition.fn, step))
+        return dataclasses.replace(self.bound, condition=sampled).linearize(self.w, self.theta, wrt)

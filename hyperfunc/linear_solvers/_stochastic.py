@@ -1,0 +1,331 @@
+"""Stochastic adjoint solves: steps of an optimiser, each with a minibatch of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _ad, _tree
+from hyperfunc._results import SolveStats
+from hyperfunc._types import Leaves
+from hyperfunc.linear_solvers._base import AbstractLinearSolver, Bounds, LinearOperator
+from hyperfunc.optim import Optimizer, check_optimizer, sgd
+
+Sampler: TypeAlias = Any
+"""``(step, *args) -> args``, a tuple like args with a leading step dimension, or an iterator."""
+
+STARTS = ("zero", "outer_gradient")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StochasticAID(AbstractLinearSolver):
+    r"""Solves the adjoint system by steps of an optimiser, each with a minibatch of its own.
+
+    With :math:`A_t, b_t, c_t` the operator, the outer gradients and the cross term on minibatch
+    :math:`t`, and plain gradient steps of size :math:`\eta`,
+
+    .. math::
+        b = \frac{1}{J_o} \sum_{j \le J_o} b_j, \qquad
+        u_{t+1} = u_t - \eta_t (A_t^\top u_t - b), \qquad
+        \nabla f \approx \partial_\lambda E - \frac{1}{J_c} \sum_{j \le J_c}
+        (\partial_\lambda r_{K + j})^\top u_K .
+
+    If minibatches are drawn independently and give ``A`` and ``r`` on average, the expectation of
+    this, at given params, is what `FixedPoint` of ``K`` steps gives with all data; without a
+    sampler it is that itself. Exactly ``K`` steps are taken, of one product each (the first one
+    from zero needs none). Steps of decreasing size also remove the variance.
+
+    **Minibatches.** The condition is called with the arguments ``sampler(step, *args)`` in place
+    of ``*args``: with steps ``0, ..., num_steps - 1`` in the system and the ``num_cross_batches``
+    that follow in the cross term. A sampler is pure: what it returns depends on the step and the
+    arguments alone, so that a solve can be repeated. Draw the indices beforehand, as in the
+    example; ``torch.func.vmap`` does not allow to draw them inside. What the sampler changes are
+    the shapes of tensors, not the structure of the arguments.
+
+    A sampler may also be a tuple like ``args`` with a leading step dimension, or an iterator of
+    tuples like ``args``. An iterator draws as many batches as are used, outside transforms only,
+    and the next call continues where this one stopped: two calls do not agree, and nothing can be
+    replayed. A function that hides an iterator is not detected, and loses the same properties.
+
+    The solution map has first derivatives by this method. Second derivatives (a derivative of the
+    hypergradient) are refused with a sampler, since the solve and its derivative would share their
+    minibatches, which is biased.
+
+    Args:
+        num_steps: the number of steps ``K``, >= 0.
+        optimizer: an `hyperfunc.optim.Optimizer`, which sees ``A_t^T u - b`` as gradient and the
+            step number as its hparams, so that coefficients may be schedules, as in
+            ``hf.optim.sgd(lr=lambda step: 1 / (1 + 0.1 * step))``. Or a function of a list of
+            tensors that makes a ``torch.optim.Optimizer``, outside transforms.
+        sampler: minibatches of the condition; by default it is called with all of ``*args``.
+        outer_sampler: minibatches of the outer loss, with steps ``0, ..., num_outer_batches - 1``.
+        num_outer_batches: the outer gradients, and the value, are means over so many minibatches.
+            Where there is more than one, aux is the tuple of what they gave.
+        num_cross_batches: the cross term is the mean over so many minibatches.
+        start: ``"zero"``, or ``"outer_gradient"`` for ``u_0 = b``. ``adjoint_init`` overrides it.
+        scheduler: a function of the ``torch.optim`` optimiser that makes its learning rate
+            scheduler, which is stepped after every step.
+
+    Raises:
+        TypeError: an optimiser or sampler of no kind above.
+        ValueError: a number out of its range; several batches without a sampler for them; a tree
+            with too few steps; when called, a sampler that runs out or changes structure.
+        RuntimeError: a second derivative, when it is taken.
+
+    The residual that is reported is that of the last minibatch, before the last step. A residual
+    beyond ``1 / sqrt(eps)`` times that of the start is reported as divergence.
+
+    Example:
+        >>> X, y = torch.randn(100, 3), torch.randn(100)
+        >>> indices = torch.randint(100, (60, 10), generator=torch.Generator().manual_seed(0))
+        >>> def ridge_loss(w, reg, X, y):
+        ...     return 0.5 * ((X @ w - y) ** 2).mean() + 0.5 * reg * (w**2).sum()
+        >>> method = hf.StochasticAID(
+        ...     num_steps=50,
+        ...     optimizer=hf.optim.sgd(lr=0.2),
+        ...     sampler=lambda step, X, y: (X[indices[step]], y[indices[step]]),
+        ...     num_cross_batches=10,
+        ... )
+        >>> @hf.hypergrad(
+        ...     outer_loss=lambda w, reg, X, y: (w**2).sum(), inner_loss=ridge_loss, method=method
+        ... )
+        ... def solve(reg, X, y):
+        ...     return torch.linalg.solve(X.T @ X / 100 + reg * torch.eye(3), X.T @ y / 100)
+        >>> solve(torch.tensor(0.1), X, y).shape
+        torch.Size([])
+
+    References:
+        Grazzi, Pontil and Salzo, Bilevel optimization with a lower-level contraction, algorithm 1,
+        arXiv 2202.03397.
+    """
+
+    num_steps: int = 100
+    optimizer: Any = dataclasses.field(default=sgd(lr=1.0), repr=False)
+    sampler: Sampler | None = dataclasses.field(default=None, repr=False)
+    outer_sampler: Sampler | None = dataclasses.field(default=None, repr=False)
+    num_outer_batches: int = 1
+    num_cross_batches: int = 1
+    start: str = "zero"
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = dataclasses.field(
+        default=None, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        for field, least in (("num_steps", 0), ("num_outer_batches", 1), ("num_cross_batches", 1)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"StochasticAID: {field} is {value!r}; expected an integer >= {least}"
+                )
+        if self.start not in STARTS:
+            raise ValueError(
+                f"StochasticAID: start is {self.start!r}; expected one of "
+                f"{', '.join(map(repr, STARTS))}. To start elsewhere, pass adjoint_init to the call"
+            )
+        for field, number, name in (
+            ("sampler", self.num_cross_batches, "num_cross_batches"),
+            ("outer_sampler", self.num_outer_batches, "num_outer_batches"),
+        ):
+            if getattr(self, field) is None and number > 1:
+                raise ValueError(
+                    f"StochasticAID: {name} is {number}, but without {field} all batches are the "
+                    f"same. Pass {field}=lambda step, *args: ..., or leave {name} at 1"
+                )
+        _check_optimizer(self.optimizer, self.scheduler)
+        _check_sampler("sampler", self.sampler, self.num_steps + self.num_cross_batches)
+        _check_sampler("outer_sampler", self.outer_sampler, self.num_outer_batches)
+
+    def solve(
+        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
+    ) -> tuple[Leaves, SolveStats]:
+        if self.sampler is not None:
+            raise ValueError(
+                "StochasticAID with a sampler was given one operator to solve with, but it needs "
+                "one for each minibatch. Pass it as method= itself, not inside another solver"
+            )
+        return self.descend(lambda step: operator, b, x0)
+
+    def descend(
+        self, operator_at: Callable[[int], LinearOperator], b: Leaves, x0: Leaves | None = None
+    ) -> tuple[Leaves, SolveStats]:
+        """Take the steps, each with the operator of its own minibatch."""
+        x = x0
+        if x is None:
+            x = b if self.start == "outer_gradient" else _tree.zeros_like(b)
+        at_zero = x0 is None and self.start == "zero"
+        advance = _make_advance(self.optimizer, self.scheduler, x)
+        bounds, rs = None, _tree.dot(b, b)
+        for step in range(self.num_steps):
+            if step == 0 and at_zero:
+                gradient = _tree.neg(b)
+            else:
+                gradient = _tree.sub(operator_at(step).mv(x), b)
+                rs = _tree.dot(gradient, gradient)
+            bounds = bounds or Bounds.make(0.0, 0.0, b, rs)
+            x = advance(gradient, x, step)
+        bounds = bounds or Bounds.make(0.0, 0.0, b, rs)
+        num_steps = torch.full((), self.num_steps, dtype=torch.int64, device=rs.device)
+        return x, bounds.stats(num_steps, rs, bounds.open(rs))
+
+    def on_minibatch(self, fn: Callable[..., Any], step: int) -> Callable[..., Any]:
+        """A function of ``(params, hparams, *args)`` with the arguments of a step's minibatch."""
+        return lambda params, hparams, *args: fn(
+            params, hparams, *_draw("sampler", self.sampler, step, args)
+        )
+
+    def outer_losses(self, fn: Callable[..., Any]) -> list[Callable[..., Any]]:
+        """The outer loss on each of its minibatches."""
+        if self.outer_sampler is None:
+            return [fn]
+
+        def on_minibatch(step: int) -> Callable[..., Any]:
+            return lambda params, hparams, *args: fn(
+                params, hparams, *_draw("outer_sampler", self.outer_sampler, step, args)
+            )
+
+        return [on_minibatch(step) for step in range(self.num_outer_batches)]
+
+
+def _make_advance(
+    optimizer: Any, scheduler: Callable[..., Any] | None, x: Leaves
+) -> Callable[[Leaves, Leaves, int], Leaves]:
+    """``(gradient, x, step) -> x``, which keeps the optimiser's state to itself."""
+    if not isinstance(optimizer, Optimizer):
+        return _make_torch_advance(optimizer, scheduler, x)
+    state = optimizer.init(x)
+
+    def advance(gradient: Leaves, x: Leaves, step: int) -> Leaves:
+        nonlocal state
+        new, state = optimizer.update(gradient, state, x, step)
+        leaves, spec = _tree.flatten(new)
+        _tree.check_like(leaves, spec, x, _tree.flatten(x)[1], "the optimizer's result", "adjoint")
+        return tuple(leaves)
+
+    return advance
+
+
+def _make_torch_advance(
+    factory: Callable[..., Any], scheduler_factory: Callable[..., Any] | None, x: Leaves
+) -> Callable[[Leaves, Leaves, int], Leaves]:
+    if _ad.transforms_active():
+        raise ValueError(
+            "StochasticAID: torch.optim updates tensors in place, which is not possible under "
+            "torch.func transforms. Write optimizer=hf.optim.from_torch(torch.optim.Adam, lr=...) "
+            "or another optimizer of hf.optim, with schedules such as lr=lambda step: ..."
+        )
+    owned = [leaf.detach().clone() for leaf in x]
+    optimizer = factory(owned)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"StochasticAID: optimizer= returned {type(optimizer).__name__}; expected a "
+            f"torch.optim.Optimizer of the tensors it was given. Write "
+            f"optimizer=lambda tensors: torch.optim.Adam(tensors, lr=...)"
+        )
+    scheduler = None if scheduler_factory is None else scheduler_factory(optimizer)
+    if scheduler is not None and not callable(getattr(scheduler, "step", None)):
+        raise TypeError(
+            f"StochasticAID: scheduler= returned {type(scheduler).__name__}, which has no step(). "
+            f"Write scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, ...)"
+        )
+
+    def advance(gradient: Leaves, x: Leaves, step: int) -> Leaves:
+        for leaf, value in zip(owned, gradient, strict=True):
+            leaf.grad = value.detach().clone()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        return tuple(leaf.clone() for leaf in owned)
+
+    return advance
+
+
+def _check_optimizer(optimizer: Any, scheduler: Any) -> None:
+    is_factory = (
+        callable(optimizer) and getattr(optimizer, "__module__", "") != Optimizer.__module__
+    )
+    if not is_factory:
+        check_optimizer(optimizer, "StochasticAID")
+    if scheduler is None:
+        return
+    if not callable(scheduler):
+        raise TypeError(
+            f"StochasticAID: scheduler is {scheduler!r} of type {type(scheduler).__name__}; "
+            f"expected a function of the torch.optim optimizer that makes its scheduler"
+        )
+    if not is_factory:
+        raise ValueError(
+            "StochasticAID: scheduler= goes with a torch.optim factory; an optimizer of hf.optim "
+            "takes its schedule as a coefficient. Write hf.optim.sgd(lr=lambda step: ...)"
+        )
+
+
+def _check_sampler(name: str, sampler: Any, length: int) -> None:
+    if sampler is None or callable(sampler) or isinstance(sampler, Iterator):
+        return
+    advice = (
+        "expected a function (step, *args) -> args, a tuple like args of tensors with a leading "
+        "step dimension, or an iterator of such tuples"
+    )
+    if not isinstance(sampler, tuple):
+        hint = ". Write iter(...) around it" if hasattr(sampler, "__iter__") else ""
+        raise TypeError(
+            f"StochasticAID: {name} is of type {type(sampler).__name__}; {advice}{hint}"
+        )
+    leaves, spec = _tree.flatten(sampler)
+    for path, leaf in zip(_tree.paths(spec, name), leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"StochasticAID: {path} is of type {type(leaf).__name__}; {advice}")
+        if leaf.ndim == 0 or leaf.shape[0] < length:
+            raise ValueError(
+                f"StochasticAID: {path} has shape {tuple(leaf.shape)}; expected a leading step "
+                f"dimension of at least {length}, one slice for each minibatch"
+            )
+        if _ad.is_attached(leaf):
+            raise ValueError(
+                f"StochasticAID: {path} requires grad or belongs to a transform, whose derivative "
+                f"would be lost. Call .detach() on it, or pass it in *args and use a function "
+                f"(step, *args) -> args"
+            )
+
+
+def _draw(name: str, sampler: Any, step: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    try:
+        batch = _call(name, sampler, step, args)
+    except (IndexError, StopIteration) as error:
+        raise ValueError(
+            f"{name} has no minibatch for step {step} ({type(error).__name__}: {error}). Let it "
+            f"provide num_steps + num_cross_batches minibatches (outer_sampler: num_outer_batches)"
+        ) from error
+    if not isinstance(batch, tuple):
+        raise TypeError(
+            f"{name} gave {type(batch).__name__} at step {step}; expected the tuple of arguments "
+            f"that follow (params, hparams). Write `return (X[indices[step]], y[indices[step]])`"
+        )
+    leaves, spec = _tree.flatten(batch)
+    expected, expected_spec = _tree.flatten(args)
+    if spec != expected_spec or any(
+        isinstance(a, Tensor) != isinstance(b, Tensor)
+        for a, b in zip(leaves, expected, strict=True)
+    ):
+        raise ValueError(
+            f"{name} changed the structure of args at step {step}: got {spec}, expected "
+            f"{expected_spec}. Let it return all of *args, those that are not sampled unchanged"
+        )
+    return batch
+
+
+def _call(name: str, sampler: Any, step: int, args: tuple[Any, ...]) -> Any:
+    if isinstance(sampler, Iterator):
+        if _ad.transforms_active():
+            raise ValueError(
+                f"{name} is an iterator, which cannot be replayed as torch.func transforms need "
+                f"it. Pass a function (step, *args) -> args that indexes into the data"
+            )
+        return next(sampler)
+    if callable(sampler):
+        return sampler(step, *args)
+    return _tree.tree_map(lambda leaf: leaf[step], sampler)
