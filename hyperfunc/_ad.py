@@ -8,18 +8,13 @@ Both give the same numbers, and neither leaves a trace on the tensors that were 
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import (
-    retrieve_current_functorch_interpreter,
-    temporarily_pop_interpreter_stack,
-)
-from torch._functorch.vmap import restore_vmap
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from hyperfunc._types import Leaves
 
@@ -124,8 +119,17 @@ def grad_and_value(
 
     The result is differentiable whenever the primals are tracked (or ``create_graph`` says so).
     """
-    (value,), grads = _values_and_grads(lambda *leaves: (fn(*leaves),), primals, create_graph)
-    return grads, value
+    if transforms_active():
+        grads, value = torch.func.grad_and_value(lambda leaves: fn(*leaves))(tuple(primals))
+        return tuple(grads), value
+    tracked = is_tracked(primals) if create_graph is None else create_graph
+    with torch.enable_grad():
+        inputs = [_enter(leaf, tracked) for leaf in primals]
+        value = fn(*inputs)
+        if not value.requires_grad:
+            return tuple(torch.zeros_like(leaf) for leaf in primals), value
+        grads = torch.autograd.grad(value, inputs, create_graph=tracked, allow_unused=True)
+    return _fill(grads, primals), value if tracked else value.detach()
 
 
 def count_true(flag: Tensor) -> int:
@@ -146,13 +150,6 @@ def all_true(flag: Tensor) -> bool:
 def any_true(flag: Tensor) -> bool:
     """Whether a 0-d bool holds for some task of the ``vmap`` levels (a host sync)."""
     return count_true(flag) > 0
-
-
-class _State(threading.local):
-    composable = False
-
-
-_state = _State()
 
 
 class _Total(torch.autograd.Function):
@@ -190,20 +187,6 @@ def nested_forward_mode(tensors: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
         return
     with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
         yield tuple(_primal(t) if is_differentiable(t) else t for t in tensors)
-
-
-@contextlib.contextmanager
-def composable() -> Iterator[None]:
-    """Take all derivatives by ``torch.func`` while transforms are active.
-
-    For the bodies of autograd Functions: at the levels that they run at, a stack of nothing but
-    vmap does not mean that nothing is differentiated further up.
-    """
-    previous, _state.composable = _state.composable, True
-    try:
-        yield
-    finally:
-        _state.composable = previous
 
 
 def is_attached(value: Any) -> bool:
@@ -325,8 +308,6 @@ class _GraphEngine:
 class _FunctionalEngine:
     """Products from ``torch.func.vjp``, for use under transforms that track derivatives."""
 
-    captures_gradient = False
-
     def __init__(
         self, fn: _AuxFunction, primals: tuple[Any, ...], groups: _Groups, tracked: bool
     ) -> None:
@@ -336,6 +317,7 @@ class _FunctionalEngine:
         self._tracked = tracked
         self._vjps: dict[int, Callable[[Leaves], Leaves]] = {}
         self.outputs, self.aux = self._record(0)
+        self.captures_gradient = not tracked and any(map(_requires_grad, self.outputs))
 
     def pull(self, cotangents: Leaves, group: int) -> Leaves:
         if group not in self._vjps:
@@ -362,137 +344,12 @@ class _FunctionalEngine:
         return outputs, aux
 
 
-class _BatchedEngine:
-    """Products for all tasks of a vmap level at once, from an engine that runs below that level.
-
-    With ``f`` the user's function of one task, ``vmap(f)`` is differentiated outside the level:
-    tasks are independent, so its products are those of all tasks, and autograd's own graph is
-    faster than ``vjp`` inside ``vmap``.
-    """
-
-    def __init__(self, fn: _AuxFunction, primals: tuple[Any, ...], groups: _Groups) -> None:
-        self._level = _VmapLevel()
-        chosen = {index for group in groups for index in group}
-        with self._level.below():
-            lowered, in_dims = self._level.lower(primals, chosen)
-            batched = self._level.batched(fn, in_dims)
-            self._engine = _make_engine(batched, lowered, groups, tracked=False)
-        self.outputs = self._level.lift(self._engine.outputs)
-        self.aux = self._level.lift(self._engine.aux)
-        self.captures_gradient = self._engine.captures_gradient
-
-    def pull(self, cotangents: Leaves, group: int) -> Leaves:
-        with self._level.below():
-            lowered, _ = self._level.lower(cotangents, range(len(cotangents)))
-            grads = self._engine.pull(lowered, group)
-        return self._level.lift(grads)
-
-
-class _VmapLevel:
-    """The innermost vmap level: values can be taken below it, and results lifted back to it."""
-
-    def __init__(self) -> None:
-        interpreter: Any = retrieve_current_functorch_interpreter()
-        self._level = interpreter.level()
-        self._size = interpreter.batch_size()
-        self._randomness = interpreter.randomness()
-
-    below = staticmethod(temporarily_pop_interpreter_stack)
-
-    def lower(
-        self, values: Sequence[Any], expand: Container[int]
-    ) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
-        """The values with their batch dimension in front, and which of them have one.
-
-        Those at the indices in ``expand`` are given one. To be called below the level.
-        """
-        lowered: list[Any] = []
-        in_dims: list[int | None] = []
-        for index, value in enumerate(values):
-            dim: int | None = None
-            if isinstance(value, Tensor):
-                value = _functorch.unwrap_if_dead(value)
-                if _functorch.maybe_get_level(value) == self._level:
-                    value, dim = _functorch._unwrap_batched(value, self._level)
-                if dim is not None:
-                    value = value.movedim(dim, 0)
-                elif index in expand:
-                    value, dim = value.expand(self._size, *value.shape), 0
-            lowered.append(value)
-            in_dims.append(None if dim is None else 0)
-        return tuple(lowered), tuple(in_dims)
-
-    def batched(self, fn: _AuxFunction, in_dims: tuple[int | None, ...]) -> _AuxFunction:
-        """The function of all tasks, for use below the level."""
-
-        def apply(*values: Any) -> tuple[Leaves, Leaves]:
-            (outputs, aux), (out_dims, aux_dims) = restore_vmap(
-                lambda *leaves: tuple(map(tuple, fn(*leaves))),
-                in_dims,
-                self._size,
-                self._randomness,
-            )(*values)
-            return self._to_front(outputs, out_dims), self._to_front(aux, aux_dims)
-
-        return apply
-
-    def lift(self, values: Leaves) -> Leaves:
-        """Tensors with the batch dimension in front, as values of the level again."""
-        return tuple(_functorch._add_batch_dim(value, 0, self._level) for value in values)
-
-    def _to_front(self, values: Leaves, dims: Sequence[int | None]) -> Leaves:
-        return tuple(
-            value.expand(self._size, *value.shape) if dim is None else value.movedim(dim, 0)
-            for value, dim in zip(values, dims, strict=True)
-        )
-
-
 def _make_engine(
     fn: _AuxFunction, primals: tuple[Any, ...], groups: _Groups, tracked: bool
 ) -> _Engine:
     if not transforms_active():
         return _GraphEngine(fn, primals, groups, tracked)
-    if not tracked and _only_vmap_active():
-        return _BatchedEngine(fn, primals, groups)
     return _FunctionalEngine(fn, primals, groups, tracked)
-
-
-def _only_vmap_active() -> bool:
-    if _state.composable or torch.compiler.is_compiling():
-        return False
-    return all(
-        level.key() == _functorch.TransformType.Vmap
-        for level in _functorch.get_interpreter_stack() or ()
-    )
-
-
-def _values_and_grads(
-    fn: LeavesFunction, primals: Leaves, create_graph: bool | None
-) -> tuple[Leaves, Leaves]:
-    """A function's one output, of any shape, and the gradient of the sum of its entries."""
-    if not transforms_active():
-        tracked = is_tracked(primals) if create_graph is None else create_graph
-        with torch.enable_grad():
-            inputs = [_enter(leaf, tracked) for leaf in primals]
-            (value,) = fn(*inputs)
-            if not value.requires_grad:
-                return (value,), tuple(torch.zeros_like(leaf) for leaf in primals)
-            grads = torch.autograd.grad(
-                value, inputs, torch.ones_like(value), create_graph=tracked, allow_unused=True
-            )
-        return (value if tracked else value.detach(),), _fill(grads, primals)
-    if _only_vmap_active():
-        level = _VmapLevel()
-        with level.below():
-            lowered, in_dims = level.lower(primals, range(len(primals)))
-            batched = level.batched(lambda *leaves: (fn(*leaves), ()), in_dims)
-            values, grads = _values_and_grads(
-                lambda *leaves: batched(*leaves)[0], lowered, create_graph
-            )
-        return level.lift(values), level.lift(grads)
-    # not vjp, whose product is taken after its level is left: enclosing levels do not bear that
-    grads, value = torch.func.grad_and_value(lambda leaves: fn(*leaves)[0])(tuple(primals))
-    return (value,), tuple(grads)
 
 
 def _requires_grad(value: Any) -> bool:
@@ -501,7 +358,7 @@ def _requires_grad(value: Any) -> bool:
     # a batched tensor does not tell that the tensor it wraps requires grad
     while _functorch.is_batchedtensor(value) and not value.requires_grad:
         value = _functorch.get_unwrapped(value)
-    return value.requires_grad
+    return bool(value.requires_grad)
 
 
 def _enter(leaf: Tensor, tracked: bool) -> Tensor:
