@@ -111,7 +111,6 @@ class _ImplicitSolution(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_ad.composable()
     def forward(problem: ImplicitProblem, *theta: Tensor) -> Leaves:
         return problem.solve(theta)
 
@@ -123,7 +122,6 @@ class _ImplicitSolution(torch.autograd.Function):
         ctx.save_for_forward(*output, *theta)
 
     @staticmethod
-    @_ad.composable()
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         w, theta = _split(ctx.saved_tensors, ctx.num_params)
         wrt = _wanted(ctx.needs_input_grad[1:], theta)
@@ -133,7 +131,6 @@ class _ImplicitSolution(torch.autograd.Function):
         return (None, *_scatter(cross, wrt, len(theta)))
 
     @staticmethod
-    @_ad.composable()
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Leaves:
         with _ad.nested_forward_mode(ctx.saved_tensors) as saved:
             w, theta = _split(saved, ctx.num_params)
@@ -193,7 +190,6 @@ class _LinearSolution(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_ad.composable()
     def forward(system: _LinearSystem, *tensors: Tensor) -> Leaves:
         w, theta, b, start = system.split(tensors)
         linearization = system.problem.linearize(w, theta, ())
@@ -210,7 +206,6 @@ class _LinearSolution(torch.autograd.Function):
         ctx.save_for_forward(*u, *tensors[:point_size])
 
     @staticmethod
-    @_ad.composable()
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         system: _LinearSystem = ctx.system
         u, point = _split(ctx.saved_tensors, system.num_params)
@@ -227,7 +222,6 @@ class _LinearSolution(torch.autograd.Function):
         return (None, *_scatter(grads, wrt, len(point)), *s, *[None] * rest)
 
     @staticmethod
-    @_ad.composable()
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         system: _LinearSystem = ctx.system
         with _ad.nested_forward_mode(ctx.saved_tensors) as saved:
