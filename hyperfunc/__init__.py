@@ -1,6 +1,6 @@
 """Hypergradients in PyTorch, in the style of torch.func."""
 
-from hyperfunc import optim
+from hyperfunc import bilevel, optim
 from hyperfunc._hypergrad import (
     hypergrad,
     hypergrad_and_solution,
@@ -33,6 +33,7 @@ __all__ = [
     "SolveStats",
     "StochasticAID",
     "assign_grads",
+    "bilevel",
     "functional",
     "hypergrad",
     "hypergrad_and_solution",
