@@ -732,7 +732,7 @@ TORCH_OPTIONS = {
     "SGD": CASES["sgd"]["coefficients"],
 }
 # The derivatives that are right; what is in neither table must be refused.
-RIGHT_STEPS = {"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax"} | {
+RIGHT_STEPS = {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax"} | {
     *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 }
 RIGHT_COEFFICIENTS = {"NAdam": {"lr"}, "RAdam": {"lr"}} | {
@@ -763,9 +763,10 @@ def test_from_torch_takes_the_steps_of_the_class(name):
 def test_from_torch_derivatives_of_steps_are_right_or_refused(name):
     params = torch_params(name)
     optimizer = optim.from_torch(TORCH_CLASSES[name], **TORCH_OPTIONS.get(name, {}))
+    num_steps = 7 if name == "RAdam" else 3
 
     def objective(scale):
-        return loss(run(optimizer, optree.tree_map(lambda w: scale * w, params), 8))
+        return loss(run(optimizer, optree.tree_map(lambda w: scale * w, params), num_steps))
 
     at = torch.tensor(1.0, dtype=F64)
     check_or_refuse(objective, at, name in RIGHT_STEPS, "cannot be differentiated")
@@ -774,6 +775,8 @@ def test_from_torch_derivatives_of_steps_are_right_or_refused(name):
 @pytest.mark.parametrize("name", sorted(set(TORCH_CLASSES) - UNSUPPORTED))
 def test_from_torch_derivatives_in_coefficients_are_right_or_refused(name):
     params = torch_params(name)
+    # RAdam has a first phase, and what becomes of the others shows sooner.
+    num_steps = 7 if name == "RAdam" else 3
     for option, value in TORCH_OPTIONS.get(name, {"lr": 0.1}).items():
         for index in range(len(value)) if isinstance(value, tuple) else [None]:
 
@@ -782,14 +785,13 @@ def test_from_torch_derivatives_in_coefficients_are_right_or_refused(name):
                 options[option] = (
                     pick_c if index is None else (*value[:index], pick_c, *value[index + 1 :])
                 )
-                return loss(
-                    run(optim.from_torch(TORCH_CLASSES[name], **options), params, 8, {"c": c})
-                )
+                optimizer = optim.from_torch(TORCH_CLASSES[name], **options)
+                return loss(run(optimizer, params, num_steps, {"c": c}))
 
             at = torch.tensor(value if index is None else value[index], dtype=F64)
             right = option in RIGHT_COEFFICIENTS.get(name, ())
             options = TORCH_OPTIONS.get(name, {})
-            expected = run_torch(TORCH_CLASSES[name], params, 8, **options)
+            expected = run_torch(TORCH_CLASSES[name], params, num_steps, **options)
             assert_close(objective(at), loss(expected))
             check_or_refuse(objective, at, right, "cannot be|is wrong or missing in torch")
 

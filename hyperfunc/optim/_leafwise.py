@@ -40,11 +40,11 @@ def leafwise(
     slots: dict[str, Any],
 ) -> Optimizer:
     """The optimiser that takes one step leaf by leaf; a slot starts as its value, or as params."""
-    for key, coefficient in (*coefficients.items(), *slots.items()):
-        if coefficient is not None:
-            check_coefficient(
-                name, "initial_accumulator_value" if key in slots else key, coefficient
-            )
+    for key, coefficient in coefficients.items():
+        check_coefficient(name, key, coefficient)
+    for start in slots.values():
+        if start is not None:
+            check_coefficient(name, "initial_accumulator_value", start)
 
     def init(params: TensorTree) -> State:
         leaves, spec = _tree.flatten_floating(params, "params")

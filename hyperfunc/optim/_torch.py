@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +34,7 @@ def from_torch(
 
     - options may be numbers, 0-d tensors or functions of ``hparams``, also within ``betas``;
     - derivatives with respect to gradients, parameters and state are right for Adadelta, Adamax,
-      ASGD, NAdam, RAdam and Rprop, and with respect to ``lr`` for NAdam and RAdam. All others are
+      NAdam, RAdam and Rprop, and with respect to ``lr`` for NAdam and RAdam. All others are
       refused when they are asked for, since torch's own are missing or silently zero;
     - ``vmap`` runs the step task by task.
 
@@ -90,14 +89,14 @@ _EXECUTION_OPTIONS = ("foreach", "fused", "capturable")
 # The classes whose step torch differentiates rightly in gradients, parameters and state, and the
 # options in which it does too. tests/test_optim.py compares every class with finite differences.
 _DIFFERENTIABLE: dict[str, frozenset[str]] = {
-    "torch.optim.ASGD": frozenset(),
     "torch.optim.Adadelta": frozenset(),
     "torch.optim.Adamax": frozenset(),
     "torch.optim.NAdam": frozenset({"lr"}),
     "torch.optim.RAdam": frozenset({"lr"}),
     "torch.optim.Rprop": frozenset(),
 }
-_PROBE = 0.5  # stands for coefficients that are not known yet; in range for each of them
+# State that depends on nothing but the number of steps and the options.
+_COUNTERS = {"mu_product", "step"}
 
 
 def _check_torch_class(optimizer_class: Any) -> None:
@@ -141,13 +140,13 @@ def _torch_step(
         )
     differentiable = differentiable or name in _DIFFERENTIABLE
     # A wrong option raises here, and not at the first step.
-    rule.build([torch.zeros(1, 1)], [_PROBE] * len(rule.labels), {})
+    rule.build([torch.zeros(1, 1)], rule.placeholders, {})
 
     def init(params: TensorTree) -> State:
         leaves, _ = _tree.flatten_floating(params, "params")
         with torch.no_grad():
             zeros = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in leaves]
-            _, states = rule.run(zeros, zeros, None, [_PROBE] * len(rule.labels), {})
+            _, states = rule.run(zeros, zeros, None, rule.placeholders, {})
         for entries in states:
             for key, value in entries.items():
                 if not isinstance(value, Tensor):
@@ -237,10 +236,13 @@ class _TorchRule:
             for index, leaf in enumerate(self._leaves)
             if callable(leaf) or isinstance(leaf, Tensor)
         ]
-        paths = {key: _tree.paths(_tree.flatten(value)[1], key) for key, value in options.items()}
-        labels = list(itertools.chain(*(paths[key] for key in sorted(paths))))
-        self.labels = [labels[index] for index in self._open]
         accepted = inspect.signature(optimizer_class).parameters
+        labels, placeholders = [], []
+        for key, value in sorted(options.items()):
+            labels += _tree.paths(_tree.flatten(value)[1], key)
+            placeholders += _placeholders(accepted.get(key), value)
+        self.labels = [labels[index] for index in self._open]
+        self.placeholders = [placeholders[index] for index in self._open]
         self.traced_execution = {
             "differentiable": True,
             **{key: False for key in _EXECUTION_OPTIONS if key in accepted},
@@ -277,14 +279,25 @@ class _TorchRule:
         for index, param in enumerate(params):
             param.grad = grads[index].clone()
             if states is not None:
-                # Step counters have no derivative, and torch refuses those that carry one.
+                # Counters have no derivative, and torch fails on those that carry one.
                 optimizer.state[param] = {
-                    key: (value.detach() if key == "step" else value).clone()
+                    key: (value.detach() if key in _COUNTERS else value).clone()
                     for key, value in states[index].items()
                 }
         with _SafeRoots():
             optimizer.step()
+        for param in params:
+            param.grad = None
         return params, [dict(optimizer.state[param]) for param in params]
+
+
+def _placeholders(parameter: inspect.Parameter | None, value: Any) -> list[float]:
+    """Valid numbers for the leaves of an option: those of its default, if it has one like that."""
+    leaves = _tree.flatten(value)[0]
+    default = [] if parameter is None else _tree.flatten(parameter.default)[0]
+    if len(default) == len(leaves) and all(isinstance(x, int | float) for x in default):
+        return default
+    return [0.5] * len(leaves)
 
 
 class _SafeRoots(torch.overrides.TorchFunctionMode):
@@ -308,7 +321,9 @@ class _TaskByTask(torch.autograd.Function):
 
     @staticmethod
     def forward(plain: Any, traced: Any, refuse: Any, *inputs: Tensor) -> Leaves:
-        return tuple(plain(*inputs))
+        outputs = plain(*inputs)
+        # An output that is an input cannot be saved for backward.
+        return tuple(x.clone() if any(x is y for y in inputs) else x for x in outputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
@@ -355,8 +370,11 @@ class _TaskByTask(torch.autograd.Function):
         def push(*inputs_and_tangents: Tensor) -> Leaves:
             primals = inputs_and_tangents[: len(inputs)]
             restricted = _restrict(ctx.traced, primals, moved, ctx.smooth)
-            point = tuple(primals[i] for i in moved)
-            return tuple(torch.func.jvp(restricted, point, inputs_and_tangents[len(inputs) :])[1])
+            # The transpose of the transpose: forward mode fails in torch's in-place updates.
+            outputs, pull, *_ = torch.func.vjp(restricted, *(primals[i] for i in moved))
+            zeros = tuple(torch.zeros_like(x) for x in outputs)
+            transpose = torch.func.vjp(lambda *cotangents: pull(cotangents), *zeros)[1]
+            return tuple(transpose(inputs_and_tangents[len(inputs) :]))
 
         pushed = _TaskByTask.apply(
             push,
