@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import dis
 import functools
 import types
@@ -26,6 +27,11 @@ def _captured(fn: Any) -> Iterator[Any]:
         yield from fn.args
         yield from fn.keywords.values()
         fn = fn.func
+    if dataclasses.is_dataclass(fn) and not isinstance(fn, type):
+        for field in dataclasses.fields(fn):
+            value = getattr(fn, field.name)
+            yield value
+            yield from _captured(value)
     if not isinstance(fn, types.FunctionType):
         return
     for cell in fn.__closure__ or ():

@@ -3,13 +3,16 @@
 Each is brought to one form, a residual ``r(w, theta) = shift w + scale P(w, theta)`` that vanishes
 at the solution:
 
-==============  =======================  =====  =====
-condition       ``P``                    shift  scale
-==============  =======================  =====  =====
-``fixed_point``  the map itself            1      -1
-``inner_loss``   the gradient of the loss  0       1
-``optimality``   the function itself       0       1
-==============  =======================  =====  =====
+===============  ========================  ======  =====
+condition        ``P``                     shift   scale
+===============  ========================  ======  =====
+``fixed_point``  the map itself            1        -1
+``inner_loss``   the gradient of the loss  0         1
+``optimality``   the function itself       0         1
+===============  ========================  ======  =====
+
+An inner loss made by `hyperfunc.proximal` with weight ``mu`` and centre ``c`` keeps its quadratic
+part apart: ``r = mu (w - c(theta)) + P`` with ``P`` the gradient of the loss without it.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor
 from hyperfunc import _ad, _tree
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers import LinearOperator
+from hyperfunc.proximal import ProximalLoss
 
 KINDS = ("fixed_point", "inner_loss", "optimality")
 
@@ -33,11 +37,6 @@ class Condition:
 
     kind: str
     fn: Callable[..., Any]
-
-    @property
-    def shift(self) -> float:
-        """Coefficient of the identity in the residual."""
-        return 1.0 if self.kind == "fixed_point" else 0.0
 
     @property
     def scale(self) -> float:
@@ -91,7 +90,13 @@ class BoundCondition:
         w, theta = tensors[: self.num_params], tensors[self.num_params :]
         hparams_and_args = self.arguments.unflatten(theta)
         if self.condition.kind == "inner_loss":
-            return _ad.grad_and_value(lambda *leaves: self._loss(leaves, hparams_and_args), w)[0]
+            loss = self.proximal.loss if self.proximal else self.condition.fn
+            return _ad.grad_and_value(
+                lambda *leaves: check_scalar(
+                    loss(_tree.unflatten(self.params_spec, leaves), *hparams_and_args), "inner_loss"
+                ),
+                w,
+            )[0]
         name = self.condition.kind
         value = self.condition.fn(_tree.unflatten(self.params_spec, w), *hparams_and_args)
         leaves, spec = _tree.flatten(value)
@@ -112,20 +117,43 @@ class BoundCondition:
             raise ValueError(captured_message(self.condition.kind))
         return linearization
 
-    def operator(self, linearization: _ad.Linearization) -> LinearOperator:
+    @property
+    def proximal(self) -> ProximalLoss | None:
+        """The inner loss, if it is one with a regulariser in closed form."""
+        fn = self.condition.fn
+        return fn if self.condition.kind == "inner_loss" and isinstance(fn, ProximalLoss) else None
+
+    def shift(self, theta: Leaves) -> float | Tensor:
+        """Coefficient of the identity in the residual."""
+        if self.proximal:
+            return self.proximal.weight_at(self.arguments.unflatten(theta)[0])
+        return 1.0 if self.condition.kind == "fixed_point" else 0.0
+
+    def regulariser(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> _ad.Linearization | None:
+        """What the residual holds besides ``P``, as a function of the tensors of theta at wrt."""
+        proximal = self.proximal
+        if proximal is None:
+            return None
+        n = self.num_params
+        return _ad.Linearization(
+            lambda *leaves: proximal.gradient(
+                leaves[:n], self.params_spec, self.arguments.unflatten(leaves[n:])[0]
+            ),
+            (*w, *theta),
+            (tuple(n + i for i in wrt),),
+        )
+
+    def operator(self, linearization: _ad.Linearization, theta: Leaves) -> LinearOperator:
         """``A = dr/dw`` as a linear operator."""
         symmetric = self.condition.symmetric
         return LinearOperator(
             product=linearization.pull if symmetric else linearization.push,
             transposed_product=linearization.pull,
-            shift=self.condition.shift,
+            shift=self.shift(theta),
             scale=self.condition.scale,
             symmetric=symmetric,
+            spec=self.params_spec,
         )
-
-    def _loss(self, w: Leaves, hparams_and_args: tuple[Any, ...]) -> Tensor:
-        loss = self.condition.fn(_tree.unflatten(self.params_spec, w), *hparams_and_args)
-        return check_scalar(loss, "inner_loss")
 
 
 def make_condition(

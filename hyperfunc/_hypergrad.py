@@ -410,9 +410,10 @@ def _implicit_hypergrad(
     )
     dw, dh = gradient[:n], gradient[n:]
 
-    linearization = problem.linearize(w, theta, tuple(range(m)))
+    wrt = tuple(range(m))
+    linearization = problem.linearize(w, theta, wrt)
     u, stats = problem.adjoint(linearization, w, theta, dw, x0)
-    grads = _tree.add(dh, cross_term(problem, linearization, u))
+    grads = _tree.add(dh, cross_term(problem, linearization, w, theta, wrt, u))
     if rule.throw:
         _raise_unless_finite_hypergrad(grads, hparams_spec)
     solution = Solution(

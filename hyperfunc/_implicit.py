@@ -90,7 +90,7 @@ class ImplicitProblem:
         """Solve ``A^T u = b`` (or ``A u = b``), differentiably where that may be asked for."""
         system = _LinearSystem(self, len(w), len(theta), transposed)
         if not _ad.is_tracked((*w, *theta, *b)):
-            return system.solve(linearization, b, x0)
+            return system.solve(linearization, theta, b, x0)
         start = () if x0 is None else _ad.detach(x0)
         *u, num_steps, residual_norm, result = _LinearSolution.apply(system, *w, *theta, *b, *start)
         return tuple(u), SolveStats(num_steps, residual_norm, result)
@@ -127,7 +127,7 @@ class _ImplicitSolution(torch.autograd.Function):
         wrt = _wanted(ctx.needs_input_grad[1:], theta)
         linearization = ctx.problem.linearize(w, theta, wrt)
         u, _ = ctx.problem.adjoint(linearization, w, theta, cotangents)
-        cross = cross_term(ctx.problem, linearization, u)
+        cross = cross_term(ctx.problem, linearization, w, theta, wrt, u)
         return (None, *_scatter(cross, wrt, len(theta)))
 
     @staticmethod
@@ -137,6 +137,9 @@ class _ImplicitSolution(torch.autograd.Function):
             wrt, directions = _directions(tangents, theta)
             linearization = ctx.problem.linearize(w, theta, wrt)
             b = _tree.scale(-ctx.problem.condition.scale, linearization.push(directions, 1))
+            regulariser = ctx.problem.bound.regulariser(w, theta, wrt)
+            if regulariser is not None:
+                b = _tree.sub(b, regulariser.push(directions))
             w_dot, _ = ctx.problem.adjoint(linearization, w, theta, b, transposed=False)
             return tuple(w_dot)
 
@@ -151,30 +154,34 @@ class _LinearSystem:
     transposed: bool
 
     def solve(
-        self, linearization: Linearized, b: Leaves, x0: Leaves | None
+        self, linearization: Linearized, theta: Leaves, b: Leaves, x0: Leaves | None
     ) -> tuple[Leaves, SolveStats]:
+        if x0 is not None:  # the solution for b = 0 is 0, which no relative tolerance can find
+            x0 = _tree.scale((_tree.dot(b, b) != 0).to(torch.float32), x0)
         if isinstance(linearization, MinibatchLinearization):
             at = linearization.at
-            x, stats = linearization.method.descend(lambda step: self.operator(at(step)), b, x0)
+            x, stats = linearization.method.descend(
+                lambda step: self.operator(at(step), theta), b, x0
+            )
         else:
-            x, stats = self.problem.linear_solver.solve(self.operator(linearization), b, x0)
+            x, stats = self.problem.linear_solver.solve(self.operator(linearization, theta), b, x0)
         if self.problem.throw:
             raise_on_failure(stats, self.problem.linear_solver)
         return x, stats
 
-    def operator(self, linearization: _ad.Linearization) -> LinearOperator:
+    def operator(self, linearization: _ad.Linearization, theta: Leaves) -> LinearOperator:
         """``A^T`` (or ``A``) from the linearisation of the condition."""
         assert self.problem.bound is not None
-        operator = self.problem.bound.operator(linearization)
+        operator = self.problem.bound.operator(linearization, theta)
         return operator.T if self.transposed else operator
 
     def product(self, u: Leaves, point: Leaves) -> Leaves:
-        """``P(w, theta)^T u`` (or ``P u``) as a function of the point ``(w, theta)``."""
+        """``A(w, theta)^T u`` (or ``A u``) as a function of the point ``(w, theta)``."""
         w, theta = _split(point, self.num_params)
         linearization = self.problem.linearize(w, theta, ())
         if isinstance(linearization, MinibatchLinearization):
             raise RuntimeError(SECOND_DERIVATIVE)
-        return linearization.pull(u) if self.transposed else linearization.push(u)
+        return self.operator(linearization, theta).mv(u)
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[Leaves, Leaves, Leaves, Leaves]:
         """``w, theta, b`` and what follows them (a starting iterate, or nothing)."""
@@ -193,7 +200,7 @@ class _LinearSolution(torch.autograd.Function):
     def forward(system: _LinearSystem, *tensors: Tensor) -> Leaves:
         w, theta, b, start = system.split(tensors)
         linearization = system.problem.linearize(w, theta, ())
-        u, stats = system.solve(linearization, b, start or None)
+        u, stats = system.solve(linearization, theta, b, start or None)
         return tuple(leaf.clone() for leaf in (*u, *stats))
 
     @staticmethod
@@ -217,7 +224,7 @@ class _LinearSolution(torch.autograd.Function):
         s, _ = system.problem.adjoint(
             linearization, w, theta, cotangent, transposed=not system.transposed
         )
-        grads = _tree.scale(-system.problem.condition.scale, products.pull(s))
+        grads = _tree.neg(products.pull(s))
         rest = ctx.num_inputs - 1 - len(point) - system.num_params
         return (None, *_scatter(grads, wrt, len(point)), *s, *[None] * rest)
 
@@ -234,7 +241,7 @@ class _LinearSolution(torch.autograd.Function):
             )
             wrt, directions = _directions(tangents[: len(point)], point)
             products = _ad.Linearization(lambda *leaves: system.product(u, leaves), point, (wrt,))
-            change = _tree.scale(system.problem.condition.scale, products.push(directions))
+            change = products.push(directions)
             u_dot, stats = system.problem.adjoint(
                 system.problem.linearize(w, theta, ()),
                 w,
@@ -245,9 +252,19 @@ class _LinearSolution(torch.autograd.Function):
             return (*u_dot, None, torch.zeros_like(stats.residual_norm), None)
 
 
-def cross_term(problem: ImplicitProblem, linearization: Linearized, u: Leaves) -> Leaves:
-    """``-(dr/dtheta)^T u`` for the tensors of theta in group 1 of the linearization."""
-    return _tree.scale(-problem.condition.scale, linearization.pull(u, 1))
+def cross_term(
+    problem: ImplicitProblem,
+    linearization: Linearized,
+    w: Leaves,
+    theta: Leaves,
+    wrt: Sequence[int],
+    u: Leaves,
+) -> Leaves:
+    """``-(dr/dtheta)^T u`` for the tensors of theta at wrt, group 1 of the linearization."""
+    assert problem.bound is not None
+    term = _tree.scale(-problem.condition.scale, linearization.pull(u, 1))
+    regulariser = problem.bound.regulariser(w, theta, wrt)
+    return term if regulariser is None else _tree.sub(term, regulariser.pull(u))
 
 
 def flatten_params(params: Any) -> tuple[Leaves, _tree.TreeSpec]:

@@ -25,21 +25,28 @@ class LinearOperator:
     Args:
         product: ``v -> P v`` on tuples of leaves.
         transposed_product: ``v -> P^T v``.
-        shift: the coefficient of the identity.
+        shift: the coefficient of the identity, a number or a 0-d tensor.
         scale: the coefficient of ``P``.
         symmetric: whether ``P = P^T`` is known.
+        spec: the structure of the vectors as trees, for a preconditioner that takes trees; by
+            default the tuple of leaves itself.
     """
 
     product: Callable[[Leaves], Leaves]
     transposed_product: Callable[[Leaves], Leaves]
-    shift: float = 0.0
+    shift: float | Tensor = 0.0
     scale: float = 1.0
     symmetric: bool = False
+    spec: _tree.TreeSpec | None = None
 
     @staticmethod
     def from_matrix(matrix: Tensor) -> LinearOperator:
         """The operator of a square matrix, acting on a single leaf of shape ``(n,)``."""
-        return LinearOperator(lambda v: (matrix @ v[0],), lambda v: (matrix.mT @ v[0],))
+        return LinearOperator(
+            lambda v: (matrix @ v[0],),
+            lambda v: (matrix.mT @ v[0],),
+            spec=_tree.flatten(matrix)[1],
+        )
 
     @property
     def T(self) -> LinearOperator:
@@ -47,6 +54,10 @@ class LinearOperator:
         return dataclasses.replace(
             self, product=self.transposed_product, transposed_product=self.product
         )
+
+    def structure(self, v: Leaves) -> _tree.TreeSpec:
+        """The structure of a vector as a tree."""
+        return _tree.flatten(v)[1] if self.spec is None else self.spec
 
     def mv(self, v: Leaves) -> Leaves:
         """The product ``A v``."""
@@ -141,7 +152,9 @@ def check_step_size(solver: object, step_size: object) -> None:
         raise ValueError(f"{name}: step_size is {step_size!r}; expected a number > 0")
 
 
-def _combine(alpha: float, x: Leaves, beta: float, y: Leaves) -> Leaves:
+def _combine(alpha: float, x: Leaves, beta: float | Tensor, y: Leaves) -> Leaves:
+    if isinstance(beta, Tensor):
+        return _tree.axpy(beta, y, x if alpha == 1 else _tree.scale(alpha, x))
     if beta == 0:
         return x if alpha == 1 else _tree.scale(alpha, x)
     if alpha == 1:

@@ -155,7 +155,8 @@ def _richardson(
     if x0 is None and maxiter > 0:
         x, steps = _tree.scale(step_size, b), 1
     num_steps = torch.full((), steps, dtype=torch.int64, device=bb.device)
-    active = bounds.open(rs)
+    # from a given start even a small b says nothing of the residual
+    active = bounds.open(rs) if x0 is None else torch.isfinite(bb)
     for step in range(steps, maxiter):
         if bounds.adaptive and not _ad.any_true(active):
             break

@@ -1,0 +1,133 @@
+"""The regulariser in closed form against the same loss written by hand."""
+
+import itertools
+
+import pytest
+import torch
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
+
+import hyperfunc as hf
+
+X, y, X_val, y_val = (
+    torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    for seed, shape in enumerate([(20, 4), (20,), (20, 4), (20,)])
+)
+
+
+def base(w, h):
+    logistic = torch.nn.functional.softplus(X @ w["a"] * y).sum()
+    return logistic + w["b"] ** 4 * h["c"].exp().sum()
+
+
+def center(h):
+    return {"a": h["m"].tanh(), "b": h["n"]}
+
+
+def weight(h):
+    return h["log_weight"].exp()
+
+
+def by_hand(w, h):
+    c = center(h)
+    return base(w, h) + 0.5 * weight(h) * sum(((w[k] - c[k]) ** 2).sum() for k in w)
+
+
+in_closed_form = hf.proximal(base, weight, center)
+
+
+def outer(w, h):
+    return ((X_val @ w["a"] - y_val) ** 2).mean() + w["b"] ** 2 + h["m"].sum() ** 2
+
+
+def newton(h):
+    w = {k: v.detach().clone() for k, v in center(h).items()}
+    for _ in range(20):
+        g, H = grad(by_hand)(w, h), hessian(by_hand)(w, h)
+        rows = [torch.cat([H[i][j].reshape(w[i].numel(), -1) for j in "ab"], 1) for i in "ab"]
+        step = torch.linalg.solve(torch.cat(rows), torch.cat([g["a"], g["b"].reshape(1)]))
+        w = {"a": w["a"] - step[:4], "b": w["b"] - step[4]}
+    return w
+
+
+@pytest.fixture
+def hparams():
+    sizes = {"m": (4,), "n": (), "log_weight": (), "c": (2,)}
+    return {key: 0.5 * torch.randn(size, dtype=torch.float64) for key, size in sizes.items()}
+
+
+def largest_difference(a, b):
+    leaves = zip(
+        torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b), strict=True
+    )
+    return max((x - y).abs().max().item() for x, y in leaves)
+
+
+@pytest.mark.parametrize("method", ["cg", "normal_cg", "dense", hf.FixedPoint(step_size=0.05)])
+def test_hypergradient_is_that_of_the_loss_by_hand(method, hparams):
+    expected = hf.hypergrad(newton, outer, inner_loss=by_hand, method=method)
+    got = hf.hypergrad(newton, outer, inner_loss=in_closed_form, method=method)
+    assert largest_difference(got(hparams), expected(hparams)) < 1e-12
+    batch = {key: torch.stack([value, value + 0.1]) for key, value in hparams.items()}
+    assert largest_difference(vmap(got)(batch), vmap(expected)(batch)) < 1e-12
+
+
+@pytest.mark.parametrize("modes", list(itertools.product([jacfwd, jacrev], repeat=2)))
+def test_second_derivatives_are_those_of_the_loss_by_hand(modes, hparams):
+    outermost, innermost = modes
+    values = []
+    for inner_loss in (by_hand, in_closed_form):
+        solve = hf.implicit_diff(newton, inner_loss=inner_loss, method="dense")
+        values.append(outermost(innermost(lambda h, s=solve: outer(s(h), h)))(hparams))
+    assert largest_difference(*values) < 1e-10
+
+
+def test_value_and_gradient_are_those_of_the_loss_by_hand(hparams):
+    w = {"a": torch.randn(4, dtype=torch.float64), "b": torch.tensor(0.3, dtype=torch.float64)}
+    for argnums in (0, 1):
+        expected = grad(by_hand, argnums=argnums)(w, hparams)
+        assert largest_difference(grad(in_closed_form, argnums)(w, hparams), expected) < 1e-12
+    assert (in_closed_form(w, hparams) - by_hand(w, hparams)).abs() < 1e-12
+
+
+def test_the_hparams_are_the_default_center():
+    meta = torch.randn(4, dtype=torch.float64)
+    A = X.T @ X
+    loss = hf.proximal(lambda w, m: 0.5 * w @ A @ w - w @ X.T @ y, 2.0)
+    system = A + 2.0 * torch.eye(4, dtype=torch.float64)
+    solve = hf.implicit_diff(
+        lambda m: torch.linalg.solve(system, X.T @ y + 2.0 * m), inner_loss=loss, method="cg"
+    )
+    expected = 2.0 * torch.linalg.inv(system)
+    assert (jacrev(solve)(meta) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ((1.0, 2.0), TypeError, "proximal: loss is 1.0; expected a function"),
+        ((base, -1.0), ValueError, "weight is -1.0; expected a number >= 0"),
+        ((base, "big"), TypeError, "weight is 'big'; expected a number >= 0, a 0-d tensor"),
+        ((base, True), TypeError, "weight is True"),
+    ],
+)
+def test_bad_arguments(arguments, error, text):
+    with pytest.raises(error, match=text):
+        hf.proximal(*arguments)
+
+
+def test_a_center_of_another_structure_is_named(hparams):
+    loss = hf.proximal(base, 1.0)  # the hparams are no tree like params
+    with pytest.raises(ValueError, match="the hparams, as the centre of proximal, has another"):
+        hf.hypergrad(newton, outer, inner_loss=loss)(hparams)
+
+
+def test_a_weight_that_is_no_scalar_is_refused(hparams):
+    loss = hf.proximal(base, lambda h: h["c"], center)
+    with pytest.raises(ValueError, match=r"weight has shape \(2,\); expected a 0-d tensor"):
+        hf.hypergrad(newton, outer, inner_loss=loss)(hparams)
+
+
+def test_a_weight_that_requires_grad_is_refused_unless_passed_in_hparams(hparams):
+    loss = hf.proximal(base, torch.tensor(1.0, dtype=torch.float64, requires_grad=True), center)
+    with pytest.raises(ValueError, match="inner_loss closes over a tensor that requires grad"):
+        hf.hypergrad(newton, outer, inner_loss=loss)(hparams)
