@@ -59,14 +59,14 @@ def proximal(
     """
     if not callable(loss):
         raise TypeError(f"proximal: loss is {loss!r}; expected a function of (params, hparams)")
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not (is_number or callable(weight) or isinstance(weight, Tensor)):
+    if isinstance(weight, int | float) and not isinstance(weight, bool):
+        if not weight >= 0:
+            raise ValueError(f"proximal: weight is {weight!r}; expected a number >= 0")
+    elif not (callable(weight) or isinstance(weight, Tensor)):
         raise TypeError(
             f"proximal: weight is {weight!r}; expected a number >= 0, a 0-d tensor, or a function "
             f"of hparams that returns one"
         )
-    if is_number and not weight >= 0:
-        raise ValueError(f"proximal: weight is {weight!r}; expected a number >= 0")
     return ProximalLoss(loss, weight, center)
 
 
