@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from hyperfunc import _ad, _tree
 from hyperfunc._conditions import BoundCondition
@@ -36,22 +37,28 @@ class MinibatchLinearization:
 
     def pull(self, cotangents: Leaves, group: int) -> Leaves:
         """The mean product with the transposed Jacobian with respect to theta."""
+        self._refuse_replaced(self.wrt)
         return self._mean("pull", cotangents, group)
 
     def push(self, tangents: Leaves, group: int) -> Leaves:
         """The mean product with the Jacobian with respect to theta."""
+        # forward mode fills in zeros for the tensors that it is not asked about
+        pairs = zip(self.wrt, tangents, strict=True)
+        self._refuse_replaced([i for i, tangent in pairs if _ad.any_true((tangent != 0).any())])
         return self._mean("push", tangents, group)
 
-    def _mean(self, product: str, vector: Leaves, group: int) -> Leaves:
-        assert group == 1
-        if not callable(self.method.sampler) and any(
-            index >= self.bound.arguments.num_hparams for index in self.wrt
-        ):
+    def _refuse_replaced(self, wrt: Sequence[int]) -> None:
+        if callable(self.method.sampler):
+            return
+        if any(index >= self.bound.arguments.num_hparams for index in wrt):
             raise ValueError(
                 "sampler replaces *args, so that derivatives with respect to them are lost. Pass "
                 "a function (step, *args) -> args that indexes into its arguments, or .detach() "
                 "the arguments"
             )
+
+    def _mean(self, product: str, vector: Leaves, group: int) -> Leaves:
+        assert group == 1
         first, count = self.method.num_steps, self.method.num_cross_batches
         total: Leaves | None = None
         for step in range(first, first + count):

@@ -244,9 +244,8 @@ def _make_torch_advance(
 
 
 def _check_optimizer(optimizer: Any, scheduler: Any) -> None:
-    is_factory = (
-        callable(optimizer) and getattr(optimizer, "__module__", "") != Optimizer.__module__
-    )
+    module = getattr(optimizer, "__module__", None) or ""
+    is_factory = callable(optimizer) and not module.startswith("hyperfunc.optim")
     if not is_factory:
         check_optimizer(optimizer, "StochasticAID")
     if scheduler is None:
