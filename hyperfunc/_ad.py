@@ -134,11 +134,15 @@ def grad_and_value(
 
 def count_true(flag: Tensor) -> int:
     """How many tasks of the enclosing ``vmap`` levels a 0-d bool holds for (a host sync)."""
+    if not transforms_active():
+        return int(flag)
     return int(_Total.apply(flag.to(torch.int64)))
 
 
 def count_tasks(flag: Tensor) -> int:
     """How many tasks the enclosing ``vmap`` levels hold that the flag depends on."""
+    if not transforms_active():
+        return 1
     return int(_Total.apply(torch.ones_like(flag, dtype=torch.int64)))
 
 

@@ -168,6 +168,8 @@ def all_finite(x: Leaves) -> Tensor:
 
 
 def _scalar_like(alpha: Tensor, leaf: Tensor) -> Tensor:
+    if alpha.dtype == leaf.dtype and alpha.device == leaf.device:
+        return alpha
     return alpha.to(device=leaf.device, dtype=leaf.dtype)
 
 
