@@ -5,43 +5,81 @@ from __future__ import annotations
 import dataclasses
 import dis
 import functools
+import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperfunc import _ad
 from hyperfunc._conditions import captured_message
 
+# A container with more items is a data set, not a tree of parameters.
+_MOST_ITEMS = 1000
+
 
 def refuse_captured_tensors(fn: Callable[..., Any], name: str) -> None:
-    """Raise if a function closes over a tensor that carries a derivative."""
-    for captured in _captured(fn):
-        if isinstance(captured, Tensor) and _ad.is_attached(captured):
+    """Raise if a function closes over a tensor that carries a derivative.
+
+    Looked through are its variables, globals, and default values, the attributes that it reads
+    from them, dicts, lists and tuples, and the functions among all these. Modules are not: their
+    parameters may be replaced by arguments in the call.
+    """
+    for tensor in _captured(fn, {}):
+        if _ad.is_attached(tensor):
             raise ValueError(captured_message(name))
 
 
-def _captured(fn: Any) -> Iterator[Any]:
-    while isinstance(fn, functools.partial):
-        yield from fn.args
-        yield from fn.keywords.values()
-        fn = fn.func
-    if dataclasses.is_dataclass(fn) and not isinstance(fn, type):
-        for field in dataclasses.fields(fn):
-            value = getattr(fn, field.name)
-            yield value
-            yield from _captured(value)
-    if not isinstance(fn, types.FunctionType):
+def _captured(fn: Any, seen: dict[int, object]) -> Iterator[Tensor]:
+    if isinstance(fn, functools.partial):
+        yield from _tensors((fn.func, fn.args, fn.keywords), (), seen)
+    elif isinstance(fn, types.MethodType):
+        code = getattr(fn.__func__, "__code__", None)
+        yield from _tensors(fn.__self__, _all_names(code) if code else (), seen)
+        yield from _tensors(fn.__func__, (), seen)
+    elif isinstance(fn, types.FunctionType):
+        names = _all_names(fn.__code__)
+        held = (fn.__defaults__, fn.__kwdefaults__, list(_contents(fn.__closure__ or ())))
+        yield from _tensors(held, names, seen)
+        for name in _global_names(fn.__code__):
+            value = fn.__globals__.get(name)
+            # the functions of other modules are libraries
+            if getattr(value, "__globals__", fn.__globals__) is fn.__globals__:
+                yield from _tensors(value, names, seen)
+    elif dataclasses.is_dataclass(fn) and not isinstance(fn, type):
+        yield from _tensors([getattr(fn, field.name) for field in dataclasses.fields(fn)], (), seen)
+    elif callable(fn) and isinstance(type(fn).__call__, types.FunctionType):
+        yield from _captured(types.MethodType(type(fn).__call__, fn), seen)
+
+
+def _tensors(value: Any, names: Iterable[str], seen: dict[int, object]) -> Iterator[Tensor]:
+    """The tensors in what a function holds, whose code reads attributes of these names."""
+    if isinstance(value, Tensor):
+        yield value
         return
-    for cell in fn.__closure__ or ():
+    if value is None or isinstance(value, type | types.ModuleType | nn.Module) or id(value) in seen:
+        return
+    seen[id(value)] = value  # held, so that no other object gets its id
+    if isinstance(value, dict | list | tuple):
+        items = value.values() if isinstance(value, dict) else value
+        for item in itertools.islice(items, _MOST_ITEMS):
+            yield from _tensors(item, names, seen)
+        return
+    attributes = getattr(value, "__dict__", {})
+    for name in names:
+        if name in attributes:
+            yield from _tensors(attributes[name], names, seen)
+    if not str(getattr(value, "__module__", "")).startswith("torch."):
+        yield from _captured(value, seen)
+
+
+def _contents(cells: Iterable[types.CellType]) -> Iterator[Any]:
+    for cell in cells:
         try:
             yield cell.cell_contents
         except ValueError:  # a variable that is not assigned yet
             continue
-    for name in _global_names(fn.__code__):
-        if name in fn.__globals__:
-            yield fn.__globals__[name]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -51,5 +89,16 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
         for instruction in dis.get_instructions(code)
         if instruction.opname == "LOAD_GLOBAL"
     ]
-    nested = [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    return tuple(dict.fromkeys(names + [name for const in nested for name in _global_names(const)]))
+    return tuple(dict.fromkeys(names + [n for c in _nested(code) for n in _global_names(c)]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _all_names(code: types.CodeType) -> tuple[str, ...]:
+    """Every name in the code, those of attributes included."""
+    return tuple(
+        dict.fromkeys([*code.co_names, *(n for c in _nested(code) for n in _all_names(c))])
+    )
+
+
+def _nested(code: types.CodeType) -> list[types.CodeType]:
+    return [const for const in code.co_consts if isinstance(const, types.CodeType)]
