@@ -11,23 +11,42 @@ from hyperfunc._implicit import HypergradError
 from hyperfunc._results import RESULTS, Solution, SolveStats
 from hyperfunc.linear_solvers import (
     CG,
+    GMRES,
+    AndersonFixedPoint,
+    BiCGStab,
+    Blockwise,
+    Damped,
     Dense,
+    Fallback,
     FixedPoint,
+    JacobiPreconditioner,
     Neumann,
     NormalCG,
+    Nystrom,
+    NystromPreconditioner,
     OneStep,
     StochasticAID,
 )
 from hyperfunc.modules import assign_grads, functional, module_map
+from hyperfunc.proximal import proximal
 
 __all__ = [
     "CG",
+    "GMRES",
     "RESULTS",
+    "AndersonFixedPoint",
+    "BiCGStab",
+    "Blockwise",
+    "Damped",
     "Dense",
+    "Fallback",
     "FixedPoint",
     "HypergradError",
+    "JacobiPreconditioner",
     "Neumann",
     "NormalCG",
+    "Nystrom",
+    "NystromPreconditioner",
     "OneStep",
     "Solution",
     "SolveStats",
@@ -41,4 +60,5 @@ __all__ = [
     "implicit_diff",
     "module_map",
     "optim",
+    "proximal",
 ]

@@ -15,6 +15,9 @@ METHODS: dict[str, type] = {
     "neumann": linear_solvers.Neumann,
     "dense": linear_solvers.Dense,
     "one_step": linear_solvers.OneStep,
+    "gmres": linear_solvers.GMRES,
+    "bicgstab": linear_solvers.BiCGStab,
+    "nystrom": linear_solvers.Nystrom,
     "stoch_aid": linear_solvers.StochasticAID,
 }
 

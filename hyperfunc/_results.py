@@ -36,13 +36,19 @@ class RESULTS(enum.IntEnum):
     breakdown = (
         2,
         "the recurrence broke down: the operator is not what the method assumes "
-        "(CG needs a symmetric positive definite one; NormalCG and Dense need an invertible one)",
+        "(CG needs a symmetric positive definite one and Nystrom a symmetric one; NormalCG, GMRES "
+        "and Dense need an invertible one, on which BiCGStab may break down all the same)",
     )
     nonfinite = 3, "non-finite values (NaN or Inf) appeared"
     divergence = (
         4,
         "the residual grew instead of shrinking: the iteration is not a contraction here "
         "(use a smaller step_size, or a method that needs no contraction: NormalCG, Dense)",
+    )
+    stagnation = (
+        5,
+        "the residual stopped shrinking above the tolerance "
+        "(raise restart or rtol, add a preconditioner, or use NormalCG)",
     )
 
     @property

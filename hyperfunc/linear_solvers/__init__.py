@@ -6,20 +6,39 @@ leaves, works under ``torch.func.vmap`` (a task that has converged is frozen, wi
 returns the iterate together with `hyperfunc.SolveStats`.
 """
 
+from hyperfunc.linear_solvers._anderson import AndersonFixedPoint
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
 from hyperfunc.linear_solvers._dense import Dense
-from hyperfunc.linear_solvers._krylov import CG, NormalCG
+from hyperfunc.linear_solvers._gmres import GMRES
+from hyperfunc.linear_solvers._krylov import CG, BiCGStab, NormalCG
+from hyperfunc.linear_solvers._nystrom import Nystrom
+from hyperfunc.linear_solvers._preconditioners import (
+    AbstractPreconditioner,
+    JacobiPreconditioner,
+    NystromPreconditioner,
+)
 from hyperfunc.linear_solvers._stationary import FixedPoint, Neumann, OneStep
 from hyperfunc.linear_solvers._stochastic import StochasticAID
+from hyperfunc.linear_solvers._wrappers import Blockwise, Damped, Fallback
 
 __all__ = [
     "CG",
+    "GMRES",
     "AbstractLinearSolver",
+    "AbstractPreconditioner",
+    "AndersonFixedPoint",
+    "BiCGStab",
+    "Blockwise",
+    "Damped",
     "Dense",
+    "Fallback",
     "FixedPoint",
+    "JacobiPreconditioner",
     "LinearOperator",
     "Neumann",
     "NormalCG",
+    "Nystrom",
+    "NystromPreconditioner",
     "OneStep",
     "StochasticAID",
 ]

@@ -1,10 +1,11 @@
-"""Krylov subspace methods: CG and its relatives."""
+"""Krylov subspace methods with short recurrences: CG and its relatives, BiCGStab."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from hyperfunc import _ad, _tree
 from hyperfunc._results import SolveStats
@@ -15,6 +16,12 @@ from hyperfunc.linear_solvers._base import (
     LinearOperator,
     check_settings,
 )
+from hyperfunc.linear_solvers._preconditioners import (
+    Preconditioner,
+    check_preconditioner,
+    prepare,
+)
+from hyperfunc.linear_solvers._random import random_uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +33,20 @@ class CG(AbstractLinearSolver):
     direction with ``p^T A p <= 0``, or, where symmetry is not known beforehand, successive
     residuals that are not orthogonal, which tells a non-symmetric operator.
 
+    With a preconditioner ``M``, close to the inverse of ``A``, the number of steps depends on the
+    condition number of ``M A``; the tolerances stay those of the residual itself.
+
     Args:
         maxiter: largest number of steps, >= 0. With ``rtol=0, atol=0`` exactly this many steps are
             taken, without any host synchronisation, and that is a success.
         rtol: relative tolerance, >= 0; by default ``eps ** 0.75`` for the coarsest dtype, that is
             1.8e-12 in float64 and 6.4e-6 in float32.
         atol: absolute tolerance, >= 0.
+        preconditioner: a symmetric positive definite approximation of the inverse: an object such
+            as `JacobiPreconditioner`, built in each solve, or a linear function of trees like
+            params that returns such trees.
+        check_symmetry: whether to spend two products on the test ``<A u, v> = <u, A v>`` for
+            random ``u, v`` first; an operator that fails it is reported as breakdown.
 
     Example:
         >>> import torch
@@ -53,35 +68,44 @@ class CG(AbstractLinearSolver):
     maxiter: int = 1000
     rtol: float | None = None
     atol: float = 0.0
+    preconditioner: Preconditioner | None = None
+    check_symmetry: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self, self.maxiter, self.rtol, self.atol)
+        check_preconditioner(self, self.preconditioner)
 
     def solve(
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, SolveStats]:
+        precondition = prepare(self.preconditioner, operator, b)
         x = _tree.zeros_like(b) if x0 is None else x0
         r = b if x0 is None else operator.residual(x0, b)
-        p = r
         rs = _tree.dot(r, r)
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         active = bounds.open(rs)
+        if self.check_symmetry:
+            active = active & _seems_symmetric(operator, b)
+        p = z = r if precondition is None else precondition(r)
+        rz = rs if precondition is None else _tree.dot(r, z)
         for _ in range(self.maxiter):
             if bounds.adaptive and not _ad.any_true(active):
                 break
             Ap = operator.mv(p)
-            alpha = rs / _tree.dot(p, Ap)
+            alpha = rz / _tree.dot(p, Ap)
             active = active & (alpha > 0) & (alpha < torch.inf)
             alpha = torch.where(active, alpha, 0.0)
             x = _tree.axpy(alpha, p, x)
-            previous, r = r, _tree.axpy(-alpha, Ap, r)
-            rs_previous, rs = rs, _tree.dot(r, r)
+            r = _tree.axpy(-alpha, Ap, r)
+            rs = _tree.dot(r, r)
             num_steps = num_steps + active
+            z_previous, z = z, r if precondition is None else precondition(r)
+            rz_previous, rz = rz, rs if precondition is None else _tree.dot(r, z)
             if not operator.symmetric:
-                overlap = _tree.dot(r, previous).abs() / torch.maximum(rs, rs_previous)
+                overlap = _tree.dot(r, z_previous).abs() / torch.maximum(rz, rz_previous)
                 active = active & ~((overlap > bounds.asymmetry) & bounds.open(rs) & (alpha > 0))
-            p = _tree.axpy(torch.where(active, rs / rs_previous, 0.0), p, r)
+            p = _tree.axpy(torch.where(active, rz / rz_previous, 0.0), p, z)
             active = active & bounds.open(rs)
         return x, bounds.stats(num_steps, rs, active)
 
@@ -145,3 +169,93 @@ class NormalCG(AbstractLinearSolver):
                 gamma_previous, gamma = gamma, _tree.dot(s, s)
                 p = _tree.axpy(torch.where(active, gamma / gamma_previous, 0.0), p, s)
         return x, bounds.stats(num_steps, rs, active)
+
+
+@dataclasses.dataclass(frozen=True)
+class BiCGStab(AbstractLinearSolver):
+    """Stabilised biconjugate gradients, for any invertible operator.
+
+    Two products a step and a fixed number of vectors, where `GMRES` keeps all of them; no product
+    with the transpose, where `NormalCG` needs one a step. In return the residual does not shrink
+    steadily, and the recurrence can break down on an operator that is invertible: where ``rho``,
+    the overlap of the residual with the first one, or ``omega``, the overlap of ``A s`` with ``s``
+    for the residual ``s`` halfway through the step, is zero up to rounding. This is reported;
+    ``Fallback(BiCGStab(), GMRES())`` goes on from there.
+
+    Args:
+        maxiter: largest number of steps, >= 0; exactly this many with ``rtol=0, atol=0``.
+        rtol: relative tolerance on the residual, >= 0; by default ``eps ** 0.75``.
+        atol: absolute tolerance, >= 0.
+        preconditioner: an approximation of the inverse, applied from the right, so that the
+            residual is that of the system itself; see `CG`.
+
+    Example:
+        >>> A = torch.tensor([[4.0, 2.0], [-1.0, 3.0]])
+        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(A)
+        >>> (x,), stats = hf.BiCGStab().solve(operator, (torch.tensor([8.0, 5.0]),))
+        >>> x
+        tensor([1., 2.])
+        >>> stats.num_steps
+        tensor(2)
+
+    References:
+        van der Vorst, Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG, 1992.
+    """
+
+    maxiter: int = 1000
+    rtol: float | None = None
+    atol: float = 0.0
+    preconditioner: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self, self.maxiter, self.rtol, self.atol)
+        check_preconditioner(self, self.preconditioner)
+
+    def solve(
+        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
+    ) -> tuple[Leaves, SolveStats]:
+        precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
+        eps = _tree.epsilon(b)
+        x = _tree.zeros_like(b) if x0 is None else x0
+        r = b if x0 is None else operator.residual(x0, b)
+        first = r
+        p = v = _tree.zeros_like(r)
+        rs = first_rs = _tree.dot(r, r)
+        rho = alpha = omega = torch.ones_like(rs)
+        bounds = Bounds.make(self.rtol, self.atol, b, rs)
+        num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
+        active = bounds.open(rs)
+        for _ in range(self.maxiter):
+            if bounds.adaptive and not _ad.any_true(active):
+                break
+            rho_previous, rho = rho, _tree.dot(first, r)
+            active = active & (rho.abs() > eps * (first_rs * rs).sqrt())
+            beta = torch.where(active, (rho / rho_previous) * (alpha / omega), 0.0)
+            p = _tree.axpy(beta, _tree.axpy(-omega, v, p), r)
+            p_hat = precondition(p)
+            v = operator.mv(p_hat)
+            alpha = rho / _tree.dot(first, v)
+            active = active & torch.isfinite(alpha)
+            alpha = torch.where(active, alpha, 0.0)
+            s = _tree.axpy(-alpha, v, r)
+            ss = _tree.dot(s, s)
+            s_hat = precondition(s)
+            t = operator.mv(s_hat)
+            ts, tt = _tree.dot(t, s), _tree.dot(t, t)
+            # where s has converged, or broken down, only the first half of the step is taken
+            stable = active & bounds.open(ss) & (ts.abs() > eps * (tt * ss).sqrt())
+            omega = torch.where(stable, ts / tt, 0.0)
+            x = _tree.axpy(omega, s_hat, _tree.axpy(alpha, p_hat, x))
+            r = _tree.axpy(-omega, t, s)
+            rs = _tree.dot(r, r)
+            num_steps = num_steps + active
+            active = stable & bounds.open(rs)
+        return x, bounds.stats(num_steps, rs, active)
+
+
+def _seems_symmetric(operator: LinearOperator, b: Leaves) -> Tensor:
+    u, v = random_uniform(b, 0), random_uniform(b, 1)
+    Au, Av = operator.mv(u), operator.mv(v)
+    size = _tree.norm(Au) * _tree.norm(v) + _tree.norm(u) * _tree.norm(Av)
+    gap = (_tree.dot(Au, v) - _tree.dot(u, Av)).abs()
+    return torch.le(gap, _tree.epsilon(b) ** 0.75 * size)

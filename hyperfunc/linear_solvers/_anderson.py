@@ -1,0 +1,121 @@
+"""Anderson acceleration of the fixed-point iteration on the linear system."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _ad, _tree
+from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._types import Leaves
+from hyperfunc.linear_solvers._base import (
+    AbstractLinearSolver,
+    Bounds,
+    LinearOperator,
+    check_settings,
+    check_step_size,
+)
+from hyperfunc.linear_solvers._dense import ravel, unravel
+from hyperfunc.linear_solvers._preconditioners import check_count
+
+
+@dataclasses.dataclass(frozen=True)
+class AndersonFixedPoint(AbstractLinearSolver):
+    r"""`FixedPoint` with Anderson acceleration.
+
+    With the update :math:`f_k = \eta (b - A x_k)` of the plain iteration and the differences
+    :math:`\Delta x_i, \Delta f_i` of the last ``memory`` steps,
+
+    .. math::
+        x_{k+1} = x_k + f_k - \sum_i \gamma_i (\Delta x_i + \Delta f_i),
+        \qquad \gamma = \arg\min_\gamma \| f_k - \sum_i \gamma_i \Delta f_i \|.
+
+    It takes one product a step as `FixedPoint` does, none for the first one from zero, and
+    converges where that one diverges too: as long as the memory holds all steps, ``x_{k+1}`` is
+    one plain step from the iterate ``k`` of `GMRES`. `GMRES` keeps half as many vectors for the
+    same; this method goes on with a moving window where `GMRES` starts anew.
+
+    Args:
+        maxiter: largest number of steps, >= 0; exactly this many with ``rtol=0, atol=0``.
+        rtol: relative tolerance on the residual, >= 0; by default ``eps ** 0.75``.
+        atol: absolute tolerance, >= 0.
+        step_size: :math:`\eta > 0`.
+        memory: differences to keep, two vectors each; >= 1.
+
+    A residual that is larger at the end than at the start is reported as divergence.
+
+    Example:
+        >>> J = torch.tensor([[0.5, 0.25], [0.0, -1.5]])  # not a contraction
+        >>> operator = hf.linear_solvers.LinearOperator(
+        ...     lambda v: (J @ v[0],), lambda v: (J.T @ v[0],), shift=1.0, scale=-1.0
+        ... )
+        >>> (x,), stats = hf.AndersonFixedPoint().solve(operator, (torch.tensor([0.0, 5.0]),))
+        >>> x
+        tensor([1.0000, 2.0000])
+
+    References:
+        Walker and Ni, Anderson acceleration for fixed-point iterations, 2011.
+    """
+
+    maxiter: int = 1000
+    rtol: float | None = None
+    atol: float = 0.0
+    step_size: float = 1.0
+    memory: int = 5
+
+    def __post_init__(self) -> None:
+        check_settings(self, self.maxiter, self.rtol, self.atol)
+        check_step_size(self, self.step_size)
+        check_count(self, "memory", self.memory)
+
+    def solve(
+        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
+    ) -> tuple[Leaves, SolveStats]:
+        dtype = _tree.accumulation_dtype(b)
+        rhs = ravel(b, dtype)
+        x = torch.zeros_like(rhs) if x0 is None else ravel(x0, dtype)
+        r = rhs if x0 is None else ravel(operator.residual(x0, b), dtype)
+        bb, first = rhs @ rhs, r @ r
+        rs = first
+        bounds = Bounds.make(self.rtol, self.atol, b, rs)
+        num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
+        active = bounds.open(rs)
+        x_steps = f_steps = rhs.new_empty(0, len(rhs))
+        x_previous = f_previous = x
+        for step in range(self.maxiter):
+            if bounds.adaptive and not _ad.any_true(active):
+                break
+            if step > 0:
+                r = rhs - ravel(operator.mv(unravel(x, b)), dtype)
+                rs = torch.where(active, r @ r, rs)
+            f = self.step_size * r
+            new = x + f
+            if step > 0:
+                x_steps = _append(x_steps, x - x_previous, self.memory)
+                f_steps = _append(f_steps, f - f_previous, self.memory)
+                new = new - _coefficients(f_steps, f) @ (x_steps + f_steps)
+            x_previous, f_previous = x, f
+            num_steps = num_steps + active
+            x = torch.where(active, new, x)
+            active = active & bounds.open(rs)
+        stats = bounds.stats(num_steps, rs, active)
+        # rounding noise around a converged start is not growth
+        grown = rs > 1.001 * torch.maximum(first, bb * _tree.epsilon(b))
+        result = torch.where(grown & torch.isfinite(rs), int(RESULTS.divergence), stats.result)
+        return unravel(x, b), stats._replace(result=result)
+
+
+def _append(rows: Tensor, row: Tensor, size: int) -> Tensor:
+    return torch.cat([rows, row[None]])[-size:]
+
+
+def _coefficients(rows: Tensor, f: Tensor) -> Tensor:
+    """The least-squares coefficients of a vector in the rows, regularised at rounding level."""
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    unit = rows * inverse[:, None]
+    ridge = 10 * torch.finfo(f.dtype).eps * torch.eye(len(rows), dtype=f.dtype, device=f.device)
+    coefficients: Tensor = torch.linalg.solve_ex(unit @ unit.mT + ridge, unit @ f)[0]
+    return inverse * coefficients

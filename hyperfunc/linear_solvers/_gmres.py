@@ -1,0 +1,197 @@
+"""GMRES: the Krylov subspace method that keeps its whole basis."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _ad, _tree
+from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._types import Leaves
+from hyperfunc.linear_solvers._base import (
+    AbstractLinearSolver,
+    Bounds,
+    LinearOperator,
+    check_settings,
+)
+from hyperfunc.linear_solvers._dense import ravel, unravel
+from hyperfunc.linear_solvers._preconditioners import (
+    Preconditioner,
+    check_count,
+    check_preconditioner,
+    prepare,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GMRES(AbstractLinearSolver):
+    """Generalised minimal residuals, for any invertible operator.
+
+    Each step takes one product and gives the smallest residual ``||b - A x||`` over the Krylov
+    space. All its basis vectors are kept, so the iteration starts anew from its iterate after
+    ``restart`` of them, which takes one product for the residual: with ``maxiter=K``,
+    ``K + (K - 1) // restart`` products. The basis is built by classical Gram-Schmidt, done twice,
+    in the accumulation dtype (float32 at least), and Givens rotations follow the residual norm.
+
+    The residual never grows, but may stop shrinking: one that is no smaller after a whole cycle is
+    reported as stagnation, unless it is at the level of rounding,
+    ``||b - A x|| <= eps^0.75 (||A|| ||x|| + ||b||)``, which is a success. A singular operator,
+    whose Krylov space holds no solution, is reported as breakdown. The residual norm is that of the
+    recurrence, or the level of rounding ``eps (||A|| ||x|| + ||b||)`` if that is larger.
+
+    Args:
+        maxiter: largest number of steps, over all cycles, >= 0. With ``rtol=0, atol=0`` exactly
+            this many, without any host synchronisation.
+        restart: steps a cycle, from 1 to the number of inner parameters; by default 20, or that
+            number if it is smaller.
+        rtol: relative tolerance on the residual, >= 0; by default ``eps ** 0.75``.
+        atol: absolute tolerance, >= 0.
+        preconditioner: an approximation of the inverse, applied from the right, so that the
+            residual is that of the system itself; see `CG`.
+
+    Example:
+        >>> A = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
+        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(A)
+        >>> (x,), stats = hf.GMRES().solve(operator, (torch.tensor([4.0, 3.0]),))
+        >>> x
+        tensor([-3.,  2.])
+        >>> stats.num_steps
+        tensor(2)
+
+    References:
+        Saad and Schultz, GMRES: a generalized minimal residual algorithm for solving nonsymmetric
+        linear systems, 1986; twice is enough: Giraud, Langou and Rozloznik, 2005.
+    """
+
+    maxiter: int = 1000
+    restart: int | None = None
+    rtol: float | None = None
+    atol: float = 0.0
+    preconditioner: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self, self.maxiter, self.rtol, self.atol)
+        if self.restart is not None:
+            check_count(self, "restart", self.restart)
+        check_preconditioner(self, self.preconditioner)
+
+    def solve(
+        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
+    ) -> tuple[Leaves, SolveStats]:
+        restart = self._resolve_restart(b)
+        precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
+        eps, dtype = _tree.epsilon(b), _tree.accumulation_dtype(b)
+        x = _tree.zeros_like(b) if x0 is None else x0
+        r = b if x0 is None else operator.residual(x0, b)
+        rs = start = _tree.dot(r, r)
+        bounds = Bounds.make(self.rtol, self.atol, b, rs)
+        num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
+        active = bounds.open(rs)
+        operator_norm = torch.zeros_like(rs)
+        verdict = torch.full_like(rs, -1, dtype=torch.int64)
+        cycle = _Cycle(ravel(r, dtype), rs, active)
+        for step in range(self.maxiter):
+            if bounds.adaptive and not _ad.any_true(active):
+                break
+            if step and step % restart == 0:
+                x = _tree.add(x, precondition(unravel(cycle.combination(), b)))
+                r = operator.residual(x, b)
+                new = _tree.dot(r, r)
+                if bounds.adaptive:
+                    stalled = active & (new >= (1 - eps**0.5) * start)
+                    size = operator_norm * _tree.norm(x) + _tree.norm(b)
+                    size = torch.minimum(size, eps**-0.5 * _tree.norm(b))
+                    code = torch.where(
+                        new.sqrt() <= eps**0.75 * size,
+                        int(RESULTS.success),
+                        int(RESULTS.stagnation),
+                    )
+                    verdict = torch.where(stalled, code, verdict)
+                    active = active & ~stalled
+                rs = start = torch.where(active, new, rs)
+                active = active & bounds.open(rs)
+                cycle = _Cycle(ravel(r, dtype), rs, active)
+            z = precondition(unravel(cycle.basis[-1], b))
+            w = ravel(operator.mv(z), dtype)
+            made, norm = cycle.extend(w, active)
+            rs = torch.where(made, cycle.residual_norm**2, rs)
+            rs = torch.where(active & ~torch.isfinite(norm), norm, rs)
+            gain = torch.where(made, norm / _tree.norm(z), 0.0)
+            operator_norm = torch.maximum(operator_norm, gain)
+            num_steps = num_steps + made
+            active = made & bounds.open(rs)
+        x = _tree.add(x, precondition(unravel(cycle.combination(), b)))
+        stats = bounds.stats(num_steps, rs, active)
+        rounding = eps * (operator_norm * _tree.norm(x) + _tree.norm(b))
+        return x, stats._replace(
+            residual_norm=torch.maximum(stats.residual_norm, rounding),
+            result=torch.where(verdict >= 0, verdict, stats.result),
+        )
+
+    def _resolve_restart(self, b: Leaves) -> int:
+        dimension = sum(leaf.numel() for leaf in b)
+        if self.restart is None:
+            return min(20, dimension)
+        if self.restart > dimension:
+            raise ValueError(
+                f"GMRES: restart is {self.restart}, but params have {dimension} entries in all; "
+                f"expected restart <= {dimension}, after which GMRES is exact. "
+                f"Leave it out for the default"
+            )
+        return self.restart
+
+
+class _Cycle:
+    """The Arnoldi relation ``A M V_k = V_{k+1} H_k``, and its residual norm as it grows.
+
+    A task that is not active any more gets zero vectors for its basis, and columns of ``H_k`` that
+    keep its later coefficients at zero.
+    """
+
+    def __init__(self, r: Tensor, rs: Tensor, active: Tensor) -> None:
+        self.start = self.residual_norm = rs.sqrt()
+        self.basis = torch.where(active, r / self.start, 0.0)[None]
+        self.columns: list[Tensor] = []
+        # the last row of the orthogonal factor of H_k, all that Givens' rotations need of it
+        self._row = torch.ones_like(self.start)[None]
+
+    def extend(self, w: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in the product with the last vector.
+
+        Returns the tasks that made this step, and the norm of the product.
+        """
+        norm = torch.linalg.vector_norm(w)
+        projection = self.basis @ w
+        w = w - projection @ self.basis
+        correction = self.basis @ w
+        w = w - correction @ self.basis
+        column, below = projection + correction, torch.linalg.vector_norm(w)
+
+        diagonal = self._row @ column
+        pivot = torch.hypot(diagonal, below)
+        # a pivot that is rounding noise tells a singular operator
+        made = active & (pivot > 10 * torch.finfo(w.dtype).eps * norm)
+        sine = torch.where(made, below / pivot, 1.0)
+        self._row = torch.cat([-sine * self._row, (diagonal / pivot)[None]])
+        self.residual_norm = self.residual_norm * sine
+        column = torch.cat([column, below[None]])
+        idle = torch.eye(len(column), dtype=w.dtype, device=w.device)[-1]
+        self.columns.append(torch.where(made, column, idle))
+        vector = torch.where(made & (below > 0), w / below, 0.0)
+        self.basis = torch.cat([self.basis, vector[None]])
+        return made, norm
+
+    def combination(self) -> Tensor:
+        """The vector ``V_k y`` for which the residual is smallest."""
+        size = len(self.columns)
+        if size == 0:
+            return torch.zeros_like(self.basis[0])
+        pad: Callable[..., Tensor] = torch.nn.functional.pad
+        hessenberg = torch.stack([pad(c, (0, size + 1 - len(c))) for c in self.columns], dim=1)
+        orthogonal, triangular = torch.linalg.qr(hessenberg)
+        rhs = self.start * orthogonal[0]
+        y: Tensor = torch.linalg.solve_triangular(triangular, rhs[:, None], upper=True)
+        return y[:, 0] @ self.basis[:size]

@@ -1,0 +1,232 @@
+"""Preconditioners: cheap approximations of the inverse of an operator."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+
+from hyperfunc import _tree
+from hyperfunc._types import Leaves, TensorTree
+from hyperfunc.linear_solvers._base import LinearOperator
+from hyperfunc.linear_solvers._dense import ravel, unravel
+from hyperfunc.linear_solvers._random import random_signs
+
+
+class AbstractPreconditioner(abc.ABC):
+    """What builds an approximate inverse for each solve anew: `prepare`.
+
+    A subclass is final: a frozen dataclass of its settings with this one method.
+    """
+
+    @abc.abstractmethod
+    def prepare(self, operator: LinearOperator, b: Leaves) -> Callable[[Leaves], Leaves]:
+        """Build the map ``r -> M r`` with ``M`` close to ``A^{-1}``.
+
+        Args:
+            operator: the operator ``A`` of the system that is about to be solved.
+            b: its right-hand side, a tuple of leaves.
+
+        Returns:
+            A linear function of tuples of leaves like ``b``, the same in every call.
+        """
+
+
+Preconditioner: TypeAlias = AbstractPreconditioner | Callable[[TensorTree], TensorTree]
+"""An object with `AbstractPreconditioner.prepare`, or a linear function of trees like params."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JacobiPreconditioner(AbstractPreconditioner):
+    """Divides by an estimate of the diagonal of the operator.
+
+    Hutchinson's estimate is the mean of ``z * (A z)`` over vectors ``z`` of random signs. It is
+    exact for a diagonal operator. Elsewhere the error is about ``|a_i| / sqrt(num_probes)`` at
+    most, with the norm of the row, and an entry below that is replaced by it: all entries are
+    positive, and none of the inverse is large by accident. Worth its products where the rows of
+    ``A`` differ much in scale. It suits `CG`, `GMRES` and `BiCGStab`.
+
+    Args:
+        num_probes: products to spend on the estimate, in each solve; >= 1.
+        seed: the estimate is a pure function of the operator and this integer. Under ``vmap`` each
+            task has the same signs.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([1.0, 100.0, 10000.0]))
+        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(A)
+        >>> solver = hf.CG(maxiter=1, preconditioner=hf.JacobiPreconditioner(num_probes=1))
+        >>> solver.solve(operator, (torch.ones(3),))[0]
+        (tensor([1.0000e+00, 1.0000e-02, 1.0000e-04]),)
+
+    References:
+        Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix, 2007.
+    """
+
+    num_probes: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count(self, "num_probes", self.num_probes)
+        check_seed(self, self.seed)
+
+    def prepare(self, operator: LinearOperator, b: Leaves) -> Callable[[Leaves], Leaves]:
+        dtype = _tree.accumulation_dtype(b)
+        diagonal = square = torch.zeros((), dtype=dtype, device=b[0].device)
+        for probe in range(self.num_probes):
+            signs = random_signs(b, self.seed * self.num_probes + probe)
+            product = ravel(operator.mv(signs), dtype)
+            diagonal = diagonal + product * ravel(signs, dtype) / self.num_probes
+            square = square + product**2 / self.num_probes
+        scale = torch.maximum(diagonal.abs(), (square / self.num_probes).sqrt())
+        inverse = unravel(torch.where(scale > 0, 1 / scale, 1.0), b)
+        return lambda r: tuple(d * leaf for d, leaf in zip(inverse, r, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class NystromPreconditioner(AbstractPreconditioner):
+    r"""Inverts a randomised low-rank approximation of a symmetric positive definite operator.
+
+    With the Nystrom approximation :math:`U \Lambda U^\top` of :math:`A - \mu I` from ``rank``
+    products, the preconditioner is
+
+    .. math::
+        M = (\lambda_k + \mu) \, U (\Lambda + \mu I)^{-1} U^\top + (I - U U^\top),
+
+    with :math:`\lambda_k` the smallest of the eigenvalues :math:`\Lambda`. It suits `CG` where few
+    eigenvalues are large and the others are close to each other.
+
+    Args:
+        rank: products to spend, in each solve, and vectors to keep; from 1 to the number of inner
+            parameters. By default 10, or all of them if they are fewer.
+        damping: :math:`\mu \ge 0`, a multiple of the identity that is known to be contained in the
+            operator, for instance the weight of a squared norm in the inner loss, or the damping
+            of `Damped`.
+        seed: the approximation is a pure function of the operator and this integer. Under ``vmap``
+            each task has the same test vectors.
+
+    An operator that turns out not to be positive definite is left without preconditioner.
+
+    Example:
+        >>> x = torch.linspace(0.0, 1.0, 100)
+        >>> A = 1000 * torch.exp(-((x[:, None] - x) ** 2)) + torch.eye(100)
+        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(A)
+        >>> def num_steps(preconditioner):
+        ...     solver = hf.CG(rtol=1e-3, preconditioner=preconditioner)
+        ...     return int(solver.solve(operator, (torch.randn(100),))[1].num_steps)
+        >>> num_steps(hf.NystromPreconditioner(rank=10, damping=1.0)) < num_steps(None)
+        True
+
+    References:
+        Frangella, Tropp and Udell, Randomized Nystrom preconditioning, arXiv 2110.02820,
+        algorithm 2.1 and equation 1.3, with random signs as test vectors.
+    """
+
+    rank: int | None = None
+    damping: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            check_count(self, "rank", self.rank)
+        if not _is_number(self.damping) or not 0 <= self.damping < float("inf"):
+            raise ValueError(
+                f"NystromPreconditioner: damping is {self.damping!r}; expected a number >= 0"
+            )
+        check_seed(self, self.seed)
+
+    def prepare(self, operator: LinearOperator, b: Leaves) -> Callable[[Leaves], Leaves]:
+        rank = resolve_rank(self, self.rank, b)
+        dtype = _tree.accumulation_dtype(b)
+        first = self.seed * rank
+        signs = torch.stack([ravel(random_signs(b, first + i), dtype) for i in range(rank)]).mT
+        tests = torch.linalg.qr(signs)[0]
+        sketch = torch.stack([ravel(operator.mv(unravel(test, b)), dtype) for test in tests.mT]).mT
+        sketch = sketch - self.damping * tests
+        # the small shift makes the factorisation succeed on an operator of low rank
+        shift = rank * _tree.epsilon(b) * torch.linalg.matrix_norm(sketch)
+        sketch = sketch + shift * tests
+        core = tests.mT @ sketch
+        factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
+        half = torch.linalg.solve_triangular(factor.mT, sketch, upper=True, left=False)
+        usable = (info == 0) & torch.isfinite(half).all()
+        # svd raises on what is not finite
+        half = torch.where(usable, half, 0.0)
+        vectors, values, _ = torch.linalg.svd(half, full_matrices=False)
+        eigenvalues = (values**2 - shift).clamp_min(0) + self.damping
+        floor = _tree.epsilon(b) * eigenvalues[0]
+        eigenvalues = eigenvalues.clamp_min(floor)
+        change = torch.where(usable & (eigenvalues > 0), eigenvalues[-1] / eigenvalues - 1, 0.0)
+
+        def apply(r: Leaves) -> Leaves:
+            flat = ravel(r, dtype)
+            return unravel(flat + vectors @ (change * (vectors.mT @ flat)), b)
+
+        return apply
+
+
+def prepare(
+    preconditioner: Preconditioner | None, operator: LinearOperator, b: Leaves
+) -> Callable[[Leaves], Leaves] | None:
+    """The approximate inverse for one solve, or None for the identity."""
+    if isinstance(preconditioner, AbstractPreconditioner):
+        return preconditioner.prepare(operator, b)
+    if preconditioner is None:
+        return None
+    spec = operator.structure(b)
+
+    @torch.no_grad()
+    def apply(r: Leaves) -> Leaves:
+        output = preconditioner(_tree.unflatten(spec, r))
+        leaves, output_spec = _tree.flatten(output)
+        _tree.check_like(leaves, output_spec, r, spec, "the output of the preconditioner", "params")
+        return tuple(leaves)
+
+    return apply
+
+
+def check_preconditioner(solver: object, preconditioner: object) -> None:
+    """Raise for what cannot be a preconditioner."""
+    if preconditioner is None or isinstance(preconditioner, AbstractPreconditioner):
+        return
+    name = type(solver).__name__
+    if isinstance(preconditioner, type):
+        raise TypeError(
+            f"{name}: preconditioner is the class {preconditioner.__name__}; expected an object. "
+            f"Write preconditioner=hf.{preconditioner.__name__}()"
+        )
+    if not callable(preconditioner):
+        raise TypeError(
+            f"{name}: preconditioner is {preconditioner!r}; expected a linear function of trees "
+            f"like params, or an object such as hf.JacobiPreconditioner()"
+        )
+
+
+def check_count(owner: object, field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        name = type(owner).__name__
+        raise ValueError(f"{name}: {field} is {value!r}; expected an integer >= 1")
+
+
+def check_seed(owner: object, seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"{type(owner).__name__}: seed is {seed!r}; expected an integer >= 0")
+
+
+def resolve_rank(owner: object, rank: int | None, b: Leaves) -> int:
+    """The rank to use, with an error if it exceeds the dimension."""
+    dimension = sum(leaf.numel() for leaf in b)
+    if rank is None:
+        return min(10, dimension)
+    if rank > dimension:
+        raise ValueError(
+            f"{type(owner).__name__}: rank is {rank}, but params have {dimension} entries in all; "
+            f"expected rank <= {dimension}"
+        )
+    return rank
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

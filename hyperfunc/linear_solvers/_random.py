@@ -1,0 +1,41 @@
+"""Random vectors as a pure function of a seed.
+
+`torch.func.vmap` refuses torch's generators by default, and a solver must give the same numbers
+whenever it is called. So the entries come from a hash of their position and the seed: the same on
+every device, in every call, and for every task.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hyperfunc._types import Leaves
+from hyperfunc.linear_solvers._dense import unravel
+
+_Integer = TypeVar("_Integer", int, Tensor)
+
+
+def random_signs(like: Leaves, seed: int) -> Leaves:
+    """Independent entries -1 or 1 with equal probability, in the layout of ``like``."""
+    return unravel(1.0 - 2.0 * (_bits(like, seed) >> 31), like)
+
+
+def random_uniform(like: Leaves, seed: int) -> Leaves:
+    """Independent entries uniform in [-1, 1), in the layout of ``like``."""
+    return unravel(_bits(like, seed) / 2.0**31 - 1.0, like)
+
+
+def _bits(like: Leaves, seed: int) -> Tensor:
+    size = sum(leaf.numel() for leaf in like)
+    position = torch.arange(size, dtype=torch.int64, device=like[0].device)
+    return _mix(_mix(position) ^ _mix(seed + 1))
+
+
+def _mix(x: _Integer) -> _Integer:
+    """A hash of 32-bit integers; the factor is small enough for products to fit in 63 bits."""
+    for _ in range(2):
+        x = (((x >> 16) ^ x) * 0x45D9F3B) & 0xFFFFFFFF
+    return (x >> 16) ^ x

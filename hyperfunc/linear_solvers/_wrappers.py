@@ -1,0 +1,337 @@
+"""Solvers made from solvers: damping, a second try, independent blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _ad, _tree
+from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._types import Leaves
+from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
+from hyperfunc.linear_solvers._dense import ravel, unravel
+from hyperfunc.linear_solvers._random import random_uniform
+
+Blocks = Literal["children", "leaves", "batch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Damped(AbstractLinearSolver):
+    """Solves ``(A + damping I) x = b`` in place of ``A x = b``.
+
+    A damping above the size of the most negative eigenvalue makes a symmetric operator positive
+    definite, as CG needs it, and any damping bounds the solution where the operator is nearly
+    singular. The price is a bias of about ``damping ||A^{-1}||`` relative to the solution. The
+    statistics are those of the damped system.
+
+    Args:
+        solver: the linear solver for the damped system.
+        damping: > 0.
+
+    Example:
+        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(
+        ...     torch.diag(torch.tensor([0.0, 1.0]))
+        ... )
+        >>> hf.Damped(hf.CG(), damping=1.0).solve(operator, (torch.tensor([1.0, 1.0]),))[0]
+        (tensor([1.0000, 0.5000]),)
+
+    References:
+        Martens, Deep learning via Hessian-free optimization, 2010.
+    """
+
+    solver: AbstractLinearSolver
+    damping: float
+
+    def __post_init__(self) -> None:
+        check_solver(self, "solver", self.solver)
+        valid = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
+        if not valid or not 0 < self.damping < float("inf"):
+            raise ValueError(
+                f"Damped: damping is {self.damping!r}; expected a number > 0. "
+                f"Without damping, use the solver itself"
+            )
+
+    def solve(
+        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
+    ) -> tuple[Leaves, SolveStats]:
+        damped = dataclasses.replace(operator, shift=operator.shift + self.damping)
+        return self.solver.solve(damped, b, x0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fallback(AbstractLinearSolver):
+    """Solves with ``first``, and with ``then`` where that one did not succeed.
+
+    Not to succeed is any result but success: a failure, or the step limit. The second solver
+    starts where the first one started. Under ``vmap`` it runs if some task needs it, and only
+    those tasks take its solution, its residual and its result; ``num_steps`` adds up the steps of
+    both. Finding out takes one host synchronisation.
+
+    Args:
+        first: the linear solver to try.
+        then: the linear solver for what is left; a `Fallback` again for a third.
+
+    Example:
+        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(
+        ...     torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
+        ... )
+        >>> solver = hf.Fallback(hf.CG(), hf.GMRES())
+        >>> solver.solve(operator, (torch.tensor([4.0, 3.0]),))[0]
+        (tensor([-3.,  2.]),)
+    """
+
+    first: AbstractLinearSolver
+    then: AbstractLinearSolver
+
+    def __post_init__(self) -> None:
+        check_solver(self, "first", self.first)
+        check_solver(self, "then", self.then)
+
+    def solve(
+        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
+    ) -> tuple[Leaves, SolveStats]:
+        x, stats = self.first.solve(operator, b, x0)
+        open_ = stats.result != int(RESULTS.success)
+        if not _ad.any_true(open_):
+            return x, stats
+        # what is solved becomes a system with the solution zero, which takes no steps
+        zeros = _tree.zeros_like(b)
+        start = None if x0 is None else _tree.where(open_, x0, zeros)
+        y, then = self.then.solve(operator, _tree.where(open_, b, zeros), start)
+        merged = (torch.where(open_, new, old) for new, old in zip(then, stats, strict=True))
+        _, residual_norm, result = merged
+        num_steps = stats.num_steps + torch.where(open_, then.num_steps, 0)
+        return _tree.where(open_, y, x), SolveStats(num_steps, residual_norm, result)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blockwise(AbstractLinearSolver):
+    """Solves for blocks of params that do not interact, each with scalars of its own.
+
+    Where the operator is block diagonal, one product with all blocks of a vector gives the product
+    of each block. The wrapped solver runs on all blocks at once, as under ``vmap``: step lengths,
+    stopping and breakdown are decided for each block, and the number of steps is that of the
+    hardest block, not of all eigenvalues together. `Dense` takes as many products as the largest
+    block has entries.
+
+    Args:
+        solver: the linear solver for one block.
+        blocks: what a block is. ``"children"``: the subtree under each key or index at the top of
+            params, as for a list of the params of several tasks; ``"leaves"``: each leaf;
+            ``"batch"``: each index of the first dimension, which all leaves share, as for an inner
+            problem that treats stacked tasks jointly. The first two hold a block as one flat
+            vector, padded to the size of the largest.
+        step_sizes: a factor > 0 for each block, by which the equations of the block are scaled:
+            with ``FixedPoint(step_size=1)`` the step size of each block. For ``"batch"`` one a
+            task.
+        check_blocks: whether to spend two products on the test ``A (D v) = D (A v)`` for a random
+            vector ``v`` and a random factor ``D`` for each block; blocks that interact fail it,
+            and are reported as breakdown.
+
+    The statistics are the largest number of steps, the norm of all residuals together, and the
+    result of the block with the highest code. A preconditioner of the solver is built for blocks.
+
+    Example:
+        >>> matrices = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[9.0, 3.0], [3.0, 8.0]]])
+        >>> def product(v):  # params: one leaf with a dimension of tasks
+        ...     return (torch.einsum("tij,tj->ti", matrices, v[0]),)
+        >>> operator = hf.linear_solvers.LinearOperator(product, product, symmetric=True)
+        >>> b = (torch.tensor([[2.0, 3.0], [12.0, 11.0]]),)
+        >>> x, stats = hf.Blockwise(hf.CG(), blocks="batch").solve(operator, b)
+        >>> x
+        (tensor([[1.0000, 3.0000],
+            [1.0000, 1.0000]]),)
+        >>> stats.num_steps  # of four eigenvalues in all
+        tensor(2)
+    """
+
+    solver: AbstractLinearSolver
+    blocks: Blocks = "children"
+    step_sizes: tuple[float, ...] | None = None
+    check_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        check_solver(self, "solver", self.solver)
+        if self.blocks not in get_args(Blocks):
+            raise ValueError(
+                f"Blockwise: blocks is {self.blocks!r}; "
+                f"expected one of {', '.join(map(repr, get_args(Blocks)))}"
+            )
+        if self.step_sizes is not None and not (
+            isinstance(self.step_sizes, tuple)
+            and all(
+                isinstance(step, int | float) and not isinstance(step, bool) and step > 0
+                for step in self.step_sizes
+            )
+        ):
+            raise ValueError(
+                f"Blockwise: step_sizes is {self.step_sizes!r}; expected a tuple of numbers > 0"
+            )
+
+    def solve(
+        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
+    ) -> tuple[Leaves, SolveStats]:
+        layout = _make_layout(self.blocks, operator, b)
+        factors = self._factors(layout.num_blocks, b)
+
+        def lifted(product: Callable[[Leaves], Leaves]) -> Callable[[Leaves], Leaves]:
+            return lambda v: _scale(factors, layout.complete(product(layout.merge(v)), v))
+
+        product, transposed = lifted(operator.mv), lifted(operator.T.mv)
+
+        def solve_block(rhs: Leaves, start: Leaves) -> tuple[Leaves, SolveStats]:
+            block = LinearOperator(
+                lambda v: _JointProduct.apply(product, rhs[0], *v),
+                lambda v: _JointProduct.apply(transposed, rhs[0], *v),
+                symmetric=operator.symmetric,
+                spec=operator.spec if self.blocks == "batch" else None,
+            )
+            return self.solver.solve(block, rhs, start or None)
+
+        rhs = _scale(factors, layout.split(b))
+        start = () if x0 is None else layout.split(x0)
+        solution, (num_steps, residual_norm, result) = torch.func.vmap(solve_block)(rhs, start)
+        if factors is not None:
+            residual_norm = residual_norm / factors
+        result = result.amax(0)
+        if self.check_blocks:
+            separate = _seem_separate(product, rhs, layout.num_blocks)
+            result = torch.where(separate, result, int(RESULTS.breakdown))
+        residual_norm = torch.linalg.vector_norm(residual_norm)
+        return layout.merge(solution), SolveStats(num_steps.amax(0), residual_norm, result)
+
+    def _factors(self, num_blocks: int, b: Leaves) -> Tensor | None:
+        if self.step_sizes is None:
+            return None
+        if len(self.step_sizes) != num_blocks:
+            raise ValueError(
+                f"Blockwise: step_sizes has {len(self.step_sizes)} numbers, but params have "
+                f"{num_blocks} blocks (blocks={self.blocks!r}); expected one for each"
+            )
+        dtype = _tree.accumulation_dtype(b)
+        return torch.tensor(self.step_sizes, dtype=dtype, device=b[0].device)
+
+
+class _JointProduct(torch.autograd.Function):
+    """A product for all blocks at once, to be called for one block inside ``vmap``.
+
+    The anchor is a tensor that is batched for certain; the vector of a caller may be a constant.
+    """
+
+    @staticmethod
+    def forward(product: Callable[[Leaves], Leaves], anchor: Tensor, *v: Tensor) -> Leaves:
+        raise AssertionError("called outside the vmap over blocks")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
+        return None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        product: Callable[[Leaves], Leaves],
+        anchor: Tensor,
+        *v: Tensor,
+    ) -> tuple[Leaves, tuple[int, ...]]:
+        stacked = tuple(
+            leaf.expand(info.batch_size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
+            for leaf, dim in zip(v, in_dims[2:], strict=True)
+        )
+        return product(stacked), (0,) * len(v)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How the leaves of params are stacked into blocks, and what is padding there."""
+
+    num_blocks: int
+    split: Callable[[Leaves], Leaves]
+    merge: Callable[[Leaves], Leaves]
+    padding: Tensor | None
+
+    def complete(self, product: Leaves, v: Leaves) -> Leaves:
+        """The product in blocks; the operator is the identity on the padding."""
+        stacked = self.split(product)
+        return stacked if self.padding is None else _tree.where(self.padding, v, stacked)
+
+
+def check_solver(owner: object, field: str, solver: object) -> None:
+    """Raise unless a field is a linear solver."""
+    if isinstance(solver, AbstractLinearSolver):
+        return
+    name = type(owner).__name__
+    if isinstance(solver, type) and issubclass(solver, AbstractLinearSolver):
+        raise TypeError(
+            f"{name}: {field} is the class {solver.__name__}; expected an object. "
+            f"Write hf.{solver.__name__}()"
+        )
+    raise TypeError(
+        f"{name}: {field} is {solver!r}; expected a linear solver such as hf.CG(maxiter=20)"
+    )
+
+
+def _make_layout(blocks: Blocks, operator: LinearOperator, b: Leaves) -> _Layout:
+    spec = operator.structure(b)
+    if blocks == "batch":
+        _check_first_dimension(b, _tree.paths(spec, "params"))
+        return _Layout(b[0].shape[0], lambda v: v, lambda v: v, None)
+    counts = [1] * len(b) if blocks == "leaves" else [c.num_leaves for c in spec.children()]
+    if not counts:
+        raise ValueError(
+            "Blockwise: blocks is 'children', but params is a single tensor; expected a tree. "
+            "Write blocks='batch' if its first dimension counts blocks"
+        )
+    stops = list(itertools.accumulate(counts))
+    groups = [slice(stop - count, stop) for count, stop in zip(counts, stops, strict=True) if count]
+    sizes = [sum(leaf.numel() for leaf in b[group]) for group in groups]
+    largest, device = max(sizes), b[0].device
+    dtype = functools.reduce(torch.promote_types, (leaf.dtype for leaf in b))
+
+    def split(v: Leaves) -> Leaves:
+        rows = [ravel(v[group], dtype).to(device) for group in groups]
+        pad = torch.nn.functional.pad
+        return (torch.stack([pad(row, (0, largest - len(row))) for row in rows]),)
+
+    def merge(stacked: Leaves) -> Leaves:
+        parts = zip(stacked[0], sizes, groups, strict=True)
+        return tuple(leaf for row, size, group in parts for leaf in unravel(row[:size], b[group]))
+
+    positions = torch.arange(largest, device=device)
+    padding = positions >= torch.tensor(sizes, device=device)[:, None]
+    return _Layout(len(groups), split, merge, padding if min(sizes) < largest else None)
+
+
+def _check_first_dimension(b: Leaves, paths: list[str]) -> None:
+    for leaf, path in zip(b, paths, strict=True):
+        if leaf.ndim == 0:
+            raise ValueError(
+                f"Blockwise: blocks is 'batch', but {path} is a scalar (0-d); "
+                f"expected a first dimension that counts blocks"
+            )
+        if leaf.shape[0] != b[0].shape[0]:
+            raise ValueError(
+                f"Blockwise: blocks is 'batch', but {paths[0]} has shape {tuple(b[0].shape)} and "
+                f"{path} has shape {tuple(leaf.shape)}; expected the same first dimension"
+            )
+
+
+def _scale(factors: Tensor | None, stacked: Leaves) -> Leaves:
+    if factors is None:
+        return stacked
+    return tuple(leaf * factors.to(leaf).reshape(-1, *[1] * (leaf.ndim - 1)) for leaf in stacked)
+
+
+def _seem_separate(product: Callable[[Leaves], Leaves], like: Leaves, num_blocks: int) -> Tensor:
+    v = random_uniform(like, 0)
+    factors = random_uniform((like[0].new_ones(num_blocks),), 1)[0]
+    one, other = _scale(factors, product(v)), product(_scale(factors, v))
+    gap = _tree.norm(_tree.sub(one, other))
+    tolerance = _tree.epsilon(like) ** 0.75
+    return torch.le(gap, tolerance * (_tree.norm(one) + _tree.norm(other)))
