@@ -23,6 +23,10 @@ _AuxFunction = Callable[..., tuple[Leaves, Leaves]]
 _Groups = tuple[tuple[int, ...], ...]
 
 
+# Marks the leaf variables made here, such as that of a gradient inside a function being recorded.
+_OWN = "_hyperfunc_own_leaf"
+
+
 def transforms_active() -> bool:
     """Whether code runs inside a ``torch.func`` transform, or is being traced by torch.compile."""
     return _functorch.peek_interpreter_stack() is not None or torch.compiler.is_compiling()
@@ -253,7 +257,7 @@ def reaches_foreign_leaf(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> bo
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in known:
+        if variable is not None and id(variable) not in known and not hasattr(variable, _OWN):
             return True
         stack.extend(parent for parent, _ in node.next_functions if parent is not None)
     return False
@@ -369,7 +373,9 @@ def _enter(leaf: Tensor, tracked: bool) -> Tensor:
     # A view, not the tensor itself: a primal may depend on another one, and products are partial.
     if tracked and leaf.requires_grad:
         return leaf.view_as(leaf)
-    return leaf.detach().requires_grad_()
+    own = leaf.detach().requires_grad_()
+    setattr(own, _OWN, True)
+    return own
 
 
 def _fill(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
