@@ -1,0 +1,414 @@
+"""Inner solvers built from a step or from an optimiser: ``(hparams, *args) -> params``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from hyperfunc import _ad, _tree
+from hyperfunc._conditions import check_scalar
+from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
+
+Coefficient = float | Tensor | Callable[[TensorTree], Any]
+"""A number, a 0-d tensor, or a function of the hparams that returns one of them."""
+
+
+class Step(Protocol):
+    """One step of an inner solver, with what it remembers from one step to the next."""
+
+    def functions(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
+        """The user's functions it calls, with the names they have in messages."""
+        ...
+
+    def remember(self, params: TensorTree, /) -> TensorTree:
+        """The memory before the first step."""
+        ...
+
+    def __call__(
+        self, params: TensorTree, memory: TensorTree, hparams: TensorTree, /, *args: Any
+    ) -> tuple[TensorTree, TensorTree]:
+        """The next params and the next memory."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class IterativeSolver:
+    """An inner solver that repeats a step; made by `iterate` and `minimize`.
+
+    Attributes:
+        step: what is repeated.
+        num_steps: how often, at most.
+        init: ``(hparams, *args) -> params``, where the steps start.
+        inputs: a tree with a leading time dimension, or None.
+        rtol: relative tolerance of the early stop.
+        atol: absolute tolerance of the early stop.
+        condition: what the solution satisfies, as ``(keyword, function)`` with a keyword of
+            `hypergrad`; None where no one function describes it.
+    """
+
+    step: Step
+    num_steps: int
+    init: InnerSolver
+    inputs: TensorTree
+    rtol: float
+    atol: float
+    condition: tuple[str, Callable[..., Any]] | None
+
+    def __call__(self, hparams: TensorTree, /, *args: Any) -> TensorTree:
+        """Run the steps; derivatives flow through every one of them."""
+        steps = FlatSteps(self)
+
+        def advance(active: Tensor | None, state: Leaves, extra: tuple[Any, ...]) -> Leaves:
+            return steps.advance(active, state, hparams, (*args, *extra))
+
+        state = steps.start(hparams, args)
+        return steps.params(steps.run(advance, state, unbind(self.inputs, self.num_steps)))
+
+    def functions(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
+        """The user's functions, with the names they have in messages."""
+        return (*self.step.functions(), ("init", self.init))
+
+
+def iterate(
+    step: ParamsFunction,
+    num_steps: int,
+    *,
+    init: InnerSolver,
+    inputs: TensorTree = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> IterativeSolver:
+    r"""An inner solver that repeats a fixed-point map.
+
+    $$w_{t+1} = \varphi(w_t, \lambda, \ldots), \qquad t = 0, \ldots, T - 1$$
+
+    Because the solver knows its step, `Reverse` and `ForwardMode` can replay it, and implicit
+    methods use the step as their fixed-point map when no other condition is given.
+
+    Args:
+        step: ``(params, hparams, *args) -> params``, pure, with a result of the same structure,
+            shapes and dtypes as ``params``. Take gradients in it with `torch.func.grad` or
+            `gradient_descent_map`, which work whether or not a graph is being recorded.
+        num_steps: the number of steps $T \ge 0$.
+        init: ``(hparams, *args) -> params``, the start $w_0$.
+        inputs: a tree of tensors with leading dimension ``num_steps`` (minibatches, step sizes, or
+            ``torch.arange(num_steps)`` for the step number), as in a scan: step $t$ is called as
+            ``step(params, hparams, *args, inputs_t)``. There is then no single fixed-point map, so
+            implicit methods must be given a condition.
+        rtol: stop once $\lVert w_{t+1} - w_t \rVert \le$ ``atol + rtol`` $\lVert w_{t+1} \rVert$.
+            Under ``vmap`` each task stops by itself.
+        atol: the absolute part of that tolerance.
+
+    Returns:
+        The inner solver, ``(hparams, *args) -> params``.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if ``num_steps`` or a tolerance is negative, or ``inputs`` have another leading
+            dimension. When called, the solver raises it for a step that changes structure, shape,
+            dtype or device.
+
+    Example:
+        >>> solver = hf.iterate(
+        ...     lambda w, h, b: h * w + b,
+        ...     100,
+        ...     init=lambda h, b: torch.zeros_like(b),
+        ... )
+        >>> solver(torch.tensor(0.5), torch.tensor([1.0, 2.0]))
+        tensor([2., 4.])
+    """
+    _check_callable(step, "step", "(params, hparams, *args) -> params")
+    condition = ("fixed_point", step) if inputs is None else None
+    return _build(_MapStep(step), num_steps, init, inputs, rtol, atol, condition)
+
+
+def minimize(
+    inner_loss: Loss,
+    optimizer: Any,
+    num_steps: int,
+    *,
+    init: InnerSolver,
+    inputs: TensorTree = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> IterativeSolver:
+    r"""An inner solver that minimises a loss with an optimiser of `hyperfunc.optim`.
+
+    $$(w_{t+1}, s_{t+1}) = \mathrm{update}(\nabla_w \ell(w_t, \lambda, \ldots), s_t, w_t, \lambda)$$
+
+    Implicit methods use the inner loss as their condition, whatever the optimiser.
+
+    Args:
+        inner_loss: ``(params, hparams, *args) -> scalar``, pure.
+        optimizer: a pair ``(init, update)`` as made by `hyperfunc.optim`.
+        num_steps: the number of steps $T \ge 0$.
+        init: ``(hparams, *args) -> params``, the start $w_0$.
+        inputs: minibatches: a tree of tensors with leading dimension ``num_steps``; step $t$ takes
+            the gradient of ``inner_loss(params, hparams, *args, inputs_t)``. Implicit methods must
+            then be given a condition.
+        rtol: stop once $\lVert w_{t+1} - w_t \rVert \le$ ``atol + rtol`` $\lVert w_{t+1} \rVert$.
+            Under ``vmap`` each task stops by itself.
+        atol: the absolute part of that tolerance.
+
+    Returns:
+        The inner solver, ``(hparams, *args) -> params``.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: as `iterate`.
+
+    Example:
+        >>> solver = hf.minimize(
+        ...     lambda w, h: ((w - h) ** 2).sum(),
+        ...     hf.optim.sgd(lr=0.1),
+        ...     100,
+        ...     init=lambda h: torch.zeros_like(h),
+        ... )
+        >>> solver(torch.tensor([1.0, 2.0]))
+        tensor([1.0000, 2.0000])
+    """
+    _check_callable(inner_loss, "inner_loss", "(params, hparams, *args) -> scalar")
+    for name in ("init", "update"):
+        if not callable(getattr(optimizer, name, None)):
+            raise TypeError(
+                f"optimizer is {optimizer!r}, which has no function {name!r}; expected a pair "
+                f"(init, update) such as hf.optim.sgd(lr=0.1)"
+            )
+    condition = ("inner_loss", inner_loss) if inputs is None else None
+    step = _DescentStep(inner_loss, optimizer)
+    return _build(step, num_steps, init, inputs, rtol, atol, condition)
+
+
+def gradient_descent_map(inner_loss: Loss, lr: Coefficient) -> ParamsFunction:
+    r"""The fixed-point map of gradient descent.
+
+    $$\varphi(w, \lambda, \ldots) = w - \eta(\lambda)\, \nabla_w \ell(w, \lambda, \ldots)$$
+
+    Args:
+        inner_loss: ``(params, hparams, *args) -> scalar``, pure.
+        lr: the step size $\eta$: a number, a 0-d tensor, or a function of the hparams.
+
+    Returns:
+        The map ``(params, hparams, *args) -> params``.
+
+    Raises:
+        TypeError: if ``inner_loss`` is not a function.
+
+    Example:
+        >>> phi = hf.gradient_descent_map(lambda w, h: h * (w**2).sum(), lr=0.25)
+        >>> phi(torch.tensor([2.0, 4.0]), torch.tensor(1.0))
+        tensor([1., 2.])
+    """
+    _check_callable(inner_loss, "inner_loss", "(params, hparams, *args) -> scalar")
+    return _GradientDescentMap(inner_loss, lr)
+
+
+class FlatSteps:
+    """The steps of a solver on flat states; `start` fixes the structure that the rest relies on.
+
+    A state is the leaves of the params, then the leaves of the memory.
+    """
+
+    def __init__(self, solver: IterativeSolver) -> None:
+        self._step = solver.step
+        self._init = solver.init
+        self._rtol, self._atol = solver.rtol, solver.atol
+        self.can_stop = solver.rtol > 0 or solver.atol > 0
+
+    def start(self, hparams: TensorTree, args: tuple[Any, ...]) -> Leaves:
+        """The state before the first step."""
+        params = self._init(hparams, *args)
+        leaves, self._params_spec = _tree.flatten_floating(params, "params")
+        memory, self._memory_spec = _tree.flatten(self._step.remember(params))
+        for path, leaf in zip(_tree.paths(self._memory_spec, "state"), memory, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(
+                    f"the optimizer's {path} is {leaf!r} of type {type(leaf).__name__}; expected a "
+                    f"tensor. Write torch.tensor(...) around a number"
+                )
+        self.num_params = len(leaves)
+        return (*leaves, *memory)
+
+    def params(self, state: Leaves) -> TensorTree:
+        """The params of a state."""
+        return _tree.unflatten(self._params_spec, state[: self.num_params])
+
+    def advance(
+        self,
+        active: Tensor | None,
+        state: Leaves,
+        hparams: TensorTree,
+        args: tuple[Any, ...],
+    ) -> Leaves:
+        """The next state, then, where the solver can stop, the flag that it should.
+
+        A task that is not ``active`` keeps its state.
+        """
+        old, memory = state[: self.num_params], state[self.num_params :]
+        outputs = self._step(
+            _tree.unflatten(self._params_spec, old),
+            _tree.unflatten(self._memory_spec, memory),
+            hparams,
+            *args,
+        )
+        new, spec = _tree.flatten(outputs[0])
+        _tree.check_like(new, spec, old, self._params_spec, "the step's result", "params")
+        new_memory, spec = _tree.flatten(outputs[1])
+        _tree.check_like(
+            new_memory, spec, memory, self._memory_spec, "the optimizer's new state", "state"
+        )
+        result = (*new, *new_memory)
+        if active is not None:
+            result = _tree.where(active, result, state)
+        if not self.can_stop:
+            return result
+        return (*result, self._is_small(_ad.detach(new), _ad.detach(old)))
+
+    def run(
+        self,
+        advance: Callable[[Tensor | None, Leaves, Any], Leaves],
+        state: Leaves,
+        inputs: Iterable[Any],
+    ) -> Leaves:
+        """The state after one step for each of the inputs, or fewer if the solver stops early."""
+        done: Tensor | None = None
+        active: Tensor | None = None
+        for extra in inputs:
+            outputs = advance(active, state, extra)
+            state = outputs[: len(state)]
+            if self.can_stop:
+                stop = outputs[-1]
+                done = stop if done is None else done | stop
+                remaining = _ad.count_true(~done)
+                if remaining == 0:
+                    break
+                active = None if remaining == _ad.count_tasks(done) else ~done
+        return state
+
+    def _is_small(self, new: Leaves, old: Leaves) -> Tensor:
+        change = _tree.norm(_tree.sub(new, old))
+        return change <= self._atol + self._rtol * _tree.norm(new)
+
+
+def unbind(inputs: TensorTree, num_steps: int) -> Iterable[tuple[Any, ...]]:
+    """What each step gets as further arguments: a slice of the inputs, or nothing."""
+    if inputs is None:
+        return [()] * num_steps
+    leaves, spec = _tree.flatten(inputs)
+    # One unbind has one backward; an index a step would fill a whole gradient at each.
+    rows = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
+    return ((_tree.unflatten(spec, row),) for row in rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _MapStep:
+    fixed_point: ParamsFunction
+
+    def functions(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
+        if isinstance(self.fixed_point, _GradientDescentMap):
+            return (("inner_loss", self.fixed_point.inner_loss),)
+        return (("step", self.fixed_point),)
+
+    def remember(self, params: TensorTree, /) -> TensorTree:
+        return ()
+
+    def __call__(
+        self, params: TensorTree, memory: TensorTree, hparams: TensorTree, /, *args: Any
+    ) -> tuple[TensorTree, TensorTree]:
+        return self.fixed_point(params, hparams, *args), memory
+
+
+@dataclass(frozen=True, eq=False)
+class _DescentStep:
+    inner_loss: Loss
+    optimizer: Any
+
+    def functions(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
+        return (("inner_loss", self.inner_loss),)
+
+    def remember(self, params: TensorTree, /) -> TensorTree:
+        return self.optimizer.init(params)
+
+    def __call__(
+        self, params: TensorTree, memory: TensorTree, hparams: TensorTree, /, *args: Any
+    ) -> tuple[TensorTree, TensorTree]:
+        grads = _gradient(self.inner_loss, params, hparams, args)
+        new, new_memory = self.optimizer.update(grads, memory, params, hparams)
+        return new, new_memory
+
+
+@dataclass(frozen=True, eq=False)
+class _GradientDescentMap:
+    inner_loss: Loss
+    lr: Coefficient
+
+    def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree:
+        lr = self.lr(hparams) if callable(self.lr) else self.lr
+        leaves, spec = _tree.flatten(params)
+        grads, _ = _tree.flatten(_gradient(self.inner_loss, params, hparams, args))
+        return _tree.unflatten(spec, _tree.axpy(-lr, tuple(grads), tuple(leaves)))
+
+
+def _gradient(
+    loss: Loss, params: TensorTree, hparams: TensorTree, args: tuple[Any, ...]
+) -> TensorTree:
+    leaves, spec = _tree.flatten_floating(params, "params")
+
+    def value(*flat: Tensor) -> Tensor:
+        return check_scalar(loss(_tree.unflatten(spec, flat), hparams, *args), "inner_loss")
+
+    tracked = _ad.is_tracked(_tree.flatten((params, hparams, args))[0])
+    grads, _ = _ad.grad_and_value(value, leaves, create_graph=tracked)
+    return _tree.unflatten(spec, grads)
+
+
+def _build(
+    step: Step,
+    num_steps: int,
+    init: InnerSolver,
+    inputs: TensorTree,
+    rtol: float | None,
+    atol: float | None,
+    condition: tuple[str, Callable[..., Any]] | None,
+) -> IterativeSolver:
+    if not isinstance(num_steps, int) or isinstance(num_steps, bool):
+        raise TypeError(f"num_steps is {num_steps!r}; expected an integer, 0 or more")
+    if num_steps < 0:
+        raise ValueError(f"num_steps is {num_steps}; expected 0 or more")
+    _check_callable(init, "init", "(hparams, *args) -> params")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None and not value >= 0:
+            raise ValueError(f"{name} is {value!r}; expected a number, 0 or more")
+    if inputs is not None:
+        _check_inputs(inputs, num_steps)
+    return IterativeSolver(step, num_steps, init, inputs, rtol or 0.0, atol or 0.0, condition)
+
+
+def _check_callable(value: Any, name: str, signature: str) -> None:
+    if not callable(value):
+        raise TypeError(
+            f"{name} is {value!r} of type {type(value).__name__}; expected a function {signature}"
+        )
+
+
+def _check_inputs(inputs: TensorTree, num_steps: int) -> None:
+    leaves, spec = _tree.flatten(inputs)
+    if not leaves:
+        raise ValueError(
+            f"inputs is an empty tree ({inputs!r}); expected tensors with leading dimension "
+            f"num_steps = {num_steps}, or None"
+        )
+    for path, leaf in zip(_tree.paths(spec, "inputs"), leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{path} is {leaf!r} of type {type(leaf).__name__}; expected a tensor with leading "
+                f"dimension num_steps = {num_steps}. Pass what is the same in every step in *args"
+            )
+        if leaf.ndim == 0 or leaf.shape[0] != num_steps:
+            raise ValueError(
+                f"{path} has shape {tuple(leaf.shape)}; expected leading dimension num_steps = "
+                f"{num_steps}, one slice a step"
+            )

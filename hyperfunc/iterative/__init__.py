@@ -1,0 +1,11 @@
+"""Iterative differentiation: derivatives of an inner solver's result through its steps.
+
+Each method turns an inner solver into a function with the same values, whose derivatives of every
+order, in reverse and in forward mode, are those of the steps. What `Reverse` and `ForwardMode` do
+not keep in memory they compute again, on the same inputs and with the same random numbers.
+"""
+
+from hyperfunc.iterative._methods import ForwardMode, Reverse, ReverseUnroll
+from hyperfunc.iterative._segment import checkpoint
+
+__all__ = ["ForwardMode", "Reverse", "ReverseUnroll", "checkpoint"]

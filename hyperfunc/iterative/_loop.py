@@ -1,0 +1,678 @@
+"""The steps of an inner solver as one operation, with its products in reverse and forward mode."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _ad, _tree
+from hyperfunc._conditions import Arguments, captured_message
+from hyperfunc._types import Leaves
+from hyperfunc.inner_solvers import FlatSteps
+from hyperfunc.iterative._segment import Circumstances, Recorded, Segment, lanes, split
+
+STEP = "the inner solver's step"
+
+
+class Schedule(NamedTuple):
+    """Which iterates are kept: every ``stride``-th one, or ``slots`` of them at a time."""
+
+    stride: int | None = None
+    slots: int | None = None
+
+    def gap(self, length: int, held: int, *, first: bool) -> int:
+        """How far from the last of ``held`` iterates the next is kept, ``length`` for never.
+
+        ``length`` is the number of steps from that iterate to those already gone back over.
+        """
+        if self.slots is None:
+            return int(self.stride or 1) if first else 1
+        return _best_split(length, self.slots - held + 1)
+
+
+def fewest_slots(num_steps: int, repetitions: int) -> int:
+    """The fewest iterates to keep at a time if no step may be run more often than that."""
+    slots = 1
+    while math.comb(slots + repetitions, slots) < num_steps:
+        slots += 1
+    return slots
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Steps:
+    """The steps of one call as functions of flat operands.
+
+    The operands are those that every step sees (the tensors of hparams and args, then, for a
+    truncated derivative, the state it enters with, then the lane marker), followed by a series: the
+    inputs, of which each step sees one row.
+    """
+
+    flat: FlatSteps
+    arguments: Arguments
+    inputs_spec: _tree.TreeSpec
+    num_steps: int
+    num_theta: int
+    num_entry: int
+    num_fixed: int
+
+    def start(self, fixed: Leaves) -> Leaves:
+        """The state before the first step that is differentiated."""
+        theta, rest = split(fixed, self.num_theta)
+        if self.num_entry:
+            return rest[: self.num_entry]
+        hparams, *args = self.arguments.unflatten(theta)
+        return self.flat.start(hparams, tuple(args))
+
+    def advance(self, active: Tensor | None, state: Leaves, fixed: Leaves, row: Leaves) -> Leaves:
+        """One step; see `FlatSteps.advance`."""
+        hparams, *args = self.arguments.unflatten(fixed[: self.num_theta])
+        if row:
+            args.append(_tree.unflatten(self.inputs_spec, row))
+        return self.flat.advance(active, state, hparams, tuple(args))
+
+    def run(self, operands: Leaves) -> Leaves:
+        """The state after all steps."""
+        fixed, series = split(operands, self.num_fixed)
+        return self.flat.run(
+            lambda active, state, row: self.advance(active, state, fixed, row),
+            self.start(fixed),
+            self._rows(series),
+        )
+
+    def chain(self, *operands: Tensor) -> Leaves:
+        """The result by steps that are segments of their own, differentiable to every order."""
+        fixed, series = split(operands, self.num_fixed)
+
+        def advance(active: Tensor | None, state: Leaves, row: Leaves) -> Leaves:
+            flags = () if active is None else (active,)
+            sizes = len(flags), len(state), len(fixed), len(row)
+
+            def flat(*tensors: Tensor) -> Leaves:
+                flag, state, fixed, row, _ = split(tensors, *sizes)
+                return self.advance(flag[0] if flag else None, state, fixed, row)
+
+            tensors = (*flags, *state, *fixed, *row)
+            circumstances = Circumstances.capture((*tensors, *self.arguments.leaves))
+            segment = Segment(flat, circumstances, STEP, first=True)
+            outputs: Leaves = Recorded.apply(segment, *tensors, *lanes())
+            return outputs
+
+        state = self.flat.run(advance, self.start(fixed), self._rows(series))
+        return state[: self.flat.num_params]
+
+    def _rows(self, series: Leaves) -> Iterable[Leaves]:
+        if not series:
+            return [()] * self.num_steps
+        return zip(*(leaf.unbind(0) for leaf in series), strict=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loop:
+    """The result of all steps, as an operation; ``memo`` takes the trace of its run.
+
+    ``chunk`` is how many tangents go along at a time in forward accumulation, None for reverse
+    mode. ``levels`` are the enclosing vmaps, the innermost first; each adds its batch dimension in
+    front of those before it.
+    """
+
+    steps: Steps
+    schedule: Schedule
+    chunk: int | None
+    circumstances: Circumstances
+    memo: list[_Trace] = dataclasses.field(default_factory=list)
+    levels: tuple[_Level, ...] = ()
+
+    def run(self, operands: Leaves) -> Leaves:
+        state, trace = self.trace(operands, keep=self.chunk is None, first=True)
+        self.memo[:] = [trace]
+        return state[: self.num_outputs]
+
+    def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> _LoopPull:
+        return _LoopPull(self, wrt, live)
+
+    def push(self, wrt: tuple[int, ...]) -> _LoopPush:
+        return _LoopPush(self, wrt)
+
+    def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
+        loop, operands = self.batch(info, in_dims, operands)
+        return Recorded.apply(loop, *operands), 0
+
+    def batch(
+        self, info: Any, in_dims: Sequence[int | None], operands: Leaves
+    ) -> tuple[Loop, Leaves]:
+        """The loop and its operands under one more vmap."""
+        batched = tuple(dim is not None for dim in in_dims)
+        level = _Level(batched, info.batch_size, info.randomness)
+        moved = tuple(
+            operand if dim is None else operand.movedim(dim, 0)
+            for operand, dim in zip(operands, in_dims, strict=True)
+        )
+        return dataclasses.replace(self, levels=(*self.levels, level)), moved
+
+    @property
+    def num_outputs(self) -> int:
+        """The number of leaves of params; known once the loop has run."""
+        return self.steps.flat.num_params
+
+    def chain(self, *operands: Tensor) -> Leaves:
+        """See `Steps.chain`."""
+        fn = self.steps.chain
+        for level in self.levels:
+            dims = tuple(0 if batched else None for batched in level.batched)
+            fn = torch.func.vmap(fn, in_dims=dims, randomness=level.randomness)
+        return fn(*operands)
+
+    def trace(self, operands: Leaves, *, keep: bool, first: bool = False) -> tuple[Leaves, _Trace]:
+        """Run the steps, keeping iterates by the schedule if they are needed."""
+        check = self.circumstances.no_strangers(STEP) if first else contextlib.nullcontext()
+        with check:
+            state = self._start(operands)
+        trace = _Trace([], self.steps.num_steps)
+        hold = 0 if keep else trace.num_steps
+        lengths = active = None
+        for step in range(trace.num_steps):
+            if step == hold:
+                hold = self._mark(trace, step, state, trace.num_steps, first=True)
+            with check if step == 0 else contextlib.nullcontext():
+                outputs = self._advance(active, len(state), *state, *self._at(operands, step))
+            state = outputs[: len(state)]
+            if self.steps.flat.can_stop:
+                if lengths is None:
+                    active = torch.ones_like(outputs[-1])
+                    lengths = torch.zeros_like(active, dtype=torch.int64)
+                elif active is None:
+                    active = lengths == step
+                lengths = lengths + active
+                active = active & ~outputs[-1]
+                remaining = int(active.sum())
+                if not remaining:
+                    break
+                active = None if remaining == active.numel() else active
+        if lengths is not None:
+            trace = _Trace(trace.marks, int(lengths.max()), lengths, int(lengths.min()))
+        return state, trace
+
+    def gradients(
+        self,
+        operands: Leaves,
+        cotangents: dict[int, Tensor],
+        wrt: tuple[int, ...],
+        *,
+        batched: bool,
+    ) -> dict[int, Tensor]:
+        """Reverse mode: transposed products, with one step's graph at a time."""
+        trace = self._known_trace(operands, keep=True)
+        num_fixed = self.steps.num_fixed
+        totals: dict[int, Tensor] = {}
+        rows: dict[int, dict[int, Tensor]] = {i: {} for i in wrt if i >= num_fixed}
+        end = trace.num_steps
+        while end > 0:
+            step, state, streams = trace.marks[-1]
+            size = len(state)
+            self.circumstances.write(streams)
+            hold = step + self._gap(trace, step, end)
+            while step < end - 1:
+                outputs = self._advance(trace.active(step), size, *state, *self._at(operands, step))
+                state, step = outputs[:size], step + 1
+                if step == hold:
+                    hold = self._mark(trace, step, state, end)
+            if trace.marks[-1].step == step:
+                trace.marks.pop()
+            grads = _pull(
+                functools.partial(self._advance, trace.active(step), size),
+                (*state, *self._at(operands, step)),
+                (*_floating_indices(state), *(size + i for i in wrt)),
+                cotangents,
+                batched=batched,
+                check=end == trace.num_steps,
+            )
+            cotangents = {i: grad for i, grad in grads.items() if i < size}
+            for index in wrt:
+                if (grad := grads.get(size + index)) is None:
+                    continue
+                if index < num_fixed:
+                    totals[index] = totals[index] + grad if index in totals else grad
+                else:
+                    rows[index][step] = grad
+            end = step
+        self.circumstances.write(self.circumstances.states)
+        starts = _pull(
+            lambda *tensors: self._start(tensors),
+            operands,
+            [i for i in wrt if i < num_fixed],
+            cotangents,
+            batched=batched,
+        )
+        for index, grad in starts.items():
+            totals[index] = totals[index] + grad if index in totals else grad
+        for index, by_step in rows.items():
+            if by_step:
+                totals[index] = self._stack(index, by_step, batched)
+        return totals
+
+    def tangents(
+        self, operands: Leaves, tangents: dict[int, Tensor], *, batched: bool
+    ) -> tuple[dict[int, Tensor], Leaves]:
+        """Forward mode: the tangents of the outputs, carried along the steps, and the outputs."""
+        self.circumstances.write(self.circumstances.states)
+        trace = _Trace([], self.steps.num_steps)
+        if self.steps.flat.can_stop:
+            trace = self._known_trace(operands, keep=False)
+            self.circumstances.write(self.circumstances.states)
+        state, dots = _push(
+            lambda *tensors: self._start(tensors), operands, tangents, batched=batched
+        )
+        size = len(state)
+        for step in range(trace.num_steps):
+            for index, tangent in tangents.items():
+                dots[size + index] = self._row(index, tangent, step, batched)
+            outputs, dots = _push(
+                functools.partial(self._advance, trace.active(step), size),
+                (*state, *self._at(operands, step)),
+                dots,
+                batched=batched,
+            )
+            state = outputs[:size]
+        outputs = state[: self.num_outputs]
+        return {i: dot for i, dot in dots.items() if i < len(outputs)}, outputs
+
+    def accumulate(
+        self,
+        operands: Leaves,
+        cotangents: dict[int, Tensor],
+        wrt: tuple[int, ...],
+        *,
+        batched: bool,
+    ) -> dict[int, Tensor]:
+        """Transposed products by forward accumulation: tangents for every entry of the operands."""
+        shapes = [operands[i].shape[self._num_levels(i) :] for i in wrt]
+        numels = [math.prod(shape) for shape in shapes]
+        offsets = [sum(numels[:i]) for i in range(len(numels))]
+        count = next(iter(cotangents.values())).shape[0] if batched else 1
+        parts: dict[int, list[Tensor]] = {i: [] for i in wrt}
+        total = sum(numels)
+        chunk = min(self.chunk or total, total)
+        for begin in range(0, total, max(chunk, 1)):
+            width = min(chunk, total - begin)
+            tangents: dict[int, Tensor] = {}
+            spans: dict[int, slice] = {}
+            for index, shape, numel, offset in zip(wrt, shapes, numels, offsets, strict=True):
+                low, high = max(begin, offset), min(begin + width, offset + numel)
+                if low >= high:
+                    continue
+                spans[index] = slice(low - begin, high - begin)
+                operand = operands[index]
+                basis = operand.new_zeros(width, numel)
+                basis[spans[index], low - offset : high - offset] = torch.eye(
+                    high - low, dtype=operand.dtype, device=operand.device
+                )
+                ones = [1] * self._num_levels(index)
+                tangents[index] = basis.reshape([width, *ones, *shape]).expand(
+                    [width, *operand.shape]
+                )
+            dots, _ = self.tangents(operands, tangents, batched=True)
+            products = self._contract(dots, cotangents, count, width)
+            for index, span in spans.items():
+                parts[index].append(self._collect(index, products[:, span]))
+        return {
+            index: torch.cat(pieces, -1)
+            .reshape([*([count] if batched else []), *operands[index].shape])
+            .to(operands[index])
+            for index, pieces in parts.items()
+            if pieces
+        }
+
+    def _start(self, operands: Leaves) -> Leaves:
+        fn = self.steps.start
+        for level in self.levels:
+            fn = _vmapped_start(fn, level, self.steps.num_fixed)
+        return fn(tuple(operands[: self.steps.num_fixed]))
+
+    def _advance(self, active: Tensor | None, size: int, *tensors: Tensor) -> Leaves:
+        return self._batched_advance(active, *split(tensors, size, self.steps.num_fixed))
+
+    @functools.cached_property
+    def _batched_advance(self) -> Callable[..., Leaves]:
+        fn: Callable[..., Leaves] = self.steps.advance
+        for level in self.levels:
+            fn = _vmapped_advance(fn, level, self.steps.num_fixed)
+        return fn
+
+    def _at(self, operands: Leaves, step: int) -> Leaves:
+        """The operands as one step sees them."""
+        fixed, series = split(operands, self.steps.num_fixed)
+        if not series:
+            return operands
+        rows = (self._row(len(fixed) + i, leaf, step) for i, leaf in enumerate(series))
+        return (*fixed, *rows)
+
+    def _row(self, index: int, tensor: Tensor, step: int, batched: bool = False) -> Tensor:
+        if index < self.steps.num_fixed:
+            return tensor
+        return tensor.select(self._num_levels(index) + batched, step)
+
+    def _stack(self, index: int, by_step: dict[int, Tensor], batched: bool) -> Tensor:
+        zeros = torch.zeros_like(next(iter(by_step.values())))
+        rows = [by_step.get(step, zeros) for step in range(self.steps.num_steps)]
+        return torch.stack(rows, self._num_levels(index) + batched)
+
+    def _mark(
+        self, trace: _Trace, step: int, state: Leaves, end: int, *, first: bool = False
+    ) -> int:
+        """Keep an iterate; returns the step at which the next one is to be kept."""
+        known = trace.marks[-1].streams if trace.marks else self.circumstances.states
+        trace.marks.append(Mark(step, state, self.circumstances.read(known)))
+        return step + self._gap(trace, step, end, first=first)
+
+    def _gap(self, trace: _Trace, step: int, end: int, *, first: bool = False) -> int:
+        return self.schedule.gap(end - step, len(trace.marks), first=first)
+
+    def _known_trace(self, operands: Leaves, *, keep: bool) -> _Trace:
+        """The trace of the forward pass, or a new one if its marks are used up."""
+        if not self.memo or (keep and self.memo[0].num_steps and not self.memo[0].marks):
+            self.memo[:] = [self.trace(operands, keep=keep)[1]]
+        return self.memo[0]
+
+    def _num_levels(self, index: int) -> int:
+        return sum(level.batched[index] for level in self.levels)
+
+    def _contract(
+        self,
+        dots: dict[int, Tensor],
+        cotangents: dict[int, Tensor],
+        count: int,
+        width: int,
+    ) -> Tensor:
+        """Inner products of tangents and cotangents: shape ``(count, width, *batch sizes)``."""
+        sizes = [level.size for level in reversed(self.levels)]
+        dtype = _tree.accumulation_dtype(tuple(cotangents.values()))
+        device = next(iter(cotangents.values())).device
+        batch = math.prod(sizes)
+        result = torch.zeros(count, width, batch, dtype=dtype, device=device)
+        for index in dots.keys() & cotangents.keys():
+            dot = dots[index].to(dtype).reshape(width, batch, -1)
+            cotangent = cotangents[index].to(dtype).reshape(count, batch, -1)
+            result += torch.einsum("kbs,cbs->ckb", dot, cotangent).to(device)
+        return result.reshape([count, width, *sizes])
+
+    def _collect(self, index: int, products: Tensor) -> Tensor:
+        """Sum over the batches an operand is not part of, and put its entries last."""
+        batched = [level.batched[index] for level in reversed(self.levels)]
+        summed = [2 + i for i, part in enumerate(batched) if not part]
+        return (products.sum(summed) if summed else products).movedim(1, -1)
+
+
+class Mark(NamedTuple):
+    """An iterate that is kept, and the states of the random number streams there."""
+
+    step: int
+    state: Leaves
+    streams: Leaves
+
+
+class _Trace(NamedTuple):
+    """What a run of the steps leaves behind: the marks, and how long it (or each task) went on."""
+
+    marks: list[Mark]
+    num_steps: int
+    lengths: Tensor | None = None
+    shortest: int = sys.maxsize
+
+    def active(self, step: int) -> Tensor | None:
+        """Which tasks take a step; None for all of them."""
+        return None if self.lengths is None or step < self.shortest else self.lengths > step
+
+
+class _Level(NamedTuple):
+    """A ``vmap`` around a loop: which operands it batches, its size and its randomness."""
+
+    batched: tuple[bool, ...]
+    size: int
+    randomness: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _LoopPull:
+    """Transposed products of a loop; ``batched`` if the cotangents have a leading dimension."""
+
+    loop: Loop
+    wrt: tuple[int, ...]
+    live: tuple[int, ...]
+    batched: bool = False
+
+    def run(self, operands: Leaves) -> Leaves:
+        operands, cotangents = split(operands, len(operands) - len(self.live))
+        compute = self.loop.gradients if self.loop.chunk is None else self.loop.accumulate
+        with self.loop.circumstances.restored():
+            by_output = dict(zip(self.live, cotangents, strict=True))
+            grads = compute(operands, by_output, self.wrt, batched=self.batched)
+        lead = cotangents[0].shape[:1] if self.batched else ()
+        return tuple(
+            grads[i] if i in grads else operands[i].new_zeros((*lead, *operands[i].shape))
+            for i in self.wrt
+        )
+
+    def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Segment:
+        return Segment(self._reference, self.loop.circumstances).pull(wrt, live)
+
+    def push(self, wrt: tuple[int, ...]) -> Segment:
+        return Segment(self._reference, self.loop.circumstances).push(wrt)
+
+    def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
+        return _vmap_product(self, len(self.live), info, in_dims, operands)
+
+    def _reference(self, *tensors: Tensor) -> Leaves:
+        operands, cotangents = split(tensors, len(tensors) - len(self.live))
+        linearized = _ad.Linearization(
+            lambda *leaves: [self.loop.chain(*leaves)[i] for i in self.live], operands, (self.wrt,)
+        )
+        return _for_each(linearized.pull, cotangents, self.batched)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _LoopPush:
+    """Products of a loop; ``batched`` if the tangents have a leading dimension."""
+
+    loop: Loop
+    wrt: tuple[int, ...]
+    batched: bool = False
+
+    def run(self, operands: Leaves) -> Leaves:
+        operands, tangents = split(operands, len(operands) - len(self.wrt))
+        with self.loop.circumstances.restored():
+            by_operand = dict(zip(self.wrt, tangents, strict=True))
+            dots, outputs = self.loop.tangents(operands, by_operand, batched=self.batched)
+        lead = tangents[0].shape[:1] if self.batched else ()
+        return tuple(
+            dots[i] if i in dots else out.new_zeros((*lead, *out.shape))
+            for i, out in enumerate(outputs)
+        )
+
+    def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Segment:
+        return Segment(self._reference, self.loop.circumstances).pull(wrt, live)
+
+    def push(self, wrt: tuple[int, ...]) -> Segment:
+        return Segment(self._reference, self.loop.circumstances).push(wrt)
+
+    def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
+        return _vmap_product(self, len(self.wrt), info, in_dims, operands)
+
+    def _reference(self, *tensors: Tensor) -> Leaves:
+        operands, tangents = split(tensors, len(tensors) - len(self.wrt))
+        linearized = _ad.Linearization(self.loop.chain, operands, (self.wrt,))
+        return _for_each(linearized.push, tangents, self.batched)
+
+
+def _best_split(length: int, slots: int) -> int:
+    """Where the next iterate is kept in the schedule with the fewest repeated steps (revolve).
+
+    With s slots and no step run more than r times, C(s + r, s) steps can be reversed.
+    """
+    if slots == 1:
+        return length
+    repetitions = 1
+    while math.comb(slots + repetitions, slots) < length:
+        repetitions += 1
+    before = math.comb(slots + repetitions - 1, slots)
+    after = math.comb(slots + repetitions - 2, slots - 1)
+    return min(before, max(1, length - after))
+
+
+def _pull(
+    fn: Callable[..., Leaves],
+    primals: Leaves,
+    wrt: Sequence[int],
+    cotangents: dict[int, Tensor],
+    *,
+    batched: bool,
+    check: bool = False,
+) -> dict[int, Tensor]:
+    """Transposed products of a function, where no transform is active; zeros are left out."""
+    inputs, outputs = _record(fn, primals, wrt)
+    if check and _ad.reaches_foreign_leaf(outputs, inputs):
+        raise ValueError(captured_message(STEP))
+    live = [i for i in cotangents if outputs[i].requires_grad]
+    if not live or not wrt:
+        return {}
+    grads = torch.autograd.grad(
+        [outputs[i] for i in live],
+        [inputs[i] for i in wrt],
+        [cotangents[i] for i in live],
+        allow_unused=True,
+        is_grads_batched=batched,
+    )
+    return {i: grad for i, grad in zip(wrt, grads, strict=True) if grad is not None}
+
+
+def _push(
+    fn: Callable[..., Leaves], primals: Leaves, tangents: dict[int, Tensor], *, batched: bool
+) -> tuple[Leaves, dict[int, Tensor]]:
+    """Outputs and their tangents, as the transpose of a transposed product; zeros are left out."""
+    inputs, outputs = _record(fn, primals, tangents)
+    live = [i for i, out in enumerate(outputs) if out.requires_grad]
+    if not live:
+        return outputs, {}
+    with torch.enable_grad():
+        dummies = [torch.zeros_like(outputs[i], requires_grad=True) for i in live]
+        grads = torch.autograd.grad(
+            [outputs[i] for i in live],
+            [inputs[i] for i in tangents],
+            dummies,
+            create_graph=True,
+            allow_unused=True,
+        )
+    pairs = [
+        (grad, tangent)
+        for grad, tangent in zip(grads, tangents.values(), strict=True)
+        if grad is not None and grad.requires_grad
+    ]
+    if not pairs:
+        return _ad.detach(outputs), {}
+    dots = torch.autograd.grad(
+        [grad for grad, _ in pairs],
+        dummies,
+        [tangent for _, tangent in pairs],
+        allow_unused=True,
+        is_grads_batched=batched,
+    )
+    return _ad.detach(outputs), {
+        i: dot for i, dot in zip(live, dots, strict=True) if dot is not None
+    }
+
+
+def _record(
+    fn: Callable[..., Leaves], primals: Leaves, wrt: Iterable[int]
+) -> tuple[Leaves, Leaves]:
+    chosen = set(wrt)
+    with torch.enable_grad():
+        inputs = tuple(
+            primal.detach().requires_grad_() if i in chosen else primal
+            for i, primal in enumerate(primals)
+        )
+        return inputs, tuple(fn(*inputs))
+
+
+def _vmap_product(
+    product: _LoopPull | _LoopPush,
+    num_vectors: int,
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    tensors: Leaves,
+) -> Any:
+    split = len(tensors) - num_vectors
+    operands, vectors = list(tensors[:split]), tensors[split:]
+    dims, vector_dims = list(in_dims[:split]), in_dims[split:]
+    lead = int(product.batched)
+    if any(dim is not None for dim in dims):
+        for index in product.wrt:
+            operands[index] = _with_dim(operands[index], dims[index], 0, info.batch_size)
+            dims[index] = 0
+        loop, moved = product.loop.batch(info, dims, tuple(operands))
+        vectors = tuple(
+            _with_dim(vector, dim, lead, info.batch_size)
+            for vector, dim in zip(vectors, vector_dims, strict=True)
+        )
+        return Recorded.apply(dataclasses.replace(product, loop=loop), *moved, *vectors), lead
+    # A batch of vectors at one point: the steps are run once for all of them.
+    vectors = tuple(
+        _with_dim(vector, dim, 0, info.batch_size)
+        for vector, dim in zip(vectors, vector_dims, strict=True)
+    )
+    if product.batched:
+        vectors = tuple(vector.flatten(0, 1) for vector in vectors)
+    outputs = Recorded.apply(dataclasses.replace(product, batched=True), *operands, *vectors)
+    if product.batched:
+        outputs = tuple(out.unflatten(0, (info.batch_size, -1)) for out in outputs)
+    return outputs, 0
+
+
+def _vmapped_start(fn: Callable[..., Leaves], level: _Level, num_fixed: int) -> Any:
+    dims = tuple(0 if batched else None for batched in level.batched[:num_fixed])
+
+    def start(fixed: Leaves) -> Leaves:
+        if not any(level.batched[:num_fixed]):
+            return tuple(leaf.expand(level.size, *leaf.shape) for leaf in fn(fixed))
+        result: Leaves = torch.func.vmap(fn, (dims,), randomness=level.randomness)(fixed)
+        return result
+
+    return start
+
+
+def _vmapped_advance(fn: Callable[..., Leaves], level: _Level, num_fixed: int) -> Any:
+    fixed_dims, row_dims = split(tuple(0 if part else None for part in level.batched), num_fixed)
+
+    def advance(active: Tensor | None, state: Leaves, fixed: Leaves, row: Leaves) -> Leaves:
+        in_dims = (None if active is None else 0, 0, fixed_dims, row_dims)
+        batched = torch.func.vmap(fn, in_dims, randomness=level.randomness)
+        result: Leaves = batched(active, state, fixed, row)
+        return result
+
+    return advance
+
+
+def _floating_indices(tensors: Leaves) -> tuple[int, ...]:
+    return tuple(i for i, tensor in enumerate(tensors) if tensor.is_floating_point())
+
+
+def _for_each(product: Callable[[Leaves], Leaves], vectors: Leaves, batched: bool) -> Leaves:
+    if not batched:
+        return product(vectors)
+    rows = [product(row) for row in zip(*(vector.unbind(0) for vector in vectors), strict=True)]
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+
+def _with_dim(tensor: Tensor, dim: int | None, target: int, size: int) -> Tensor:
+    """The tensor with its batch dimension, or a new one, at ``target``."""
+    if dim is not None:
+        return tensor.movedim(dim, target)
+    shape = list(tensor.shape)
+    shape.insert(target, size)
+    return tensor.unsqueeze(target).expand(shape)

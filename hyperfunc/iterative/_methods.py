@@ -1,0 +1,210 @@
+"""The methods: each turns an inner solver into one with the same values and its derivatives."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from hyperfunc import _ad, _tree
+from hyperfunc._closures import refuse_captured_tensors
+from hyperfunc._conditions import Arguments
+from hyperfunc._types import InnerSolver, Leaves
+from hyperfunc.inner_solvers import FlatSteps, IterativeSolver
+from hyperfunc.iterative._loop import Loop, Schedule, Steps, fewest_slots
+from hyperfunc.iterative._segment import Circumstances, Recorded, lanes
+
+
+@dataclasses.dataclass(frozen=True)
+class ReverseUnroll:
+    """Plain differentiation through the inner solver, whatever its code: ``"reverse_unroll"``.
+
+    The whole graph is kept, so memory grows with the number of steps; nothing is computed twice.
+    A solver that is a closed form gives the exact hypergradient.
+
+    Example:
+        >>> solver = hf.iterate(lambda w, h: h * w + 1, 50, init=lambda h: torch.zeros(()))
+        >>> hf.hypergrad(solver, lambda w, h: w, method=hf.ReverseUnroll())(torch.tensor(0.5))
+        tensor(4.)
+
+    References:
+        Maclaurin, Duvenaud and Adams, arXiv 1502.03492; Franceschi et al., arXiv 1703.01785.
+    """
+
+    def solution_map(self, inner_solver: InnerSolver) -> InnerSolver:
+        """The solver itself."""
+        return inner_solver
+
+
+@dataclasses.dataclass(frozen=True)
+class Reverse:
+    r"""Reverse mode over replayed steps, with bounded memory: ``"reverse"``.
+
+    With the adjoint $u_T = \partial_w E$ the steps are gone through backwards,
+
+    $$u_t = (\partial_w \varphi_t)^\top u_{t+1}, \qquad
+      \nabla f = \partial_\lambda E + \sum_t (\partial_\lambda \varphi_t)^\top u_{t+1},$$
+
+    where $\varphi_t$ is differentiated at the iterate $w_t$. Some iterates are kept, the others
+    are computed again from the last one that was, and never more than one step has a graph. The
+    result is that of `ReverseUnroll`. Minibatches and random numbers are those of the forward
+    pass, and the random number streams are left as if nothing had been computed again. Module
+    buffers (the statistics of a batch norm) would be advanced again: keep them out of the step.
+
+    Second derivatives replay each step too, but keep all iterates.
+
+    Args:
+        checkpoint: which iterates are kept. An integer $k \ge 1$ keeps each $k$-th and, while
+            going backwards, those in between two of them: $T/k + k$ iterates. ``"sqrt"`` keeps
+            about $\sqrt{2T}$ at any time, and no step is taken more than once more than with
+            ``checkpoint=1``. ``"binomial"`` keeps ``slots`` iterates, the first one included, and
+            places them so that the number of repeated steps is as small as possible.
+        slots: for ``"binomial"``: how many, at least 1; None takes $\log_2 T$, for which each step
+            is repeated a handful of times.
+        last: differentiate the last ``last`` steps only (truncated reverse mode): what comes before
+            them counts as a constant. At a fixed point that is a truncated Neumann series.
+
+    Raises:
+        ValueError: for values outside these ranges.
+
+    Example:
+        >>> solver = hf.iterate(lambda w, h: h * w + 1, 50, init=lambda h: torch.zeros(()))
+        >>> outer_loss = lambda w, h: w
+        >>> hf.hypergrad(solver, outer_loss, method=hf.Reverse("sqrt"))(torch.tensor(0.5))
+        tensor(4.)
+        >>> hf.hypergrad(solver, outer_loss, method=hf.Reverse(last=2))(torch.tensor(0.5))
+        tensor(3.)
+
+    References:
+        Franceschi et al., arXiv 1703.01785; Shaban et al., arXiv 1810.10667 (truncation);
+        Griewank and Walther, Algorithm 799: revolve, ACM TOMS 26 (2000).
+    """
+
+    checkpoint: int | Literal["sqrt", "binomial"] = 1
+    slots: int | None = None
+    last: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.checkpoint not in ("sqrt", "binomial") and not _is_count(self.checkpoint):
+            raise ValueError(
+                f"checkpoint is {self.checkpoint!r}; expected an integer, 1 or more, 'sqrt' or "
+                f"'binomial'"
+            )
+        for name, value in (("slots", self.slots), ("last", self.last)):
+            if value is not None and not _is_count(value):
+                raise ValueError(f"{name} is {value!r}; expected an integer, 1 or more, or None")
+        if self.slots is not None and self.checkpoint != "binomial":
+            raise ValueError(
+                f"slots={self.slots} has no meaning with checkpoint={self.checkpoint!r}. "
+                f"Write Reverse(checkpoint='binomial', slots={self.slots})"
+            )
+
+    def solution_map(self, inner_solver: InnerSolver) -> InnerSolver:
+        """The solver, with derivatives by replayed steps."""
+        solver = _check_solver(inner_solver, self)
+        if self.last is not None and (solver.rtol > 0 or solver.atol > 0):
+            raise ValueError(
+                f"last={self.last} needs a fixed number of steps, but the inner solver stops "
+                f"early. Drop rtol and atol from it, or last from {self!r}"
+            )
+        return functools.partial(_solve, solver, self._schedule, None, self.last)
+
+    def _schedule(self, num_steps: int) -> Schedule:
+        if self.checkpoint == "sqrt":
+            return Schedule(slots=fewest_slots(num_steps, repetitions=2))
+        if self.checkpoint == "binomial":
+            return Schedule(slots=self.slots or max(1, num_steps.bit_length()))
+        return Schedule(stride=int(self.checkpoint))
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardMode:
+    r"""Forward accumulation of the derivative along the steps: ``"forward"``.
+
+    $$Z_{t+1} = \partial_w \varphi_t\, Z_t + \partial_\lambda \varphi_t, \qquad
+      \nabla f = \partial_\lambda E + Z_T^\top \partial_w E$$
+
+    Memory does not grow with the number of steps, but $Z_t$ has one column for each entry of
+    ``hparams``, and each costs a few times what a step costs: right for a handful of
+    hyperparameters, the wrong choice for many (regularisers of single weights, meta-parameters,
+    data), where `Reverse` costs the same for any number of them.
+
+    Args:
+        chunk_size: how many columns go along at a time, at least 1; the steps are run again for
+            each chunk. None takes all columns at once.
+
+    Raises:
+        ValueError: for a ``chunk_size`` that is not a positive integer.
+
+    Example:
+        >>> solver = hf.iterate(lambda w, h: h * w + 1, 50, init=lambda h: torch.zeros(()))
+        >>> hf.hypergrad(solver, lambda w, h: w, method=hf.ForwardMode())(torch.tensor(0.5))
+        tensor(4.)
+
+    References:
+        Franceschi, Donini, Frasconi and Pontil, arXiv 1703.01785.
+    """
+
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None and not _is_count(self.chunk_size):
+            raise ValueError(
+                f"chunk_size is {self.chunk_size!r}; expected an integer, 1 or more, or None"
+            )
+
+    def solution_map(self, inner_solver: InnerSolver) -> InnerSolver:
+        """The solver, with derivatives accumulated forwards."""
+        solver = _check_solver(inner_solver, self)
+        chunk = self.chunk_size or sys.maxsize
+        return functools.partial(_solve, solver, lambda _: Schedule(slots=1), chunk, None)
+
+
+def _solve(
+    solver: IterativeSolver,
+    schedule: Callable[[int], Schedule],
+    chunk: int | None,
+    last: int | None,
+    hparams: Any,
+    /,
+    *args: Any,
+) -> Any:
+    arguments, theta, _ = Arguments.flatten(hparams, args)
+    inputs, inputs_spec = _tree.flatten(solver.inputs)
+    if not _ad.is_tracked((*theta, *inputs)):
+        return solver(hparams, *args)
+    for name, fn in solver.functions():
+        refuse_captured_tensors(fn, name)
+    flat = FlatSteps(solver)
+    num_steps = solver.num_steps if last is None else min(last, solver.num_steps)
+    skipped = solver.num_steps - num_steps
+    entry: Leaves = ()
+    if skipped:
+        constants = _ad.detach(theta)
+        before = [leaf[:skipped] for leaf in _ad.detach(inputs)]
+        inputs = [leaf[skipped:] for leaf in inputs]
+        with torch.no_grad():
+            prefix = Steps(flat, arguments, inputs_spec, skipped, len(theta), 0, len(theta))
+            entry = _ad.detach(prefix.run((*constants, *before)))
+    fixed = (*theta, *entry, *lanes())
+    steps = Steps(flat, arguments, inputs_spec, num_steps, len(theta), len(entry), len(fixed))
+    circumstances = Circumstances.capture((*theta, *inputs, *arguments.leaves))
+    loop = Loop(steps, schedule(num_steps), chunk, circumstances)
+    return flat.params(Recorded.apply(loop, *fixed, *inputs))
+
+
+def _check_solver(inner_solver: Any, method: Any) -> IterativeSolver:
+    if not isinstance(inner_solver, IterativeSolver):
+        raise TypeError(
+            f"{method!r} replays the steps of the inner solver, but {inner_solver!r} does not "
+            f"tell them. Make the solver with hf.iterate or hf.minimize, or use hf.ReverseUnroll()"
+        )
+    return inner_solver
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

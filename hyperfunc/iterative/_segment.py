@@ -1,0 +1,351 @@
+"""A function of flat tensors that is computed again when its derivative is needed.
+
+An operation is a function of flat tensors that can run without recording a graph, and that knows
+the operations of its pull (vector-Jacobian product), its push (Jacobian-vector product) and its
+version for a batch. One `torch.autograd.Function`, `Recorded`, presents operations to autograd and
+to torch.func. It peels off one transform at a time, so that an operation itself always runs with no
+transform active, on plain tensors and on the fast engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import VmapInterpreter, coerce_cinterpreter
+from torch.overrides import TorchFunctionMode
+
+from hyperfunc import _ad, _tree
+from hyperfunc._closures import refuse_captured_tensors
+from hyperfunc._conditions import captured_message
+from hyperfunc._types import Leaves
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def checkpoint(fn: F) -> F:
+    r"""Do not keep the graph of a function: compute it again when its derivative is needed.
+
+    The result is ``fn`` with the same values and derivatives of every order, by autograd and by
+    any composition of `torch.func` transforms, in reverse and forward mode (a forward product is
+    taken as the transpose of a transposed one). It keeps the arguments alone and may be nested.
+
+    Random numbers are those of the first time, under both randomness modes of ``vmap`` too: those
+    of the default generators of the CPU and of the devices of the arguments, and of any
+    `torch.Generator` among the arguments (not one that ``fn`` closes over). The streams are left as
+    if nothing had been computed again. So is the state of autocast, but not that of module buffers.
+
+    Args:
+        fn: a pure function of any trees. Every tensor that a derivative is to be taken for must
+            be an argument; with a module, pass its parameters and use `torch.func.functional_call`.
+
+    Returns:
+        A function with the signature of ``fn``.
+
+    Raises:
+        TypeError: if ``fn`` is not a function.
+        ValueError: when called or differentiated, if ``fn`` closes over a tensor whose gradient
+            would be lost.
+
+    Example:
+        >>> block = hf.checkpoint(lambda x, w: torch.tanh(x @ w))
+        >>> x, w = torch.ones(2, 3), torch.zeros(3, 3)
+        >>> torch.func.grad(lambda w: block(block(x, w), w).sum())(w).shape
+        torch.Size([3, 3])
+
+    References:
+        Griewank and Walther, Algorithm 799: revolve, ACM TOMS 26 (2000);
+        Chen et al., arXiv 1604.06174.
+    """
+    if not callable(fn):
+        raise TypeError(f"fn is {fn!r} of type {type(fn).__name__}; expected a function")
+
+    @functools.wraps(fn)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = _tree.flatten((args, kwargs))
+        tensors, constants = _separate(leaves)
+        if not tensors or not _ad.is_tracked(tensors):
+            return fn(*args, **kwargs)
+        name = f"the checkpointed function {getattr(fn, '__name__', repr(fn))}"
+        refuse_captured_tensors(fn, name)
+        result: list[Any] = []
+
+        def flat(*operands: Tensor) -> Leaves:
+            inner_args, inner_kwargs = _tree.unflatten(spec, _merge(constants, operands))
+            outputs, outputs_spec = _tree.flatten(fn(*inner_args, **inner_kwargs))
+            output_tensors, output_constants = _separate(outputs)
+            result[:] = outputs_spec, output_constants
+            return output_tensors
+
+        segment = Segment(flat, Circumstances.capture(leaves), name, first=True)
+        outputs = Recorded.apply(segment, *tensors, *lanes())
+        outputs_spec, output_constants = result
+        return _tree.unflatten(outputs_spec, _merge(output_constants, outputs))
+
+    return checkpointed  # type: ignore[return-value]
+
+
+class Operation(Protocol):
+    """A function of flat tensors, with the operations of its derivatives."""
+
+    def run(self, operands: Leaves) -> Leaves:
+        """The value; called with gradient mode off and no transform active."""
+        ...
+
+    def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Operation:
+        """``(operands, cotangents of the live outputs) -> gradients`` for the operands ``wrt``."""
+        ...
+
+    def push(self, wrt: tuple[int, ...]) -> Operation:
+        """``(operands, tangents of the operands wrt) -> tangents`` of the floating outputs."""
+        ...
+
+    def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
+        """The outputs for a batch, and their batch dimension."""
+        ...
+
+
+class Recorded(torch.autograd.Function):
+    """An operation as autograd and torch.func see it."""
+
+    @staticmethod
+    def forward(operation: Operation, *operands: Tensor) -> Leaves:
+        taken = {id(tensor) for tensor in operands}
+        outputs = []
+        for output in operation.run(operands):
+            # Autograd wants outputs that are neither inputs, nor views of them, nor equal.
+            fresh = output.clone() if id(output) in taken or output._is_view() else output
+            taken.add(id(output))
+            outputs.append(fresh)
+        return tuple(outputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
+        ctx.operation, *operands = inputs
+        ctx.floating = [out.is_floating_point() for out in output]
+        ctx.mark_non_differentiable(*(out for out in output if not out.is_floating_point()))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*operands)
+        ctx.save_for_forward(*operands)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        operands = ctx.saved_tensors
+        live = tuple(i for i, cotangent in enumerate(cotangents) if cotangent is not None)
+        wrt = tuple(
+            i
+            for i, (need, operand) in enumerate(
+                zip(ctx.needs_input_grad[1:], operands, strict=True)
+            )
+            if need and operand.is_floating_point()
+        )
+        result: list[Tensor | None] = [None] * len(operands)
+        if live and wrt:
+            pull = ctx.operation.pull(wrt, live)
+            grads = Recorded.apply(pull, *operands, *(cotangents[i] for i in live))
+            for index, grad in zip(wrt, grads, strict=True):
+                result[index] = grad
+        return (None, *result)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        with _ad.nested_forward_mode(ctx.saved_tensors) as operands:
+            wrt = tuple(i for i, tangent in enumerate(tangents) if tangent is not None)
+            push = ctx.operation.push(wrt)
+            results = iter(Recorded.apply(push, *operands, *(tangents[i] for i in wrt)))
+            return tuple(next(results) if floating else None for floating in ctx.floating)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], operation: Operation, *operands: Tensor
+    ) -> Any:
+        return operation.vmap(info, tuple(in_dims[1:]), operands)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Circumstances:
+    """What besides its operands a segment depends on: random number streams and autocast."""
+
+    generators: tuple[torch.Generator, ...]
+    states: Leaves
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    transformed: bool
+
+    @staticmethod
+    def capture(leaves: Sequence[Any]) -> Circumstances:
+        """Those at present, for a function of these arguments."""
+        devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
+        generators = [torch.default_generator]
+        for device in devices:
+            # Empty for a backend without generators of its own, such as the CPU.
+            all_of_type = getattr(getattr(torch, device.type, None), "default_generators", ())
+            if all_of_type and device.index is not None:
+                generators.append(all_of_type[device.index])
+        explicit = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Generator)}
+        generators.extend(explicit.values())
+        types = {"cpu", *(device.type for device in devices)} - {"meta"}
+        autocast = tuple(
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in sorted(types)
+        )
+        states = tuple(generator.get_state() for generator in generators)
+        return Circumstances(tuple(generators), states, autocast, _ad.transforms_active())
+
+    def read(self, known: Leaves) -> Leaves:
+        """The present states of the streams; those that are known already are not kept twice."""
+        states = (generator.get_state() for generator in self.generators)
+        return tuple(
+            old if torch.equal(old, new) else new for old, new in zip(known, states, strict=True)
+        )
+
+    def write(self, states: Leaves) -> None:
+        """Put the streams into given states."""
+        for generator, state in zip(self.generators, states, strict=True):
+            generator.set_state(state)
+
+    def no_strangers(self, name: str | None) -> contextlib.AbstractContextManager[Any]:
+        """A context that refuses tensors of enclosing transforms, if there are transforms."""
+        return _NoStrangers(name) if self.transformed else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """These circumstances, for as long as the context lasts."""
+        present = self.read(self.states)
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self.autocast:
+                # Casts that were cached with gradient mode off would cut the graph.
+                stack.enter_context(
+                    torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
+                )
+            self.write(self.states)
+            try:
+                yield
+            finally:
+                self.write(present)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segment:
+    """Any differentiable function of flat tensors, computed again for each derivative.
+
+    ``first`` marks the one run that is not a repetition: it draws from the streams as they are, and
+    looks out for tensors of enclosing transforms that were not passed in.
+    """
+
+    fn: Callable[..., Leaves]
+    circumstances: Circumstances
+    name: str | None = None
+    first: bool = False
+
+    def run(self, operands: Leaves) -> Leaves:
+        if self.first:
+            with self.circumstances.no_strangers(self.name):
+                return self.fn(*operands)
+        with self.circumstances.restored():
+            return self.fn(*operands)
+
+    def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Segment:
+        def pulled(*tensors: Tensor) -> Leaves:
+            operands, cotangents = split(tensors, len(tensors) - len(live))
+            linearized = self._linearize(operands, wrt, lambda outputs: [outputs[i] for i in live])
+            return linearized.pull(cotangents)
+
+        return Segment(pulled, self.circumstances)
+
+    def push(self, wrt: tuple[int, ...]) -> Segment:
+        def pushed(*tensors: Tensor) -> Leaves:
+            operands, tangents = split(tensors, len(tensors) - len(wrt))
+            return self._linearize(operands, wrt, _floating).push(tangents)
+
+        return Segment(pushed, self.circumstances)
+
+    def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
+        fn = torch.func.vmap(self.fn, in_dims=in_dims, randomness=info.randomness)
+        return Recorded.apply(dataclasses.replace(self, fn=fn), *operands), 0
+
+    def _linearize(
+        self,
+        operands: Leaves,
+        wrt: tuple[int, ...],
+        select: Callable[[Leaves], Sequence[Tensor]],
+    ) -> _ad.Linearization:
+        linearized = _ad.Linearization(
+            lambda *leaves: tuple(select(self.fn(*leaves))), operands, (wrt,)
+        )
+        if self.name is not None and linearized.captures_gradient:
+            raise ValueError(captured_message(self.name))
+        return linearized
+
+
+def lanes() -> Leaves:
+    """An operand that is batched in every vmap level with different randomness.
+
+    It makes those levels run a step for each task even if no other operand tells tasks apart.
+    """
+    lane, levels = torch.zeros(()), []
+    for entry in _functorch.get_interpreter_stack() or ():
+        interpreter = coerce_cinterpreter(entry)
+        if isinstance(interpreter, VmapInterpreter) and interpreter.randomness() == "different":
+            levels.append((interpreter.level(), interpreter.batch_size()))
+    for level, size in levels:
+        lane = _functorch._add_batch_dim(lane.expand(size, *lane.shape), 0, level)
+    return (lane,) if levels else ()
+
+
+def split(tensors: Sequence[Any], *sizes: int) -> tuple[tuple[Any, ...], ...]:
+    """Pieces of the given sizes, and what remains."""
+    pieces, begin = [], 0
+    for size in sizes:
+        pieces.append(tuple(tensors[begin : begin + size]))
+        begin += size
+    return (*pieces, tuple(tensors[begin:]))
+
+
+class _NoStrangers(TorchFunctionMode):
+    """Refuses tensors of transforms that are not active where the code in the context runs."""
+
+    def __init__(self, name: str | None) -> None:
+        super().__init__()
+        self._name = name or "the function"
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for leaf in _tree.flatten((args, kwargs))[0]:
+            if isinstance(leaf, Tensor) and _is_stranger(leaf):
+                raise ValueError(captured_message(self._name))
+        return func(*args, **kwargs)
+
+
+def _is_stranger(tensor: Tensor) -> bool:
+    level = _functorch.maybe_get_level(tensor)
+    if level is None or level < 0:
+        return False
+    stack = _functorch.get_interpreter_stack() or ()
+    if level > len(stack):
+        return True
+    is_vmap = stack[level - 1].key() == _functorch.TransformType.Vmap
+    return bool(_functorch.is_batchedtensor(tensor) != is_vmap)
+
+
+def _separate(leaves: Sequence[Any]) -> tuple[Leaves, list[Any]]:
+    """The tensors among some leaves, and the leaves with None in their places."""
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    return tensors, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def _merge(constants: Sequence[Any], tensors: Iterable[Tensor]) -> list[Any]:
+    """The inverse of `_separate`; no leaf of a tree is None."""
+    remaining = iter(tensors)
+    return [next(remaining) if leaf is None else leaf for leaf in constants]
+
+
+def _floating(outputs: Leaves) -> Leaves:
+    return tuple(out for out in outputs if out.is_floating_point())
