@@ -159,9 +159,9 @@ class _LinearSystem:
         if x0 is not None:  # the solution for b = 0 is 0, which no relative tolerance can find
             x0 = _tree.scale((_tree.dot(b, b) != 0).to(torch.float32), x0)
         if isinstance(linearization, MinibatchLinearization):
-            at = linearization.at
+            at, spec = linearization.at, linearization.bound.params_spec
             x, stats = linearization.method.descend(
-                lambda step: self.operator(at(step), theta), b, x0
+                lambda step: self.operator(at(step), theta), b, x0, spec
             )
         else:
             x, stats = self.problem.linear_solver.solve(self.operator(linearization, theta), b, x0)

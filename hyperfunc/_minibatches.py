@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from hyperfunc import _ad, _tree
-from hyperfunc._conditions import BoundCondition
+from hyperfunc._conditions import BoundCondition, Condition
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers import StochasticAID
 
@@ -68,6 +69,12 @@ class MinibatchLinearization:
         return _tree.scale(1 / count, total)
 
     def _linearize(self, step: int, wrt: tuple[int, ...]) -> _ad.Linearization:
-        condition = self.bound.condition
-        sampled = dataclasses.replace(condition, fn=self.method.on_minibatch(condition.fn, step))
-        return dataclasses.replace(self.bound, condition=sampled).linearize(self.w, self.theta, wrt)
+        condition, proximal = self.bound.condition, self.bound.proximal
+        sampled: Callable[..., Any]
+        if proximal is None:
+            sampled = self.method.on_minibatch(condition.fn, step)
+        else:  # its regulariser depends on no sample, and is added elsewhere
+            loss = self.method.on_minibatch(proximal.loss, step)
+            sampled = dataclasses.replace(proximal, loss=loss)
+        bound = dataclasses.replace(self.bound, condition=Condition(condition.kind, sampled))
+        return bound.linearize(self.w, self.theta, wrt)

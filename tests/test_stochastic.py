@@ -232,6 +232,25 @@ def test_the_cross_term_is_a_mean_over_the_minibatches_after_the_steps() -> None
     assert_close(grads, expected)
 
 
+def test_a_regulariser_in_closed_form_is_not_sampled() -> None:
+    _, X, y = data()
+    center = torch.linspace(-2, 0, DIM, dtype=torch.float64)
+
+    def loss(w: Tensor, center: Tensor, X: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * ((X @ w - y) ** 2).mean()
+
+    def whole(w: Tensor, center: Tensor, X: Tensor, y: Tensor) -> Tensor:
+        return loss(w, center, X, y) + 0.35 * ((w - center) ** 2).sum()
+
+    results = [
+        hf.hypergrad_and_solution(solver, outer_loss, inner_loss=inner, method=STOCHASTIC)(
+            center, X, y
+        )
+        for inner in (whole, hf.proximal(loss, 0.7))
+    ]
+    assert_close(results[1], results[0])
+
+
 def test_the_forms_of_a_sampler_agree() -> None:
     reg, X, y = data()
     indices = draw_indices(10, BATCH)
@@ -296,6 +315,24 @@ def test_nothing_that_shares_storage_is_written_to() -> None:
         assert_close((reg, X, y), original, 0)
         assert_close(solution.params, solver(reg, X, y), 0)
         assert_close(grads, solution.params * (1 - reg.exp() * solution.adjoint))
+
+
+@pytest.mark.parametrize("factory", [torch.optim.SGD, torch.optim.Adam])
+def test_optimizers_that_write_in_place_write_to_copies(factory: Any) -> None:
+    b, x0 = (torch.ones(2),), (torch.full((2,), 3.0),)
+    seen = []
+
+    def product(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append((v[0], v[0].clone()))
+        return v
+
+    operator = hf.linear_solvers.LinearOperator(product, product)
+    hf.StochasticAID(3, factory).solve(operator, b, x0)
+    hf.StochasticAID(3, factory, start="outer_gradient").solve(operator, b)
+    assert_close((b, x0), ((torch.ones(2),), (torch.full((2,), 3.0),)), 0)
+    assert len(seen) == 6
+    for vector, then in seen:
+        assert_close(vector, then, 0)
 
 
 def test_two_calls_agree() -> None:
@@ -364,6 +401,29 @@ def test_steps_of_decreasing_size_remove_the_variance() -> None:
     decreasing = hf.optim.sgd(lr=lambda step: 4 / (step + 20))
     assert error(decreasing, 320) < 0.5 * error(decreasing, 80)
     assert error(STEP, 320) > 0.5 * error(STEP, 80)
+
+
+def test_step_sizes_for_blocks_of_params() -> None:
+    rates = {"a": 0.3, "b": 0.1}
+    curvatures = {"a": 2.0, "b": 5.0}
+
+    def loss(w: Any, h: Tensor) -> Tensor:
+        return sum(0.5 * curvatures[k] * ((w[k] - h) ** 2).sum() for k in w)
+
+    def adjoint(optimizer: Any) -> Any:
+        method = hf.StochasticAID(4, optimizer, sampler=lambda step: ())
+        return hf.hypergrad_and_solution(
+            lambda h: {"a": h.expand(2), "b": h.expand(3)},
+            lambda w, h: w["a"].sum() + w["b"].sum(),
+            inner_loss=loss,
+            method=method,
+        )(torch.ones((), dtype=torch.float64))[1].adjoint
+
+    expected = {
+        k: torch.full((n,), (1 - (1 - rates[k] * c) ** 4) / c, dtype=torch.float64)
+        for (k, c), n in zip(curvatures.items(), (2, 3), strict=True)
+    }
+    assert_close(adjoint(hf.optim.sgd(lr=rates)), expected)
 
 
 # In expectation ----------------------------------------------------------------------------------

@@ -59,8 +59,9 @@ class StochasticAID(AbstractLinearSolver):
         num_steps: the number of steps ``K``, >= 0.
         optimizer: an `hyperfunc.optim.Optimizer`, which sees ``A_t^T u - b`` as gradient and the
             step number as its hparams, so that coefficients may be schedules, as in
-            ``hf.optim.sgd(lr=lambda step: 1 / (1 + 0.1 * step))``. Or a function of a list of
-            tensors that makes a ``torch.optim.Optimizer``, outside transforms.
+            ``hf.optim.sgd(lr=lambda step: 1 / (1 + 0.1 * step))``, or trees like params with a
+            value for each block. Or a function of a list of tensors that makes a
+            ``torch.optim.Optimizer``, outside transforms.
         sampler: minibatches of the condition; by default it is called with all of ``*args``.
         outer_sampler: minibatches of the outer loss, with steps ``0, ..., num_outer_batches - 1``.
         num_outer_batches: the outer gradients, and the value, are means over so many minibatches.
@@ -147,17 +148,21 @@ class StochasticAID(AbstractLinearSolver):
                 "StochasticAID with a sampler was given one operator to solve with, but it needs "
                 "one for each minibatch. Pass it as method= itself, not inside another solver"
             )
-        return self.descend(lambda step: operator, b, x0)
+        return self.descend(lambda step: operator, b, x0, operator.structure(b))
 
     def descend(
-        self, operator_at: Callable[[int], LinearOperator], b: Leaves, x0: Leaves | None = None
+        self,
+        operator_at: Callable[[int], LinearOperator],
+        b: Leaves,
+        x0: Leaves | None,
+        spec: _tree.TreeSpec,
     ) -> tuple[Leaves, SolveStats]:
-        """Take the steps, each with the operator of its own minibatch."""
+        """Take the steps, each with the operator of its own minibatch, on trees of a structure."""
         x = x0
         if x is None:
             x = b if self.start == "outer_gradient" else _tree.zeros_like(b)
         at_zero = x0 is None and self.start == "zero"
-        advance = _make_advance(self.optimizer, self.scheduler, x)
+        advance = _make_advance(self.optimizer, self.scheduler, x, spec)
         bounds, rs = None, _tree.dot(b, b)
         for step in range(self.num_steps):
             if step == 0 and at_zero:
@@ -191,18 +196,19 @@ class StochasticAID(AbstractLinearSolver):
 
 
 def _make_advance(
-    optimizer: Any, scheduler: Callable[..., Any] | None, x: Leaves
+    optimizer: Any, scheduler: Callable[..., Any] | None, x: Leaves, spec: _tree.TreeSpec
 ) -> Callable[[Leaves, Leaves, int], Leaves]:
     """``(gradient, x, step) -> x``, which keeps the optimiser's state to itself."""
     if not isinstance(optimizer, Optimizer):
         return _make_torch_advance(optimizer, scheduler, x)
-    state = optimizer.init(x)
+    state = optimizer.init(_tree.unflatten(spec, x))
 
     def advance(gradient: Leaves, x: Leaves, step: int) -> Leaves:
         nonlocal state
-        new, state = optimizer.update(gradient, state, x, step)
-        leaves, spec = _tree.flatten(new)
-        _tree.check_like(leaves, spec, x, _tree.flatten(x)[1], "the optimizer's result", "adjoint")
+        adjoint = _tree.unflatten(spec, x)
+        new, state = optimizer.update(_tree.unflatten(spec, gradient), state, adjoint, step)
+        leaves, new_spec = _tree.flatten(new)
+        _tree.check_like(leaves, new_spec, x, spec, "the optimizer's result", "adjoint")
         return tuple(leaves)
 
     return advance
