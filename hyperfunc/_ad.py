@@ -28,8 +28,15 @@ _OWN = "_hyperfunc_own_leaf"
 
 
 def transforms_active() -> bool:
-    """Whether code runs inside a ``torch.func`` transform, or is being traced by torch.compile."""
-    return _functorch.peek_interpreter_stack() is not None or torch.compiler.is_compiling()
+    """Whether code runs inside a ``torch.func`` transform, or is being traced by torch.compile.
+
+    Forward mode without ``torch.func`` counts too, for a recorded graph would lose its tangents.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or _functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def is_tracked(tensors: Sequence[Any]) -> bool:
@@ -197,6 +204,11 @@ def nested_forward_mode(tensors: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
         yield tuple(_primal(t) if is_differentiable(t) else t for t in tensors)
 
 
+def escaped(error: RuntimeError) -> bool:
+    """Whether a tensor of a transform was used below its level, as in ``Function.forward``."""
+    return "INTERNAL ASSERT FAILED" in str(error) and "functorch" in str(error)
+
+
 def is_attached(value: Any) -> bool:
     """Whether a tensor carries a derivative at any level: autograd's own or a transform's."""
     if not isinstance(value, Tensor):
@@ -328,6 +340,8 @@ class _FunctionalEngine:
         self.captures_gradient = not tracked and any(map(_requires_grad, self.outputs))
 
     def pull(self, cotangents: Leaves, group: int) -> Leaves:
+        if not self._groups[group]:
+            return ()
         if group not in self._vjps:
             self._record(group)
         with torch.set_grad_enabled(

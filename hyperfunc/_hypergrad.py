@@ -375,6 +375,8 @@ def _solution_map(rule: _Rule, hparams: TensorTree, *args: Any) -> TensorTree:
     arguments, theta, _ = Arguments.flatten(hparams, args)
     problem = _make_problem(rule, arguments)
     w = problem.solution(theta)
+    if torch.is_grad_enabled() and not _ad.is_tracked(theta):
+        problem.refuse_captured(w, theta)
     assert problem.bound is not None
     return _tree.unflatten(problem.bound.params_spec, w)
 

@@ -53,8 +53,13 @@ class ImplicitProblem:
 
     def solve(self, theta: Leaves) -> Leaves:
         """The inner solution as detached leaves that share no memory with the arguments."""
-        with torch.enable_grad():
-            params = self.inner_solver(*self.arguments.unflatten(_ad.detach(theta)))
+        try:
+            with torch.enable_grad():
+                params = self.inner_solver(*self.arguments.unflatten(_ad.detach(theta)))
+        except RuntimeError as error:
+            if _ad.escaped(error):
+                raise ValueError(captured_message("the inner solver")) from error
+            raise
         leaves, spec = flatten_params(params)
         self.bound = BoundCondition(self.condition, self.arguments, spec, len(leaves))
         if self.throw:
@@ -66,7 +71,8 @@ class ImplicitProblem:
         if not _ad.is_tracked(theta):
             return self.solve(theta)
         w: Leaves = _ImplicitSolution.apply(self, *theta)
-        self._refuse_captured(w, theta)
+        if _ad.transforms_active():  # without them, every linearisation looks for itself
+            self.refuse_captured(w, theta)
         return w
 
     def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> Linearized:
@@ -95,12 +101,13 @@ class ImplicitProblem:
         *u, num_steps, residual_norm, result = _LinearSolution.apply(system, *w, *theta, *b, *start)
         return tuple(u), SolveStats(num_steps, residual_norm, result)
 
-    def _refuse_captured(self, w: Leaves, theta: Leaves) -> None:
-        if not _ad.transforms_active():
-            return
+    def refuse_captured(self, w: Leaves, theta: Leaves) -> None:
+        """Raise if the condition uses a tensor that carries a derivative and is no argument."""
         assert self.bound is not None
-        with torch.no_grad():
-            value = self.bound.function(*_ad.detach(w), *_ad.detach(theta))
+        if not _ad.transforms_active():
+            self.bound.linearize(_ad.detach(w), _ad.detach(theta), ())
+            return
+        value = self.bound.function(*_ad.detach(w), *_ad.detach(theta))
         if any(_ad.is_attached(leaf) for leaf in value):
             raise ValueError(captured_message(self.condition.kind))
 
@@ -199,8 +206,13 @@ class _LinearSolution(torch.autograd.Function):
     @staticmethod
     def forward(system: _LinearSystem, *tensors: Tensor) -> Leaves:
         w, theta, b, start = system.split(tensors)
-        linearization = system.problem.linearize(w, theta, ())
-        u, stats = system.solve(linearization, theta, b, start or None)
+        try:
+            linearization = system.problem.linearize(w, theta, ())
+            u, stats = system.solve(linearization, theta, b, start or None)
+        except RuntimeError as error:
+            if _ad.escaped(error):
+                raise ValueError(captured_message(system.problem.condition.kind)) from error
+            raise
         return tuple(leaf.clone() for leaf in (*u, *stats))
 
     @staticmethod
