@@ -9,6 +9,8 @@ from hyperfunc._hypergrad import (
 )
 from hyperfunc._implicit import HypergradError
 from hyperfunc._results import RESULTS, Solution, SolveStats
+from hyperfunc.inner_solvers import gradient_descent_map, iterate, minimize
+from hyperfunc.iterative import ForwardMode, Reverse, ReverseUnroll, checkpoint
 from hyperfunc.linear_solvers import (
     CG,
     GMRES,
@@ -41,6 +43,7 @@ __all__ = [
     "Dense",
     "Fallback",
     "FixedPoint",
+    "ForwardMode",
     "HypergradError",
     "JacobiPreconditioner",
     "Neumann",
@@ -48,16 +51,22 @@ __all__ = [
     "Nystrom",
     "NystromPreconditioner",
     "OneStep",
+    "Reverse",
+    "ReverseUnroll",
     "Solution",
     "SolveStats",
     "StochasticAID",
     "assign_grads",
     "bilevel",
+    "checkpoint",
     "functional",
+    "gradient_descent_map",
     "hypergrad",
     "hypergrad_and_solution",
     "hypergrad_and_value",
     "implicit_diff",
+    "iterate",
+    "minimize",
     "module_map",
     "optim",
     "proximal",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from hyperfunc import linear_solvers
+from hyperfunc import iterative, linear_solvers
 from hyperfunc.linear_solvers import AbstractLinearSolver
 
 METHODS: dict[str, type] = {
@@ -19,6 +19,9 @@ METHODS: dict[str, type] = {
     "bicgstab": linear_solvers.BiCGStab,
     "nystrom": linear_solvers.Nystrom,
     "stoch_aid": linear_solvers.StochasticAID,
+    "reverse_unroll": iterative.ReverseUnroll,
+    "reverse": iterative.Reverse,
+    "forward": iterative.ForwardMode,
 }
 
 
