@@ -362,9 +362,10 @@ def test_zero_gradients_have_finite_and_right_derivatives(name):
 def test_the_root_of_a_nan_stays_nan():
     for optimizer in (optim.adam(0.1), optim.rmsprop(0.1), optim.adagrad(0.1)):
         w = torch.zeros(2, dtype=F64)
-        bad = torch.tensor([math.nan, 1.0], dtype=F64)
+        bad, good = torch.tensor([math.nan, 1.0], dtype=F64), torch.ones(2, dtype=F64)
         for leaf in (w, w.clone().requires_grad_()):
-            new, _ = optimizer.update(bad, optimizer.init(w), leaf)
+            _, state = optimizer.update(bad, optimizer.init(w), leaf)
+            new, _ = optimizer.update(good, state, leaf)
             assert new.isnan().tolist() == [True, False]
 
 
@@ -488,11 +489,13 @@ def test_vmap_is_a_loop(name):
 def test_tasks_may_be_at_different_steps(name):
     optimizer = COMMON[name]
     w = torch.tensor([0.5, -1.0], dtype=F64)
-    first = optimizer.update(gradient(w), optimizer.init(w), w)
-    second = optimizer.update(gradient(first[0]), first[1], first[0])
-    pair = optree.tree_map(lambda a, b: torch.stack([a, b]), first, second)
-    got = vmap(lambda w, s: optimizer.update(gradient(w), s, w)[0])(*pair)
-    expected = [optimizer.update(gradient(w), s, w)[0] for w, s in (first, second)]
+    tasks = [(w, optimizer.init(w))]
+    for _ in range(2):
+        w, state = tasks[-1]
+        tasks.append(optimizer.update(gradient(w), state, w))
+    batch = optree.tree_map(lambda *leaves: torch.stack(leaves), *tasks)
+    got = vmap(lambda w, s: optimizer.update(gradient(w), s, w)[0])(*batch)
+    expected = [optimizer.update(gradient(w), s, w)[0] for w, s in tasks]
     assert_close(got, torch.stack(expected))
 
 
@@ -842,8 +845,9 @@ class Signed(torch.optim.Optimizer):
             with torch.set_grad_enabled(group["differentiable"]):
                 for w in group["params"]:
                     self.state[w].setdefault("last", torch.zeros_like(w))
-                    w.sub_(group["lr"] * w.grad.sign() * w.grad.abs().sqrt())
                     self.state[w]["last"].copy_(w.grad)
+                    w.grad.neg_()  # as careless as a class may be
+                    w.add_(group["lr"] * w.grad.sign() * w.grad.abs().sqrt())
 
 
 def test_from_torch_trusts_a_foreign_class_only_when_told_to():
@@ -855,6 +859,7 @@ def test_from_torch_trusts_a_foreign_class_only_when_told_to():
     g = torch.tensor([0.25, 1.0, 4.0], dtype=F64)
     wary, told = optim.from_torch(Signed), optim.from_torch(Signed, differentiable=True, lr=0.2)
     assert_close(start(wary, g), torch.tensor(3.0 - 0.1 * 3.5, dtype=F64))
+    assert g.tolist() == [0.25, 1.0, 4.0]
     with pytest.raises(RuntimeError, match=r"Signed cannot be differentiated.*differentiable=True"):
         grad(lambda g: start(wary, g))(g)
     assert_close(grad(lambda g: start(told, g))(g), -0.1 / g.sqrt())
@@ -864,6 +869,26 @@ def test_from_torch_trusts_a_foreign_class_only_when_told_to():
     rated = optim.from_torch(Signed, differentiable=True, lr=torch.tensor(0.1, requires_grad=True))
     with pytest.raises(RuntimeError, match="with respect to lr is wrong or missing"):
         start(rated, g).backward()
+
+
+class RenamedAdam(torch.optim.Adam):
+    """A class that is not in torch.optim, with the step of one that is."""
+
+
+def test_from_torch_differentiates_steps_of_subclasses():
+    params = make_params()
+    options = {"lr": 0.1, "eps": 0.1, "amsgrad": True}
+    foreign = optim.from_torch(RenamedAdam, differentiable=True, **options)
+
+    def objective(scale, optimizer):
+        return loss(run(optimizer, optree.tree_map(lambda w: scale * w, params), 3))
+
+    at = torch.tensor(1.0, dtype=F64)
+    native = optim.adam(**options)
+    for transform in (lambda f: f, grad, jacfwd, lambda f: grad(grad(f))):
+        got = transform(lambda scale: objective(scale, foreign))(at)
+        # torch counts the steps, and corrects for them, in float32 here.
+        assert_close(got, transform(lambda scale: objective(scale, native))(at), 1e-5)
 
 
 # Errors

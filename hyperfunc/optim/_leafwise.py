@@ -136,13 +136,11 @@ def quotient_step(
 
 def root_plus(square: Tensor, eps: Any, mode: Mode) -> Tensor:
     root = safe_root(square) if mode.tracked else square.sqrt()
-    # Autograd keeps the root, so it must not be overwritten when a derivative may be asked for.
-    in_place = mode.in_place and not mode.tracked
-    return root.add_(eps) if in_place else torch.add(root, eps)
+    return root.add_(eps) if mode.in_place else torch.add(root, eps)
 
 
 def safe_root(x: Tensor) -> Tensor:
-    """The square root, with all derivatives zero at zero; NaN stays NaN."""
+    """The square root, with all derivatives zero at zero; may be overwritten under autograd."""
     zero = torch.eq(x, 0)
     return x.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 

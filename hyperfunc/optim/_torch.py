@@ -95,8 +95,6 @@ _DIFFERENTIABLE: dict[str, frozenset[str]] = {
     "torch.optim.RAdam": frozenset({"lr"}),
     "torch.optim.Rprop": frozenset(),
 }
-# State that depends on nothing but the number of steps and the options.
-_COUNTERS = {"mu_product", "step"}
 
 
 def _check_torch_class(optimizer_class: Any) -> None:
@@ -279,9 +277,9 @@ class _TorchRule:
         for index, param in enumerate(params):
             param.grad = grads[index].clone()
             if states is not None:
-                # Counters have no derivative, and torch fails on those that carry one.
+                # Counters have no derivative, and torch refuses those that carry one.
                 optimizer.state[param] = {
-                    key: (value.detach() if key in _COUNTERS else value).clone()
+                    key: (value.detach() if key == "step" else value).clone()
                     for key, value in states[index].items()
                 }
         with _SafeRoots():
