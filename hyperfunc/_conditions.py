@@ -18,7 +18,7 @@ part apart: ``r = mu (w - c(theta)) + P`` with ``P`` the gradient of the loss wi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -64,6 +64,12 @@ class Arguments:
         hparam_leaves, hparams_spec = _tree.flatten_floating(hparams, "hparams")
         leaves, spec = _tree.flatten((hparams, *args))
         positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Iterator):
+                raise TypeError(
+                    f"{_tree.paths(spec, '(hparams, *args)')[i]} is {leaf!r}, which the first "
+                    f"function to read it would use up. Pass list(...) of it"
+                )
         tensors = tuple(leaves[i] for i in positions)
         constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         return Arguments(spec, constants, positions, len(hparam_leaves)), tensors, hparams_spec
@@ -100,9 +106,7 @@ class BoundCondition:
         name = self.condition.kind
         value = self.condition.fn(_tree.unflatten(self.params_spec, w), *hparams_and_args)
         leaves, spec = _tree.flatten(value)
-        _tree.check_like(
-            leaves, spec, w, self.params_spec, f"the output of {name}", "the params it was given"
-        )
+        _tree.check_like(leaves, spec, w, self.params_spec, f"the output of {name}", "params")
         return tuple(leaves)
 
     def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> _ad.Linearization:
@@ -192,7 +196,7 @@ def check_scalar(value: Any, name: str) -> Tensor:
             f"{name} returned {type(value).__name__}; expected a scalar tensor"
             + (
                 ". For an outer loss that returns (value, aux), pass has_aux=True"
-                if isinstance(value, tuple)
+                if isinstance(value, tuple) and name == "outer_loss"
                 else ""
             )
         )

@@ -297,6 +297,12 @@ class _Transformed:
         self._call = call
 
     def __call__(self, hparams: TensorTree, *args: Any, **keywords: Any) -> Any:
+        for name in keywords:
+            if name != "adjoint_init" or self._transform == "implicit_diff":
+                raise TypeError(
+                    f"{self!r} got the keyword argument {name!r}; pass hparams and *args by "
+                    f"position"
+                )
         return self._call(hparams, *args, **keywords)
 
     def __repr__(self) -> str:

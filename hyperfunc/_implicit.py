@@ -174,6 +174,9 @@ class _LinearSystem:
             x, stats = self.problem.linear_solver.solve(self.operator(linearization, theta), b, x0)
         if self.problem.throw:
             raise_on_failure(stats, self.problem.linear_solver)
+        else:  # what a solver returns then is its last finite iterate, zeros perhaps
+            nonfinite = stats.result == int(RESULTS.nonfinite)
+            x = _tree.where(nonfinite, _tree.scale(torch.nan, x), x)
         return x, stats
 
     def operator(self, linearization: _ad.Linearization, theta: Leaves) -> LinearOperator:

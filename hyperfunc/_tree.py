@@ -82,9 +82,9 @@ def check_like(
         elif leaf.shape != ref.shape:
             problem = f"has shape {tuple(leaf.shape)}, expected {tuple(ref.shape)}"
         elif leaf.dtype != ref.dtype:
-            problem = f"has dtype {leaf.dtype}, expected {ref.dtype}"
+            problem = f"has dtype {leaf.dtype}, expected {ref.dtype}: write .to({ref.dtype})"
         elif leaf.device != ref.device:
-            problem = f"is on {leaf.device}, expected {ref.device}"
+            problem = f"is on {leaf.device}, expected {ref.device}: write .to('{ref.device}')"
         else:
             continue
         raise ValueError(f"{what}: the leaf for {paths(like_spec, root)[index]} {problem}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -88,7 +90,8 @@ class AbstractLinearSolver(abc.ABC):
         Args:
             operator: the operator ``A``.
             b: right-hand side, a tuple of leaves.
-            x0: initial iterate, like ``b``.
+            x0: initial iterate, like ``b``. Krylov methods start from zeros instead where these
+                have the smaller residual, as rounding errors of the size of a bad start would stay.
 
         Returns:
             The solution and its statistics. A failure is a result code here, never an exception.
@@ -135,6 +138,15 @@ class Bounds:
         return SolveStats(num_steps.expand_as(result).clone(), rs.sqrt(), result)
 
 
+def first_iterate(operator: LinearOperator, b: Leaves, x0: Leaves | None) -> tuple[Leaves, Leaves]:
+    """The first iterate, ``x0`` or zeros, whichever has the smaller residual, and that residual."""
+    if x0 is None:
+        return _tree.zeros_like(b), b
+    r = operator.residual(x0, b)
+    better = _tree.dot(r, r) < _tree.dot(b, b)
+    return _tree.where(better, x0, _tree.zeros_like(b)), _tree.where(better, r, b)
+
+
 def check_settings(solver: object, maxiter: object, rtol: object, atol: object) -> None:
     name = type(solver).__name__
     if isinstance(maxiter, bool) or not isinstance(maxiter, int) or maxiter < 0:
@@ -142,14 +154,18 @@ def check_settings(solver: object, maxiter: object, rtol: object, atol: object) 
     for field, value in (("rtol", rtol), ("atol", atol)):
         if field == "rtol" and value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        if not _is_number(value) or not 0 <= value < math.inf:
             raise ValueError(f"{name}: {field} is {value!r}; expected a number >= 0")
 
 
 def check_step_size(solver: object, step_size: object) -> None:
-    if isinstance(step_size, bool) or not isinstance(step_size, int | float) or not step_size > 0:
+    if not _is_number(step_size) or not 0 < step_size < math.inf:
         name = type(solver).__name__
         raise ValueError(f"{name}: step_size is {step_size!r}; expected a number > 0")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _combine(alpha: float, x: Leaves, beta: float | Tensor, y: Leaves) -> Leaves:

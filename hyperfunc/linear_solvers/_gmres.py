@@ -16,6 +16,7 @@ from hyperfunc.linear_solvers._base import (
     Bounds,
     LinearOperator,
     check_settings,
+    first_iterate,
 )
 from hyperfunc.linear_solvers._dense import ravel, unravel
 from hyperfunc.linear_solvers._preconditioners import (
@@ -84,9 +85,8 @@ class GMRES(AbstractLinearSolver):
         restart = self._resolve_restart(b)
         precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
         eps, dtype = _tree.epsilon(b), _tree.accumulation_dtype(b)
-        x = _tree.zeros_like(b) if x0 is None else x0
-        r = b if x0 is None else operator.residual(x0, b)
-        rs = start = _tree.dot(r, r)
+        x, r = first_iterate(operator, b, x0)
+        rs = before = _tree.dot(r, r)
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         active = bounds.open(rs)
@@ -101,7 +101,7 @@ class GMRES(AbstractLinearSolver):
                 r = operator.residual(x, b)
                 new = _tree.dot(r, r)
                 if bounds.adaptive:
-                    stalled = active & (new >= (1 - eps**0.5) * start)
+                    stalled = active & (new >= (1 - eps**0.5) * before)
                     size = operator_norm * _tree.norm(x) + _tree.norm(b)
                     size = torch.minimum(size, eps**-0.5 * _tree.norm(b))
                     code = torch.where(
@@ -111,7 +111,7 @@ class GMRES(AbstractLinearSolver):
                     )
                     verdict = torch.where(stalled, code, verdict)
                     active = active & ~stalled
-                rs = start = torch.where(active, new, rs)
+                rs = before = torch.where(active, new, rs)
                 active = active & bounds.open(rs)
                 cycle = _Cycle(ravel(r, dtype), rs, active)
             z = precondition(unravel(cycle.basis[-1], b))

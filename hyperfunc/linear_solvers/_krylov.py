@@ -15,6 +15,7 @@ from hyperfunc.linear_solvers._base import (
     Bounds,
     LinearOperator,
     check_settings,
+    first_iterate,
 )
 from hyperfunc.linear_solvers._preconditioners import (
     Preconditioner,
@@ -79,8 +80,7 @@ class CG(AbstractLinearSolver):
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, SolveStats]:
         precondition = prepare(self.preconditioner, operator, b)
-        x = _tree.zeros_like(b) if x0 is None else x0
-        r = b if x0 is None else operator.residual(x0, b)
+        x, r = first_iterate(operator, b, x0)
         rs = _tree.dot(r, r)
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
@@ -143,8 +143,7 @@ class NormalCG(AbstractLinearSolver):
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, SolveStats]:
         transposed = operator.T
-        x = _tree.zeros_like(b) if x0 is None else x0
-        r = b if x0 is None else operator.residual(x0, b)
+        x, r = first_iterate(operator, b, x0)
         rs = _tree.dot(r, r)
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
@@ -216,8 +215,7 @@ class BiCGStab(AbstractLinearSolver):
     ) -> tuple[Leaves, SolveStats]:
         precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
         eps = _tree.epsilon(b)
-        x = _tree.zeros_like(b) if x0 is None else x0
-        r = b if x0 is None else operator.residual(x0, b)
+        x, r = first_iterate(operator, b, x0)
         first = r
         p = v = _tree.zeros_like(r)
         rs = first_rs = _tree.dot(r, r)

@@ -167,6 +167,7 @@ def _richardson(
             rs = torch.where(active, _tree.dot(update, update) / step_size**2, rs)
         if step == 0:
             first = rs
+            bounds = Bounds.make(solver.rtol, solver.atol, b, first)
         num_steps = num_steps + active
         x = _tree.where(active, new, x) if bounds.adaptive else new
         if measured:
