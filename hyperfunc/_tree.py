@@ -13,10 +13,13 @@ from hyperfunc._types import Leaves, TensorTree
 
 TreeSpec = optree.PyTreeSpec
 
+NAMESPACE = "hyperfunc"
+"""The optree namespace in which classes are registered as nodes of trees."""
+
 
 def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
     """Leaves and structure of a tree; ``None`` is an empty node."""
-    leaves, spec = optree.tree_flatten(tree)
+    leaves, spec = optree.tree_flatten(tree, namespace=NAMESPACE)
     return list(leaves), spec
 
 
@@ -32,7 +35,7 @@ def paths(spec: TreeSpec, root: str) -> list[str]:
 
 def tree_map(fn: Callable[..., Any], tree: TensorTree, *rest: TensorTree) -> TensorTree:
     """Apply ``fn`` leaf by leaf to trees of one structure."""
-    return optree.tree_map(fn, tree, *rest)
+    return optree.tree_map(fn, tree, *rest, namespace=NAMESPACE)
 
 
 def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:

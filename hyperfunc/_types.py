@@ -7,7 +7,8 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 
 TensorTree: TypeAlias = Any
-"""Any pytree of tensors (dict, list, tuple, namedtuple, optree-registered node, bare tensor)."""
+"""Any pytree of tensors: dict, list, tuple, namedtuple, bare tensor, or a class that is registered
+with ``@optree.register_pytree_node_class(namespace="hyperfunc")``."""
 
 Leaves: TypeAlias = tuple[Tensor, ...]
 """The tensors of a tree in flattening order; the form in which vectors are handled inside."""
