@@ -893,6 +893,18 @@ def test_from_torch_differentiates_steps_of_subclasses():
 
 # Errors
 
+
+class Plain(torch.optim.Optimizer):
+    """A class that counts in Python, and cannot be differentiated."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self):
+        for w in self.param_groups[0]["params"]:
+            self.state[w]["count"] = 1
+
+
 W = {"fc1": torch.zeros(3), "fc2": torch.zeros(2)}
 
 
@@ -998,6 +1010,11 @@ ERRORS = [
         r"params\['a'\] has dtype torch.int64",
     ),
     (
+        lambda: optim.from_torch(Plain).init(W),
+        TypeError,
+        r"Plain keeps 'count' in its state as 1 of type int; expected tensors only",
+    ),
+    (
         lambda: optim.clip_grad_norm(torch.optim.Adam, 1.0),
         TypeError,
         r"clip_grad_norm: got the class torch.optim.Adam; .* Write hf.optim.from_torch\(torch",
@@ -1046,9 +1063,9 @@ ERRORS = [
     (lambda: optim.from_torch(torch.optim.NAdam, rate=1.0), TypeError, r"rate"),
     (lambda: optim.from_torch(torch.optim.NAdam, lr=-1.0), ValueError, r"-1.0"),
     (
-        lambda: optim.from_torch(torch.optim.Adafactor, differentiable=True),
+        lambda: optim.from_torch(Plain, differentiable=True),
         TypeError,
-        r"torch.optim.Adafactor has no option of that name",
+        r"differentiable=True, but .*Plain has no option of that name",
     ),
     (
         lambda: update(optim.from_torch(torch.optim.NAdam, lr=lambda h: 0.1)),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +22,6 @@ from hyperfunc.optim._base import (
     is_zero,
     values_by_leaf,
 )
-
-
-class Mode(NamedTuple):
-    """What is allowed in the elementwise work of one update."""
-
-    tracked: bool  # a derivative may be asked for
-    in_place: bool  # temporaries may be overwritten; under vmap they may lack the batch dimension
 
 
 def leafwise(
@@ -69,10 +61,6 @@ def leafwise(
         old = _flatten_slots(name, state, tuple(slots), spec)
         rows = values_by_leaf(name, coefficients, hparams, params, leaves, spec)
         t = _step_number(state.step)
-        mode = Mode(
-            is_tracked([*leaves, *grad_leaves, *itertools.chain(*old), *itertools.chain(*rows)]),
-            not transforms_active(),
-        )
         new_leaves = []
         new_slots = []
         prepared_for: Any = None
@@ -81,15 +69,15 @@ def leafwise(
             if prepared_for != (id(row), dtype, leaf.device):
                 prepared_for = (id(row), dtype, leaf.device)
                 c = cast(prepare(t, *row), dtype, leaf.device)
-            new, kept = step(
-                leaf.to(dtype),
-                grad.to(dtype),
-                tuple(slot[index].to(dtype) for slot in old),
-                c,
-                mode,
-            )
-            new_leaves.append(new.to(leaf.dtype))
-            new_slots.append(tuple(value.to(leaf.dtype) for value in kept))
+            before = tuple(slot[index] for slot in old)
+            if dtype is leaf.dtype:
+                new, after = step(leaf, grad, before, c)
+            else:
+                raised = tuple(slot.to(dtype) for slot in before)
+                new, after = step(leaf.to(dtype), grad.to(dtype), raised, c)
+                new, after = new.to(leaf.dtype), tuple(slot.to(leaf.dtype) for slot in after)
+            new_leaves.append(new)
+            new_slots.append(after)
         filled = {
             slot: _tree.unflatten(spec, values)
             for slot, values in zip(slots, zip(*new_slots, strict=True), strict=True)
@@ -115,28 +103,26 @@ def regularised(grad: Tensor, leaf: Tensor, weight_decay: Any, maximize: bool) -
     return grad if is_zero(weight_decay) else axpy(weight_decay, leaf, grad)
 
 
-def average_square(old: Tensor, grad: Tensor, decay: Any, gain: Any, mode: Mode) -> Tensor:
+def average_square(old: Tensor, grad: Tensor, decay: Any, gain: Any) -> Tensor:
     if isinstance(decay, Tensor):
         return torch.lerp(old, grad * grad, gain)
     decayed = torch.mul(old, decay)
-    if mode.in_place:
+    if not transforms_active():  # under vmap, it may lack the batch dimension
         return decayed.addcmul_(grad, grad, value=gain)
     return torch.addcmul(decayed, grad, grad, value=gain)
 
 
-def quotient_step(
-    leaf: Tensor, rate: Any, numerator: Tensor, square: Tensor, eps: Any, mode: Mode
-) -> Tensor:
+def quotient_step(leaf: Tensor, rate: Any, numerator: Tensor, square: Tensor, eps: Any) -> Tensor:
     """``leaf + rate numerator / (sqrt(square) + eps)``."""
-    denominator = root_plus(square, eps, mode)
+    denominator = root_plus(square, eps)
     if isinstance(rate, Tensor):
         return torch.addcmul(leaf, numerator / denominator, rate)
     return torch.addcdiv(leaf, numerator, denominator, value=rate)
 
 
-def root_plus(square: Tensor, eps: Any, mode: Mode) -> Tensor:
-    root = safe_root(square) if mode.tracked else square.sqrt()
-    return root.add_(eps) if mode.in_place else torch.add(root, eps)
+def root_plus(square: Tensor, eps: Any) -> Tensor:
+    root = safe_root(square) if is_tracked([square]) else square.sqrt()
+    return torch.add(root, eps) if transforms_active() else root.add_(eps)
 
 
 def safe_root(x: Tensor) -> Tensor:

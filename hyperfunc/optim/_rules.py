@@ -10,7 +10,6 @@ from torch import Tensor
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import Coefficient, Optimizer, is_zero
 from hyperfunc.optim._leafwise import (
-    Mode,
     after_first,
     average_square,
     axpy,
@@ -79,7 +78,7 @@ def sgd(
         gain = 1 if is_zero(dampening) else 1 - dampening * after_first(t)
         return -lr, momentum, gain, weight_decay
 
-    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any, mode: Mode) -> Any:
+    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
         rate, momentum, gain, weight_decay = c
         grad = regularised(grad, leaf, weight_decay, maximize)
         if not has_momentum:
@@ -133,7 +132,7 @@ def heavy_ball(lr: Coefficient, beta: Coefficient) -> Optimizer:
     def prepare(t: Any, lr: Any, beta: Any) -> Any:
         return -lr, 1 + beta
 
-    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any, mode: Mode) -> Any:
+    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
         rate, reach = c
         # One pass over the leaves: lerp goes from the previous iterate through this one and beyond.
         return axpy(rate, grad, torch.lerp(slots[0], leaf, reach)), (leaf,)
@@ -297,19 +296,19 @@ def rmsprop(
     def prepare(t: Any, lr: Any, alpha: Any, eps: Any, weight_decay: Any, momentum: Any) -> Any:
         return -lr, alpha, 1 - alpha, eps, weight_decay, momentum
 
-    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any, mode: Mode) -> Any:
+    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
         rate, alpha, gain, eps, weight_decay, momentum = c
         grad = regularised(grad, leaf, weight_decay, maximize)
-        square = average_square(slots[0], grad, alpha, gain, mode)
+        square = average_square(slots[0], grad, alpha, gain)
         new_slots = [square]
         if centered:
             mean = torch.lerp(slots[-1], grad, gain)
             # Rounding can make the variance negative; its root would be NaN.
             square = torch.addcmul(square, mean, mean, value=-1).clamp(min=0)
         if not has_momentum:
-            new = quotient_step(leaf, rate, grad, square, eps, mode)
+            new = quotient_step(leaf, rate, grad, square, eps)
         else:
-            buffer = axpy(momentum, slots[1], grad / root_plus(square, eps, mode))
+            buffer = axpy(momentum, slots[1], grad / root_plus(square, eps))
             new_slots.append(buffer)
             new = axpy(rate, buffer, leaf)
         return new, (*new_slots, mean) if centered else tuple(new_slots)
@@ -380,11 +379,11 @@ def adagrad(
     def prepare(t: Any, lr: Any, lr_decay: Any, weight_decay: Any, eps: Any) -> Any:
         return -lr / (1 + (t - 1) * lr_decay), weight_decay, eps
 
-    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any, mode: Mode) -> Any:
+    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
         rate, weight_decay, eps = c
         grad = regularised(grad, leaf, weight_decay, maximize)
         total = torch.addcmul(slots[0], grad, grad)
-        return quotient_step(leaf, rate, grad, total, eps, mode), (total,)
+        return quotient_step(leaf, rate, grad, total, eps), (total,)
 
     return leafwise(
         "adagrad",
@@ -418,7 +417,7 @@ def _adam(
         rate = -lr * correction / (1 - beta1**t)
         return rate, 1 - beta1, beta2, 1 - beta2, eps * correction, weight_decay, lr * weight_decay
 
-    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any, mode: Mode) -> Any:
+    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
         rate, gain1, beta2, gain2, eps, weight_decay, shrink = c
         if decoupled:
             grad = regularised(grad, leaf, 0.0, maximize)
@@ -426,11 +425,11 @@ def _adam(
         else:
             grad = regularised(grad, leaf, weight_decay, maximize)
         mean = torch.lerp(slots[0], grad, gain1)
-        square = average_square(slots[1], grad, beta2, gain2, mode)
+        square = average_square(slots[1], grad, beta2, gain2)
         if not amsgrad:
-            return quotient_step(leaf, rate, mean, square, eps, mode), (mean, square)
+            return quotient_step(leaf, rate, mean, square, eps), (mean, square)
         largest = torch.maximum(slots[2], square)
-        new = quotient_step(leaf, rate, mean, largest, eps, mode)
+        new = quotient_step(leaf, rate, mean, largest, eps)
         return new, (mean, square, largest)
 
     slots = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
