@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _ad, _tree, optim
 from hyperfunc._conditions import check_scalar
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
+from hyperfunc.proximal import ProximalLoss
 
 Coefficient = float | Tensor | Callable[[TensorTree], Any]
 """A number, a 0-d tensor, or a function of the hparams that returns one of them."""
@@ -127,7 +128,7 @@ def iterate(
 
 def minimize(
     inner_loss: Loss,
-    optimizer: Any,
+    optimizer: optim.Optimizer,
     num_steps: int,
     *,
     init: InnerSolver,
@@ -143,7 +144,7 @@ def minimize(
 
     Args:
         inner_loss: ``(params, hparams, *args) -> scalar``, pure.
-        optimizer: a pair ``(init, update)`` as made by `hyperfunc.optim`.
+        optimizer: a pair of functions ``(init, update)``, such as ``hf.optim.sgd(lr=0.1)``.
         num_steps: the number of steps $T \ge 0$.
         init: ``(hparams, *args) -> params``, the start $w_0$.
         inputs: minibatches: a tree of tensors with leading dimension ``num_steps``; step $t$ takes
@@ -171,12 +172,7 @@ def minimize(
         tensor([1.0000, 2.0000])
     """
     _check_callable(inner_loss, "inner_loss", "(params, hparams, *args) -> scalar")
-    for name in ("init", "update"):
-        if not callable(getattr(optimizer, name, None)):
-            raise TypeError(
-                f"optimizer is {optimizer!r}, which has no function {name!r}; expected a pair "
-                f"(init, update) such as hf.optim.sgd(lr=0.1)"
-            )
+    optim.check_optimizer(optimizer, "minimize")
     condition = ("inner_loss", inner_loss) if inputs is None else None
     step = _DescentStep(inner_loss, optimizer)
     return _build(step, num_steps, init, inputs, rtol, atol, condition)
@@ -308,9 +304,7 @@ class _MapStep:
     fixed_point: ParamsFunction
 
     def functions(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
-        if isinstance(self.fixed_point, _GradientDescentMap):
-            return (("inner_loss", self.fixed_point.inner_loss),)
-        return (("step", self.fixed_point),)
+        return _named("step", self.fixed_point)
 
     def remember(self, params: TensorTree, /) -> TensorTree:
         return ()
@@ -324,10 +318,10 @@ class _MapStep:
 @dataclass(frozen=True, eq=False)
 class _DescentStep:
     inner_loss: Loss
-    optimizer: Any
+    optimizer: optim.Optimizer
 
     def functions(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
-        return (("inner_loss", self.inner_loss),)
+        return _named("inner_loss", self.inner_loss)
 
     def remember(self, params: TensorTree, /) -> TensorTree:
         return self.optimizer.init(params)
@@ -356,13 +350,27 @@ def _gradient(
     loss: Loss, params: TensorTree, hparams: TensorTree, args: tuple[Any, ...]
 ) -> TensorTree:
     leaves, spec = _tree.flatten_floating(params, "params")
+    differentiated = loss.loss if isinstance(loss, ProximalLoss) else loss
 
     def value(*flat: Tensor) -> Tensor:
-        return check_scalar(loss(_tree.unflatten(spec, flat), hparams, *args), "inner_loss")
+        result = differentiated(_tree.unflatten(spec, flat), hparams, *args)
+        return check_scalar(result, "inner_loss")
 
     tracked = _ad.is_tracked(_tree.flatten((params, hparams, args))[0])
     grads, _ = _ad.grad_and_value(value, leaves, create_graph=tracked)
+    if isinstance(loss, ProximalLoss):
+        offset = _tree.sub(leaves, loss.center_at(hparams, leaves, spec))
+        grads = _tree.axpy(loss.weight_at(hparams), offset, grads)
     return _tree.unflatten(spec, grads)
+
+
+def _named(name: str, fn: Any) -> tuple[tuple[str, Callable[..., Any]], ...]:
+    """A user's function with its name in messages, taken out of what this library puts around."""
+    if isinstance(fn, _GradientDescentMap):
+        return _named("inner_loss", fn.inner_loss)
+    if isinstance(fn, ProximalLoss):
+        return (("the loss in proximal", fn.loss),)
+    return ((name, fn),)
 
 
 def _build(

@@ -20,6 +20,7 @@ from hyperfunc.inner_solvers import FlatSteps
 from hyperfunc.iterative._segment import Circumstances, Recorded, Segment, lanes, split
 
 STEP = "the inner solver's step"
+_BLOCK = 16
 
 
 class Schedule(NamedTuple):
@@ -36,14 +37,6 @@ class Schedule(NamedTuple):
         if self.slots is None:
             return int(self.stride or 1) if first else 1
         return _best_split(length, self.slots - held + 1)
-
-
-def fewest_slots(num_steps: int, repetitions: int) -> int:
-    """The fewest iterates to keep at a time if no step may be run more often than that."""
-    slots = 1
-    while math.comb(slots + repetitions, slots) < num_steps:
-        slots += 1
-    return slots
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,7 +168,7 @@ class Loop:
         check = self.circumstances.no_strangers(STEP) if first else contextlib.nullcontext()
         with check:
             state = self._start(operands)
-        trace = _Trace([], self.steps.num_steps)
+        trace = _Trace(self.steps.num_steps, [], [])
         hold = 0 if keep else trace.num_steps
         lengths = active = None
         for step in range(trace.num_steps):
@@ -197,7 +190,9 @@ class Loop:
                     break
                 active = None if remaining == active.numel() else active
         if lengths is not None:
-            trace = _Trace(trace.marks, int(lengths.max()), lengths, int(lengths.min()))
+            trace = trace._replace(
+                num_steps=int(lengths.max()), lengths=lengths, shortest=int(lengths.min())
+            )
         return state, trace
 
     def gradients(
@@ -243,6 +238,7 @@ class Loop:
                 else:
                     rows[index][step] = grad
             end = step
+        trace.blocks.clear()
         self.circumstances.write(self.circumstances.states)
         starts = _pull(
             lambda *tensors: self._start(tensors),
@@ -263,7 +259,7 @@ class Loop:
     ) -> tuple[dict[int, Tensor], Leaves]:
         """Forward mode: the tangents of the outputs, carried along the steps, and the outputs."""
         self.circumstances.write(self.circumstances.states)
-        trace = _Trace([], self.steps.num_steps)
+        trace = _Trace(self.steps.num_steps, [], [])
         if self.steps.flat.can_stop:
             trace = self._known_trace(operands, keep=False)
             self.circumstances.write(self.circumstances.states)
@@ -369,7 +365,7 @@ class Loop:
     ) -> int:
         """Keep an iterate; returns the step at which the next one is to be kept."""
         known = trace.marks[-1].streams if trace.marks else self.circumstances.states
-        trace.marks.append(Mark(step, state, self.circumstances.read(known)))
+        trace.marks.append(Mark(step, trace.store(state), self.circumstances.read(known)))
         return step + self._gap(trace, step, end, first=first)
 
     def _gap(self, trace: _Trace, step: int, end: int, *, first: bool = False) -> int:
@@ -421,10 +417,26 @@ class Mark(NamedTuple):
 class _Trace(NamedTuple):
     """What a run of the steps leaves behind: the marks, and how long it (or each task) went on."""
 
-    marks: list[Mark]
     num_steps: int
+    marks: list[Mark]
+    blocks: list[Leaves]
     lengths: Tensor | None = None
     shortest: int = sys.maxsize
+
+    def store(self, state: Leaves) -> Leaves:
+        """A copy of an iterate, in the place for the next mark.
+
+        Iterates that live long among many short-lived tensors would leave holes in the heap;
+        blocks of them do not.
+        """
+        block, row = divmod(len(self.marks), _BLOCK)
+        if block == len(self.blocks):
+            size = min(_BLOCK, self.num_steps)
+            self.blocks.append(tuple(_empty_rows(leaf, size) for leaf in state))
+        rows = tuple(buffer[row] for buffer in self.blocks[block])
+        for place, leaf in zip(rows, state, strict=True):
+            place.copy_(leaf)
+        return rows
 
     def active(self, step: int) -> Tensor | None:
         """Which tasks take a step; None for all of them."""
@@ -509,6 +521,12 @@ class _LoopPush:
         operands, tangents = split(tensors, len(tensors) - len(self.wrt))
         linearized = _ad.Linearization(self.loop.chain, operands, (self.wrt,))
         return _for_each(linearized.push, tangents, self.batched)
+
+
+def _empty_rows(leaf: Tensor, size: int) -> Tensor:
+    """Room for a number of tensors, each laid out in memory as this one."""
+    strides = torch.empty_like(leaf).stride()
+    return leaf.new_empty_strided((size, *leaf.shape), (leaf.numel(), *strides))
 
 
 def _best_split(length: int, slots: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from hyperfunc._closures import refuse_captured_tensors
 from hyperfunc._conditions import Arguments
 from hyperfunc._types import InnerSolver, Leaves
 from hyperfunc.inner_solvers import FlatSteps, IterativeSolver
-from hyperfunc.iterative._loop import Loop, Schedule, Steps, fewest_slots
+from hyperfunc.iterative._loop import Loop, Schedule, Steps
 from hyperfunc.iterative._segment import Circumstances, Recorded, lanes
 
 
@@ -115,7 +116,7 @@ class Reverse:
 
     def _schedule(self, num_steps: int) -> Schedule:
         if self.checkpoint == "sqrt":
-            return Schedule(slots=fewest_slots(num_steps, repetitions=2))
+            return Schedule(slots=max(1, math.ceil(math.sqrt(num_steps / 2))))
         if self.checkpoint == "binomial":
             return Schedule(slots=self.slots or max(1, num_steps.bit_length()))
         return Schedule(stride=int(self.checkpoint))
