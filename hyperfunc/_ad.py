@@ -189,6 +189,15 @@ class _Total(torch.autograd.Function):
         return _Total.apply(counter), None
 
 
+def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    """What ``Function.backward`` saved; it may run after its transform, as by ``torch.func.vjp``.
+
+    A tensor of a level that has ended is not what it seems: it says that it requires grad, while
+    what is computed from it has no graph.
+    """
+    return tuple(map(_functorch.unwrap_if_dead, ctx.saved_tensors))
+
+
 @contextlib.contextmanager
 def nested_forward_mode(tensors: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
     """Make the body of ``Function.jvp`` differentiable in forward mode, and give it its tensors.

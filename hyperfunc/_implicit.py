@@ -130,7 +130,7 @@ class _ImplicitSolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        w, theta = _split(ctx.saved_tensors, ctx.num_params)
+        w, theta = _split(_ad.saved_tensors(ctx), ctx.num_params)
         wrt = _wanted(ctx.needs_input_grad[1:], theta)
         linearization = ctx.problem.linearize(w, theta, wrt)
         u, _ = ctx.problem.adjoint(linearization, w, theta, cotangents)
@@ -230,7 +230,7 @@ class _LinearSolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         system: _LinearSystem = ctx.system
-        u, point = _split(ctx.saved_tensors, system.num_params)
+        u, point = _split(_ad.saved_tensors(ctx), system.num_params)
         w, theta = _split(point, system.num_params)
         cotangent = cotangents[: system.num_params]
         wrt = _wanted(ctx.needs_input_grad[1 : 1 + len(point)], point)
