@@ -362,10 +362,11 @@ def test_zero_gradients_have_finite_and_right_derivatives(name):
 def test_the_root_of_a_nan_stays_nan():
     for optimizer in (optim.adam(0.1), optim.rmsprop(0.1), optim.adagrad(0.1)):
         w = torch.zeros(2, dtype=F64)
-        bad, good = torch.tensor([math.nan, 1.0], dtype=F64), torch.ones(2, dtype=F64)
-        for leaf in (w, w.clone().requires_grad_()):
-            _, state = optimizer.update(bad, optimizer.init(w), leaf)
-            new, _ = optimizer.update(good, state, leaf)
+        bad = torch.tensor([math.nan, 1.0], dtype=F64)
+        for tracked in (False, True):
+            good = torch.ones(2, dtype=F64, requires_grad=tracked)
+            _, state = optimizer.update(bad, optimizer.init(w), w)
+            new, _ = optimizer.update(good, state, w)
             assert new.isnan().tolist() == [True, False]
 
 
