@@ -39,7 +39,7 @@ class Problem:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """What the transforms take: the condition."""
+        """What the transforms take besides the functions: the condition."""
         return {self.condition: self.fn}
 
     def inner_solver(self, hparams: Any, *args: Tensor) -> Any:
@@ -50,7 +50,7 @@ class Problem:
     def methods(self, dtype: torch.dtype) -> dict[str, Any]:
         """The methods that this problem satisfies the assumptions of, run to full accuracy."""
         rtol = 1e-14 if dtype is torch.float64 else 1e-7
-        table = {
+        table: dict[str, Any] = {
             "normal_cg": hf.NormalCG(maxiter=60, rtol=rtol),
             "fixed_point": hf.FixedPoint(maxiter=120, rtol=rtol, step_size=self.step_size),
             "neumann": hf.Neumann(maxiter=120, rtol=rtol, step_size=self.step_size),
@@ -60,7 +60,6 @@ class Problem:
             table["cg"] = hf.CG(maxiter=60, rtol=rtol)
         return table
 
-    @functools.cache
     def tasks(self, dtype: torch.dtype = torch.float64) -> list[tuple[Any, tuple[Tensor, ...]]]:
         """Hyperparameters and arguments for each of a few tasks."""
         generator = torch.Generator().manual_seed(1)
@@ -71,7 +70,6 @@ class Problem:
         """The outer loss at the solution, by the formula."""
         return self.outer_loss(self.solution(hparams, *args), hparams, *args)
 
-    @functools.cache
     def reference(self, what: str, i: int = 0, j: int = 0) -> Tensor:
         """A derivative for the hparams of task i and the arguments of task j, in float64.
 
@@ -79,19 +77,56 @@ class Problem:
         solution, all with hparams and params as flat vectors; ``args`` is the gradient of the
         outer value with respect to the arguments.
         """
-        hparams, args = self.tasks()[i][0], self.tasks()[j][1]
-        unravel = unraveller(hparams)
-        if what == "args":
-            grads = torch.func.grad(lambda a: self.value(hparams, *a))(args)
-            return ravel(grads)
-        if what == "jacobian":
-            return jacrev(lambda v: ravel(self.solution(unravel(v), *args)))(ravel(hparams))
-        derivative = jacrev(lambda v: self.value(unravel(v), *args))
-        return {"gradient": derivative, "hessian": jacrev(derivative)}[what](ravel(hparams))
+        return _reference(self, what, i, j)
 
-    def stacked(self, what: str) -> Tensor:
-        """The references of each task with its own hparams and arguments."""
+    def references(self, what: str) -> Tensor:
+        """Those of each task with its own hparams and arguments."""
         return torch.stack([self.reference(what, i, i) for i in range(TASKS)])
+
+
+@functools.cache
+def _reference(problem: Problem, what: str, i: int, j: int) -> Tensor:
+    tasks = problem.tasks()
+    hparams, args = tasks[i][0], tasks[j][1]
+    unravel = unraveller(hparams)
+    if what == "args":
+        return ravel(torch.func.grad(lambda a: problem.value(hparams, *a))(args))
+    if what == "jacobian":
+        return jacrev(lambda v: ravel(problem.solution(unravel(v), *args)))(ravel(hparams))
+    derivative = jacrev(lambda v: problem.value(unravel(v), *args))
+    return {"gradient": derivative, "hessian": jacrev(derivative)}[what](ravel(hparams))
+
+
+class Flat:
+    """What the library makes of a problem, as functions of the hparams in one vector.
+
+    Attributes:
+        v: the hparams of the first task; `V`: those of all tasks.
+        a: the arguments of the first task; `A`: those of all tasks, stacked.
+    """
+
+    def __init__(self, problem: Problem, method: Any, dtype: torch.dtype = torch.float64) -> None:
+        tasks = problem.tasks(dtype)
+        self._unravel = unraveller(tasks[0][0])
+        self._outer_loss = problem.outer_loss
+        keywords = problem.keywords | {"method": method}
+        self._hypergrad = hf.hypergrad(problem.inner_solver, problem.outer_loss, **keywords)
+        self._solution = hf.implicit_diff(problem.inner_solver, **keywords)
+        self.V, self.A = torch.stack([ravel(h) for h, _ in tasks]), stack([a for _, a in tasks])
+        self.v, self.a = self.V[0], tasks[0][1]
+
+    def hypergrad(self, v: Tensor, *args: Tensor) -> Tensor:
+        """By `hyperfunc.hypergrad`."""
+        return ravel(self._hypergrad(self._unravel(v), *args))
+
+    def solution(self, v: Tensor, *args: Tensor) -> Tensor:
+        """By `hyperfunc.implicit_diff`."""
+        return ravel(self._solution(self._unravel(v), *args))
+
+    def value(self, v: Tensor, *args: Tensor) -> Tensor:
+        """The outer loss at the solution by `hyperfunc.implicit_diff`."""
+        hparams = self._unravel(v)
+        return self._outer_loss(self._solution(hparams, *args), hparams, *args)
 
 
 def ravel(tree: Any) -> Tensor:
