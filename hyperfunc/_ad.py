@@ -30,12 +30,14 @@ _OWN = "_hyperfunc_own_leaf"
 def transforms_active() -> bool:
     """Whether code runs inside a ``torch.func`` transform, or is being traced by torch.compile.
 
-    Forward mode without ``torch.func`` counts too, for a recorded graph would lose its tangents.
+    Forward mode without ``torch.func`` counts too, for a recorded graph would lose its tangents,
+    and inference mode, in which no graph is recorded.
     """
     return (
         torch.compiler.is_compiling()
         or _functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+        or torch.is_inference_mode_enabled()
     )
 
 
