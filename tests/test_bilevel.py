@@ -4,11 +4,14 @@ import dataclasses
 import functools
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import optree
 import pytest
+import stochastic_bilevel
 import torch
+import warm_start
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -640,3 +643,25 @@ def test_misuse(name: str) -> None:
     call, error, message = MISUSE[name]
     with pytest.raises(error, match=message):
         call()
+
+
+# The examples ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_example_of_the_loops(tmp_path: Path) -> None:
+    results = stochastic_bilevel.main(["--scale", "0.02", "--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "picture.png"}
+    for runs in results.values():
+        for run in runs.values():
+            assert run["suboptimality"][-1] < run["suboptimality"][0]
+
+
+@pytest.mark.slow
+def test_the_example_of_warm_starts(tmp_path: Path) -> None:
+    rows = warm_start.main(["--steps", "10", "--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "picture.png"}
+    cold, warm = rows["cold"], rows["warm params and adjoint"]
+    assert warm["products"] < 0.8 * cold["products"]
+    assert warm["gradients"] < 0.8 * cold["gradients"]
+    assert abs(warm["value"] - cold["value"]) < 1e-3 * cold["value"]
