@@ -240,8 +240,8 @@ class BiCGStab(AbstractLinearSolver):
             s_hat = precondition(s)
             t = operator.mv(s_hat)
             ts, tt = _tree.dot(t, s), _tree.dot(t, t)
-            # where s has converged, or broken down, only the first half of the step is taken
-            stable = active & bounds.open(ss) & (ts.abs() > eps * (tt * ss).sqrt())
+            # where s is zero, or the second half breaks down, only the first half is taken
+            stable = active & (ts.abs() > eps * (tt * ss).sqrt())
             omega = torch.where(stable, ts / tt, 0.0)
             x = _tree.axpy(omega, s_hat, _tree.axpy(alpha, p_hat, x))
             r = _tree.axpy(-omega, t, s)

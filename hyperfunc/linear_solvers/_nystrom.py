@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 
 import torch
 
@@ -13,6 +12,7 @@ from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
 from hyperfunc.linear_solvers._dense import ravel, unravel
 from hyperfunc.linear_solvers._preconditioners import check_count, check_seed, resolve_rank
+from hyperfunc.linear_solvers._random import random_sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,7 @@ class Nystrom(AbstractLinearSolver):
         rank = resolve_rank(self, self.rank, b)
         dtype = _tree.accumulation_dtype(b)
         rhs = ravel(b if x0 is None else operator.residual(x0, b), dtype)
-        size = rhs.numel()
-        sample = sorted(random.Random(self.seed).sample(range(size), rank))
+        sample = random_sample(rhs.numel(), rank, self.seed)
         products = [ravel(operator.product(_unit(i, b)), dtype) for i in sample]
         columns = operator.scale * torch.stack(products).mT
         core = columns[torch.tensor(sample, device=columns.device)]

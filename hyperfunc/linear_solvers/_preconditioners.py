@@ -95,7 +95,8 @@ class NystromPreconditioner(AbstractPreconditioner):
     .. math::
         M = (\lambda_k + \mu) \, U (\Lambda + \mu I)^{-1} U^\top + (I - U U^\top),
 
-    with :math:`\lambda_k` the smallest of the eigenvalues :math:`\Lambda`. It suits `CG` where few
+    with :math:`\lambda_k` the smallest of the eigenvalues :math:`\Lambda` that is not rounding
+    noise. It suits `CG` where few
     eigenvalues are large and the others are close to each other.
 
     Args:
@@ -156,9 +157,10 @@ class NystromPreconditioner(AbstractPreconditioner):
         half = torch.where(usable, half, 0.0)
         vectors, values, _ = torch.linalg.svd(half, full_matrices=False)
         eigenvalues = (values**2 - shift).clamp_min(0) + self.damping
-        floor = _tree.epsilon(b) * eigenvalues[0]
-        eigenvalues = eigenvalues.clamp_min(floor)
-        change = torch.where(usable & (eigenvalues > 0), eigenvalues[-1] / eigenvalues - 1, 0.0)
+        # an eigenvalue that is rounding noise would spoil the scale of the others
+        kept = usable & (eigenvalues > shift)
+        smallest = torch.where(kept, eigenvalues, torch.inf).amin()
+        change = torch.where(kept, smallest / eigenvalues - 1, 0.0)
 
         def apply(r: Leaves) -> Leaves:
             flat = ravel(r, dtype)

@@ -28,6 +28,15 @@ def random_uniform(like: Leaves, seed: int) -> Leaves:
     return unravel(_bits(like, seed) / 2.0**31 - 1.0, like)
 
 
+def random_sample(size: int, count: int, seed: int) -> list[int]:
+    """Distinct integers below a size, in increasing order, by Floyd's algorithm."""
+    chosen: set[int] = set()
+    for bound in range(size - count, size):
+        index = _mix(_mix(bound) ^ _mix(seed + 1)) % (bound + 1)
+        chosen.add(bound if index in chosen else index)
+    return sorted(chosen)
+
+
 def _bits(like: Leaves, seed: int) -> Tensor:
     size = sum(leaf.numel() for leaf in like)
     position = torch.arange(size, dtype=torch.int64, device=like[0].device)
