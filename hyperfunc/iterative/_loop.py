@@ -56,6 +56,10 @@ class Steps:
     num_entry: int
     num_fixed: int
 
+    @property
+    def num_operands(self) -> int:
+        return self.num_fixed + self.inputs_spec.num_leaves
+
     def start(self, fixed: Leaves) -> Leaves:
         """The state before the first step that is differentiated."""
         theta, rest = split(fixed, self.num_theta)
@@ -92,10 +96,10 @@ class Steps:
                 flag, state, fixed, row, _ = split(tensors, *sizes)
                 return self.advance(flag[0] if flag else None, state, fixed, row)
 
-            tensors = (*flags, *state, *fixed, *row)
+            tensors = (*flags, *state, *fixed, *row, *lanes())
             circumstances = Circumstances.capture((*tensors, *self.arguments.leaves))
-            segment = Segment(flat, circumstances, STEP, first=True)
-            outputs: Leaves = Recorded.apply(segment, *tensors, *lanes())
+            segment = Segment(flat, circumstances, len(tensors), STEP, first=True)
+            outputs: Leaves = Recorded.apply(segment, *tensors)
             return outputs
 
         state = self.flat.run(advance, self.start(fixed), self._rows(series))
@@ -120,7 +124,7 @@ class Loop:
     schedule: Schedule
     chunk: int | None
     circumstances: Circumstances
-    memo: list[_Trace] = dataclasses.field(default_factory=list)
+    memo: list[Trace] = dataclasses.field(default_factory=list)
     levels: tuple[_Level, ...] = ()
 
     def run(self, operands: Leaves) -> Leaves:
@@ -163,17 +167,20 @@ class Loop:
             fn = torch.func.vmap(fn, in_dims=dims, randomness=level.randomness)
         return fn(*operands)
 
-    def trace(self, operands: Leaves, *, keep: bool, first: bool = False) -> tuple[Leaves, _Trace]:
+    def trace(self, operands: Leaves, *, keep: bool, first: bool = False) -> tuple[Leaves, Trace]:
         """Run the steps, keeping iterates by the schedule if they are needed."""
         check = self.circumstances.no_strangers(STEP) if first else contextlib.nullcontext()
         with check:
             state = self._start(operands)
-        trace = _Trace(self.steps.num_steps, [], [])
+        trace = Trace(self.steps.num_steps, [], [])
         hold = 0 if keep else trace.num_steps
         lengths = active = None
+        last: Mark | None = None
         for step in range(trace.num_steps):
             if step == hold:
                 hold = self._mark(trace, step, state, trace.num_steps, first=True)
+            elif keep and (self.steps.flat.can_stop or step == trace.num_steps - 1):
+                last = Mark(step, state, self.circumstances.read(trace.marks[-1].streams))
             with check if step == 0 else contextlib.nullcontext():
                 outputs = self._advance(active, len(state), *state, *self._at(operands, step))
             state = outputs[: len(state)]
@@ -189,6 +196,9 @@ class Loop:
                 if not remaining:
                     break
                 active = None if remaining == active.numel() else active
+        if last is not None and last.step > trace.marks[-1].step:
+            # In hand, and where the way back begins: not one of the iterates that fill the slots.
+            trace.marks.append(last)
         if lengths is not None:
             trace = trace._replace(
                 num_steps=int(lengths.max()), lengths=lengths, shortest=int(lengths.min())
@@ -259,7 +269,7 @@ class Loop:
     ) -> tuple[dict[int, Tensor], Leaves]:
         """Forward mode: the tangents of the outputs, carried along the steps, and the outputs."""
         self.circumstances.write(self.circumstances.states)
-        trace = _Trace(self.steps.num_steps, [], [])
+        trace = Trace(self.steps.num_steps, [], [])
         if self.steps.flat.can_stop:
             trace = self._known_trace(operands, keep=False)
             self.circumstances.write(self.circumstances.states)
@@ -361,17 +371,17 @@ class Loop:
         return torch.stack(rows, self._num_levels(index) + batched)
 
     def _mark(
-        self, trace: _Trace, step: int, state: Leaves, end: int, *, first: bool = False
+        self, trace: Trace, step: int, state: Leaves, end: int, *, first: bool = False
     ) -> int:
         """Keep an iterate; returns the step at which the next one is to be kept."""
         known = trace.marks[-1].streams if trace.marks else self.circumstances.states
         trace.marks.append(Mark(step, trace.store(state), self.circumstances.read(known)))
         return step + self._gap(trace, step, end, first=first)
 
-    def _gap(self, trace: _Trace, step: int, end: int, *, first: bool = False) -> int:
+    def _gap(self, trace: Trace, step: int, end: int, *, first: bool = False) -> int:
         return self.schedule.gap(end - step, len(trace.marks), first=first)
 
-    def _known_trace(self, operands: Leaves, *, keep: bool) -> _Trace:
+    def _known_trace(self, operands: Leaves, *, keep: bool) -> Trace:
         """The trace of the forward pass, or a new one if its marks are used up."""
         if not self.memo or (keep and self.memo[0].num_steps and not self.memo[0].marks):
             self.memo[:] = [self.trace(operands, keep=keep)[1]]
@@ -414,7 +424,7 @@ class Mark(NamedTuple):
     streams: Leaves
 
 
-class _Trace(NamedTuple):
+class Trace(NamedTuple):
     """What a run of the steps leaves behind: the marks, and how long it (or each task) went on."""
 
     num_steps: int
@@ -473,13 +483,16 @@ class _LoopPull:
         )
 
     def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Segment:
-        return Segment(self._reference, self.loop.circumstances).pull(wrt, live)
+        return self._segment().pull(wrt, live)
 
     def push(self, wrt: tuple[int, ...]) -> Segment:
-        return Segment(self._reference, self.loop.circumstances).push(wrt)
+        return self._segment().push(wrt)
 
     def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
         return _vmap_product(self, len(self.live), info, in_dims, operands)
+
+    def _segment(self) -> Segment:
+        return Segment(self._reference, self.loop.circumstances, self.loop.steps.num_operands)
 
     def _reference(self, *tensors: Tensor) -> Leaves:
         operands, cotangents = split(tensors, len(tensors) - len(self.live))
@@ -509,13 +522,16 @@ class _LoopPush:
         )
 
     def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Segment:
-        return Segment(self._reference, self.loop.circumstances).pull(wrt, live)
+        return self._segment().pull(wrt, live)
 
     def push(self, wrt: tuple[int, ...]) -> Segment:
-        return Segment(self._reference, self.loop.circumstances).push(wrt)
+        return self._segment().push(wrt)
 
     def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
         return _vmap_product(self, len(self.wrt), info, in_dims, operands)
+
+    def _segment(self) -> Segment:
+        return Segment(self._reference, self.loop.circumstances, self.loop.steps.num_operands)
 
     def _reference(self, *tensors: Tensor) -> Leaves:
         operands, tangents = split(tensors, len(tensors) - len(self.wrt))
@@ -534,7 +550,7 @@ def _best_split(length: int, slots: int) -> int:
 
     With s slots and no step run more than r times, C(s + r, s) steps can be reversed.
     """
-    if slots == 1:
+    if slots <= 1:
         return length
     repetitions = 1
     while math.comb(slots + repetitions, slots) < length:

@@ -18,7 +18,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import VmapInterpreter, coerce_cinterpreter
+from torch._functorch.pyfunctorch import (
+    VmapInterpreter,
+    coerce_cinterpreter,
+    temporarily_clear_interpreter_stack,
+)
 from torch.overrides import TorchFunctionMode
 
 from hyperfunc import _ad, _tree
@@ -83,8 +87,9 @@ def checkpoint(fn: F) -> F:
             result[:] = outputs_spec, output_constants
             return output_tensors
 
-        segment = Segment(flat, Circumstances.capture(leaves), name, first=True)
-        outputs = Recorded.apply(segment, *tensors, *lanes())
+        operands = (*tensors, *lanes())
+        segment = Segment(flat, Circumstances.capture(leaves), len(operands), name, first=True)
+        outputs = Recorded.apply(segment, *operands)
         outputs_spec, output_constants = result
         return _tree.unflatten(outputs_spec, _merge(output_constants, outputs))
 
@@ -234,12 +239,14 @@ class Circumstances:
 class Segment:
     """Any differentiable function of flat tensors, computed again for each derivative.
 
-    ``first`` marks the one run that is not a repetition: it draws from the streams as they are, and
-    looks out for tensors of enclosing transforms that were not passed in.
+    Its random numbers are drawn at the first ``num_points`` operands; what follows are cotangents
+    and tangents. ``first`` marks the one run that is not a repetition: it draws from the streams as
+    they are, and looks out for tensors of enclosing transforms that were not passed in.
     """
 
     fn: Callable[..., Leaves]
     circumstances: Circumstances
+    num_points: int
     name: str | None = None
     first: bool = False
 
@@ -256,17 +263,20 @@ class Segment:
             linearized = self._linearize(operands, wrt, lambda outputs: [outputs[i] for i in live])
             return linearized.pull(cotangents)
 
-        return Segment(pulled, self.circumstances)
+        return Segment(pulled, self.circumstances, self.num_points)
 
     def push(self, wrt: tuple[int, ...]) -> Segment:
         def pushed(*tensors: Tensor) -> Leaves:
             operands, tangents = split(tensors, len(tensors) - len(wrt))
             return self._linearize(operands, wrt, _floating).push(tangents)
 
-        return Segment(pushed, self.circumstances)
+        return Segment(pushed, self.circumstances, self.num_points)
 
     def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
-        fn = torch.func.vmap(self.fn, in_dims=in_dims, randomness=info.randomness)
+        # A vmap over directions at one point is not one that the random numbers were drawn in.
+        same_point = all(dim is None for dim in in_dims[: self.num_points])
+        randomness = "same" if same_point else info.randomness
+        fn = torch.func.vmap(self.fn, in_dims=in_dims, randomness=randomness)
         return Recorded.apply(dataclasses.replace(self, fn=fn), *operands), 0
 
     def _linearize(
@@ -288,14 +298,18 @@ def lanes() -> Leaves:
 
     It makes those levels run a step for each task even if no other operand tells tasks apart.
     """
-    lane, levels = torch.zeros(()), []
+    levels = []
     for entry in _functorch.get_interpreter_stack() or ():
         interpreter = coerce_cinterpreter(entry)
         if isinstance(interpreter, VmapInterpreter) and interpreter.randomness() == "different":
             levels.append((interpreter.level(), interpreter.batch_size()))
-    for level, size in levels:
-        lane = _functorch._add_batch_dim(lane.expand(size, *lane.shape), 0, level)
-    return (lane,) if levels else ()
+    if not levels:
+        return ()
+    with temporarily_clear_interpreter_stack():
+        lane = torch.zeros([size for _, size in levels])
+    for level, _ in levels:
+        lane = _functorch._add_batch_dim(lane, 0, level)
+    return (lane,)
 
 
 def split(tensors: Sequence[Any], *sizes: int) -> tuple[tuple[Any, ...], ...]:
