@@ -273,6 +273,11 @@ def implicit_diff(
             method=method,
             throw=throw,
         )
+    if isinstance(method, StochasticAID) and method.outer_sampler is not None:
+        raise ValueError(
+            "implicit_diff: the method has an outer_sampler, but there is no outer loss here to "
+            "take minibatches of. Leave outer_sampler and num_outer_batches out"
+        )
     rule = _make_rule(inner_solver, (fixed_point, inner_loss, optimality), method, throw)
     return _Transformed("implicit_diff", rule, functools.partial(_solution_map, rule))
 

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from hyperfunc import _ad, _tree
+from hyperfunc._closures import captured_tensors
 from hyperfunc._conditions import (
     Arguments,
     BoundCondition,
     Condition,
     captured_message,
+    escaped_message,
 )
 from hyperfunc._minibatches import SECOND_DERIVATIVE, MinibatchLinearization
 from hyperfunc._results import RESULTS, SolveStats
@@ -53,12 +55,13 @@ class ImplicitProblem:
 
     def solve(self, theta: Leaves) -> Leaves:
         """The inner solution as detached leaves that share no memory with the arguments."""
+        used = (*theta, *filter(_ad.has_level, captured_tensors(self.inner_solver)))
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), _ad.outside_idle_vmaps(used):
                 params = self.inner_solver(*self.arguments.unflatten(_ad.detach(theta)))
         except RuntimeError as error:
             if _ad.escaped(error):
-                raise ValueError(captured_message("the inner solver")) from error
+                raise ValueError(escaped_message("the inner solver")) from error
             raise
         leaves, spec = flatten_params(params)
         self.bound = BoundCondition(self.condition, self.arguments, spec, len(leaves))
@@ -165,15 +168,18 @@ class _LinearSystem:
     ) -> tuple[Leaves, SolveStats]:
         if x0 is not None:  # the solution for b = 0 is 0, which no relative tolerance can find
             x0 = _tree.scale((_tree.dot(b, b) != 0).to(torch.float32), x0)
+        solver = self.problem.linear_solver
         if isinstance(linearization, MinibatchLinearization):
             at, spec = linearization.at, linearization.bound.params_spec
             x, stats = linearization.method.descend(
                 lambda step: self.operator(at(step), theta), b, x0, spec
             )
         else:
-            x, stats = self.problem.linear_solver.solve(self.operator(linearization, theta), b, x0)
+            if isinstance(solver, StochasticAID):
+                solver = solver.without_samplers()
+            x, stats = solver.solve(self.operator(linearization, theta), b, x0)
         if self.problem.throw:
-            raise_on_failure(stats, self.problem.linear_solver)
+            raise_on_failure(stats, solver)
         else:  # what a solver returns then is its last finite iterate, zeros perhaps
             nonfinite = stats.result == int(RESULTS.nonfinite)
             x = _tree.where(nonfinite, _tree.scale(torch.nan, x), x)
@@ -214,7 +220,7 @@ class _LinearSolution(torch.autograd.Function):
             u, stats = system.solve(linearization, theta, b, start or None)
         except RuntimeError as error:
             if _ad.escaped(error):
-                raise ValueError(captured_message(system.problem.condition.kind)) from error
+                raise ValueError(escaped_message(system.problem.condition.kind)) from error
             raise
         return tuple(leaf.clone() for leaf in (*u, *stats))
 

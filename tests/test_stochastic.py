@@ -87,6 +87,8 @@ STOCHASTIC = hf.StochasticAID(
     num_cross_batches=4,
 )
 
+INNER = dataclasses.replace(STOCHASTIC, outer_sampler=None, num_outer_batches=1)
+
 
 def by_hand(
     method: hf.StochasticAID, reg: Tensor, X: Tensor, y: Tensor, lr: float = 0.2
@@ -538,7 +540,7 @@ def test_vmap_over_minibatches_is_a_loop() -> None:
 def test_first_derivatives_of_the_solution_map() -> None:
     """Reverse mode, forward mode and plain autograd take the same minibatches."""
     reg, X, y = data()
-    solve = hf.implicit_diff(solver, inner_loss=inner_loss, method=STOCHASTIC)
+    solve = hf.implicit_diff(solver, inner_loss=inner_loss, method=INNER)
 
     def value(reg: Tensor, X: Tensor, y: Tensor) -> Tensor:
         return outer_loss(solve(reg, X, y), reg, X, y)
@@ -625,7 +627,7 @@ def test_second_derivatives_are_refused(name: str, sampler: str) -> None:
 
 def test_hessians_of_the_solution_map_are_refused() -> None:
     reg, X, y = data()
-    solve = hf.implicit_diff(solver, inner_loss=inner_loss, method=STOCHASTIC)
+    solve = hf.implicit_diff(solver, inner_loss=inner_loss, method=INNER)
     for derivative in (torch.func.hessian, lambda f: grad(lambda x: grad(f)(x).sum())):
         with pytest.raises(RuntimeError, match="second derivative through StochasticAID"):
             derivative(lambda reg: solve(reg, X, y).sum())(reg)
@@ -810,6 +812,18 @@ MISUSE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ),
         ValueError,
         r"Pass it as method= itself, not inside another solver",
+    ),
+    "inside another solver, with the outer loss sampled": (
+        lambda: estimate(
+            hf.Damped(hf.StochasticAID(3, STEP, outer_sampler=take(indices)), 1.0), reg, X, y
+        ),
+        ValueError,
+        r"Pass it as method= itself, not inside another solver",
+    ),
+    "outer minibatches without an outer loss": (
+        lambda: hf.implicit_diff(solver, inner_loss=inner_loss, method=STOCHASTIC),
+        ValueError,
+        r"implicit_diff: the method has an outer_sampler, but there is no outer loss",
     ),
     "adjoint_init of another structure": (
         lambda: estimate(STOCHASTIC, reg, X, y, adjoint_init={"w": reg}),

@@ -143,10 +143,10 @@ class StochasticAID(AbstractLinearSolver):
     def solve(
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, SolveStats]:
-        if self.sampler is not None:
+        if self.sampler is not None or self.outer_sampler is not None:
             raise ValueError(
                 "StochasticAID with a sampler was given one operator to solve with, but it needs "
-                "one for each minibatch. Pass it as method= itself, not inside another solver"
+                "to draw the minibatches. Pass it as method= itself, not inside another solver"
             )
         return self.descend(lambda step: operator, b, x0, operator.structure(b))
 
@@ -175,6 +175,12 @@ class StochasticAID(AbstractLinearSolver):
         bounds = bounds or Bounds.make(0.0, 0.0, b, rs)
         num_steps = torch.full((), self.num_steps, dtype=torch.int64, device=rs.device)
         return x, bounds.stats(num_steps, rs, bounds.open(rs))
+
+    def without_samplers(self) -> StochasticAID:
+        """The same steps, for one operator."""
+        return dataclasses.replace(
+            self, sampler=None, outer_sampler=None, num_cross_batches=1, num_outer_batches=1
+        )
 
     def on_minibatch(self, fn: Callable[..., Any], step: int) -> Callable[..., Any]:
         """A function of ``(params, hparams, *args)`` with the arguments of a step's minibatch."""
@@ -220,8 +226,9 @@ def _make_torch_advance(
     if _ad.transforms_active():
         raise ValueError(
             "StochasticAID: torch.optim updates tensors in place, which is not possible under "
-            "torch.func transforms. Write optimizer=hf.optim.from_torch(torch.optim.Adam, lr=...) "
-            "or another optimizer of hf.optim, with schedules such as lr=lambda step: ..."
+            "torch.func transforms and in inference mode. Write "
+            "optimizer=hf.optim.from_torch(torch.optim.Adam, lr=...) or another optimizer of "
+            "hf.optim, with schedules such as lr=lambda step: ..."
         )
     owned = [leaf.detach().clone() for leaf in x]
     optimizer = factory(owned)
@@ -327,8 +334,9 @@ def _call(name: str, sampler: Any, step: int, args: tuple[Any, ...]) -> Any:
     if isinstance(sampler, Iterator):
         if _ad.transforms_active():
             raise ValueError(
-                f"{name} is an iterator, which cannot be replayed as torch.func transforms need "
-                f"it. Pass a function (step, *args) -> args that indexes into the data"
+                f"{name} is an iterator, which cannot be replayed as torch.func transforms and "
+                f"inference mode need it. Pass a function (step, *args) -> args that indexes into "
+                f"the data"
             )
         return next(sampler)
     if callable(sampler):
