@@ -14,7 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._functorch.pyfunctorch import (
+    retrieve_current_functorch_interpreter,
+    temporarily_pop_interpreter_stack,
+)
 
 from hyperfunc._types import Leaves
 
@@ -215,6 +218,33 @@ def nested_forward_mode(tensors: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
         yield tuple(_primal(t) if is_differentiable(t) else t for t in tensors)
 
 
+@contextlib.contextmanager
+def outside_idle_vmaps(tensors: Sequence[Any]) -> Iterator[None]:
+    """Leave the innermost vmap levels in which none of these tensors is batched.
+
+    Such levels come with ``jacfwd`` and ``hessian``, and inside them code that nobody maps over is
+    not allowed what it does elsewhere: ``backward()``, in-place operations, random numbers.
+    """
+    interpreter: Any = retrieve_current_functorch_interpreter() if _in_vmap() else None
+    if (
+        interpreter is None
+        or interpreter.randomness() == "different"
+        or any(has_level(tensor, interpreter.level()) for tensor in tensors)
+    ):
+        yield
+        return
+    with temporarily_pop_interpreter_stack(), outside_idle_vmaps(tensors):
+        yield
+
+
+def has_level(value: Any, level: int | None = None) -> bool:
+    """Whether a tensor belongs to this level of the transforms, or to any level."""
+    if not isinstance(value, Tensor):
+        return False
+    own: int = _functorch.maybe_get_level(value)
+    return own > 0 if level is None else own == level
+
+
 def escaped(error: RuntimeError) -> bool:
     """Whether a tensor of a transform was used below its level, as in ``Function.forward``."""
     return "INTERNAL ASSERT FAILED" in str(error) and "functorch" in str(error)
@@ -236,6 +266,13 @@ def is_attached(value: Any) -> bool:
         if _functorch.maybe_get_level(value) == interpreter.level():
             value = _functorch.get_unwrapped(value)
         return is_attached(value)
+
+
+def _in_vmap() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    interpreter = _functorch.peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() == _functorch.TransformType.Vmap
 
 
 def _forward_mode_is_nested() -> bool:

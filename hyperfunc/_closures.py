@@ -7,36 +7,43 @@ import dis
 import functools
 import itertools
 import types
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from hyperfunc import _ad
 from hyperfunc._conditions import captured_message
 
+_Seen: TypeAlias = dict[Hashable, object]
+
 # A container with more items is a data set, not a tree of parameters.
 _MOST_ITEMS = 1000
 
 
 def refuse_captured_tensors(fn: Callable[..., Any], name: str) -> None:
-    """Raise if a function closes over a tensor that carries a derivative.
-
-    Looked through are its variables, globals, and default values, the attributes that it reads
-    from them, dicts, lists and tuples, and the functions among all these. Modules are not: their
-    parameters may be replaced by arguments in the call.
-    """
-    for tensor in _captured(fn, {}):
+    """Raise if a function closes over a tensor that carries a derivative."""
+    for tensor in captured_tensors(fn):
         if _ad.is_attached(tensor):
             raise ValueError(captured_message(name))
 
 
-def _captured(fn: Any, seen: dict[int, object]) -> Iterator[Tensor]:
+def captured_tensors(fn: Callable[..., Any]) -> Iterator[Tensor]:
+    """The tensors that a function closes over.
+
+    Looked through are its variables, globals, and default values, the attributes and methods of
+    these that it names, dicts, lists and tuples, and the functions among all these. Modules are
+    not: their parameters may be replaced by arguments in the call.
+    """
+    return _captured(fn, {})
+
+
+def _captured(fn: Any, seen: _Seen) -> Iterator[Tensor]:
     if isinstance(fn, functools.partial):
         yield from _tensors((fn.func, fn.args, fn.keywords), (), seen)
     elif isinstance(fn, types.MethodType):
         code = getattr(fn.__func__, "__code__", None)
-        yield from _tensors(fn.__self__, _all_names(code) if code else (), seen)
+        yield from _attributes(fn.__self__, _all_names(code) if code else (), seen)
         yield from _tensors(fn.__func__, (), seen)
     elif isinstance(fn, types.FunctionType):
         names = _all_names(fn.__code__)
@@ -53,25 +60,38 @@ def _captured(fn: Any, seen: dict[int, object]) -> Iterator[Tensor]:
         yield from _captured(types.MethodType(type(fn).__call__, fn), seen)
 
 
-def _tensors(value: Any, names: Iterable[str], seen: dict[int, object]) -> Iterator[Tensor]:
+def _tensors(value: Any, names: Iterable[str], seen: _Seen) -> Iterator[Tensor]:
     """The tensors in what a function holds, whose code reads attributes of these names."""
     if isinstance(value, Tensor):
         yield value
         return
-    if value is None or isinstance(value, type | types.ModuleType | nn.Module) or id(value) in seen:
+    if value is None or isinstance(value, type | types.ModuleType | nn.Module):
         return
-    seen[id(value)] = value  # held, so that no other object gets its id
+    if isinstance(value, types.MethodType):
+        key: Hashable = (id(value.__self__), id(value.__func__))
+    else:
+        key = (id(value), tuple(names))
+    if key in seen:
+        return
+    seen[key] = value  # held, so that no other object gets its id
     if isinstance(value, dict | list | tuple):
         items = value.values() if isinstance(value, dict) else value
         for item in itertools.islice(items, _MOST_ITEMS):
             yield from _tensors(item, names, seen)
         return
+    yield from _attributes(value, names, seen)
+    if not str(getattr(value, "__module__", "")).startswith("torch."):
+        yield from _captured(value, seen)
+
+
+def _attributes(value: Any, names: Iterable[str], seen: _Seen) -> Iterator[Tensor]:
+    """The tensors in the attributes of these names, and in what methods of these names use."""
     attributes = getattr(value, "__dict__", {})
     for name in names:
         if name in attributes:
             yield from _tensors(attributes[name], names, seen)
-    if not str(getattr(value, "__module__", "")).startswith("torch."):
-        yield from _captured(value, seen)
+        elif isinstance(method := getattr(type(value), name, None), types.FunctionType):
+            yield from _tensors(types.MethodType(method, value), (), seen)
 
 
 def _contents(cells: Iterable[types.CellType]) -> Iterator[Any]:

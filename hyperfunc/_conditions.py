@@ -212,6 +212,14 @@ def check_scalar(value: Any, name: str) -> Tensor:
     return value
 
 
+def escaped_message(name: str) -> str:
+    """The error for a function that runs outside the transform in which it found a tensor."""
+    return (
+        f"{name} uses a tensor that was made inside an enclosing torch.func transform, which it "
+        f"runs outside of. Pass that tensor in *args, so that {name} takes it as an argument"
+    )
+
+
 def captured_message(name: str) -> str:
     """The error for a function that uses a differentiable tensor it did not take as argument."""
     return (
