@@ -132,11 +132,11 @@ class Loop:
         self.memo[:] = [trace]
         return state[: self.num_outputs]
 
-    def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> _LoopPull:
-        return _LoopPull(self, wrt, live)
+    def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> _Product:
+        return _Product(self, wrt, live)
 
-    def push(self, wrt: tuple[int, ...]) -> _LoopPush:
-        return _LoopPush(self, wrt)
+    def push(self, wrt: tuple[int, ...]) -> _Product:
+        return _Product(self, wrt, None)
 
     def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
         loop, operands = self.batch(info, in_dims, operands)
@@ -462,24 +462,34 @@ class _Level(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _LoopPull:
-    """Transposed products of a loop; ``batched`` if the cotangents have a leading dimension."""
+class _Product:
+    """Products with the Jacobian of a loop with respect to the operands ``wrt``.
+
+    Transposed ones with cotangents of the ``live`` outputs, or, if that is None, plain ones with
+    tangents of the operands. ``batched`` if these vectors have a leading dimension.
+    """
 
     loop: Loop
     wrt: tuple[int, ...]
-    live: tuple[int, ...]
+    live: tuple[int, ...] | None
     batched: bool = False
 
     def run(self, operands: Leaves) -> Leaves:
-        operands, cotangents = split(operands, len(operands) - len(self.live))
-        compute = self.loop.gradients if self.loop.chunk is None else self.loop.accumulate
+        operands, vectors = split(operands, self.loop.steps.num_operands)
         with self.loop.circumstances.restored():
-            by_output = dict(zip(self.live, cotangents, strict=True))
-            grads = compute(operands, by_output, self.wrt, batched=self.batched)
-        lead = cotangents[0].shape[:1] if self.batched else ()
+            if self.live is None:
+                tangents = dict(zip(self.wrt, vectors, strict=True))
+                results, like = self.loop.tangents(operands, tangents, batched=self.batched)
+                indices: Iterable[int] = range(len(like))
+            else:
+                compute = self.loop.gradients if self.loop.chunk is None else self.loop.accumulate
+                cotangents = dict(zip(self.live, vectors, strict=True))
+                results = compute(operands, cotangents, self.wrt, batched=self.batched)
+                like, indices = operands, self.wrt
+        lead = vectors[0].shape[:1] if self.batched else ()
         return tuple(
-            grads[i] if i in grads else operands[i].new_zeros((*lead, *operands[i].shape))
-            for i in self.wrt
+            results[i] if i in results else like[i].new_zeros((*lead, *like[i].shape))
+            for i in indices
         )
 
     def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Segment:
@@ -489,54 +499,46 @@ class _LoopPull:
         return self._segment().push(wrt)
 
     def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
-        return _vmap_product(self, len(self.live), info, in_dims, operands)
+        num_operands, size = self.loop.steps.num_operands, info.batch_size
+        dims, vector_dims = (list(part) for part in split(in_dims, num_operands))
+        points, vectors = (list(part) for part in split(operands, num_operands))
+        product, place = dataclasses.replace(self, batched=True), 0
+        if any(dim is not None for dim in dims):
+            for i in self.wrt:
+                points[i], dims[i] = _with_dim(points[i], dims[i], 0, size), 0
+            loop, moved = self.loop.batch(info, dims, tuple(points))
+            product, points = dataclasses.replace(self, loop=loop), [*moved]
+            place = int(self.batched)
+        vectors = [
+            _with_dim(vector, dim, place, size)
+            for vector, dim in zip(vectors, vector_dims, strict=True)
+        ]
+        # A batch of vectors at one point needs the steps no more than once.
+        merge = product.loop is self.loop and self.batched
+        if merge:
+            vectors = [vector.flatten(0, 1) for vector in vectors]
+        outputs = Recorded.apply(product, *points, *vectors)
+        if merge:
+            outputs = tuple(out.unflatten(0, (size, -1)) for out in outputs)
+        return outputs, place
 
     def _segment(self) -> Segment:
         return Segment(self._reference, self.loop.circumstances, self.loop.steps.num_operands)
 
     def _reference(self, *tensors: Tensor) -> Leaves:
-        operands, cotangents = split(tensors, len(tensors) - len(self.live))
-        linearized = _ad.Linearization(
-            lambda *leaves: [self.loop.chain(*leaves)[i] for i in self.live], operands, (self.wrt,)
-        )
-        return _for_each(linearized.pull, cotangents, self.batched)
+        operands, vectors = split(tensors, self.loop.steps.num_operands)
 
+        def outputs(*leaves: Tensor) -> Leaves:
+            params = self.loop.chain(*leaves)
+            return params if self.live is None else tuple(params[i] for i in self.live)
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _LoopPush:
-    """Products of a loop; ``batched`` if the tangents have a leading dimension."""
-
-    loop: Loop
-    wrt: tuple[int, ...]
-    batched: bool = False
-
-    def run(self, operands: Leaves) -> Leaves:
-        operands, tangents = split(operands, len(operands) - len(self.wrt))
-        with self.loop.circumstances.restored():
-            by_operand = dict(zip(self.wrt, tangents, strict=True))
-            dots, outputs = self.loop.tangents(operands, by_operand, batched=self.batched)
-        lead = tangents[0].shape[:1] if self.batched else ()
-        return tuple(
-            dots[i] if i in dots else out.new_zeros((*lead, *out.shape))
-            for i, out in enumerate(outputs)
-        )
-
-    def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Segment:
-        return self._segment().pull(wrt, live)
-
-    def push(self, wrt: tuple[int, ...]) -> Segment:
-        return self._segment().push(wrt)
-
-    def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
-        return _vmap_product(self, len(self.wrt), info, in_dims, operands)
-
-    def _segment(self) -> Segment:
-        return Segment(self._reference, self.loop.circumstances, self.loop.steps.num_operands)
-
-    def _reference(self, *tensors: Tensor) -> Leaves:
-        operands, tangents = split(tensors, len(tensors) - len(self.wrt))
-        linearized = _ad.Linearization(self.loop.chain, operands, (self.wrt,))
-        return _for_each(linearized.push, tangents, self.batched)
+        linearized = _ad.Linearization(outputs, operands, (self.wrt,))
+        product = linearized.push if self.live is None else linearized.pull
+        if not self.batched:
+            return product(vectors)
+        rows = zip(*(vector.unbind(0) for vector in vectors), strict=True)
+        columns = zip(*(product(row) for row in rows), strict=True)
+        return tuple(torch.stack(column) for column in columns)
 
 
 def _empty_rows(leaf: Tensor, size: int) -> Tensor:
@@ -628,44 +630,9 @@ def _record(
     chosen = set(wrt)
     with torch.enable_grad():
         inputs = tuple(
-            primal.detach().requires_grad_() if i in chosen else primal
-            for i, primal in enumerate(primals)
+            primal.detach().requires_grad_(i in chosen) for i, primal in enumerate(primals)
         )
         return inputs, tuple(fn(*inputs))
-
-
-def _vmap_product(
-    product: _LoopPull | _LoopPush,
-    num_vectors: int,
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    tensors: Leaves,
-) -> Any:
-    split = len(tensors) - num_vectors
-    operands, vectors = list(tensors[:split]), tensors[split:]
-    dims, vector_dims = list(in_dims[:split]), in_dims[split:]
-    lead = int(product.batched)
-    if any(dim is not None for dim in dims):
-        for index in product.wrt:
-            operands[index] = _with_dim(operands[index], dims[index], 0, info.batch_size)
-            dims[index] = 0
-        loop, moved = product.loop.batch(info, dims, tuple(operands))
-        vectors = tuple(
-            _with_dim(vector, dim, lead, info.batch_size)
-            for vector, dim in zip(vectors, vector_dims, strict=True)
-        )
-        return Recorded.apply(dataclasses.replace(product, loop=loop), *moved, *vectors), lead
-    # A batch of vectors at one point: the steps are run once for all of them.
-    vectors = tuple(
-        _with_dim(vector, dim, 0, info.batch_size)
-        for vector, dim in zip(vectors, vector_dims, strict=True)
-    )
-    if product.batched:
-        vectors = tuple(vector.flatten(0, 1) for vector in vectors)
-    outputs = Recorded.apply(dataclasses.replace(product, batched=True), *operands, *vectors)
-    if product.batched:
-        outputs = tuple(out.unflatten(0, (info.batch_size, -1)) for out in outputs)
-    return outputs, 0
 
 
 def _vmapped_start(fn: Callable[..., Leaves], level: _Level, num_fixed: int) -> Any:
@@ -694,13 +661,6 @@ def _vmapped_advance(fn: Callable[..., Leaves], level: _Level, num_fixed: int) -
 
 def _floating_indices(tensors: Leaves) -> tuple[int, ...]:
     return tuple(i for i, tensor in enumerate(tensors) if tensor.is_floating_point())
-
-
-def _for_each(product: Callable[[Leaves], Leaves], vectors: Leaves, batched: bool) -> Leaves:
-    if not batched:
-        return product(vectors)
-    rows = [product(row) for row in zip(*(vector.unbind(0) for vector in vectors), strict=True)]
-    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
 def _with_dim(tensor: Tensor, dim: int | None, target: int, size: int) -> Tensor:

@@ -121,6 +121,8 @@ class Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(operation: Operation, *operands: Tensor) -> Leaves:
+        # Detached: code that switches gradient mode on again must not extend a graph from here.
+        operands = _ad.detach(operands)
         taken = {id(tensor) for tensor in operands}
         outputs = []
         for output in operation.run(operands):
