@@ -545,10 +545,11 @@ E1 = torch.eye(N, dtype=torch.float64)[0]
 INCONSISTENT = torch.diag(torch.cat([torch.zeros(1).double(), torch.ones(N - 1).double()]))
 # the residual of the first step is orthogonal to E1, and is not zero
 RHO_BREAKS = torch.eye(N, dtype=torch.float64)
-RHO_BREAKS[1:3, :3] = torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 2.0]])
-# well-conditioned after scaling, so that each cycle reduces the residual to where rounding rules
-SCALES = logspace(-7, 0)
-ROUNDING = (torch.eye(N, dtype=torch.float64) + 0.1 * orthogonal(seed=6)) @ torch.diag(SCALES)
+RHO_BREAKS[:3, :3] = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 1.0, 2.0]])
+# well-conditioned with the right preconditioner, so that each cycle reduces the residual, down to
+# where the rounding errors of an ill-conditioned operator rule
+ROUGH, ROUGH_INVERSE = symmetric(logspace(-6, 0)), symmetric(logspace(6, 0))
+ROUNDING = (torch.eye(N, dtype=torch.float64) + 0.1 * orthogonal(seed=6)) @ ROUGH
 NAN = SPD.index_fill(0, torch.tensor([0]), torch.nan)
 
 CODES: dict[str, tuple[Any, Tensor, Tensor, str]] = {
@@ -561,7 +562,7 @@ CODES: dict[str, tuple[Any, Tensor, Tensor, str]] = {
     "gmres, shift, in full": (hf.GMRES(restart=N), ROTATION, E1, "success"),
     "gmres, nan": (hf.GMRES(), NAN, randn(N), "nonfinite"),
     "gmres, down to rounding": (
-        hf.GMRES(restart=3, rtol=1e-15, preconditioner=lambda v: v / SCALES),
+        hf.GMRES(restart=3, rtol=1e-15, preconditioner=lambda v: ROUGH_INVERSE @ v),
         ROUNDING,
         randn(N),
         "success",
@@ -655,6 +656,21 @@ def test_what_cannot_go_on_stops(solver: Any, A: Tensor, num_steps: int) -> None
     assert stats.num_steps == num_steps
     assert torch.isfinite(x).all()
     torch.testing.assert_close(stats.residual_norm, (E1 - A @ x).norm())
+
+
+def test_only_rounding_excuses_gmres_from_going_on() -> None:
+    exact = torch.linalg.solve(ROTATION, E1)
+    _, stats = run(hf.GMRES(restart=3), ROTATION, E1, exact + 1e-6 * E1)
+    assert code(stats) is hf.RESULTS.stagnation
+
+    generator = _generator()
+
+    def noisy(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        noise = torch.randn(N, N, generator=generator, dtype=torch.float64)
+        return ((SPD + 0.3 * noise) @ v[0],)
+
+    _, stats = hf.GMRES(200, restart=6).solve(LinearOperator(noisy, noisy), (randn(N),))
+    assert code(stats) is hf.RESULTS.stagnation
 
 
 def test_gmres_reports_no_residual_below_rounding() -> None:

@@ -38,10 +38,10 @@ class GMRES(AbstractLinearSolver):
     in the accumulation dtype (float32 at least), and Givens rotations follow the residual norm.
 
     The residual never grows, but may stop shrinking: one that is no smaller after a whole cycle is
-    reported as stagnation, unless it is at the level of rounding,
-    ``||b - A x|| <= eps^0.75 (||A|| ||x|| + ||b||)``, which is a success. A singular operator,
-    whose Krylov space holds no solution, is reported as breakdown. The residual norm is that of the
-    recurrence, or the level of rounding ``eps (||A|| ||x|| + ||b||)`` if that is larger.
+    reported as stagnation, unless it is rounding errors that keep it from shrinking, below
+    ``eps^0.25 ||b||``, which is a success. A singular operator whose Krylov space holds no
+    solution is reported as breakdown. The residual norm is that of the recurrence, or the level of
+    rounding ``eps (||A|| ||x|| + ||b||)``, with what the products tell of ``||A||``, if larger.
 
     Args:
         maxiter: largest number of steps, over all cycles, >= 0. With ``rtol=0, atol=0`` exactly
@@ -99,20 +99,16 @@ class GMRES(AbstractLinearSolver):
             if step and step % restart == 0:
                 x = _tree.add(x, precondition(unravel(cycle.combination(), b)))
                 r = operator.residual(x, b)
-                new = _tree.dot(r, r)
+                predicted, rs = rs, torch.where(active, _tree.dot(r, r), rs)
+                active = active & bounds.open(rs)
                 if bounds.adaptive:
-                    stalled = active & (new >= (1 - eps**0.5) * before)
-                    size = operator_norm * _tree.norm(x) + _tree.norm(b)
-                    size = torch.minimum(size, eps**-0.5 * _tree.norm(b))
-                    code = torch.where(
-                        new.sqrt() <= eps**0.75 * size,
-                        int(RESULTS.success),
-                        int(RESULTS.stagnation),
-                    )
+                    stalled = active & (rs >= (1 - eps**0.5) * before)
+                    # rounding errors undo what the cycle gained: there is no more to be had
+                    exhausted = (predicted < rs / 4) & (rs <= eps**0.5 * _tree.dot(b, b))
+                    code = torch.where(exhausted, int(RESULTS.success), int(RESULTS.stagnation))
                     verdict = torch.where(stalled, code, verdict)
                     active = active & ~stalled
-                rs = before = torch.where(active, new, rs)
-                active = active & bounds.open(rs)
+                before = rs
                 cycle = _Cycle(ravel(r, dtype), rs, active)
             z = precondition(unravel(cycle.basis[-1], b))
             w = ravel(operator.mv(z), dtype)
