@@ -20,10 +20,6 @@ Coefficient = float | Tensor | Callable[[TensorTree], Any]
 class Step(Protocol):
     """One step of an inner solver, with what it remembers from one step to the next."""
 
-    def functions(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
-        """The user's functions it calls, with the names they have in messages."""
-        ...
-
     def remember(self, params: TensorTree, /) -> TensorTree:
         """The memory before the first step."""
         ...
@@ -67,10 +63,6 @@ class IterativeSolver:
 
         state = steps.start(hparams, args)
         return steps.params(steps.run(advance, state, unbind(self.inputs, self.num_steps)))
-
-    def functions(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
-        """The user's functions, with the names they have in messages."""
-        return (*self.step.functions(), ("init", self.init))
 
 
 def iterate(
@@ -303,9 +295,6 @@ def unbind(inputs: TensorTree, num_steps: int) -> Iterable[tuple[Any, ...]]:
 class _MapStep:
     fixed_point: ParamsFunction
 
-    def functions(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
-        return _named("step", self.fixed_point)
-
     def remember(self, params: TensorTree, /) -> TensorTree:
         return ()
 
@@ -319,9 +308,6 @@ class _MapStep:
 class _DescentStep:
     inner_loss: Loss
     optimizer: optim.Optimizer
-
-    def functions(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
-        return _named("inner_loss", self.inner_loss)
 
     def remember(self, params: TensorTree, /) -> TensorTree:
         return self.optimizer.init(params)
@@ -362,15 +348,6 @@ def _gradient(
         offset = _tree.sub(leaves, loss.center_at(hparams, leaves, spec))
         grads = _tree.axpy(loss.weight_at(hparams), offset, grads)
     return _tree.unflatten(spec, grads)
-
-
-def _named(name: str, fn: Any) -> tuple[tuple[str, Callable[..., Any]], ...]:
-    """A user's function with its name in messages, taken out of what this library puts around."""
-    if isinstance(fn, _GradientDescentMap):
-        return _named("inner_loss", fn.inner_loss)
-    if isinstance(fn, ProximalLoss):
-        return (("the loss in proximal", fn.loss),)
-    return ((name, fn),)
 
 
 def _build(

@@ -596,14 +596,11 @@ def test_a_step_that_closes_over_hparams_is_refused(
     method: Any, operation: str, depth: int
 ) -> None:
     def f(h: Tensor) -> Tensor:
-        box = {"h": h}  # Out of reach of a look at the closure.
-        captured = h if depth == 0 else box
-
-        def step(w: Tensor, given: Tensor) -> Tensor:
-            tensor = captured if isinstance(captured, Tensor) else captured["h"]
-            return 0.5 * w + tensor.sin() * given
-
-        solver = iterate(step, 3, init=lambda h: torch.zeros(()))
+        module = torch.nn.Module()  # Where no look at the closure reaches.
+        module.captured = h
+        direct = (lambda w, given: 0.5 * w + h.sin() * given) if depth == 0 else None
+        hidden = lambda w, given: 0.5 * w + module.captured.sin() * given  # noqa: E731
+        solver = iterate(direct or hidden, 3, init=lambda h: torch.zeros(()))
         return method.solution_map(solver)(h.cos() if depth else h)  # type: ignore[no-any-return]
 
     with pytest.raises(ValueError, match="closes over a tensor that requires grad or belongs to"):
@@ -741,16 +738,18 @@ def test_checkpoint_restores_autocast(device: torch.device) -> None:
 
 def test_checkpoint_refuses_what_it_would_lose() -> None:
     weight = torch.ones(3, requires_grad=True)
-    hidden = [weight]
+    hidden = torch.nn.Module()
+    hidden.weight = torch.nn.Parameter(weight.detach())
     x = torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match=r"the checkpointed function .* closes over a tensor"):
         checkpoint(lambda x: x * weight)(x)
     with pytest.raises(ValueError, match="closes over a tensor"):
-        checkpoint(lambda x: x * hidden[0])(x).sum().backward()
+        checkpoint(lambda x: x * hidden.weight)(x).sum().backward()
 
     def f(h: Tensor) -> Tensor:
-        box = [h]
-        return checkpoint(lambda x: x * box[0])(h.sin()).sum()  # type: ignore[no-any-return]
+        module = torch.nn.Module()
+        module.captured = h
+        return checkpoint(lambda x: x * module.captured)(h.sin()).sum()  # type: ignore[no-any-return]
 
     with pytest.raises(ValueError, match="closes over a tensor"):
         grad(f)(torch.ones(3))

@@ -285,6 +285,7 @@ class Loop:
                 (*state, *self._at(operands, step)),
                 dots,
                 batched=batched,
+                check=step == 0,
             )
             state = outputs[:size]
         outputs = state[: self.num_outputs]
@@ -572,9 +573,7 @@ def _pull(
     check: bool = False,
 ) -> dict[int, Tensor]:
     """Transposed products of a function, where no transform is active; zeros are left out."""
-    inputs, outputs = _record(fn, primals, wrt)
-    if check and _ad.reaches_foreign_leaf(outputs, inputs):
-        raise ValueError(captured_message(STEP))
+    inputs, outputs = _record(fn, primals, wrt, check)
     live = [i for i in cotangents if outputs[i].requires_grad]
     if not live or not wrt:
         return {}
@@ -589,10 +588,15 @@ def _pull(
 
 
 def _push(
-    fn: Callable[..., Leaves], primals: Leaves, tangents: dict[int, Tensor], *, batched: bool
+    fn: Callable[..., Leaves],
+    primals: Leaves,
+    tangents: dict[int, Tensor],
+    *,
+    batched: bool,
+    check: bool = False,
 ) -> tuple[Leaves, dict[int, Tensor]]:
     """Outputs and their tangents, as the transpose of a transposed product; zeros are left out."""
-    inputs, outputs = _record(fn, primals, tangents)
+    inputs, outputs = _record(fn, primals, tangents, check)
     live = [i for i, out in enumerate(outputs) if out.requires_grad]
     if not live:
         return outputs, {}
@@ -625,14 +629,18 @@ def _push(
 
 
 def _record(
-    fn: Callable[..., Leaves], primals: Leaves, wrt: Iterable[int]
+    fn: Callable[..., Leaves], primals: Leaves, wrt: Iterable[int], check: bool
 ) -> tuple[Leaves, Leaves]:
+    """The graph of a function; looks for tensors that should have been arguments on ``check``."""
     chosen = set(wrt)
     with torch.enable_grad():
         inputs = tuple(
             primal.detach().requires_grad_(i in chosen) for i, primal in enumerate(primals)
         )
-        return inputs, tuple(fn(*inputs))
+        outputs = tuple(fn(*inputs))
+    if check and _ad.reaches_foreign_leaf(outputs, inputs):
+        raise ValueError(captured_message(STEP))
+    return inputs, outputs
 
 
 def _vmapped_start(fn: Callable[..., Leaves], level: _Level, num_fixed: int) -> Any:

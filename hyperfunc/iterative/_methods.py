@@ -16,7 +16,7 @@ from hyperfunc._closures import refuse_captured_tensors
 from hyperfunc._conditions import Arguments
 from hyperfunc._types import InnerSolver, Leaves
 from hyperfunc.inner_solvers import FlatSteps, IterativeSolver
-from hyperfunc.iterative._loop import Loop, Schedule, Steps
+from hyperfunc.iterative._loop import STEP, Loop, Schedule, Steps
 from hyperfunc.iterative._segment import Circumstances, Recorded, lanes
 
 
@@ -178,8 +178,8 @@ def _solve(
     inputs, inputs_spec = _tree.flatten(solver.inputs)
     if not _ad.is_tracked((*theta, *inputs)):
         return solver(hparams, *args)
-    for name, fn in solver.functions():
-        refuse_captured_tensors(fn, name)
+    refuse_captured_tensors(solver.step, STEP)
+    refuse_captured_tensors(solver.init, "init")
     flat = FlatSteps(solver)
     num_steps = solver.num_steps if last is None else min(last, solver.num_steps)
     skipped = solver.num_steps - num_steps
