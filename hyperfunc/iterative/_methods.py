@@ -62,8 +62,9 @@ class Reverse:
         checkpoint: which iterates are kept. An integer $k \ge 1$ keeps each $k$-th and, while
             going backwards, those in between two of them: $T/k + k$ iterates. ``"sqrt"`` keeps
             about $\sqrt{T/2}$ at any time, placed as by ``"binomial"``; each step is then run at
-            most three times, and once more with its graph. ``"binomial"`` keeps ``slots`` iterates, the first one included, and
-            places them so that the number of repeated steps is as small as possible.
+            most three times, and once more with its graph. ``"binomial"`` keeps ``slots``
+            iterates, the first one included, and places them so that the number of repeated steps
+            is as small as possible.
         slots: for ``"binomial"``: how many, at least 1; None takes $\log_2 T$, for which each step
             is repeated a handful of times.
         last: differentiate the last ``last`` steps only (truncated reverse mode): what comes before
