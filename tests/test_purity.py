@@ -1,0 +1,208 @@
+"""A call leaves nothing changed and nothing behind: arguments, modules, random numbers, memory."""
+
+import gc
+import hashlib
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from problems import PROBLEMS, Flat, Problem
+from torch import Tensor, nn
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
+
+import hyperfunc as hf
+
+# torch compiles its rules for forward mode by a deprecated function when they are first used.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+
+CALLS: dict[str, Callable[[Flat], Any]] = {
+    "hypergrad": lambda f: f.hypergrad(f.v, *f.a),
+    "vmap": lambda f: vmap(f.hypergrad)(f.V, *f.A),
+    "jacrev": lambda f: jacrev(f.hypergrad)(f.v, *f.a),
+    "jacfwd": lambda f: jacfwd(f.hypergrad)(f.v, *f.a),
+    "hessian": lambda f: hessian(f.value)(f.v, *f.a),
+    "vmap of grad": lambda f: vmap(grad(f.value))(f.V, *f.A),
+    "autograd": lambda f: torch.autograd.grad(f.value(f.v, *f.a), f.v),
+    "double autograd": lambda f: torch.autograd.grad(
+        torch.autograd.grad(f.value(f.v, *f.a), f.v, create_graph=True)[0].sum(), f.v
+    ),
+}
+
+
+def digest(tensors: list[Tensor]) -> str:
+    """Of values, layouts, versions and gradients."""
+    parts = []
+    for t in tensors:
+        parts.append(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        parts.append(repr((t.shape, t.stride(), t.dtype, t._version, t.requires_grad)).encode())
+        parts.append(repr((t.grad is None, t.is_leaf and t.grad_fn is None)).encode())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def surroundings() -> tuple[Any, ...]:
+    """What of torch's global state a computation could change."""
+    return (
+        hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+        torch.autograd.forward_ad._current_level,
+        torch._C._functorch.maybe_get_level(torch.zeros(())),
+        torch._C._functorch.peek_interpreter_stack(),
+    )
+
+
+@pytest.mark.parametrize("problem", PROBLEMS[::3], ids=lambda p: p.name)
+@pytest.mark.parametrize("call", CALLS)
+def test_calls_change_nothing_and_repeat_themselves(problem: Problem, call: str) -> None:
+    for method in ("normal_cg", problem.methods(torch.float64)["fixed_point"]):
+        f = Flat(problem, method)
+        f.v = f.v.clone().requires_grad_("autograd" in call)
+        inputs = [f.v, f.V, *f.a, *f.A]
+        before = digest(inputs), surroundings()
+        first, second = CALLS[call](f), CALLS[call](f)
+        assert (digest(inputs), surroundings()) == before
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", ["cg", "normal_cg", hf.FixedPoint(step_size=0.15)], ids=str)
+def test_modules_in_the_functions_stay_as_they_are(method: Any) -> None:
+    """Parameters, their gradients, and the running statistics of BatchNorm."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Tanh(), nn.Linear(2, 1)).double()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    apply, params = hf.functional(model)
+    X, y = torch.randn(6, 2, dtype=torch.float64), torch.randn(6, 1, dtype=torch.float64)
+
+    def inner_loss(w: Any, h: Any, X: Tensor, y: Tensor) -> Tensor:
+        distance = sum(((w[k] - h[k]) ** 2).sum() for k in w)
+        return ((apply(w, X) - y) ** 2).mean() + 2 * distance
+
+    def solver(h: Any, *args: Tensor) -> Any:
+        w = h
+        for _ in range(100):
+            g = grad(inner_loss)(w, h, *args)
+            w = {k: w[k] - 0.15 * g[k] for k in w}
+        return w
+
+    fn = hf.hypergrad(
+        solver,
+        lambda w, h, X, y: ((apply(w, X) - y) ** 2).mean(),
+        inner_loss=inner_loss,
+        method=method,
+    )
+    tensors = [*model.parameters(), *model.buffers(), *params.values(), X, y]
+    grads = [p.grad for p in model.parameters()]
+    before = digest([*tensors, *grads]), model.training, surroundings()
+    first = fn(params, X, y)
+    batched = vmap(fn, (None, 0, 0))(params, torch.stack([X, X]), torch.stack([y, y]))
+    again = fn(params, X, y)
+    assert (digest([*tensors, *grads]), model.training, surroundings()) == before
+    assert all(a is b for a, b in zip(grads, (p.grad for p in model.parameters()), strict=True))
+    for k in first:
+        assert torch.equal(first[k], again[k])
+        torch.testing.assert_close(batched[k][1], first[k], rtol=1e-9, atol=1e-11)
+
+
+def test_a_random_solver_takes_its_numbers_from_the_users_stream() -> None:
+    """Once a call: the methods draw none of their own, and restore none."""
+
+    def solver(h: Tensor) -> Tensor:
+        return h + 0 * torch.rand(2)
+
+    fn = hf.hypergrad(solver, lambda w, h: (w**2).sum(), optimality=lambda w, h: w - h)
+    torch.manual_seed(0)
+    fn(torch.ones(2))
+    after_call = torch.rand(3)
+    torch.manual_seed(0)
+    torch.rand(2)
+    assert torch.equal(after_call, torch.rand(3))
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+def test_results_share_no_memory_with_arguments() -> None:
+    """Not even where the solver returns its arguments, as a start that is a solution."""
+    h = {"a": torch.ones(2), "b": torch.ones(3)}
+    keywords: Any = {"optimality": lambda w, h: {k: w[k] - h[k] for k in w}}
+    implicit = hf.implicit_diff(lambda h: h, **keywords)
+    fn = hf.hypergrad_and_solution(lambda h: h, lambda w, h: w["a"].sum(), **keywords)
+    grads, solution = fn(h, adjoint_init=h)
+    for tree in (implicit(h), grads, solution.params, solution.adjoint):
+        for k in tree:
+            tree[k].fill_(7.0)
+    assert all((t == 1).all() for t in h.values())
+
+
+def test_results_do_not_hold_the_problem() -> None:
+    """Without derivatives to come, arguments and graphs are freed with the call."""
+
+    def task() -> tuple[Any, list[weakref.ref[Tensor]]]:
+        h, X = torch.ones(2), torch.ones(2)
+        fn = hf.hypergrad_and_solution(
+            lambda h, X: h * X, lambda w, h, X: (w**2).sum(), optimality=lambda w, h, X: w - h * X
+        )
+        return fn(h, X), [weakref.ref(h), weakref.ref(X)]
+
+    results, references = task()
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+    del results
+
+
+def count_tensors() -> int:
+    # by the type, since isinstance looks at attributes, which warn for some objects of torch
+    return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+
+def failing(f: Flat) -> None:
+    fn = hf.hypergrad(
+        lambda h: h.clone(), lambda w, h: w.sum(), optimality=lambda w, h: -w, method="cg"
+    )
+    for call in (fn, lambda h: vmap(fn)(torch.stack([h, h])), jacrev(fn)):
+        with pytest.raises(hf.HypergradError):
+            call(f.V[0])
+
+
+LEAKS: dict[str, Callable[[Flat], Any]] = {
+    **CALLS,
+    "graphs thrown away": lambda f: f.value(f.v.clone().requires_grad_(), *f.a),
+    "failures": failing,
+}
+
+
+@pytest.mark.parametrize("call", LEAKS)
+def test_repeated_calls_do_not_gather_memory(call: str) -> None:
+    f = Flat(PROBLEMS[0], "cg")
+    f.v = f.v.clone().requires_grad_("autograd" in call)
+    for _ in range(3):
+        LEAKS[call](f)
+    gc.collect()
+    before = count_tensors()
+    for _ in range(20):
+        LEAKS[call](f)
+    gc.collect()
+    assert count_tensors() <= before
+
+
+def test_calls_leave_no_cycles_that_hold_tensors() -> None:
+    """Memory comes back at once, and not when the garbage collector next looks."""
+    f = Flat(PROBLEMS[3], "cg")
+    f.hypergrad(f.v, *f.a)
+    gc.collect()
+    gc.disable()
+    try:
+        before = count_tensors()
+        for _ in range(5):
+            f.hypergrad(f.v, *f.a)
+        assert count_tensors() <= before
+    finally:
+        gc.enable()
