@@ -92,7 +92,8 @@ def load_glyphs() -> Data:
         [torch.stack([_rasterise(letter, face) for face in faces]) for _, letter in letters]
     )
     kept = distinct(glyphs)
-    drawings = _warp(glyphs[kept], torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    drawings = torch.stack([_warp(glyphs[index], generator) for index in kept])
     scripts, names = zip(*(letters[index] for index in kept), strict=True)
     source = [i for i, script in enumerate(scripts) if script in TRAIN_SCRIPTS]
     rows = (
@@ -243,7 +244,7 @@ def argument_parser(description: str, out: str) -> argparse.ArgumentParser:
     add("--inner-lr", type=positive(float), default=0.15, help="size of these steps")
     add("--meta-lr", type=positive(float), default=0.02, help="first step size of Adam; falls to 0")
     add("--tasks", type=positive(int), default=8, help="training tasks in an iteration")
-    add("--iterations", type=positive(int), default=1200, help="meta-updates")
+    add("--iterations", type=positive(int), default=1000, help="meta-updates")
     add("--test-tasks", type=positive(int), default=600, help="tasks with unseen test classes")
     add("--seed", type=int, default=0, help="of the initialisation and of the training tasks")
     add("--device", default="cpu", help="such as cpu or cuda")
@@ -303,7 +304,7 @@ def prepare(
 
 CHECKPOINT = "checkpoint.pt"
 VALIDATION_TASKS = 200
-VALIDATIONS = 15  # in a run
+VALIDATIONS = 10  # in a run
 
 
 class Run:
@@ -485,9 +486,9 @@ def _rasterise(letter: str, face: ImageFont.FreeTypeFont) -> Tensor:
     return torch.from_numpy(np.array(canvas)) / 255
 
 
-def _warp(glyphs: Tensor, generator: torch.Generator) -> Tensor:
+def _warp(glyph: Tensor, generator: torch.Generator) -> Tensor:
     """Randomly turned, sheared, scaled and shifted copies, as bytes at the final size."""
-    images = glyphs.repeat_interleave(WARPS, 1).flatten(0, 1).unsqueeze(1)
+    images = glyph.repeat_interleave(WARPS, 0).unsqueeze(1)
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(images), generator=generator)
@@ -501,8 +502,7 @@ def _warp(glyphs: Tensor, generator: torch.Generator) -> Tensor:
     linear = turn.view(-1, 2, 2) @ stretch.view(-1, 2, 2)
     grid = F.affine_grid(torch.cat([linear, shift[..., None]], 2), list(images.shape), False)
     warped = F.avg_pool2d(F.grid_sample(images, grid, align_corners=False), 2)
-    shape = (len(glyphs), glyphs.shape[1] * WARPS, SIZE, SIZE)
-    return (warped * 255).round().to(torch.uint8).view(shape)
+    return (warped[:, 0] * 255).round().to(torch.uint8)
 
 
 def _omniglot_files(root: Path) -> Iterator[tuple[tuple[str, ...], bytes]]:
@@ -584,7 +584,7 @@ def _picture(
     predict: Callable[[Tasks], Tensor],
 ) -> Figure:
     """The learning curve beside a few test tasks and what was made of them."""
-    figure = Figure(figsize=(13, 5), layout="constrained")
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
     curve, board = figure.subplots(1, 2, width_ratios=(1, 1.35))
     steps = [entry["iteration"] for entry in history]
     trained = [entry for entry in history if "accuracy" in entry]
