@@ -1,6 +1,7 @@
 """Hypergradients in PyTorch, in the style of torch.func."""
 
 from hyperfunc import bilevel, optim
+from hyperfunc._error_bound import ErrorBound, HypergradBound
 from hyperfunc._hypergrad import (
     hypergrad,
     hypergrad_and_solution,
@@ -9,12 +10,14 @@ from hyperfunc._hypergrad import (
 )
 from hyperfunc._implicit import HypergradError
 from hyperfunc._results import RESULTS, Solution, SolveStats
+from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, diagnose
 from hyperfunc.inner_solvers import gradient_descent_map, iterate, minimize
 from hyperfunc.iterative import ForwardMode, Reverse, ReverseUnroll, checkpoint
 from hyperfunc.linear_solvers import (
     CG,
     GMRES,
     AndersonFixedPoint,
+    Auto,
     BiCGStab,
     Blockwise,
     Damped,
@@ -37,13 +40,18 @@ __all__ = [
     "GMRES",
     "RESULTS",
     "AndersonFixedPoint",
+    "Auto",
     "BiCGStab",
     "Blockwise",
     "Damped",
     "Dense",
+    "Diagnosis",
+    "ErrorBound",
     "Fallback",
     "FixedPoint",
     "ForwardMode",
+    "HypergradBound",
+    "HypergradCheck",
     "HypergradError",
     "JacobiPreconditioner",
     "Neumann",
@@ -58,7 +66,9 @@ __all__ = [
     "StochasticAID",
     "assign_grads",
     "bilevel",
+    "check_hypergrad",
     "checkpoint",
+    "diagnose",
     "functional",
     "gradient_descent_map",
     "hypergrad",

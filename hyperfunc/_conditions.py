@@ -147,6 +147,15 @@ class BoundCondition:
             (tuple(n + i for i in wrt),),
         )
 
+    def residual(self, w: Leaves, theta: Leaves, value: Leaves) -> Leaves:
+        """The residual at a point, from the value ``P(w, theta)`` there."""
+        if self.condition.kind == "fixed_point":
+            return _tree.sub(w, value)
+        if self.proximal is None:
+            return value
+        hparams = self.arguments.unflatten(theta)[0]
+        return _tree.add(value, self.proximal.gradient(w, self.params_spec, hparams))
+
     def operator(self, linearization: _ad.Linearization, theta: Leaves) -> LinearOperator:
         """``A = dr/dw`` as a linear operator."""
         symmetric = self.condition.symmetric

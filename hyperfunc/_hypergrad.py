@@ -19,6 +19,7 @@ from hyperfunc._conditions import (
     check_scalar,
     make_condition,
 )
+from hyperfunc._error_bound import ErrorBound, error_bound
 from hyperfunc._implicit import (
     HypergradError,
     ImplicitProblem,
@@ -177,6 +178,7 @@ def hypergrad_and_solution(
     method: Any = "cg",
     has_aux: bool = False,
     throw: bool = True,
+    error_bound: bool | ErrorBound = False,
 ) -> Any:
     """Like `hypergrad`, returning the whole `hyperfunc.Solution` too.
 
@@ -189,11 +191,19 @@ def hypergrad_and_solution(
         method: see `hypergrad`.
         has_aux: see `hypergrad`.
         throw: see `hypergrad`.
+        error_bound: whether to bound the error of the hypergradient, by residuals and estimated
+            norms; or a `hyperfunc.ErrorBound` with the contraction factor or the strong convexity
+            of the inner problem, which are estimated otherwise. It takes about ``10 num_steps``
+            products more. Implicit methods only, without minibatches.
 
     Returns:
         ``fn(hparams, *args, adjoint_init=None) -> (hypergradient, Solution)``. The solution holds
         the inner params, the outer value, aux, the adjoint (to be passed as ``adjoint_init`` next
-        time) and the statistics of the linear solve; iterative methods leave the last two ``()``.
+        time), the statistics of the linear solve, and the `hyperfunc.HypergradBound` if asked for;
+        what there is none of is ``()``. The bound is detached from the graph.
+
+    Raises:
+        ValueError: see `hypergrad`; or a bound that the method or condition has none of.
 
     Example:
         >>> fn = hf.hypergrad_and_solution(
@@ -202,6 +212,18 @@ def hypergrad_and_solution(
         >>> grads, solution = fn(torch.tensor(4.0))
         >>> solution.params, solution.adjoint, solution.stats.result
         (tensor(2.), tensor(4.), tensor(0))
+
+        An inner solution that is off by 0.1 gives a hypergradient that is off by 0.1:
+
+        >>> fn = hf.hypergrad_and_solution(
+        ...     lambda h: h / 2 + 0.1,
+        ...     lambda w, h: (w - 1) ** 2,
+        ...     fixed_point=lambda w, h: (w + h / 2) / 2,
+        ...     error_bound=True,
+        ... )
+        >>> grads, solution = fn(torch.tensor(4.0))
+        >>> grads, solution.error_bound.bound
+        (tensor(1.1000), tensor(0.1000))
     """
     return _transform(
         "hypergrad_and_solution",
@@ -212,6 +234,7 @@ def hypergrad_and_solution(
         method,
         has_aux,
         throw,
+        _check_error_bound(error_bound, method),
     )
 
 
@@ -290,6 +313,7 @@ class _Rule:
     condition: Condition | None
     method: Any
     throw: bool
+    bound: ErrorBound | None = None
 
 
 class _Transformed:
@@ -325,6 +349,7 @@ def _transform(
     method: Any,
     has_aux: bool,
     throw: bool,
+    bound: ErrorBound | None = None,
 ) -> Any:
     method = resolve_method(method)
     if outer_loss is None or not callable(outer_loss):
@@ -335,9 +360,17 @@ def _transform(
         )
     if inner_solver is None:
         return lambda solver: _transform(
-            name, select, _check_solver(solver), outer_loss, conditions, method, has_aux, throw
+            name,
+            select,
+            _check_solver(solver),
+            outer_loss,
+            conditions,
+            method,
+            has_aux,
+            throw,
+            bound,
         )
-    rule = _make_rule(inner_solver, conditions, method, throw)
+    rule = _make_rule(inner_solver, conditions, method, throw, bound)
     compute = _implicit_hypergrad if is_implicit(method) else _iterative_hypergrad
 
     def call(hparams: TensorTree, *args: Any, adjoint_init: TensorTree = None) -> Any:
@@ -348,7 +381,11 @@ def _transform(
 
 
 def _make_rule(
-    inner_solver: Any, conditions: tuple[Any, Any, Any], method: Any, throw: bool
+    inner_solver: Any,
+    conditions: tuple[Any, Any, Any],
+    method: Any,
+    throw: bool,
+    bound: ErrorBound | None = None,
 ) -> _Rule:
     _check_solver(inner_solver)
     condition = make_condition(inner_solver, *conditions)
@@ -359,7 +396,26 @@ def _make_rule(
             f"by hf.iterate or hf.minimize without minibatch inputs), or use an iterative method "
             f"such as method='reverse_unroll'"
         )
-    return _Rule(inner_solver, condition, method, throw)
+    if bound is not None and condition is not None:
+        bound.check(condition.kind)
+    return _Rule(inner_solver, condition, method, throw, bound)
+
+
+def _check_error_bound(value: bool | ErrorBound, method: Any) -> ErrorBound | None:
+    if value is False:
+        return None
+    if not (value is True or isinstance(value, ErrorBound)):
+        raise TypeError(
+            f"error_bound is {value!r}; expected True, False, or an object such as "
+            f"hf.ErrorBound(contraction=0.9)"
+        )
+    method = resolve_method(method)
+    if not is_implicit(method) or isinstance(method, StochasticAID):
+        raise ValueError(
+            f"error_bound is for implicit methods with a deterministic linear solve, but the "
+            f"method is {method!r}. Use one such as method='cg', or leave error_bound out"
+        )
+    return ErrorBound() if value is True else value
 
 
 def _check_solver(inner_solver: Any) -> Any:
@@ -435,8 +491,32 @@ def _implicit_hypergrad(
         aux=aux,
         adjoint=_tree.unflatten(params_spec, u),
         stats=stats,
+        error_bound=_bound_error(rule, outer_loss, has_aux, problem, w, theta, u),
     )
     return _tree.unflatten(hparams_spec, grads), solution
+
+
+def _bound_error(
+    rule: _Rule,
+    outer_loss: Callable[..., Any],
+    has_aux: bool,
+    problem: ImplicitProblem,
+    w: Leaves,
+    theta: Leaves,
+    u: Leaves,
+) -> Any:
+    if rule.bound is None:
+        return ()
+    bound = problem.bound
+    assert bound is not None
+    outer, n = _OuterLoss(outer_loss, has_aux), len(w)
+
+    def value(*leaves: Tensor) -> Tensor:
+        params = _tree.unflatten(bound.params_spec, leaves[:n])
+        return outer(params, *problem.arguments.unflatten(leaves[n:]))[0][0]
+
+    detached = (_ad.detach(leaves) for leaves in (w, theta, u))
+    return error_bound(rule.bound, bound, value, *detached)
 
 
 def _mean_outer_gradient(

@@ -19,6 +19,7 @@ METHODS: dict[str, type] = {
     "bicgstab": linear_solvers.BiCGStab,
     "nystrom": linear_solvers.Nystrom,
     "stoch_aid": linear_solvers.StochasticAID,
+    "auto": linear_solvers.Auto,
     "reverse_unroll": iterative.ReverseUnroll,
     "reverse": iterative.Reverse,
     "forward": iterative.ForwardMode,

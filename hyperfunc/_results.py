@@ -82,6 +82,7 @@ class Solution(NamedTuple):
         adjoint: ``u`` with ``A^T u = dE/dw``, a tree like ``params``; pass it back as
             ``adjoint_init`` to warm-start the next solve.
         stats: `SolveStats` of the linear solve.
+        error_bound: the `hyperfunc.HypergradBound` that ``error_bound=`` asked for.
     """
 
     params: TensorTree
@@ -89,3 +90,4 @@ class Solution(NamedTuple):
     aux: Any
     adjoint: TensorTree
     stats: SolveStats | tuple[()]
+    error_bound: Any = ()

@@ -7,6 +7,7 @@ returns the iterate together with `hyperfunc.SolveStats`.
 """
 
 from hyperfunc.linear_solvers._anderson import AndersonFixedPoint
+from hyperfunc.linear_solvers._auto import Auto
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
 from hyperfunc.linear_solvers._dense import Dense
 from hyperfunc.linear_solvers._gmres import GMRES
@@ -27,6 +28,7 @@ __all__ = [
     "AbstractLinearSolver",
     "AbstractPreconditioner",
     "AndersonFixedPoint",
+    "Auto",
     "BiCGStab",
     "Blockwise",
     "Damped",

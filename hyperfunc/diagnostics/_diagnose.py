@@ -1,0 +1,293 @@
+"""Facts about an inner problem at a point, and the method that they call for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _ad, _tree
+from hyperfunc._conditions import Arguments, BoundCondition, make_condition
+from hyperfunc._types import Leaves, Loss, ParamsFunction, TensorTree
+from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver
+from hyperfunc.linear_solvers._auto import choose, condition_number, make_solver
+from hyperfunc.linear_solvers._random import random_signs
+from hyperfunc.linear_solvers._spectrum import Estimate, Spectrum, measure
+
+REASONS = {
+    "cg": "A is symmetric, and no direction that was explored has negative curvature",
+    "fixed_point": "the map contracts fast",
+    "gmres": "A is not symmetric, or not positive definite, and no map contracts fast",
+    "normal_cg": "A is not positive definite, or so well conditioned that its square may be solved",
+    "dense": "there are so few inner parameters that the matrix costs less than an iteration",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """The method that the facts call for.
+
+    Attributes:
+        method: the method object, ready to be passed to `hyperfunc.hypergrad`.
+        reason: why, in words.
+        num_products: for each method by its short name, the products with ``A`` or its transpose
+            that it is expected to need for the accuracy, added up over the tasks; methods whose
+            assumptions do not hold are left out.
+    """
+
+    method: AbstractLinearSolver
+    reason: str
+    num_products: dict[str, int]
+
+
+class Diagnosis(NamedTuple):
+    """What was found at a point; a tree of 0-d tensors (batched under ``vmap``).
+
+    With ``r`` the residual of the condition (``w - phi(w)``, the inner gradient, or the optimality
+    function) and ``A = dr/dw``. Each `Estimate` is a pair of a ``value`` and its ``uncertainty``.
+
+    Attributes:
+        residual: ``||r||``; its uncertainty is what rounding ``params`` to their dtype does to it.
+        contraction: ``||I - s A||``: below 1 where the map ``w - s r(w)`` is a contraction.
+        spectral_radius: that of ``I - s A``: the rate of the last iterations of this map.
+        step_size: ``s``: 1 for a fixed-point map, otherwise the best or a usual one.
+        asymmetry: ``||A - A^T|| / ||A||`` in the Frobenius norm; 0 for an inner loss. Its
+            uncertainty is a standard error.
+        eig_min: smallest curvature, the least eigenvalue of ``(A + A^T) / 2``.
+        eig_max: largest curvature.
+        curvature_signs: int64, of shape (3,): among the curvatures that were found, how many are
+            negative, zero up to rounding, and positive.
+        condition_number: ``||A|| ||A^{-1}||``, Inf if singular.
+        sigma_min: smallest singular value ``1 / ||A^{-1}||``.
+        sigma_max: largest singular value ``||A||``.
+        symmetric: bool, whether the asymmetry is rounding noise.
+        is_map: bool, whether the condition is a fixed-point map.
+        size: int64, the number of inner parameters.
+        num_products: int64, the products that the diagnosis took.
+    """
+
+    residual: Estimate
+    contraction: Estimate
+    spectral_radius: Estimate
+    step_size: Tensor
+    asymmetry: Estimate
+    eig_min: Estimate
+    eig_max: Estimate
+    curvature_signs: Tensor
+    condition_number: Estimate
+    sigma_min: Estimate
+    sigma_max: Estimate
+    symmetric: Tensor
+    is_map: Tensor
+    size: Tensor
+    num_products: Tensor
+
+    @property
+    def method(self) -> AbstractLinearSolver:
+        """The recommended method, for the default accuracy of its dtype."""
+        return self.recommend().method
+
+    @property
+    def advice(self) -> str:
+        """The recommendation in words."""
+        return "\n".join(self._advice())
+
+    def recommend(self, accuracy: float | None = None) -> Recommendation:
+        """The method for a relative accuracy of the adjoint.
+
+        Args:
+            accuracy: > 0; by default ``eps ** 0.75``, the default tolerance of the methods. A given
+                accuracy becomes the ``rtol`` of the method.
+
+        Returns:
+            The method, one for all tasks; the reason; and the expected numbers of products.
+
+        Raises:
+            ValueError: for an accuracy that is not between 0 and 1.
+        """
+        if accuracy is not None and not 0 < accuracy < 1:
+            raise ValueError(f"accuracy is {accuracy!r}; expected a number between 0 and 1")
+        eps = torch.finfo(self.residual.value.dtype).eps
+        # a diagnosis that comes out of vmap holds a batch of equal sizes and kinds
+        size, is_map = int(self.size.reshape(-1)[0]), bool(self.is_map.reshape(-1)[0])
+        choice = choose(self._spectrum(), size, is_map, accuracy or eps**0.75)
+        products = {name: count for name, count in choice.products.items() if count >= 0}
+        longest = max(products.get(choice.name, products.get("normal_cg", 0)), 500)
+        method = make_solver(choice.name, min(2 * longest, 10**6), accuracy)
+        return Recommendation(method, REASONS[choice.name], products)
+
+    def __str__(self) -> str:
+        rows = [
+            ("inner residual", self.residual),
+            (f"contraction factor of w - {_number(self.step_size)} r(w)", self.contraction),
+            ("spectral radius of its Jacobian", self.spectral_radius),
+            ("asymmetry of A", self.asymmetry),
+            ("smallest curvature", self.eig_min),
+            ("largest curvature", self.eig_max),
+            ("smallest singular value of A", self.sigma_min),
+            ("largest singular value of A", self.sigma_max),
+            ("condition number of A", self.condition_number),
+        ]
+        width = max(len(name) for name, _ in rows)
+        lines = [
+            f"{name:<{width}}  {_number(value)} ± {_number(uncertainty)}"
+            for name, (value, uncertainty) in rows
+        ]
+        signs = self.curvature_signs.reshape(-1, 3).sum(0).tolist()
+        lines.append(
+            f"{'curvatures found':<{width}}  "
+            f"{signs[0]} negative, {signs[1]} zero, {signs[2]} positive"
+        )
+        return "\n".join([*lines, *self._advice()])
+
+    def _advice(self) -> list[str]:
+        chosen = self.recommend()
+        counts = ", ".join(f"{name} {count}" for name, count in chosen.num_products.items())
+        lines = [f"method: {chosen.method!r}", f"  because {chosen.reason}"]
+        lines.append(f"  products expected at most, by method: {counts}")
+        if isinstance(chosen.method, GMRES) and "gmres" not in chosen.num_products:
+            lines.append("  for GMRES no rate is known here; should it stagnate, NormalCG has one")
+        if bool((self.curvature_signs[..., 0] > 0).any()) and bool(self.symmetric.all()):
+            lines.append(
+                "  A has negative curvature: these params are no minimum of an inner loss, but a "
+                "saddle or maximum"
+            )
+        if bool(torch.isinf(self.condition_number.value).any()):
+            lines.append(
+                "  A is singular to working precision: the solution does not depend smoothly on "
+                "hparams. Add a regulariser, or use hf.Damped"
+            )
+        loose = self.condition_number.uncertainty > 0.5 * self.condition_number.value
+        if bool(loose.any()):
+            lines.append(
+                "  the condition number is a lower bound rather than an estimate: raise num_steps"
+            )
+        if not bool(torch.isfinite(self.sigma_max.value).all()):
+            lines.append("  A has non-finite entries (NaN or Inf)")
+        return lines
+
+    def _spectrum(self) -> Spectrum:
+        return Spectrum(
+            self.asymmetry,
+            self.symmetric,
+            self.eig_min,
+            self.eig_max,
+            self.curvature_signs,
+            self.sigma_min,
+            self.sigma_max,
+            self.step_size,
+            self.contraction,
+            self.spectral_radius,
+            self.num_products,
+        )
+
+
+def diagnose(
+    params: TensorTree,
+    hparams: TensorTree,
+    *args: Any,
+    fixed_point: ParamsFunction | None = None,
+    inner_loss: Loss | None = None,
+    optimality: ParamsFunction | None = None,
+    num_steps: int = 20,
+    seed: int = 0,
+) -> Diagnosis:
+    r"""Measure what methods assume, at a point: contraction, symmetry, curvature, conditioning.
+
+    With the residual :math:`r` of the condition and :math:`A = \partial_w r`, products with
+    :math:`A` and :math:`A^\top` on random vectors tell
+
+    .. math:: \lVert r \rVert, \quad \lVert I - sA \rVert, \quad \rho(I - sA), \quad
+              \lVert A - A^\top \rVert / \lVert A \rVert, \quad
+              \lambda\big(\tfrac12 (A + A^\top)\big), \quad \sigma(A),
+
+    by the methods of Lanczos, Golub and Kahan, and Arnoldi (which contain the power iteration, and
+    are never worse). No matrix is formed; ``num_steps`` vectors are kept. With ``num_steps`` at the
+    number of inner parameters all but the asymmetry is exact.
+
+    Args:
+        params: the point: a tree of floating-point tensors, usually the inner solution.
+        hparams: the outer variables.
+        *args: what the condition takes besides.
+        fixed_point: see `hyperfunc.hypergrad`; exactly one of the three.
+        inner_loss: see `hyperfunc.hypergrad`.
+        optimality: see `hyperfunc.hypergrad`.
+        num_steps: dimension of the Krylov spaces, >= 1: the products are this many for an inner
+            loss, up to 7 times as many for other conditions.
+        seed: the random vectors are a pure function of this integer.
+
+    Returns:
+        A `Diagnosis`, detached from the graph: a tree of numbers with their uncertainties; its
+        ``str`` is a table, ``method`` the recommended method, ``advice`` the reasons in words, and
+        ``recommend(accuracy)`` the method with the number of products that it is expected to need.
+        Under ``vmap`` each task has its own numbers.
+
+    Raises:
+        ValueError: none or several conditions, or a number of steps below 1.
+
+    Example:
+        >>> facts = hf.diagnose(
+        ...     torch.zeros(2), torch.ones(2), inner_loss=lambda w, h: 2 * w[0] ** 2 + w[1] ** 2 / 2
+        ... )
+        >>> facts.eig_min.value, facts.eig_max.value, facts.condition_number.value
+        (tensor(1.0000), tensor(4.0000), tensor(4.0000))
+        >>> facts.recommend(accuracy=1e-3).num_products["cg"]
+        2
+
+    References:
+        The rates: Grazzi, Franceschi, Pontil and Salzo, On the iteration complexity of
+        hypergradient computation, arXiv 2006.16218. The estimates: Golub and Van Loan, Matrix
+        computations, chapter 10.
+    """
+    condition = make_condition(None, fixed_point, inner_loss, optimality)
+    if condition is None:
+        raise ValueError(
+            "diagnose: got none of fixed_point=, inner_loss=, optimality=. Pass the one that "
+            "characterises params"
+        )
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"diagnose: num_steps is {num_steps!r}; expected an integer, 1 or more")
+    leaves, spec = _tree.flatten_floating(params, "params")
+    arguments, theta, _ = Arguments.flatten(hparams, args)
+    bound = BoundCondition(condition, arguments, spec, len(leaves))
+    return diagnose_bound(bound, _ad.detach(leaves), _ad.detach(theta), num_steps, seed)
+
+
+def diagnose_bound(
+    bound: BoundCondition, w: Leaves, theta: Leaves, num_steps: int, seed: int = 0
+) -> Diagnosis:
+    """The diagnosis of a condition at a detached point."""
+    is_map = bound.condition.kind == "fixed_point"
+    linearization = bound.linearize(w, theta, ())
+    operator = bound.operator(linearization, theta)
+    residual = bound.residual(w, theta, linearization.outputs)
+    rounded = tuple(leaf * sign for leaf, sign in zip(w, random_signs(w, seed), strict=True))
+    eps = _tree.epsilon(w)
+    norm = _tree.norm(residual)
+    noise = eps * (_tree.norm(operator.mv(rounded)) + norm)
+    spectrum = measure(operator, w, num_steps, is_map=is_map, full=True, seed=seed)
+    return Diagnosis(
+        residual=Estimate(norm, noise),
+        contraction=spectrum.contraction,
+        spectral_radius=spectrum.spectral_radius,
+        step_size=spectrum.step_size,
+        asymmetry=spectrum.asymmetry,
+        eig_min=spectrum.eig_min,
+        eig_max=spectrum.eig_max,
+        curvature_signs=spectrum.signs,
+        condition_number=condition_number(spectrum),
+        sigma_min=spectrum.sigma_min,
+        sigma_max=spectrum.sigma_max,
+        symmetric=spectrum.symmetric,
+        is_map=torch.full_like(spectrum.num_products, is_map, dtype=torch.bool),
+        size=torch.full_like(spectrum.num_products, sum(leaf.numel() for leaf in w)),
+        num_products=spectrum.num_products + 1,
+    )
+
+
+def _number(value: Tensor) -> str:
+    """A number, or the range of those of several tasks."""
+    low, high = float(value.min()), float(value.max())
+    return f"{low:.4g}" if low == high or value.ndim == 0 else f"{low:.4g} to {high:.4g}"

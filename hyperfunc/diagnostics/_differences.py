@@ -1,0 +1,81 @@
+"""Finite differences with an error estimate, the step chosen by the noise of the function."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from hyperfunc import _tree
+from hyperfunc._types import Leaves
+
+ScalarFunction: TypeAlias = Callable[[Leaves], float]
+
+
+class Difference(NamedTuple):
+    """A directional derivative and an estimate of its error."""
+
+    value: float
+    error: float
+
+
+def random_direction(x: Leaves, generator: torch.Generator) -> Leaves:
+    """Normal entries of the size of those of each leaf (of size 1 for a leaf of zeros)."""
+    direction = []
+    for leaf in x:
+        noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+        size = leaf.double().square().mean().sqrt().item() if leaf.numel() else 0.0
+        direction.append((noise * (max(size, 1e-3) if size else 1.0)).to(leaf))
+    return tuple(direction)
+
+
+def noise_level(fn: ScalarFunction, x: Leaves, direction: Leaves) -> float:
+    """The standard deviation of a function's noise, from a table of differences of close values.
+
+    The differences of order ``k`` of a smooth function vanish for close points, and those of noise
+    with deviation s have the variance ``(2k)! / (k!)^2 s^2`` (More and Wild, Estimating
+    computational noise, 2011).
+    """
+    step = 100 * _tree.epsilon(x)
+    values = [fn(_tree.axpy(i * step, direction, x)) for i in range(7)]
+    rounding = max(map(abs, values)) * _tree.epsilon(x)
+    levels, table = [], values
+    for order in range(1, 7):
+        table = [b - a for a, b in itertools.pairwise(table)]
+        factor = math.factorial(order) ** 2 / math.factorial(2 * order)
+        levels.append(math.sqrt(factor * sum(v * v for v in table) / len(table)))
+    return max(min(levels[2:]), rounding)
+
+
+def difference(fn: ScalarFunction, x: Leaves, direction: Leaves, noise: float) -> Difference:
+    """The derivative along a direction, by central differences extrapolated to fourth order.
+
+    Steps go down from one that suits the noise; each gives a value, and an error from what the
+    extrapolation changes plus what the noise may do. The value with the smallest error wins, and
+    its error is not less than its distance from the nearest other, as two values agree by chance.
+    """
+    size = max(abs(fn(x)), noise, torch.finfo(torch.float64).tiny)
+    start = max(noise / size, _tree.epsilon(x)) ** 0.2
+    found = []
+    for shrink in (1.0, 2.0**-2, 2.0**-4, 2.0**-8):
+        step = start * shrink
+        wide, narrow = _central(fn, x, direction, step), _central(fn, x, direction, step / 2)
+        value = (4 * narrow - wide) / 3
+        found.append(Difference(value, abs(value - narrow) + 4 * noise / step))
+    finite = [each for each in found if math.isfinite(each.value)]
+    if len(finite) < 2:
+        return Difference(math.nan, math.inf)
+    best = min(finite, key=lambda each: each.error)
+    distance = min(abs(best.value - each.value) for each in finite if each is not best)
+    return Difference(best.value, max(best.error, distance))
+
+
+def _central(fn: ScalarFunction, x: Leaves, direction: Leaves, step: float) -> float:
+    above, below = (_tree.axpy(sign * step, direction, x) for sign in (1.0, -1.0))
+    # what was really stepped, after rounding
+    change = float(_tree.dot(_tree.sub(above, below), direction))
+    length = float(_tree.dot(direction, direction))
+    return (fn(above) - fn(below)) * length / change if change else math.nan

@@ -1,0 +1,358 @@
+"""What products tell of an operator: symmetry, eigenvalues, singular values, contraction.
+
+All estimates come from Krylov spaces of random vectors, by the Rayleigh-Ritz procedure on a basis
+that is orthogonalised in full, and each carries the uncertainty that its own residual gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _ad, _tree
+from hyperfunc._types import Leaves
+from hyperfunc.linear_solvers._base import LinearOperator
+from hyperfunc.linear_solvers._dense import ravel, unravel
+from hyperfunc.linear_solvers._random import random_signs, random_uniform
+
+PROBES = 3
+
+
+class Estimate(NamedTuple):
+    """A number and how far off it may be, as two 0-d tensors.
+
+    For an extreme eigenvalue or singular value the uncertainty is ``min(r, 4 r^2 / gap)`` with
+    the norm ``r`` of its residual and the gap to the next Ritz value, which is larger than that to
+    the next eigenvalue. A value whose vector the random start has no part of is missed.
+    """
+
+    value: Tensor
+    uncertainty: Tensor
+
+    @property
+    def upper(self) -> Tensor:
+        """Value plus uncertainty."""
+        return self.value + self.uncertainty
+
+    @property
+    def lower(self) -> Tensor:
+        """Value minus uncertainty."""
+        return self.value - self.uncertainty
+
+
+class Spectrum(NamedTuple):
+    """What was measured of an operator ``A``; what was not is NaN.
+
+    Attributes:
+        asymmetry: ``||A - A^T|| / ||A||`` in the Frobenius norm.
+        symmetric: whether that is zero up to rounding.
+        eig_min: the smallest eigenvalue of the symmetric part ``(A + A^T) / 2``.
+        eig_max: the largest one.
+        signs: int64, of shape (3,): how many Ritz values of the symmetric part are negative, zero
+            up to rounding, and positive.
+        sigma_min: the smallest singular value of ``A``.
+        sigma_max: the largest one.
+        step_size: the ``s`` of the two rows below.
+        contraction: the norm of ``I - s A``.
+        spectral_radius: its spectral radius.
+        num_products: int64, products with ``A`` or ``A^T`` that were taken.
+    """
+
+    asymmetry: Estimate
+    symmetric: Tensor
+    eig_min: Estimate
+    eig_max: Estimate
+    signs: Tensor
+    sigma_min: Estimate
+    sigma_max: Estimate
+    step_size: Tensor
+    contraction: Estimate
+    spectral_radius: Estimate
+    num_products: Tensor
+
+
+def measure(
+    operator: LinearOperator,
+    like: Leaves,
+    num_steps: int,
+    *,
+    is_map: bool,
+    full: bool,
+    seed: int = 0,
+) -> Spectrum:
+    """Measure an operator by Krylov spaces of a dimension.
+
+    With ``is_map`` the operator is ``I - J``, and the contraction is that of ``J``. Without
+    ``full``, only what the choice of a solver depends on is measured.
+    """
+    dtype = _tree.accumulation_dtype(like)
+    num_steps = min(num_steps, sum(leaf.numel() for leaf in like))
+    nan = torch.full((), torch.nan, dtype=dtype, device=like[0].device)
+    unknown = Estimate(nan, nan)
+    zero = torch.zeros_like(nan)
+    asymmetry, count = Estimate(zero, zero), 0
+    if not operator.symmetric:
+        asymmetry, count = _asymmetry(operator, like, seed), 2 * PROBES
+    symmetric = asymmetry.value <= 10 * _tree.epsilon(like) ** 0.75
+    mv, rmv = operator.mv, operator.T.mv
+
+    if _ad.all_true(symmetric):
+        ritz = eigenvalues(mv, like, num_steps, seed)
+        eig_min, eig_max, sigma_min, sigma_max = ritz.extremes()
+        step_size = _step_size(is_map, eig_min, eig_max, sigma_max, symmetric)
+        contraction = ritz.largest(torch.ones_like(zero), -step_size)
+        return Spectrum(
+            asymmetry,
+            symmetric,
+            eig_min,
+            eig_max,
+            ritz.signs(),
+            sigma_min,
+            sigma_max,
+            step_size,
+            contraction,
+            contraction,
+            torch.full_like(zero, count + num_steps, dtype=torch.int64),
+        )
+
+    def gram(v: Leaves) -> tuple[Leaves, Leaves]:
+        image = mv(v)
+        return image, rmv(image)
+
+    sigma_min, sigma_max = singular_values(gram, like, num_steps, seed)
+    count += 2 * num_steps
+    eig_min = eig_max = contraction = radius = unknown
+    signs = torch.zeros_like(nan, dtype=torch.int64).expand(3)
+    if full:
+        half = torch.full_like(zero, 0.5)
+        ritz = eigenvalues(
+            lambda v: _tree.scale(half, _tree.add(mv(v), rmv(v))), like, num_steps, seed
+        )
+        eig_min, eig_max, _, _ = ritz.extremes()
+        signs = ritz.signs()
+        count += 2 * num_steps
+    step_size = _step_size(is_map, eig_min, eig_max, sigma_max, symmetric)
+
+    def step_gram(v: Leaves) -> tuple[Leaves, Leaves]:
+        image = _tree.axpy(-step_size, mv(v), v)
+        return image, _tree.axpy(-step_size, rmv(image), image)
+
+    if full or is_map:
+        _, contraction = singular_values(step_gram, like, num_steps, seed)
+        count += 2 * num_steps
+    if full:
+        radius = spectral_radius(lambda v: _tree.axpy(-step_size, mv(v), v), like, num_steps, seed)
+        count += num_steps
+    return Spectrum(
+        asymmetry,
+        symmetric,
+        eig_min,
+        eig_max,
+        signs,
+        sigma_min,
+        sigma_max,
+        step_size,
+        contraction,
+        radius,
+        torch.full_like(zero, count, dtype=torch.int64),
+    )
+
+
+class Ritz(NamedTuple):
+    """The Ritz values of a symmetric operator in increasing order, and their uncertainties."""
+
+    values: Tensor
+    uncertainties: Tensor
+    rounding: Tensor
+
+    def extremes(self) -> tuple[Estimate, Estimate, Estimate, Estimate]:
+        """The least and the greatest value, then those in absolute value."""
+        least, greatest = (Estimate(self.values[i], self.uncertainties[i]) for i in (0, -1))
+        one = torch.ones_like(least.value)
+        return least, greatest, self._smallest(least, greatest), self.largest(0 * one, one)
+
+    def largest(self, shift: Tensor, slope: Tensor) -> Estimate:
+        """The largest ``|shift + slope theta|`` over the spectrum, which one of its ends has."""
+        sizes = (shift + slope * self.values[[0, -1]]).abs()
+        value = sizes.amax()
+        upper = (sizes + slope.abs() * self.uncertainties[[0, -1]]).amax()
+        return Estimate(value, upper - value)
+
+    def signs(self) -> Tensor:
+        """How many values are negative, zero up to rounding, and positive."""
+        zero = self.values.abs() <= self.rounding
+        flags = torch.stack([(self.values < 0) & ~zero, zero, (self.values > 0) & ~zero])
+        return flags.sum(-1)
+
+    def _smallest(self, least: Estimate, greatest: Estimate) -> Estimate:
+        sizes = self.values.abs()
+        index = sizes.argmin(keepdim=True)
+        inner = self.uncertainties.gather(0, index).squeeze(0)
+        # an interval of values between the ends may hold an eigenvalue that no Ritz value is near
+        definite = least.value * greatest.value > 0
+        complete = self.uncertainties.amax() <= 10 * self.rounding
+        uncertainty = torch.where(definite | complete, inner, torch.maximum(inner, sizes.amin()))
+        return Estimate(sizes.amin(), uncertainty)
+
+
+def eigenvalues(
+    product: Callable[[Leaves], Leaves], like: Leaves, num_steps: int, seed: int = 0
+) -> Ritz:
+    """Ritz values of a symmetric operator by Lanczos' method."""
+    num_steps = min(num_steps, sum(leaf.numel() for leaf in like))
+
+    def apply(v: Leaves) -> tuple[Leaves, Leaves]:
+        image = product(v)
+        return image, image
+
+    basis, images, _, finite = _krylov(apply, like, num_steps, seed)
+    matrix = basis @ images.mT
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    residual = vectors.mT @ images - values[:, None] * (vectors.mT @ basis)
+    rounding = _rounding(values.abs().amax(), like)
+    uncertainties = _sharpen(torch.linalg.vector_norm(residual, dim=1), values, rounding)
+    return Ritz(
+        torch.where(finite, values, torch.nan),
+        torch.where(finite, uncertainties, torch.nan),
+        rounding,
+    )
+
+
+def singular_values(
+    gram: Callable[[Leaves], tuple[Leaves, Leaves]], like: Leaves, num_steps: int, seed: int = 0
+) -> tuple[Estimate, Estimate]:
+    """The smallest and the largest singular value of ``M``, from ``v -> (M v, M^T M v)``."""
+    num_steps = min(num_steps, sum(leaf.numel() for leaf in like))
+    basis, images, seconds, finite = _krylov(gram, like, num_steps, seed)
+    # the singular values of M on the space, without the squares of M^T M
+    _, values, rows = torch.linalg.svd(images.mT, full_matrices=False)
+    # in fewer dimensions than the space has, some vectors go to zero
+    missing = basis.shape[0] - values.shape[0]
+    floor = torch.finfo(values.dtype).tiny
+    residual = (rows @ seconds) / values.clamp_min(floor)[:, None] - values[:, None] * (
+        rows @ basis
+    )
+    rounding = _rounding(values.amax(), like)
+    norms = torch.linalg.vector_norm(residual, dim=1)
+    norms = torch.where(values > rounding, norms, rounding)
+    values, norms = values.flip(0), norms.flip(0)
+    uncertainties = _sharpen(norms, values, rounding)
+    values = torch.where(finite, values, torch.nan)
+    uncertainties = torch.where(finite, uncertainties, torch.nan)
+    largest = Estimate(values[-1], uncertainties[-1])
+    if missing:
+        return Estimate(torch.zeros_like(values[0]), rounding), largest
+    return Estimate(values[0], uncertainties[0]), largest
+
+
+def spectral_radius(
+    product: Callable[[Leaves], Leaves], like: Leaves, num_steps: int, seed: int = 0
+) -> Estimate:
+    """By Arnoldi's method: the Ritz values of the Krylov space, and the residual of the largest."""
+
+    def apply(v: Leaves) -> tuple[Leaves, Leaves]:
+        image = product(v)
+        return image, image
+
+    num_steps = min(num_steps, sum(leaf.numel() for leaf in like))
+    basis, images, _, finite = _krylov(apply, like, num_steps, seed)
+    values, vectors = torch.linalg.eig(basis @ images.mT)
+    index = values.abs().argmax(keepdim=True)
+    y = vectors.index_select(1, index)[:, 0]
+    value = values.index_select(0, index)[0]
+    residual = images.mT.to(y.dtype) @ y - value * (basis.mT.to(y.dtype) @ y)
+    uncertainty = torch.linalg.vector_norm(residual) + _rounding(value.abs(), like)
+    return Estimate(
+        torch.where(finite, value.abs(), torch.nan), torch.where(finite, uncertainty, torch.nan)
+    )
+
+
+def _krylov(
+    apply: Callable[[Leaves], tuple[Leaves, Leaves]], like: Leaves, num_steps: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An orthonormal basis, its images, what extends it, and whether all of them are finite.
+
+    Where the space is exhausted early, a new random vector goes on.
+    """
+    dtype = _tree.accumulation_dtype(like)
+    eps = torch.finfo(dtype).eps
+    start = ravel(random_uniform(like, seed), dtype)
+    basis = (start / torch.linalg.vector_norm(start))[None]
+    images, seconds = [], []
+    for step in range(num_steps):
+        image, second = apply(unravel(basis[-1], like))
+        images.append(ravel(image, dtype))
+        seconds.append(ravel(second, dtype))
+        if step + 1 == num_steps:
+            break
+        scale = torch.linalg.vector_norm(seconds[-1])
+        vector = _orthogonal(seconds[-1], basis)
+        norm = torch.linalg.vector_norm(vector)
+        fresh = _orthogonal(ravel(random_uniform(like, seed + step + 1), dtype), basis)
+        going = norm > 100 * eps * scale
+        vector = torch.where(going, vector, fresh)
+        vector = vector / torch.linalg.vector_norm(vector)
+        basis = torch.cat([basis, _orthogonal(vector, basis)[None]])
+    stacked = torch.stack(images), torch.stack(seconds)
+    finite = torch.isfinite(stacked[0]).all() & torch.isfinite(stacked[1]).all()
+    basis, images_, seconds_ = (torch.where(finite, part, 0.0) for part in (basis, *stacked))
+    return basis, images_, seconds_, finite
+
+
+def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
+    for _ in range(2):
+        vector = vector - (basis @ vector) @ basis
+    return vector
+
+
+def _asymmetry(operator: LinearOperator, like: Leaves, seed: int) -> Estimate:
+    """For random signs ``v`` the squared norm of ``M v`` has the mean ``||M||_F^2``."""
+    gaps, sizes = [], []
+    transposed = operator.T
+    for probe in range(PROBES):
+        v = random_signs(like, seed + probe)
+        image, other = operator.mv(v), transposed.mv(v)
+        difference = _tree.sub(image, other)
+        gaps.append(_tree.dot(difference, difference))
+        sizes.append((_tree.dot(image, image) + _tree.dot(other, other)) / 2)
+    gap, size = torch.stack(gaps), torch.stack(sizes).mean()
+    scale = torch.where(size > 0, size, 1.0)
+    value = (gap.mean() / scale).sqrt()
+    spread = gap.std() / scale / PROBES**0.5
+    error = torch.where(value > 0, spread / (2 * value), 0.0)
+    return Estimate(value, error + 10 * _tree.epsilon(like))
+
+
+def _sharpen(residuals: Tensor, values: Tensor, rounding: Tensor) -> Tensor:
+    """``min(r, 4 r^2 / gap)`` and rounding, for values in increasing order."""
+    far = torch.full_like(values[:1], torch.inf)
+    steps = values[1:] - values[:-1]
+    gaps = torch.minimum(torch.cat([far, steps]), torch.cat([steps, far]))
+    gaps = torch.where(torch.isfinite(gaps), gaps, 0.0).clamp_min(torch.finfo(values.dtype).tiny)
+    sharp: Tensor = torch.minimum(residuals, 4 * residuals**2 / gaps) + rounding
+    return sharp
+
+
+def _rounding(scale: Tensor, like: Leaves) -> Tensor:
+    size = sum(leaf.numel() for leaf in like)
+    noise: Tensor = 10 * _tree.epsilon(like) * size**0.5 * scale
+    return noise
+
+
+def _step_size(
+    is_map: bool, eig_min: Estimate, eig_max: Estimate, sigma_max: Estimate, symmetric: Tensor
+) -> Tensor:
+    """1 for a map; else what contracts best where the symmetric part is positive definite."""
+    if is_map:
+        return torch.ones_like(sigma_max.value)
+    positive = eig_min.value > 0
+    best = torch.where(
+        symmetric,
+        2 / (eig_min.value + eig_max.value),
+        eig_min.value / sigma_max.value**2,
+    )
+    usual = torch.where(sigma_max.value > 0, 1 / sigma_max.value, 1.0)
+    return torch.where(positive & torch.isfinite(best), best, usual)
