@@ -408,7 +408,7 @@ def amigo(
     return _two_loops("amigo", settings, descend, num_inner_steps, num_adjoint_steps)
 
 
-def power_decay(initial: float, exponent: float) -> Callable[[Tensor], Tensor]:
+def power_decay(initial: float, exponent: float) -> Callable[[int | Tensor], float | Tensor]:
     """The step sizes ``initial / (1 + step) ** exponent``.
 
     Args:
@@ -417,7 +417,8 @@ def power_decay(initial: float, exponent: float) -> Callable[[Tensor], Tensor]:
             adjoint and 0.6 for the hparams.
 
     Returns:
-        A function of the step, for the step sizes of the loops.
+        A function of the step, an integer or a 0-d tensor: for the step sizes of the loops, and for
+        the coefficients of the optimiser of `hyperfunc.StochasticAID`.
 
     Raises:
         ValueError: a number out of its range.
@@ -430,7 +431,13 @@ def power_decay(initial: float, exponent: float) -> Callable[[Tensor], Tensor]:
         raise ValueError(f"power_decay: initial is {initial!r}; expected a number > 0")
     if not exponent >= 0:
         raise ValueError(f"power_decay: exponent is {exponent!r}; expected a number >= 0")
-    return lambda step: initial / (1.0 + step.to(torch.float64)) ** exponent
+
+    def rate(step: int | Tensor) -> float | Tensor:
+        # float32 counts to 16 million only
+        count = step.to(torch.float64) if isinstance(step, Tensor) else float(step)
+        return initial / (1.0 + count) ** exponent
+
+    return rate
 
 
 class _Terms(NamedTuple):

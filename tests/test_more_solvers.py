@@ -17,7 +17,7 @@ import hyperfunc as hf
 from hyperfunc import _ad, linear_solvers
 from hyperfunc.linear_solvers import LinearOperator
 from hyperfunc.linear_solvers._random import random_signs, random_uniform
-from tests.problems import PROBLEMS, Problem, ravel, unraveller
+from tests.problems import PROBLEMS, Problem, ravel, stack, unraveller
 
 N = 12
 
@@ -156,6 +156,36 @@ def test_against_a_dense_solve(name: str, system: str) -> None:
             torch.testing.assert_close(
                 stats.residual_norm, (b - A @ x).norm(), rtol=1, atol=1e-11 * float(b.norm())
             )
+
+
+# a residual that grows by many orders on its way to zero
+JORDAN = torch.eye(20, dtype=torch.float64) + torch.diag(3 * torch.ones(19, dtype=torch.float64), 1)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_success_is_a_residual_within_the_tolerance(
+    name: str, dtype: torch.dtype, batched: bool
+) -> None:
+    """The residual itself, whatever the recurrence of the method says."""
+    matrices = torch.stack([JORDAN] * 6 + [orthogonal(20) @ torch.diag(logspace(-5, 0, 20))] * 2)
+    solver, matrices = ALL[name], matrices.to(dtype)
+    if name.startswith("gmres"):
+        solver = dataclasses.replace(solver, restart=20)
+    b = torch.einsum("tij,tj->ti", matrices, randn(8, 20).to(dtype))
+    if batched:
+        x, stats = vmap(lambda A, b: run(solver, A, b))(matrices, b)
+    else:
+        x, stats = stack([run(solver, A, b) for A, b in zip(matrices, b, strict=True)])
+    residual = torch.einsum("tij,tj->ti", matrices.double(), x.double()) - b.double()
+    eps = torch.finfo(dtype).eps
+    rounding = eps * (torch.linalg.matrix_norm(matrices, 2) * x.norm(dim=1) + b.norm(dim=1))
+    bound = torch.maximum(eps**0.75 * b.norm(dim=1), 4 * rounding)
+    success = stats.result == hf.RESULTS.success
+    assert (residual.norm(dim=1) <= 1.01 * bound)[success].all()
+    if name.startswith("gmres") and dtype is torch.float64:
+        assert success.all()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -305,8 +335,13 @@ def test_one_synchronisation_a_step(name: str, monkeypatch: pytest.MonkeyPatch) 
     syncs = []
     any_true = _ad.any_true
     monkeypatch.setattr(_ad, "any_true", lambda flag: syncs.append(1) or any_true(flag))
-    _, stats = run(ALL[name], SPD, randn(N))
-    assert len(syncs) <= stats.num_steps + (2 if name == "fallback" else 1)
+    counted = Counted(SPD)
+    _, stats = ALL[name].solve(counted.operator, (randn(N),))
+    # and at the end, where BiCGStab checks its residual, and Fallback the result
+    more = {"bicgstab": 3, "bicgstab, jacobi": 3, "fallback": 2}
+    assert len(syncs) <= stats.num_steps + more.get(name, 2 if "anderson" in name else 1)
+    if name == "bicgstab":
+        assert counted.count == 2 * stats.num_steps + 1
 
 
 @pytest.mark.parametrize("name", ["gmres", "bicgstab", "anderson, long", "cg, user's"])

@@ -377,6 +377,65 @@ def test_torch_optimizers_and_pure_ones_agree(name: str) -> None:
         vmap(functools.partial(estimate, method), in_dims=(0, None, None))(stacked, X, y)
 
 
+GRADIENT_OPTIMIZERS = [
+    getattr(torch.optim, name)
+    for name in sorted(dir(torch.optim))
+    if isinstance(getattr(torch.optim, name), type)
+    and issubclass(getattr(torch.optim, name), torch.optim.Optimizer)
+    # two need another gradient or a loss, and one matrices
+    and name not in ("Optimizer", "SparseAdam", "LBFGS", "Muon")
+]
+SCHEDULERS: dict[str, Any] = {
+    "none": None,
+    "step": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5),
+    "one cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.1, total_steps=9, cycle_momentum=False
+    ),
+    "plateau": lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("factory", GRADIENT_OPTIMIZERS, ids=lambda factory: factory.__name__)
+def test_every_torch_optimizer_takes_its_own_steps(factory: Any, scheduler: str) -> None:
+    """As the same optimiser does in a loop written by hand, with and without a scheduler."""
+    reg, X, y = data()
+    make = SCHEDULERS[scheduler]
+    method = dataclasses.replace(
+        STOCHASTIC, optimizer=lambda tensors: factory(tensors, lr=0.05), scheduler=make
+    )
+    _, solution = estimate(method, reg, X, y)
+    gradients = [
+        grad(outer_loss)(solution.params, reg, *STOCHASTIC.outer_sampler(j, X, y)) for j in range(3)
+    ]
+    b = torch.stack(gradients).mean(0)
+    u = torch.zeros_like(b)
+    optimizer = factory([u], lr=0.05)
+    schedule = make and make(optimizer)
+    for step in range(6):
+        batch, targets = STOCHASTIC.sampler(step, X, y)
+        u.grad = batch.T @ (batch @ u) / len(targets) + reg.exp() * u - b
+        optimizer.step()
+        if scheduler == "plateau":
+            schedule.step(u.grad.norm().item())
+        elif schedule:
+            schedule.step()
+    assert_close(solution.adjoint, u, 1e-10)
+    assert u.norm() > 0
+
+
+PURE = {
+    "sgd": hf.optim.sgd(lr=0.2, momentum=0.5, nesterov=True),
+    "heavy_ball": hf.optim.heavy_ball(lr=0.1, beta=0.3),
+    "adam": hf.optim.adam(lr=0.1),
+    "adamw": hf.optim.adamw(lr=0.1),
+    "rmsprop": hf.optim.rmsprop(lr=0.1),
+    "adagrad": hf.optim.adagrad(lr=0.1),
+    "from_torch": hf.optim.from_torch(torch.optim.RAdam, lr=0.1),
+    "schedule": hf.optim.sgd(lr=hf.bilevel.power_decay(0.2, 0.5)),
+}
+
+
 def test_steps_of_decreasing_size_remove_the_variance() -> None:
     """The mean squared error of 1 / t steps falls like 1 / K, that of constant steps does not."""
     reg, X, y = data()
@@ -501,9 +560,9 @@ def test_the_statistical_test_has_power() -> None:
 # Transforms --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", [STEP, hf.optim.adam(lr=0.1)], ids=["sgd", "adam"])
-def test_vmap_over_tasks_is_a_loop(optimizer: Any) -> None:
-    method = dataclasses.replace(STOCHASTIC, optimizer=optimizer)
+@pytest.mark.parametrize("name", PURE)
+def test_vmap_over_tasks_is_a_loop(name: str) -> None:
+    method = dataclasses.replace(STOCHASTIC, optimizer=PURE[name])
     compute = functools.partial(estimate, method)
     tasks = [data(seed) for seed in range(4)]
     expected = problems.stack([compute(*task) for task in tasks])
@@ -729,6 +788,19 @@ MISUSE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: estimate(hf.StochasticAID(optimizer=lambda tensors: 3), reg, X, y),
         TypeError,
         r"optimizer= returned int; expected a torch\.optim\.Optimizer of the tensors",
+    ),
+    "factory for tensors of its own": (
+        lambda: estimate(
+            hf.StochasticAID(optimizer=lambda tensors: torch.optim.SGD([torch.zeros(1)])), reg, X, y
+        ),
+        ValueError,
+        r"optimizer= returned a SGD without 1 of the 1 tensors it was given, which would never move"
+        r"\. Write optimizer=lambda tensors: torch\.optim\.Adam\(tensors",
+    ),
+    "optimizer that needs a loss": (
+        lambda: estimate(hf.StochasticAID(optimizer=torch.optim.LBFGS), reg, X, y),
+        TypeError,
+        r"torch\.optim\.LBFGS evaluates a loss several times a step.* such as torch\.optim\.SGD",
     ),
     "scheduler of a pure optimizer": (
         lambda: hf.StochasticAID(optimizer=STEP, scheduler=torch.optim.lr_scheduler.StepLR),

@@ -90,6 +90,8 @@ class AndersonFixedPoint(AbstractLinearSolver):
             if step > 0:
                 r = rhs - ravel(operator.mv(unravel(x, b)), dtype)
                 rs = torch.where(active, r @ r, rs)
+                # a step from the solution may lead away from it again
+                active = active & bounds.open(rs)
             f = self.step_size * r
             new = x + f
             if step > 0:
@@ -99,7 +101,6 @@ class AndersonFixedPoint(AbstractLinearSolver):
             x_previous, f_previous = x, f
             num_steps = num_steps + active
             x = torch.where(active, new, x)
-            active = active & bounds.open(rs)
         stats = bounds.stats(num_steps, rs, active)
         # rounding noise around a converged start is not growth
         grown = rs > 1.001 * torch.maximum(first, bb * _tree.epsilon(b))

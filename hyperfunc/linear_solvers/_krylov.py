@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hyperfunc import _ad, _tree
-from hyperfunc._results import SolveStats
+from hyperfunc._results import RESULTS, SolveStats
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
     AbstractLinearSolver,
@@ -176,10 +177,14 @@ class BiCGStab(AbstractLinearSolver):
 
     Two products a step and a fixed number of vectors, where `GMRES` keeps all of them; no product
     with the transpose, where `NormalCG` needs one a step. In return the residual does not shrink
-    steadily, and the recurrence can break down on an operator that is invertible: where ``rho``,
-    the overlap of the residual with the first one, or ``omega``, the overlap of ``A s`` with ``s``
-    for the residual ``s`` halfway through the step, is zero up to rounding. This is reported;
-    ``Fallback(BiCGStab(), GMRES())`` goes on from there.
+    steadily: it may grow a lot on the way, and leave rounding errors behind. So the residual that
+    the recurrence ends with is checked, which takes one more product, and where it does not hold,
+    the iteration begins anew from its iterate; the code is stagnation if that does not help.
+
+    The recurrence can break down on an operator that is invertible: where ``rho``, the overlap of
+    the residual with the first one, or ``omega``, the overlap of ``A s`` with ``s`` for the
+    residual ``s`` halfway through the step, is zero up to rounding. This is reported;
+    ``Fallback(BiCGStab(), GMRES())`` then starts over with the other method.
 
     Args:
         maxiter: largest number of steps, >= 0; exactly this many with ``rtol=0, atol=0``.
@@ -216,16 +221,61 @@ class BiCGStab(AbstractLinearSolver):
         precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
         eps = _tree.epsilon(b)
         x, r = first_iterate(operator, b, x0)
+        rs = before = _tree.dot(r, r)
+        bounds = Bounds.make(self.rtol, self.atol, b, rs)
+        num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
+        active = bounds.open(rs)
+        verdict = torch.full_like(rs, -1, dtype=torch.int64)
+        left = self.maxiter
+        while left > 0:
+            started = active
+            x, rs, made, active, left = self._iterate(
+                operator, precondition, x, r, active, bounds, left
+            )
+            num_steps = num_steps + made
+            ended = started & (rs <= bounds.converged)
+            if not bounds.adaptive or not _ad.any_true(ended):
+                break
+            r = operator.residual(x, b)
+            rs = torch.where(ended, _tree.dot(r, r), rs)
+            missed = ended & bounds.open(rs)
+            # where beginning anew gains nothing more, that is as far as rounding errors allow
+            exhausted = missed & (rs >= before / 4)
+            accurate = rs <= eps**0.5 * _tree.dot(b, b)
+            code = torch.where(accurate, int(RESULTS.success), int(RESULTS.stagnation))
+            verdict = torch.where(exhausted, code, verdict)
+            before = torch.where(ended, rs, before)
+            active = active | (missed & ~exhausted)
+            if not _ad.any_true(active):
+                break
+        stats = bounds.stats(num_steps, rs, active)
+        return x, stats._replace(result=torch.where(verdict >= 0, verdict, stats.result))
+
+    def _iterate(
+        self,
+        operator: LinearOperator,
+        precondition: Callable[[Leaves], Leaves],
+        x: Leaves,
+        r: Leaves,
+        active: Tensor,
+        bounds: Bounds,
+        maxiter: int,
+    ) -> tuple[Leaves, Tensor, Tensor, Tensor, int]:
+        """Iterate from ``x`` with residual ``r`` until the recurrence has converged.
+
+        Returns the iterate, the squared norm of the recurrence's residual, the steps that each task
+        made, the tasks that could go on, and what is left of the step limit.
+        """
+        eps = _tree.epsilon(r)
         first = r
         p = v = _tree.zeros_like(r)
         rs = first_rs = _tree.dot(r, r)
         rho = alpha = omega = torch.ones_like(rs)
-        bounds = Bounds.make(self.rtol, self.atol, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
-        active = bounds.open(rs)
-        for _ in range(self.maxiter):
+        while maxiter > 0:
             if bounds.adaptive and not _ad.any_true(active):
                 break
+            maxiter -= 1
             rho_previous, rho = rho, _tree.dot(first, r)
             active = active & (rho.abs() > eps * (first_rs * rs).sqrt())
             beta = torch.where(active, (rho / rho_previous) * (alpha / omega), 0.0)
@@ -248,7 +298,7 @@ class BiCGStab(AbstractLinearSolver):
             rs = _tree.dot(r, r)
             num_steps = num_steps + active
             active = stable & bounds.open(rs)
-        return x, bounds.stats(num_steps, rs, active)
+        return x, rs, num_steps, active, maxiter
 
 
 def _seems_symmetric(operator: LinearOperator, b: Leaves) -> Tensor:

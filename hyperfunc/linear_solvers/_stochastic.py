@@ -69,7 +69,8 @@ class StochasticAID(AbstractLinearSolver):
         num_cross_batches: the cross term is the mean over so many minibatches.
         start: ``"zero"``, or ``"outer_gradient"`` for ``u_0 = b``. ``adjoint_init`` overrides it.
         scheduler: a function of the ``torch.optim`` optimiser that makes its learning rate
-            scheduler, which is stepped after every step.
+            scheduler, which is stepped after every step (``ReduceLROnPlateau`` sees the norm of
+            the residual).
 
     Raises:
         TypeError: an optimiser or sampler of no kind above.
@@ -231,12 +232,26 @@ def _make_torch_advance(
             "hf.optim, with schedules such as lr=lambda step: ..."
         )
     owned = [leaf.detach().clone() for leaf in x]
-    optimizer = factory(owned)
+    # a copy, for a factory that changes the list
+    optimizer = factory(list(owned))
+    advice = "Write optimizer=lambda tensors: torch.optim.Adam(tensors, lr=...)"
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"StochasticAID: optimizer= returned {type(optimizer).__name__}; expected a "
-            f"torch.optim.Optimizer of the tensors it was given. Write "
-            f"optimizer=lambda tensors: torch.optim.Adam(tensors, lr=...)"
+            f"torch.optim.Optimizer of the tensors it was given. {advice}"
+        )
+    held = {id(leaf) for group in optimizer.param_groups for leaf in group["params"]}
+    missing = sum(id(leaf) not in held for leaf in owned)
+    if missing:
+        raise ValueError(
+            f"StochasticAID: optimizer= returned a {type(optimizer).__name__} without {missing} of "
+            f"the {len(owned)} tensors it was given, which would never move. {advice}"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "StochasticAID: torch.optim.LBFGS evaluates a loss several times a step, and the "
+            "adjoint system has none. Take an optimizer of gradients alone, such as "
+            "torch.optim.SGD, or method='gmres' for a system without minibatches"
         )
     scheduler = None if scheduler_factory is None else scheduler_factory(optimizer)
     if scheduler is not None and not callable(getattr(scheduler, "step", None)):
@@ -249,7 +264,9 @@ def _make_torch_advance(
         for leaf, value in zip(owned, gradient, strict=True):
             leaf.grad = value.detach().clone()
         optimizer.step()
-        if scheduler is not None:
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            scheduler.step(_tree.norm(gradient).item())
+        elif scheduler is not None:
             scheduler.step()
         return tuple(leaf.clone() for leaf in owned)
 
