@@ -30,6 +30,7 @@ from hyperfunc.linear_solvers import (
     Nystrom,
     NystromPreconditioner,
     OneStep,
+    PipelinedCG,
     StochasticAID,
 )
 from hyperfunc.modules import assign_grads, functional, module_map
@@ -59,6 +60,7 @@ __all__ = [
     "Nystrom",
     "NystromPreconditioner",
     "OneStep",
+    "PipelinedCG",
     "Reverse",
     "ReverseUnroll",
     "Solution",

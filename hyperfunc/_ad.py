@@ -19,6 +19,7 @@ from torch._functorch.pyfunctorch import (
     temporarily_pop_interpreter_stack,
 )
 
+from hyperfunc import _sharding
 from hyperfunc._types import Leaves
 
 LeavesFunction = Callable[..., Leaves]
@@ -441,7 +442,8 @@ def _enter(leaf: Tensor, tracked: bool) -> Tensor:
 
 
 def _fill(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
-    return tuple(
+    filled = tuple(
         torch.zeros_like(leaf) if grad is None else grad
         for grad, leaf in zip(grads, like, strict=True)
     )
+    return _sharding.align(filled, like)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _ad, _sharding, _tree
 from hyperfunc._closures import refuse_captured_tensors
 from hyperfunc._conditions import (
     Arguments,
@@ -618,7 +618,7 @@ class _OuterLoss:
     ) -> tuple[Leaves, Leaves]:
         output = self._outer_loss(params, hparams, *args)
         if not self._has_aux:
-            return (check_scalar(output, "outer_loss"),), ()
+            return (_sharding.replicate(check_scalar(output, "outer_loss")),), ()
         if not (isinstance(output, tuple) and len(output) == 2):
             raise TypeError(
                 f"outer_loss returned {type(output).__name__}; expected a tuple (scalar, aux), "
@@ -627,7 +627,7 @@ class _OuterLoss:
         value, aux = output
         self._leaves, self._spec = _tree.flatten(aux)
         tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
-        return (check_scalar(value, "outer_loss"),), tensors
+        return (_sharding.replicate(check_scalar(value, "outer_loss")),), tensors
 
     def refuse_captured(self, linearized: _ad.Linearization) -> None:
         if linearized.captures_gradient and torch.is_grad_enabled():
@@ -648,7 +648,7 @@ def _raise_unless_finite_hypergrad(grads: Leaves, spec: _tree.TreeSpec) -> None:
         path = next(
             path
             for path, leaf in zip(_tree.paths(spec, "hparams"), grads, strict=True)
-            if _ad.count_true(~torch.isfinite(leaf).all())
+            if _ad.count_true(~_tree.all_finite((leaf,)))
         )
         total = _ad.count_tasks(finite)
         tasks = f" for {failed} of {total} tasks" if total > 1 else ""

@@ -306,7 +306,7 @@ def raise_unless_finite(leaves: Leaves, spec: _tree.TreeSpec) -> None:
         path = next(
             path
             for path, leaf in zip(_tree.paths(spec, "params"), leaves, strict=True)
-            if _ad.count_true(~torch.isfinite(leaf).all())
+            if _ad.count_true(~_tree.all_finite((leaf,)))
         )
         raise HypergradError(
             f"the inner solver returned non-finite values (NaN or Inf) in {path}"

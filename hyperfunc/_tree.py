@@ -9,6 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
+from hyperfunc import _sharding
 from hyperfunc._types import Leaves, TensorTree
 
 TreeSpec = optree.PyTreeSpec
@@ -108,12 +109,28 @@ def epsilon(leaves: Leaves) -> float:
 
 def dot(a: Leaves, b: Leaves) -> Tensor:
     """Euclidean inner product over all leaves, accumulated in `accumulation_dtype`."""
-    dtype, device = accumulation_dtype(a), a[0].device
-    terms = [
-        torch.dot(x.to(dtype).reshape(-1), y.to(dtype).reshape(-1)).to(device)
-        for x, y in zip(a, b, strict=True)
-    ]
-    return sum(terms[1:], terms[0])
+    layout = _sharding.layout_of(a)
+    if layout is not None:
+        return layout.sum(_held_dots(layout, ((a, b),)))[0]
+    return _dot(a, b)
+
+
+def dots(*pairs: tuple[Leaves, Leaves]) -> tuple[Tensor, ...]:
+    """Inner products of several pairs of vectors, with one reduction over ranks for all."""
+    layout = _sharding.layout_of(pairs[0][0])
+    if layout is not None:
+        return layout.sum(_held_dots(layout, pairs)).unbind()
+    return tuple(_dot(a, b) for a, b in pairs)
+
+
+def start_dots(*pairs: tuple[Leaves, Leaves]) -> Callable[[], tuple[Tensor, ...]]:
+    """`dots`, with the reduction over ranks under way until the returned function is called."""
+    layout = _sharding.layout_of(pairs[0][0])
+    if layout is not None:
+        wait = layout.start_sum(_held_dots(layout, pairs))
+        return lambda: wait().unbind()
+    values = dots(*pairs)
+    return lambda: values
 
 
 def norm(a: Leaves) -> Tensor:
@@ -163,11 +180,36 @@ def zeros_like(x: Leaves) -> Leaves:
 
 def all_finite(x: Leaves) -> Tensor:
     """A 0-d bool tensor: whether every entry of every leaf is finite."""
+    layout = _sharding.layout_of(x)
+    if layout is not None:
+        return torch.eq(layout.sum((~all_finite(layout.local(x))).to(torch.int32)), 0)
     flags = [torch.isfinite(u).all().to(x[0].device) for u in x]
     result = flags[0]
     for flag in flags[1:]:
         result = result & flag
     return result
+
+
+def _dot(a: Leaves, b: Leaves) -> Tensor:
+    dtype, device = accumulation_dtype(a), a[0].device
+    terms = [
+        torch.dot(x.to(dtype).reshape(-1), y.to(dtype).reshape(-1)).to(device)
+        for x, y in zip(a, b, strict=True)
+    ]
+    return sum(terms[1:], terms[0])
+
+
+def _held_dots(layout: _sharding.Layout, pairs: Sequence[tuple[Leaves, Leaves]]) -> Tensor:
+    """The inner products of what this rank holds of each vector, to be added up over the ranks."""
+    counted = layout.counted()
+
+    def held(v: Leaves) -> Leaves:
+        return tuple(part for part, count in zip(layout.local(v), counted, strict=True) if count)
+
+    dtype = accumulation_dtype(pairs[0][0])
+    if not any(counted):
+        return torch.zeros(len(pairs), dtype=dtype, device=pairs[0][0][0].device)
+    return torch.stack([_dot(held(a), held(b)).to(dtype) for a, b in pairs])
 
 
 def _scalar_like(alpha: Tensor, leaf: Tensor) -> Tensor:

@@ -17,12 +17,13 @@ F64 = torch.float64
 NAN, INF = float("nan"), float("inf")
 SOLVERS: dict[str, Any] = {
     "cg": hf.CG(maxiter=100),
+    "pipelined_cg": hf.PipelinedCG(maxiter=100),
     "normal_cg": hf.NormalCG(maxiter=100),
     "fixed_point": hf.FixedPoint(maxiter=100),
     "neumann": hf.Neumann(maxiter=100),
     "dense": hf.Dense(),
 }
-ITERATIVE = [hf.CG, hf.NormalCG, hf.FixedPoint, hf.Neumann]
+ITERATIVE = [hf.CG, hf.PipelinedCG, hf.NormalCG, hf.FixedPoint, hf.Neumann]
 
 
 def tensor(*entries: Any) -> Tensor:
@@ -55,16 +56,26 @@ SYSTEMS: dict[str, tuple[Tensor, Tensor, dict[str, str]]] = {
     "large right-hand side": (SPD, 1e100 * B, {}),
     "small right-hand side": (SPD, 1e-100 * B, {}),
     "an eigenvector": (diag(0.5, 0.7, 1.1), tensor(0, 1, 0), {}),
-    "non-symmetric": (SKEW, B, {"cg": "breakdown"}),
+    "non-symmetric": (SKEW, B, {"cg": "breakdown", "pipelined_cg": "breakdown"}),
     "indefinite": (
         diag(1, -1, 0.5),
         B,
-        {"cg": "breakdown", "fixed_point": "divergence", "neumann": "divergence"},
+        {
+            "cg": "breakdown",
+            "pipelined_cg": "breakdown",
+            "fixed_point": "divergence",
+            "neumann": "divergence",
+        },
     ),
     "negative definite": (
         -SPD,
         B,
-        {"cg": "breakdown", "fixed_point": "divergence", "neumann": "divergence"},
+        {
+            "cg": "breakdown",
+            "pipelined_cg": "breakdown",
+            "fixed_point": "divergence",
+            "neumann": "divergence",
+        },
     ),
     "no contraction": (
         2.5 * diag(1, 1, 1),
@@ -81,6 +92,7 @@ SYSTEMS: dict[str, tuple[Tensor, Tensor, dict[str, str]]] = {
         B,
         {
             "cg": "divergence",
+            "pipelined_cg": "breakdown",
             "normal_cg": "breakdown",
             "fixed_point": "max_steps",
             "neumann": "max_steps",
@@ -92,6 +104,7 @@ SYSTEMS: dict[str, tuple[Tensor, Tensor, dict[str, str]]] = {
         B,
         {
             "cg": "breakdown",
+            "pipelined_cg": "breakdown",
             "normal_cg": "breakdown",
             "fixed_point": "max_steps",
             "neumann": "max_steps",
@@ -171,6 +184,54 @@ def test_iterates_are_the_best_of_the_krylov_space(K: int) -> None:
     assert (int(stats.num_steps), int(stats.result)) == (K, hf.RESULTS.success)
 
 
+def test_pipelined_cg_takes_the_steps_of_cg() -> None:
+    """With replacements and without, and a preconditioner; and the products it says it takes."""
+    generator = torch.Generator().manual_seed(0)
+    M = torch.randn(30, 30, generator=generator, dtype=F64)
+    A, b = M @ M.T + 10 * torch.eye(30, dtype=F64), torch.randn(30, generator=generator, dtype=F64)
+    inverse = 1 / A.diagonal()
+    count = 0
+
+    def product(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal count
+        count += 1
+        return (A @ v[0],)
+
+    operator = LinearOperator(product, product)
+    for K in (1, 2, 7, 10):
+        settings: dict[str, Any] = {"maxiter": K, "rtol": 0, "atol": 0}
+        settings["preconditioner"] = lambda v: (v[0] * inverse,)
+        expected, _ = hf.CG(**settings).solve(operator, (b,))
+        for replace in (3, 50):
+            count = 0
+            x, stats = hf.PipelinedCG(replace=replace, **settings).solve(operator, (b,))
+            assert count == K + 2 + 4 * ((K - 1) // replace)
+            torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-12)
+            residual = torch.linalg.vector_norm(b - A @ x[0])
+            torch.testing.assert_close(stats.residual_norm, residual, rtol=1e-9, atol=0)
+            assert (int(stats.num_steps), int(stats.result)) == (K, hf.RESULTS.success)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "condition", "replace", "reached"),
+    [(F64, 1e2, 50, True), (torch.float32, 1e2, 50, True), (F64, 1e8, 10**6, False)],
+)
+def test_pipelined_cg_reports_the_residual_itself(
+    dtype: torch.dtype, condition: float, replace: int, reached: bool
+) -> None:
+    """Of a recurrence that drifts: in float32 it starts again, and at last it gives up."""
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(100, 100, generator=generator, dtype=F64))[0]
+    A = (Q @ torch.diag(torch.linspace(0, 1, 100, dtype=F64) ** 4 + 1 / condition) @ Q.T).to(dtype)
+    b = A @ torch.ones(100, dtype=dtype)
+    x, stats = solve(hf.PipelinedCG(maxiter=400, replace=replace), A, b)
+    residual = torch.linalg.vector_norm((b - A @ x).double())
+    size = float(b.double().norm())
+    assert float(stats.residual_norm) == pytest.approx(float(residual), rel=0.1)
+    assert (hf.RESULTS(int(stats.result)) is hf.RESULTS.success) is reached
+    assert (float(residual) < 10 * torch.finfo(dtype).eps ** 0.75 * size) is reached
+
+
 @pytest.mark.parametrize("step_size", [1.0, 0.7])
 @pytest.mark.parametrize("K", [0, 1, 2, 6])
 def test_iterates_of_richardson_and_neumann(K: int, step_size: float) -> None:
@@ -236,7 +297,7 @@ def test_starts(name: str, dtype: torch.dtype, size: float) -> None:
     """No start is too bad: its size must not stay in the rounding errors of the residual."""
     A, b = diag(0.5, 1, 1.2).to(dtype), 1e-3 * B.to(dtype)
     x, stats = solve(SOLVERS[name], A, b, size * torch.ones(3, dtype=dtype))
-    finite = size < INF or name in ("cg", "normal_cg", "dense")
+    finite = size < INF or name in ("cg", "pipelined_cg", "normal_cg", "dense")
     assert int(stats.result) == (hf.RESULTS.success if finite else hf.RESULTS.nonfinite)
     if finite:
         rtol = 1e-10 if dtype is F64 else 2e-5
@@ -254,8 +315,9 @@ def test_the_solution_as_start(name: str) -> None:
 # Random systems -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("make", [hf.CG, hf.PipelinedCG])
 @pytest.mark.parametrize("kind", ["symmetric", "general", "nearly symmetric"])
-def test_cg_never_calls_a_wrong_result_a_success(kind: str) -> None:
+def test_cg_never_calls_a_wrong_result_a_success(make: Any, kind: str) -> None:
     """On operators that are not what it assumes it breaks down, or happens to be right."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
@@ -268,9 +330,11 @@ def test_cg_never_calls_a_wrong_result_a_success(kind: str) -> None:
         }[kind]
         b = torch.randn(5, generator=generator, dtype=F64)
         operator = dataclasses.replace(LinearOperator.from_matrix(A), symmetric=kind == "symmetric")
-        (x,), stats = hf.CG(maxiter=50).solve(operator, (b,))
+        (x,), stats = make(maxiter=50).solve(operator, (b,))
         result = hf.RESULTS(int(stats.result))
-        assert result in (hf.RESULTS.success, hf.RESULTS.breakdown, hf.RESULTS.divergence)
+        stagnation = (hf.RESULTS.stagnation,) if make is hf.PipelinedCG else ()
+        known = (hf.RESULTS.success, hf.RESULTS.breakdown, hf.RESULTS.divergence, *stagnation)
+        assert result in known
         if result == hf.RESULTS.success:
             torch.testing.assert_close(x, torch.linalg.solve(A, b), rtol=1e-8, atol=1e-8)
 

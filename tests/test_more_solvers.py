@@ -80,6 +80,11 @@ SOLVERS: dict[str, tuple[Any, set[str]]] = {
     "cg, jacobi": (hf.CG(preconditioner=hf.JacobiPreconditioner()), {"spd", "ill spd"}),
     "cg, nystrom": (hf.CG(preconditioner=hf.NystromPreconditioner(4)), {"spd", "ill spd"}),
     "cg, user's": (hf.CG(preconditioner=lambda v: 2 * v), {"spd", "ill spd"}),
+    "pipelined cg": (hf.PipelinedCG(), {"spd"}),
+    "pipelined cg, jacobi": (
+        hf.PipelinedCG(preconditioner=hf.JacobiPreconditioner(), replace=5),
+        {"spd"},
+    ),
     "anderson": (hf.AndersonFixedPoint(step_size=0.1), {"spd", "any"}),
     "anderson, long": (
         hf.AndersonFixedPoint(step_size=0.3, memory=N),
@@ -337,9 +342,11 @@ def test_one_synchronisation_a_step(name: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(_ad, "any_true", lambda flag: syncs.append(1) or any_true(flag))
     counted = Counted(SPD)
     _, stats = ALL[name].solve(counted.operator, (randn(N),))
-    # and at the end, where BiCGStab checks its residual, and Fallback the result
+    # and at the end, where BiCGStab and PipelinedCG check the residual, and Fallback the result
     more = {"bicgstab": 3, "bicgstab, jacobi": 3, "fallback": 2}
-    assert len(syncs) <= stats.num_steps + more.get(name, 2 if "anderson" in name else 1)
+    assert len(syncs) <= stats.num_steps + more.get(
+        name, 2 if "anderson" in name or "pipelined" in name else 1
+    )
     if name == "bicgstab":
         assert counted.count == 2 * stats.num_steps + 1
 

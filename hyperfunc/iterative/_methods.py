@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _ad, _sharding, _tree
 from hyperfunc._closures import refuse_captured_tensors
 from hyperfunc._conditions import Arguments
 from hyperfunc._types import InnerSolver, Leaves
@@ -163,7 +163,18 @@ class ForwardMode:
         """The solver, with derivatives accumulated forwards."""
         solver = _check_solver(inner_solver, self)
         chunk = self.chunk_size or sys.maxsize
-        return functools.partial(_solve, solver, lambda _: Schedule(slots=1), chunk, None)
+        solve = functools.partial(_solve, solver, lambda _: Schedule(slots=1), chunk, None)
+
+        def forward(hparams: Any, /, *args: Any) -> Any:
+            for leaf in _tree.flatten((hparams, *args))[0]:
+                if _sharding.is_dtensor(leaf):
+                    raise ValueError(
+                        f"{self!r} got a DTensor, for which torch has no forward mode. Use "
+                        f"method=hf.Reverse() or an implicit method such as method='cg'"
+                    )
+            return solve(hparams, *args)
+
+        return forward
 
 
 def _solve(

@@ -13,6 +13,7 @@ from hyperfunc.linear_solvers._dense import Dense
 from hyperfunc.linear_solvers._gmres import GMRES
 from hyperfunc.linear_solvers._krylov import CG, BiCGStab, NormalCG
 from hyperfunc.linear_solvers._nystrom import Nystrom
+from hyperfunc.linear_solvers._pipelined import PipelinedCG
 from hyperfunc.linear_solvers._preconditioners import (
     AbstractPreconditioner,
     JacobiPreconditioner,
@@ -42,5 +43,6 @@ __all__ = [
     "Nystrom",
     "NystromPreconditioner",
     "OneStep",
+    "PipelinedCG",
     "StochasticAID",
 ]

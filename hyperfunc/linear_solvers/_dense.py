@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
+from hyperfunc import _sharding, _tree
 from hyperfunc._results import RESULTS, SolveStats
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
@@ -55,12 +55,33 @@ class Dense(AbstractLinearSolver):
 
 
 def ravel(x: Leaves, dtype: torch.dtype) -> Tensor:
-    return torch.cat([leaf.to(device=x[0].device, dtype=dtype).reshape(-1) for leaf in x])
+    """All entries as one vector, refused where no rank holds all of them."""
+    for index, leaf in enumerate(x):
+        if _sharding.is_sharded(leaf):
+            raise ValueError(
+                f"leaf {index} of the params is a DTensor with placements "
+                f"{leaf.placements}, but this method needs all entries as one vector. "  # type: ignore[attr-defined]
+                f"Use CG, PipelinedCG, NormalCG, GMRES, BiCGStab, FixedPoint, Neumann or "
+                f"StochasticAID, or hparams that every rank holds: "
+                f"hparams.redistribute(placements=[Replicate()])"
+            )
+    return ravel_held(x, dtype)
+
+
+def ravel_held(x: Leaves, dtype: torch.dtype) -> Tensor:
+    """The entries that this rank holds as one vector: all, but for DTensors."""
+    layout = _sharding.layout_of(x)
+    parts = x if layout is None else layout.local(x)
+    return torch.cat([part.to(device=x[0].device, dtype=dtype).reshape(-1) for part in parts])
 
 
 def unravel(vector: Tensor, like: Leaves) -> Leaves:
-    parts = torch.split(vector, [leaf.numel() for leaf in like])
-    return tuple(
-        part.reshape(leaf.shape).to(device=leaf.device, dtype=leaf.dtype)
-        for part, leaf in zip(parts, like, strict=True)
+    """The inverse of `ravel`, and of `ravel_held`."""
+    layout = _sharding.layout_of(like)
+    refs = like if layout is None else layout.local(like)
+    parts = torch.split(vector, [ref.numel() for ref in refs])
+    x = tuple(
+        part.reshape(ref.shape).to(device=ref.device, dtype=ref.dtype)
+        for part, ref in zip(parts, refs, strict=True)
     )
+    return x if layout is None else layout.wrap(x, like)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _ad, _sharding, _tree
 from hyperfunc._results import RESULTS, SolveStats
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
@@ -18,7 +18,7 @@ from hyperfunc.linear_solvers._base import (
     check_settings,
     first_iterate,
 )
-from hyperfunc.linear_solvers._dense import ravel, unravel
+from hyperfunc.linear_solvers._dense import ravel_held, unravel
 from hyperfunc.linear_solvers._preconditioners import (
     Preconditioner,
     check_count,
@@ -83,8 +83,9 @@ class GMRES(AbstractLinearSolver):
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, SolveStats]:
         restart = self._resolve_restart(b)
-        precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
-        eps, dtype = _tree.epsilon(b), _tree.accumulation_dtype(b)
+        preconditioner = prepare(self.preconditioner, operator, b)
+        precondition = preconditioner or (lambda v: v)
+        eps, vectors = _tree.epsilon(b), _Vectors(b)
         x, r = first_iterate(operator, b, x0)
         rs = before = _tree.dot(r, r)
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
@@ -92,7 +93,7 @@ class GMRES(AbstractLinearSolver):
         active = bounds.open(rs)
         operator_norm = torch.zeros_like(rs)
         verdict = torch.full_like(rs, -1, dtype=torch.int64)
-        cycle = _Cycle(ravel(r, dtype), rs, active)
+        cycle = _Cycle(vectors, r, rs, active)
         for step in range(self.maxiter):
             if bounds.adaptive and not _ad.any_true(active):
                 break
@@ -109,13 +110,13 @@ class GMRES(AbstractLinearSolver):
                     verdict = torch.where(stalled, code, verdict)
                     active = active & ~stalled
                 before = rs
-                cycle = _Cycle(ravel(r, dtype), rs, active)
+                cycle = _Cycle(vectors, r, rs, active)
             z = precondition(unravel(cycle.basis[-1], b))
-            w = ravel(operator.mv(z), dtype)
-            made, norm = cycle.extend(w, active)
+            made, norm = cycle.extend(operator.mv(z), active)
             rs = torch.where(made, cycle.residual_norm**2, rs)
             rs = torch.where(active & ~torch.isfinite(norm), norm, rs)
-            gain = torch.where(made, norm / _tree.norm(z), 0.0)
+            # without a preconditioner, z is a unit vector
+            gain = torch.where(made, norm if preconditioner is None else norm / _tree.norm(z), 0.0)
             operator_norm = torch.maximum(operator_norm, gain)
             num_steps = num_steps + made
             active = made & bounds.open(rs)
@@ -140,6 +141,49 @@ class GMRES(AbstractLinearSolver):
         return self.restart
 
 
+class _Vectors:
+    """Flat vectors in the layout of some leaves, and their inner products.
+
+    Of DTensors a rank has the entries that it holds, and products are added up over the ranks.
+    """
+
+    def __init__(self, like: Leaves) -> None:
+        self._dtype = _tree.accumulation_dtype(like)
+        self._layout = _sharding.layout_of(like)
+        self._counted: Tensor | None = None
+        if self._layout is not None and not all(counted := self._layout.counted()):
+            masks = zip(self._layout.local(like), counted, strict=True)
+            ones = [torch.full((part.numel(),), count, dtype=self._dtype) for part, count in masks]
+            self._counted = torch.cat(ones).to(like[0].device)
+
+    def ravel(self, x: Leaves) -> Tensor:
+        return ravel_held(x, self._dtype)
+
+    def products(self, rows: Tensor, w: Tensor) -> Tensor:
+        """``rows @ w``."""
+        if self._layout is None:
+            return rows @ w
+        return self._layout.sum(rows @ self._once(w))
+
+    def norm(self, w: Tensor) -> Tensor:
+        if self._layout is None:
+            length: Tensor = torch.linalg.vector_norm(w)
+            return length
+        return self._layout.sum(w @ self._once(w)).sqrt()
+
+    def project(self, rows: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """``rows @ w`` and the norm of ``w``, with one reduction."""
+        if self._layout is None:
+            return rows @ w, torch.linalg.vector_norm(w)
+        once = self._once(w)
+        sums = self._layout.sum(torch.cat([rows @ once, (w @ once)[None]]))
+        return sums[:-1], sums[-1].sqrt()
+
+    def _once(self, w: Tensor) -> Tensor:
+        """The vector with zeros for the entries that other ranks count."""
+        return w if self._counted is None else w * self._counted
+
+
 class _Cycle:
     """The Arnoldi relation ``A M V_k = V_{k+1} H_k``, and its residual norm as it grows.
 
@@ -147,24 +191,25 @@ class _Cycle:
     keep its later coefficients at zero.
     """
 
-    def __init__(self, r: Tensor, rs: Tensor, active: Tensor) -> None:
+    def __init__(self, vectors: _Vectors, r: Leaves, rs: Tensor, active: Tensor) -> None:
+        self._vectors = vectors
         self.start = self.residual_norm = rs.sqrt()
-        self.basis = torch.where(active, r / self.start, 0.0)[None]
+        self.basis = torch.where(active, vectors.ravel(r) / self.start, 0.0)[None]
         self.columns: list[Tensor] = []
         # the last row of the orthogonal factor of H_k, all that Givens' rotations need of it
         self._row = torch.ones_like(self.start)[None]
 
-    def extend(self, w: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, product: Leaves, active: Tensor) -> tuple[Tensor, Tensor]:
         """Take in the product with the last vector.
 
         Returns the tasks that made this step, and the norm of the product.
         """
-        norm = torch.linalg.vector_norm(w)
-        projection = self.basis @ w
+        vectors, w = self._vectors, self._vectors.ravel(product)
+        projection, norm = vectors.project(self.basis, w)
         w = w - projection @ self.basis
-        correction = self.basis @ w
+        correction = vectors.products(self.basis, w)
         w = w - correction @ self.basis
-        column, below = projection + correction, torch.linalg.vector_norm(w)
+        column, below = projection + correction, vectors.norm(w)
 
         diagonal = self._row @ column
         pivot = torch.hypot(diagonal, below)

@@ -99,12 +99,15 @@ class CG(AbstractLinearSolver):
             alpha = torch.where(active, alpha, 0.0)
             x = _tree.axpy(alpha, p, x)
             r = _tree.axpy(-alpha, Ap, r)
-            rs = _tree.dot(r, r)
             num_steps = num_steps + active
             z_previous, z = z, r if precondition is None else precondition(r)
-            rz_previous, rz = rz, rs if precondition is None else _tree.dot(r, z)
+            others: tuple[Leaves, ...] = () if precondition is None else (z,)
             if not operator.symmetric:
-                overlap = _tree.dot(r, z_previous).abs() / torch.maximum(rz, rz_previous)
+                others = (*others, z_previous)
+            rs, *products = _tree.dots((r, r), *((r, other) for other in others))
+            rz_previous, rz = rz, rs if precondition is None else products[0]
+            if not operator.symmetric:
+                overlap = products[-1].abs() / torch.maximum(rz, rz_previous)
                 active = active & ~((overlap > bounds.asymmetry) & bounds.open(rs) & (alpha > 0))
             p = _tree.axpy(torch.where(active, rz / rz_previous, 0.0), p, z)
             active = active & bounds.open(rs)
@@ -161,13 +164,16 @@ class NormalCG(AbstractLinearSolver):
             alpha = torch.where(active, alpha, 0.0)
             x = _tree.axpy(alpha, p, x)
             r = _tree.axpy(-alpha, q, r)
-            rs = _tree.dot(r, r)
             num_steps = num_steps + active
+            if step + 1 == self.maxiter:
+                rs = _tree.dot(r, r)
+                active = active & bounds.open(rs)
+                break
+            s = transposed.mv(r)
+            gamma_previous = gamma
+            rs, gamma = _tree.dots((r, r), (s, s))
             active = active & bounds.open(rs)
-            if step + 1 < self.maxiter:
-                s = transposed.mv(r)
-                gamma_previous, gamma = gamma, _tree.dot(s, s)
-                p = _tree.axpy(torch.where(active, gamma / gamma_previous, 0.0), p, s)
+            p = _tree.axpy(torch.where(active, gamma / gamma_previous, 0.0), p, s)
         return x, bounds.stats(num_steps, rs, active)
 
 
@@ -269,14 +275,13 @@ class BiCGStab(AbstractLinearSolver):
         eps = _tree.epsilon(r)
         first = r
         p = v = _tree.zeros_like(r)
-        rs = first_rs = _tree.dot(r, r)
-        rho = alpha = omega = torch.ones_like(rs)
+        rs = first_rs = rho = _tree.dot(r, r)
+        rho_previous = alpha = omega = torch.ones_like(rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         while maxiter > 0:
             if bounds.adaptive and not _ad.any_true(active):
                 break
             maxiter -= 1
-            rho_previous, rho = rho, _tree.dot(first, r)
             active = active & (rho.abs() > eps * (first_rs * rs).sqrt())
             beta = torch.where(active, (rho / rho_previous) * (alpha / omega), 0.0)
             p = _tree.axpy(beta, _tree.axpy(-omega, v, p), r)
@@ -286,16 +291,16 @@ class BiCGStab(AbstractLinearSolver):
             active = active & torch.isfinite(alpha)
             alpha = torch.where(active, alpha, 0.0)
             s = _tree.axpy(-alpha, v, r)
-            ss = _tree.dot(s, s)
             s_hat = precondition(s)
             t = operator.mv(s_hat)
-            ts, tt = _tree.dot(t, s), _tree.dot(t, t)
+            ss, ts, tt = _tree.dots((s, s), (t, s), (t, t))
             # where s is zero, or the second half breaks down, only the first half is taken
             stable = active & (ts.abs() > eps * (tt * ss).sqrt())
             omega = torch.where(stable, ts / tt, 0.0)
             x = _tree.axpy(omega, s_hat, _tree.axpy(alpha, p_hat, x))
             r = _tree.axpy(-omega, t, s)
-            rs = _tree.dot(r, r)
+            rho_previous = rho
+            rs, rho = _tree.dots((r, r), (first, r))
             num_steps = num_steps + active
             active = stable & bounds.open(rs)
         return x, rs, num_steps, active, maxiter

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from hyperfunc import _tree
+from hyperfunc import _sharding, _tree
 from hyperfunc._results import RESULTS, SolveStats
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
@@ -109,4 +109,5 @@ def _unit(index: int, like: Leaves) -> Leaves:
             vector[index] = 1.0
         vectors.append(vector.reshape(leaf.shape))
         index -= leaf.numel()
-    return tuple(vectors)
+    layout = _sharding.layout_of(like)
+    return tuple(vectors) if layout is None else layout.wrap(vectors, like)

@@ -12,7 +12,7 @@ import torch
 from hyperfunc import _tree
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.linear_solvers._base import LinearOperator
-from hyperfunc.linear_solvers._dense import ravel, unravel
+from hyperfunc.linear_solvers._dense import ravel, ravel_held, unravel
 from hyperfunc.linear_solvers._random import random_signs
 
 
@@ -77,8 +77,8 @@ class JacobiPreconditioner(AbstractPreconditioner):
         diagonal = square = torch.zeros((), dtype=dtype, device=b[0].device)
         for probe in range(self.num_probes):
             signs = random_signs(b, self.seed * self.num_probes + probe)
-            product = ravel(operator.mv(signs), dtype)
-            diagonal = diagonal + product * ravel(signs, dtype) / self.num_probes
+            product = ravel_held(operator.mv(signs), dtype)
+            diagonal = diagonal + product * ravel_held(signs, dtype) / self.num_probes
             square = square + product**2 / self.num_probes
         scale = torch.maximum(diagonal.abs(), (square / self.num_probes).sqrt())
         inverse = unravel(torch.where(scale > 0, 1 / scale, 1.0), b)

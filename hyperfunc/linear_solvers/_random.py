@@ -2,7 +2,7 @@
 
 `torch.func.vmap` refuses torch's generators by default, and a solver must give the same numbers
 whenever it is called. So the entries come from a hash of their position and the seed: the same on
-every device, in every call, and for every task.
+every device and any number of ranks, in every call, and for every task.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hyperfunc import _sharding
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._dense import unravel
 
@@ -40,6 +41,11 @@ def random_sample(size: int, count: int, seed: int) -> list[int]:
 def _bits(like: Leaves, seed: int) -> Tensor:
     size = sum(leaf.numel() for leaf in like)
     position = torch.arange(size, dtype=torch.int64, device=like[0].device)
+    layout = _sharding.layout_of(like)
+    if layout is not None:  # those of the entries that this rank holds
+        parts = torch.split(position, [leaf.numel() for leaf in like])
+        shaped = tuple(part.reshape(leaf.shape) for part, leaf in zip(parts, like, strict=True))
+        position = torch.cat([part.reshape(-1) for part in layout.local(shaped)])
     return _mix(_mix(position) ^ _mix(seed + 1))
 
 

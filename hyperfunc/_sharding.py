@@ -1,0 +1,196 @@
+"""Vectors whose leaves are DTensors: which entries a rank holds, and sums over the ranks.
+
+Elementwise arithmetic needs nothing from here, as DTensors bring it along. Inner products do: the
+ranks multiply what they hold and add up the results, in one all-reduce for as many products as are
+wanted at a time. What comes out is an ordinary tensor, the same on every rank, so that all ranks
+take the same branches.
+
+``torch.distributed.tensor`` is looked up, never imported: where nobody did, there is no DTensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperfunc._types import Leaves
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a DTensor itself, not one that a transform has wrapped."""
+    if type(value) in _PLAIN:
+        return False
+    dtensor = _dtensor_type()
+    return dtensor is not None and isinstance(value, dtensor)
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether a value is a DTensor of which no rank holds everything."""
+    return is_dtensor(value) and not all(p.is_replicate() for p in value.placements)
+
+
+def layout_of(leaves: Leaves) -> Layout | None:
+    """How leaves lie on the ranks, or None for ordinary tensors.
+
+    None too where a derivative may be asked for, which DTensors have rules for and sums made here
+    do not.
+    """
+    if all(type(leaf) in _PLAIN for leaf in leaves):
+        return None
+    distributed: list[Any] = [leaf for leaf in leaves if is_dtensor(leaf)]
+    if not distributed or (
+        torch.is_grad_enabled() and any(leaf.requires_grad for leaf in distributed)
+    ):
+        return None
+    mesh = distributed[0].device_mesh
+    for leaf in distributed:
+        if leaf.device_mesh != mesh:
+            raise ValueError(
+                f"got DTensors on two device meshes, {mesh} and {leaf.device_mesh}; expected one. "
+                f"Distribute all of them on one mesh, with Replicate() along the dimensions that "
+                f"a tensor is not sharded over"
+            )
+    return Layout(mesh, tuple(_settled(leaf) if is_dtensor(leaf) else None for leaf in leaves))
+
+
+def align(values: Leaves, like: Sequence[Any]) -> Leaves:
+    """The same values, each laid out on the ranks as its counterpart."""
+    if all(type(value) in _PLAIN for value in values):
+        return values
+    return tuple(
+        _place(value, ref.device_mesh, _settled(ref))
+        if is_dtensor(value) and is_dtensor(ref)
+        else value
+        for value, ref in zip(values, like, strict=True)
+    )
+
+
+def replicate(value: Any) -> Any:
+    """A value that every rank holds, where sums over the ranks were still to be done."""
+    if not is_dtensor(value):
+        return value
+    mesh = value.device_mesh
+    return _place(value, mesh, (_tensor_module().Replicate(),) * mesh.ndim)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """How the leaves of a vector lie on the ranks: their placements, None for ordinary tensors.
+
+    A leaf that several ranks hold is counted by the first of them.
+    """
+
+    mesh: Any
+    placements: tuple[tuple[Any, ...] | None, ...]
+
+    def local(self, x: Leaves) -> Leaves:
+        """What this rank holds of a vector."""
+        return tuple(
+            self._local(leaf, placements)
+            for leaf, placements in zip(x, self.placements, strict=True)
+        )
+
+    def wrap(self, parts: Iterable[Tensor], like: Leaves) -> Leaves:
+        """The inverse of `local`, for vectors of the shapes of another."""
+        from_local = _tensor_module().DTensor.from_local
+        return tuple(
+            part
+            if placements is None
+            else from_local(
+                part,
+                self.mesh,
+                placements,
+                run_check=False,
+                shape=leaf.shape,
+                stride=leaf.stride(),
+            )
+            for part, leaf, placements in zip(parts, like, self.placements, strict=True)
+        )
+
+    def counted(self) -> tuple[bool, ...]:
+        """For each leaf, whether this rank's part of it enters sums over the ranks."""
+        coordinate = self.mesh.get_coordinate()
+        return tuple(
+            all(
+                coordinate[dim] == 0
+                or (placements is not None and not placements[dim].is_replicate())
+                for dim in self._sharded_dims
+            )
+            for placements in self.placements
+        )
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks: one all-reduce, or one a dimension of the mesh.
+
+        The latter where leaves are sharded over some dimensions of several, or the mesh is not of
+        all ranks.
+        """
+        return self.start_sum(values)()
+
+    def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        """Start a sum over the ranks; the function that is returned waits for it."""
+        dims, values = self._sharded_dims, values.detach().clone()
+        every_rank = self.mesh.size() == torch.distributed.get_world_size()
+        if every_rank and len(dims) == self.mesh.ndim:
+            groups = [None]
+        else:
+            groups = [self.mesh.get_group(dim) for dim in dims]
+        for group in groups[:-1]:
+            torch.distributed.all_reduce(values, group=group)
+        if groups:
+            work = torch.distributed.all_reduce(values, group=groups[-1], async_op=True)
+
+        def wait() -> Tensor:
+            if groups:
+                work.wait()
+            return values
+
+        return wait
+
+    @property
+    def _sharded_dims(self) -> list[int]:
+        """The dimensions of the mesh over which some leaf is sharded."""
+        return [
+            dim
+            for dim in range(self.mesh.ndim)
+            if any(p is not None and not p[dim].is_replicate() for p in self.placements)
+        ]
+
+    def _local(self, leaf: Any, placements: tuple[Any, ...] | None) -> Tensor:
+        if placements is None:
+            whole: Tensor = leaf.full_tensor() if is_dtensor(leaf) else leaf
+            return whole
+        if not is_dtensor(leaf):
+            module = _tensor_module()
+            everywhere = [module.Replicate()] * self.mesh.ndim
+            leaf = module.DTensor.from_local(leaf, self.mesh, everywhere, run_check=False)
+        local: Tensor = _place(leaf, self.mesh, placements).to_local()
+        return local
+
+
+def _place(value: Any, mesh: Any, placements: tuple[Any, ...]) -> Any:
+    if value.device_mesh == mesh and tuple(value.placements) == placements:
+        return value
+    return value.redistribute(mesh, placements)
+
+
+def _settled(leaf: Any) -> tuple[Any, ...]:
+    """The placements of a DTensor once sums that are still to be done are."""
+    return tuple(_tensor_module().Replicate() if p.is_partial() else p for p in leaf.placements)
+
+
+def _dtensor_type() -> Any:
+    return getattr(_tensor_module(), "DTensor", None)
+
+
+def _tensor_module() -> Any:
+    module = sys.modules.get("torch.distributed.tensor")
+    # where DTensor lived up to torch 2.4
+    return module if hasattr(module, "DTensor") else sys.modules.get("torch.distributed._tensor")
