@@ -27,6 +27,12 @@ _AuxFunction = Callable[..., tuple[Leaves, Leaves]]
 _Groups = tuple[tuple[int, ...], ...]
 
 
+_OLD_VMAP = (
+    "is_grads_batched=True in torch.autograd.grad, and vectorize=True in torch.autograd.functional "
+    "map by an older vmap, in which no value of a tensor can be looked at. Use torch.func.jacrev, "
+    "jacfwd, hessian or vmap instead"
+)
+
 # Marks the leaf variables made here, such as that of a gradient inside a function being recorded.
 _OWN = "_hyperfunc_own_leaf"
 
@@ -67,6 +73,13 @@ def is_differentiable(value: Any) -> bool:
 def detach(leaves: Sequence[Any]) -> tuple[Any, ...]:
     """The same values, cut from every graph and transform; what is not a tensor stays as it is."""
     return tuple(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+
+def versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """How often each tensor was written to in place, where torch counts it."""
+    if torch.compiler.is_compiling():
+        return ()
+    return tuple(0 if leaf.is_inference() else leaf._version for leaf in map(_innermost, tensors))
 
 
 class Linearization:
@@ -151,9 +164,12 @@ def grad_and_value(
 
 def count_true(flag: Tensor) -> int:
     """How many tasks of the enclosing ``vmap`` levels a 0-d bool holds for (a host sync)."""
-    if not transforms_active():
-        return int(flag)
-    return int(_Total.apply(flag.to(torch.int64)))
+    try:
+        return int(_Total.apply(flag.to(torch.int64)) if transforms_active() else flag)
+    except RuntimeError as error:
+        if "Batching rule not implemented" in str(error):
+            raise RuntimeError(_OLD_VMAP) from error
+        raise
 
 
 def count_tasks(flag: Tensor) -> int:
@@ -421,6 +437,13 @@ def _make_engine(
     if not transforms_active():
         return _GraphEngine(fn, primals, groups, tracked)
     return _FunctionalEngine(fn, primals, groups, tracked)
+
+
+def _innermost(tensor: Tensor) -> Tensor:
+    """The tensor below all levels of transforms."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _requires_grad(value: Any) -> bool:

@@ -79,8 +79,10 @@ def hypergrad(
     Returns:
         ``fn(hparams, *args, adjoint_init=None)``, which returns a tree like ``hparams``, or
         ``(tree, aux)`` with ``has_aux``. ``adjoint_init`` is a tree like params from which the
-        linear solve starts. The function composes with `torch.func.vmap`, `grad`, `jvp` and so on,
-        and its result is differentiable by plain autograd if its arguments require grad.
+        linear solve starts; `torch.func.vmap` maps no keywords, so to map it write
+        ``vmap(lambda h, start: fn(h, adjoint_init=start))``. The function composes with
+        `torch.func.vmap`, `grad`, `jvp` and so on, and its result is differentiable by plain
+        autograd if its arguments require grad.
 
     Raises:
         ValueError: a user function returned the wrong structure, shape, or dtype; none or several
@@ -466,7 +468,15 @@ def _implicit_hypergrad(
     x0 = None
     if adjoint_init is not None:
         start, start_spec = _tree.flatten(adjoint_init)
-        _tree.check_like(start, start_spec, w, params_spec, "adjoint_init", "params")
+        try:
+            _tree.check_like(start, start_spec, w, params_spec, "adjoint_init", "params")
+        except ValueError as error:
+            if not _ad.transforms_active():
+                raise
+            raise ValueError(
+                f"{error}. If it is stacked: vmap maps no keywords, so write "
+                f"vmap(lambda h, start: fn(h, adjoint_init=start))(hparams, start)"
+            ) from None
         x0 = tuple(start)
 
     is_stochastic = isinstance(rule.method, StochasticAID)

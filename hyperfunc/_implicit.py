@@ -55,6 +55,8 @@ class ImplicitProblem:
 
     def solve(self, theta: Leaves) -> Leaves:
         """The inner solution as detached leaves that share no memory with the arguments."""
+        hparams = theta[: self.arguments.num_hparams]
+        versions = _ad.versions(hparams)
         used = (*theta, *filter(_ad.has_level, captured_tensors(self.inner_solver)))
         try:
             with torch.enable_grad(), _ad.outside_idle_vmaps(used):
@@ -63,6 +65,7 @@ class ImplicitProblem:
             if _ad.escaped(error):
                 raise ValueError(escaped_message("the inner solver")) from error
             raise
+        self._refuse_written(versions, _ad.versions(hparams))
         leaves, spec = flatten_params(params)
         self.bound = BoundCondition(self.condition, self.arguments, spec, len(leaves))
         if self.throw:
@@ -103,6 +106,16 @@ class ImplicitProblem:
         start = () if x0 is None else _ad.detach(x0)
         *u, num_steps, residual_norm, result = _LinearSolution.apply(system, *w, *theta, *b, *start)
         return tuple(u), SolveStats(num_steps, residual_norm, result)
+
+    def _refuse_written(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+        """Raise if the inner solver has changed hparams, at which the derivative is taken."""
+        paths = _tree.paths(self.arguments.spec.children()[0], "hparams")
+        for path, old, new in zip(paths, before, after, strict=False):
+            if old != new:
+                raise ValueError(
+                    f"the inner solver wrote to {path} in place; expected it to leave its "
+                    f"arguments as they are. Start from a copy: {path}.clone()"
+                )
 
     def refuse_captured(self, w: Leaves, theta: Leaves) -> None:
         """Raise if the condition uses a tensor that carries a derivative and is no argument."""

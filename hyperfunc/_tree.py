@@ -49,8 +49,7 @@ def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:
     for path, leaf in zip(paths(spec, root), leaves, strict=True):
         if not isinstance(leaf, Tensor):
             raise TypeError(
-                f"{path} is {_describe(leaf)}; expected a floating-point tensor. "
-                f"Write torch.tensor(...) around a number"
+                f"{path} is {_describe(leaf)}; expected a floating-point tensor. {_advice(leaf)}"
             )
         if leaf.is_complex():
             raise TypeError(
@@ -216,6 +215,17 @@ def _scalar_like(alpha: Tensor, leaf: Tensor) -> Tensor:
     if alpha.dtype == leaf.dtype and alpha.device == leaf.device:
         return alpha
     return alpha.to(device=leaf.device, dtype=leaf.dtype)
+
+
+def _advice(leaf: Any) -> str:
+    if isinstance(leaf, torch.nn.Module):
+        return "Pass its parameters: apply, params = hf.functional(module)"
+    if hasattr(leaf, "__dict__"):
+        return (
+            f"If it holds tensors, register its class by optree.register_pytree_node(..., "
+            f"namespace={NAMESPACE!r})"
+        )
+    return "Write torch.tensor(...) around a number"
 
 
 def _describe(leaf: Any) -> str:

@@ -2,13 +2,14 @@
 
 import collections
 import re
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import grad, hessian, jacfwd, vmap
 
 import hyperfunc as hf
 
@@ -182,6 +183,18 @@ CALLS: dict[str, Case] = {
         "hparams['lr']['first'] is 0.1 of type float; expected a floating-point tensor. Write "
         "torch.tensor(...) around a number",
     ),
+    "hparams a module": (
+        lambda: make()({"net": torch.nn.Identity()}),
+        TypeError,
+        "hparams['net'] is Identity() of type Identity; expected a floating-point tensor. Pass its "
+        "parameters: apply, params = hf.functional(module)",
+    ),
+    "hparams an object": (
+        lambda: make()([H, types.SimpleNamespace(reg=H)]),
+        TypeError,
+        "hparams[1] is namespace(...) of type SimpleNamespace; expected a floating-point tensor. "
+        "If it holds tensors, register its class by optree.register_pytree_node(..., namespace='h",
+    ),
     "hparams integers": (
         lambda: make()([torch.ones(2), torch.arange(2)]),
         TypeError,
@@ -261,7 +274,13 @@ CALLS: dict[str, Case] = {
         ValueError,
         "adjoint_init: the leaf for params is 1.0 of type float, expected a tensor",
     ),
-    # What the inner solver returns
+    # What the inner solver does, and returns
+    "solver writes to hparams": (
+        lambda: make(inner_solver=lambda h: h["a"][1].add_(1.0))({"a": [H, H.clone()]}),
+        ValueError,
+        "the inner solver wrote to hparams['a'][1] in place; expected it to leave its arguments as "
+        "they are. Start from a copy: hparams['a'][1].clone()$",
+    ),
     "solver returns None": (
         lambda: make(inner_solver=lambda h: None)(H),
         TypeError,
@@ -509,6 +528,63 @@ def test_bad_construction(name: str) -> None:
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_bad_calls(name: str, transform: str) -> None:
     check(CALLS[name], TRANSFORMS[transform])
+
+
+def test_stacked_starts_are_to_be_mapped_over() -> None:
+    """What vmap does not do for keywords."""
+    fn = hf.hypergrad_and_solution(solver, outer_loss, inner_loss=inner_loss)
+    hparams = torch.stack([H, 2 * H])
+    grads, solution = vmap(fn)(hparams)
+    with pytest.raises(
+        ValueError,
+        match=r"^adjoint_init: the leaf for params has shape \(2, 2\), expected \(2,\). If it is "
+        r"stacked: vmap maps no keywords, so write vmap\(lambda h, start: fn\(h, adjoint_init=",
+    ):
+        vmap(fn)(hparams, adjoint_init=solution.adjoint)
+    again, warm = vmap(lambda h, start: fn(h, adjoint_init=start))(hparams, solution.adjoint)
+    torch.testing.assert_close(again, grads)
+    assert warm.stats.num_steps.tolist() == [0, 0]
+
+
+IN_PLACE: dict[str, Callable[[Any], Any]] = {
+    "requires grad": lambda fn: fn(H.clone().requires_grad_()),
+    "vmap": lambda fn: vmap(fn)(torch.stack([H, H])),
+    "nested vmap": lambda fn: vmap(vmap(fn))(torch.stack([H, H]).reshape(1, 2, 2)),
+    "grad": lambda fn: grad(lambda h: outer_loss(fn(h), h))(H.clone()),
+    "vmap of grad": lambda fn: vmap(grad(lambda h: outer_loss(fn(h), h)))(torch.stack([H, H])),
+    "grad of vmap": lambda fn: grad(lambda h: vmap(fn)(h).sum())(torch.stack([H, H])),
+    "jacfwd": lambda fn: jacfwd(fn)(H.clone()),
+    "hessian": lambda fn: hessian(fn)(H.clone()),
+}
+
+
+@pytest.mark.parametrize("call", IN_PLACE)
+def test_solvers_that_write_to_hparams(call: str) -> None:
+    def writes(h: Tensor) -> Tensor:
+        for _ in range(2):
+            h -= 0.5 * (h - 1)
+        return h
+
+    def copies(h: Tensor) -> Tensor:
+        return writes(h.clone())
+
+    keywords: Any = {"optimality": lambda w, h: w - h}
+    for make_fn in (
+        lambda s: hf.implicit_diff(s, **keywords),
+        lambda s: hf.hypergrad(s, outer_loss, **keywords),
+    ):
+        with pytest.raises(ValueError, match=r"^the inner solver wrote to hparams in place; expec"):
+            IN_PLACE[call](make_fn(writes))
+        IN_PLACE[call](make_fn(copies))
+
+
+def test_the_older_vmap_of_autograd() -> None:
+    """It gives no access to a value, which any loop that may stop early needs."""
+    solution = hf.implicit_diff(solver, inner_loss=inner_loss)
+    text = r"^is_grads_batched=True in .* map by an older vmap, .* Use torch.func.jacrev, jacfwd"
+    with pytest.raises(RuntimeError, match=text):
+        torch.autograd.functional.jacobian(solution, H, vectorize=True)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(solution, H), torch.eye(2))
 
 
 @pytest.mark.parametrize("transform", [hf.hypergrad_and_value, hf.hypergrad_and_solution])
