@@ -1,6 +1,6 @@
 """Hypergradients in PyTorch, in the style of torch.func."""
 
-from hyperfunc import bilevel, optim
+from hyperfunc import bilevel, distributed, optim
 from hyperfunc._error_bound import ErrorBound, HypergradBound
 from hyperfunc._hypergrad import (
     hypergrad,
@@ -71,6 +71,7 @@ __all__ = [
     "check_hypergrad",
     "checkpoint",
     "diagnose",
+    "distributed",
     "functional",
     "gradient_descent_map",
     "hypergrad",

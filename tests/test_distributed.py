@@ -380,3 +380,262 @@ def test_scalars_of_a_step_are_summed_together(pair: ranks.Ranks, name: str) -> 
     _, collectives, numbers = SENT[name]
     few, many = (pair.run(_count, name, K)[0] for K in (3, 5))
     assert (many[0] - few[0], many[1] - few[1]) == (2 * collectives, 2 * numbers)
+
+
+# Tasks --------------------------------------------------------------------------------------------
+
+
+def _task_loss(w: Tensor, m: Any, task: Any) -> Tensor:
+    return 0.5 * ((task["x"] @ w - task["y"]) ** 2).sum() + 0.5 * ((w - m["w"]) ** 2).sum()
+
+
+def _query_loss(w: Tensor, m: Any, task: Any) -> tuple[Tensor, Tensor]:
+    return (w**3).sum() + m["shift"] * w.sum(), w[0] > 0
+
+
+def _solve_task(m: Any, task: Any) -> Tensor:
+    x = task["x"]
+    return torch.linalg.solve(x.mT @ x + torch.eye(3, dtype=F64), x.mT @ task["y"] + m["w"])
+
+
+def _task_arguments(num_tasks: int = 6) -> tuple[Any, Any]:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=F64)
+
+    tasks = {"x": randn(num_tasks, 4, 3), "y": randn(num_tasks, 4)}
+    return {"w": randn(3), "shift": randn()}, tasks
+
+
+TASK_TRANSFORMS = {"grads": hf.hypergrad, "value": hf.hypergrad_and_value}
+TASK_TRANSFORMS["solution"] = hf.hypergrad_and_solution
+
+
+def _adapt(transform: str, throw: bool = True) -> Any:
+    has_aux = transform != "grads"
+    return TASK_TRANSFORMS[transform](
+        _solve_task,
+        _query_loss if has_aux else lambda *args: _query_loss(*args)[0],
+        inner_loss=_task_loss,
+        has_aux=has_aux,
+        method=hf.CG(),
+        throw=throw,
+    )
+
+
+def _my_tasks(tasks: Any, split: int) -> Any:
+    mine = slice(0, split) if dist.get_rank() == 0 else slice(split, None)
+    return {name: leaf[mine] for name, leaf in tasks.items()}
+
+
+def _tasks_like_one_process(transform: str, split: int, reduce: Any, chunk_size: Any) -> None:
+    hparams, tasks = _task_arguments()
+    fn = torch.func.vmap(_adapt(transform), in_dims=(None, 0))
+    call = hf.distributed.task_parallel(fn, reduce=reduce, chunk_size=chunk_size)
+    mine = _my_tasks(tasks, split)
+    actual, expected = call(hparams, mine), fn(hparams, tasks)
+    if transform == "grads":
+        actual, expected = (actual,), (expected,)
+    how = {"mean": lambda t: t.mean(0), "sum": lambda t: t.sum(0), None: lambda t: t}[reduce]
+    close = functools.partial(torch.testing.assert_close, rtol=1e-13, atol=1e-14)
+    close(actual[0], {name: how(grad) for name, grad in expected[0].items()})
+    if transform == "value":
+        close(actual[1], expected[1])
+    if transform == "solution":
+        solution, whole = actual[1], expected[1]
+        for field in ("value", "aux", "stats"):
+            close(getattr(solution, field), getattr(whole, field))
+        if len(mine["x"]):
+            own = fn(hparams, mine)[1]
+            close((solution.params, solution.adjoint), (own.params, own.adjoint))
+        else:
+            assert (solution.params, solution.adjoint) == ((), ())
+
+
+@pytest.mark.parametrize("split", [3, 5, 6, 0])
+@pytest.mark.parametrize(
+    ("transform", "reduce", "chunk_size"),
+    [
+        ("grads", "mean", None),
+        ("value", "sum", None),
+        ("solution", "mean", None),
+        ("solution", "mean", 2),
+        ("value", None, None),
+        ("value", None, 4),
+    ],
+)
+def test_tasks_give_the_numbers_of_one_process(
+    pair: ranks.Ranks, transform: str, split: int, reduce: Any, chunk_size: Any
+) -> None:
+    pair.run(_tasks_like_one_process, transform, split, reduce, chunk_size)
+
+
+def _one_by_one(adapt: Any) -> Any:
+    """A loop over tasks in place of vmap, with an exception for one of them."""
+
+    def one(hparams: Any, task: Any) -> Any:
+        if task["x"].isnan().any():
+            raise ArithmeticError("bad data")
+        grads, (value, _) = adapt(hparams, task)
+        return grads, value
+
+    def fn(hparams: Any, tasks: Any) -> Any:
+        each = [one(hparams, {k: t[i] for k, t in tasks.items()}) for i in range(len(tasks["x"]))]
+        grads = {name: torch.stack([grads[name] for grads, _ in each]) for name in hparams}
+        return grads, torch.stack([value for _, value in each])
+
+    return fn
+
+
+def _failing(name: str, chunk_size: int | None) -> str:
+    """The error on this rank when the fifth of six tasks, the first of rank 1, is bad."""
+    hparams, tasks = _task_arguments()
+    tasks["x"][4, 0, 0] = torch.nan
+    fn: Any = {
+        "raises, mapped": torch.func.vmap(_adapt("value"), in_dims=(None, 0)),
+        "raises, one by one": _one_by_one(_adapt("value")),
+        "NaN": torch.func.vmap(_adapt("value", throw=False), in_dims=(None, 0)),
+    }.get(name, lambda hparams, tasks: 1 / 0)
+    mine = _my_tasks(tasks, 3)
+    if name == "no tree" and dist.get_rank() == 1:
+        mine["y"] = mine["y"][:2]
+    if name in ("no tree", "other parts"):
+        tasks["x"][4, 0, 0] = 0.0
+
+        def fn(hparams: Any, tasks: Any) -> Any:
+            grads = {"w": tasks["x"][:, 0], "shift": tasks["y"][:, 0]}
+            return (grads, tasks["y"]) if dist.get_rank() else (grads, tasks["x"])
+
+    call = hf.distributed.task_parallel(fn, chunk_size=chunk_size)
+    with pytest.raises((hf.HypergradError, ValueError)) as error:
+        call(hparams, mine)
+    torch.testing.assert_close(_sum_of_ranks(), 1.0)  # the group still works
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+def _sum_of_ranks() -> float:
+    total = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(total)
+    return float(total)
+
+
+TASK = "task_parallel failed on rank 1 of 2 at its task 1, number 4 of 6"
+FAILURES = {
+    "raises, mapped": (TASK, "the inner solver returned non-finite values"),
+    "raises, one by one": (TASK, "ArithmeticError: bad data"),
+    "NaN": (TASK, "the hypergradient with respect to hparams['shift'] is not finite"),
+    "no tree": ("rank 1 of 2: ValueError", "tasks['x'] has 3 tasks, but tasks['y'] has 2"),
+    "division": ("rank 0 of 2 at its task 0, number 0 of 6 (2 ranks", "ZeroDivisionError"),
+    "other parts": ("something else beside the hypergradients on rank 1 than on rank 0", "ValueE"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_a_failure_ends_the_call_on_all_ranks(
+    pair: ranks.Ranks, name: str, chunk_size: int | None
+) -> None:
+    first, second = pair.run(_failing, name, chunk_size)
+    assert first == second
+    for part in FAILURES[name]:
+        assert part in first
+
+
+def _sent_by_tasks(chunk_size: int | None) -> list[tuple[str, int]]:
+    hparams, tasks = _task_arguments()
+    hparams["half"] = torch.ones(5, dtype=torch.bfloat16)
+    fn = torch.func.vmap(
+        lambda m, task: (m, {"loss": task["y"].sum(), "hit": task["y"][0] > 0}), in_dims=(None, 0)
+    )
+    sent = []
+    all_reduce, all_gather = dist.all_reduce, dist.all_gather
+
+    def reducing(values: Tensor, **keywords: Any) -> Any:
+        sent.append(("all_reduce", values.nbytes))
+        return all_reduce(values, **keywords)
+
+    def gathering(out: Any, values: Tensor, **keywords: Any) -> Any:
+        sent.append(("all_gather", values.nbytes))
+        return all_gather(out, values, **keywords)
+
+    dist.all_reduce, dist.all_gather = reducing, gathering
+    try:
+        call = hf.distributed.task_parallel(fn, chunk_size=chunk_size)
+        grads, _ = call(hparams, _my_tasks(tasks, 2))
+    finally:
+        dist.all_reduce, dist.all_gather = all_reduce, all_gather
+    assert grads["half"].dtype == torch.bfloat16
+    torch.testing.assert_close(grads, hparams)
+    return sent
+
+
+def test_what_tasks_send(pair: ranks.Ranks) -> None:
+    """Status, a vector for each dtype in at least float32, losses and hits of the busier rank."""
+    status, data = ("all_gather", 4 * 8), [("all_reduce", 5 * 4), ("all_reduce", 4 * 8)]
+    rest = [("all_gather", 4), ("all_gather", 4 * 8)]
+    for sent in pair.run(_sent_by_tasks, None):
+        assert sent == [status, *data, *rest]
+    for sent in pair.run(_sent_by_tasks, 3):
+        assert sent == [("all_gather", 8), *data, *data, status, *rest]
+
+
+def _shares(num_tasks: int) -> list[int]:
+    return hf.distributed.local_tasks({"x": torch.arange(num_tasks)})["x"].tolist()
+
+
+@pytest.mark.parametrize("num_tasks", [5, 1, 0])
+def test_shares_are_even_and_in_order(pair: ranks.Ranks, num_tasks: int) -> None:
+    first, second = pair.run(_shares, num_tasks)
+    assert first + second == list(range(num_tasks))
+    assert 0 <= len(second) - len(first) <= 1
+
+
+def _two_groups() -> tuple[float, float]:
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    rank = dist.get_rank()
+    call = hf.distributed.task_parallel(lambda m, tasks: (m * tasks, tasks), group=groups[rank % 2])
+    mine = torch.full((rank,), float(rank))
+    (grad, values) = call(torch.tensor(2.0), mine)
+    with pytest.raises(ValueError, match="not in the group"):
+        hf.distributed.task_parallel(lambda m, tasks: m, group=groups[1 - rank % 2])(
+            torch.tensor(1.0), mine
+        )
+    return float(grad), values.tolist()
+
+
+@pytest.mark.slow
+def test_groups_of_ranks(four: ranks.Ranks) -> None:
+    even, odd = (4.0, [2.0, 2.0]), (2 * (1 + 3 * 3) / 4, [1.0, 3.0, 3.0, 3.0])
+    assert four.run(_two_groups) == [even, odd, even, odd]
+
+
+def test_alone_without_a_process_group() -> None:
+    hparams, tasks = _task_arguments()
+    fn = torch.func.vmap(_adapt("value"), in_dims=(None, 0))
+    expected, values = fn(hparams, tasks)
+    for chunk_size in (None, 4):
+        call = hf.distributed.task_parallel(fn, chunk_size=chunk_size)
+        grads, (value, _) = call(hparams, hf.distributed.local_tasks(tasks))
+        torch.testing.assert_close(grads, {name: grad.mean(0) for name, grad in expected.items()})
+        torch.testing.assert_close(value, values[0])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"reduce": "max"}, "expected 'mean', 'sum' or None"),
+        ({"chunk_size": 0}, "expected an integer >= 1, or None"),
+        ({}, "Put it into fn"),
+    ],
+)
+def test_bad_arguments_of_task_parallel(keywords: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        torch.func.vmap(
+            lambda t: hf.distributed.task_parallel(lambda m, t: m, **keywords)(torch.ones(()), t)
+        )(torch.ones(2, 2))
+
+
+def test_no_tasks_at_all() -> None:
+    with pytest.raises(ValueError, match="no rank has a task"):
+        hf.distributed.task_parallel(lambda m, tasks: m)(torch.ones(()), torch.ones(0))

@@ -1,0 +1,18 @@
+"""Past one machine: tasks spread over the ranks of ``torch.distributed``, and states on disk.
+
+Started by ``torchrun``, each rank runs the same program. There are two ways to share the work:
+
+- **Tasks.** `task_parallel` lets each rank adapt its share of the tasks, and adds up their
+  hypergradients.
+- **Parameters, hyperparameters and data.** Every method takes DTensors in place of tensors:
+  ``torch.distributed.tensor.distribute_tensor(hparams, mesh, [Shard(0)])`` and so on. Nothing from
+  here is needed for it; see `hyperfunc.PipelinedCG` for what a step of a solver sends.
+
+`save_state` and `load_state` keep the state of an outer loop on disk, whole or sharded, so that a
+run goes on after a failure, on another number of ranks if need be.
+"""
+
+from hyperfunc.distributed._state import load_state, save_state
+from hyperfunc.distributed._tasks import local_tasks, task_parallel
+
+__all__ = ["load_state", "local_tasks", "save_state", "task_parallel"]
