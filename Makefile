@@ -53,8 +53,9 @@ examples: $(DEMO_READY) ## Run every example; results in out/<name>
 		$(BIN)/python $$script --out out/$$name; \
 	done
 
+# pdoc cannot resolve the types of a NamedTuple's constructor, and prints them as they are written.
 docs: $(DEV_READY) ## Build the API pages in docs-html
-	$(BIN)/pdoc --math --docformat google --output-directory docs-html hyperfunc
+	$(BIN)/python -W "ignore:Error parsing type annotation" -m pdoc --math --docformat google --output-directory docs-html hyperfunc
 
 dist: $(DEV_READY) ## Build and check the wheel and the source archive in dist
 	rm -rf dist

@@ -109,13 +109,14 @@ class ImplicitProblem:
 
     def _refuse_written(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
         """Raise if the inner solver has changed hparams, at which the derivative is taken."""
+        if before == after:
+            return
         paths = _tree.paths(self.arguments.spec.children()[0], "hparams")
-        for path, old, new in zip(paths, before, after, strict=False):
-            if old != new:
-                raise ValueError(
-                    f"the inner solver wrote to {path} in place; expected it to leave its "
-                    f"arguments as they are. Start from a copy: {path}.clone()"
-                )
+        path = next(p for p, old, new in zip(paths, before, after, strict=True) if old != new)
+        raise ValueError(
+            f"the inner solver wrote to {path} in place; expected it to leave its arguments as "
+            f"they are. Start from a copy: {path}.clone()"
+        )
 
     def refuse_captured(self, w: Leaves, theta: Leaves) -> None:
         """Raise if the condition uses a tensor that carries a derivative and is no argument."""
