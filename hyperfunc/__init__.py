@@ -1,6 +1,6 @@
 """Hypergradients in PyTorch, in the style of torch.func."""
 
-from hyperfunc import bilevel, distributed, optim
+from hyperfunc import bilevel, distributed, fixed_point_solvers, optim
 from hyperfunc._error_bound import ErrorBound, HypergradBound
 from hyperfunc._hypergrad import (
     hypergrad,
@@ -11,6 +11,7 @@ from hyperfunc._hypergrad import (
 from hyperfunc._implicit import HypergradError
 from hyperfunc._results import RESULTS, Solution, SolveStats
 from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, diagnose
+from hyperfunc.equilibrium import EquilibriumLayer, jacobian_frobenius_squared
 from hyperfunc.inner_solvers import gradient_descent_map, iterate, minimize
 from hyperfunc.iterative import ForwardMode, Reverse, ReverseUnroll, checkpoint
 from hyperfunc.linear_solvers import (
@@ -48,6 +49,7 @@ __all__ = [
     "Dense",
     "Diagnosis",
     "ErrorBound",
+    "EquilibriumLayer",
     "Fallback",
     "FixedPoint",
     "ForwardMode",
@@ -72,6 +74,7 @@ __all__ = [
     "checkpoint",
     "diagnose",
     "distributed",
+    "fixed_point_solvers",
     "functional",
     "gradient_descent_map",
     "hypergrad",
@@ -79,6 +82,7 @@ __all__ = [
     "hypergrad_and_value",
     "implicit_diff",
     "iterate",
+    "jacobian_frobenius_squared",
     "minimize",
     "module_map",
     "optim",

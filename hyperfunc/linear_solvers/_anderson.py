@@ -95,9 +95,9 @@ class AndersonFixedPoint(AbstractLinearSolver):
             f = self.step_size * r
             new = x + f
             if step > 0:
-                x_steps = _append(x_steps, x - x_previous, self.memory)
-                f_steps = _append(f_steps, f - f_previous, self.memory)
-                new = new - _coefficients(f_steps, f) @ (x_steps + f_steps)
+                x_steps = append_row(x_steps, x - x_previous, self.memory)
+                f_steps = append_row(f_steps, f - f_previous, self.memory)
+                new = new - mixing_coefficients(f_steps, f) @ (x_steps + f_steps)
             x_previous, f_previous = x, f
             num_steps = num_steps + active
             x = torch.where(active, new, x)
@@ -108,15 +108,26 @@ class AndersonFixedPoint(AbstractLinearSolver):
         return unravel(x, b), stats._replace(result=result)
 
 
-def _append(rows: Tensor, row: Tensor, size: int) -> Tensor:
-    return torch.cat([rows, row[None]])[-size:]
+def append_row(rows: Tensor, row: Tensor, size: int) -> Tensor:
+    """The last rows with one more; the dimension before the last counts them."""
+    return torch.cat([rows, row.unsqueeze(-2)], dim=-2)[..., -size:, :]
 
 
-def _coefficients(rows: Tensor, f: Tensor) -> Tensor:
-    """The least-squares coefficients of a vector in the rows, regularised at rounding level."""
-    norms = torch.linalg.vector_norm(rows, dim=1)
-    inverse = torch.where(norms > 0, 1 / norms, 0.0)
-    unit = rows * inverse[:, None]
-    ridge = 10 * torch.finfo(f.dtype).eps * torch.eye(len(rows), dtype=f.dtype, device=f.device)
-    coefficients: Tensor = torch.linalg.solve_ex(unit @ unit.mT + ridge, unit @ f)[0]
+def mixing_coefficients(
+    rows: Tensor, f: Tensor, *, ridge: float | None = None, alive: Tensor | None = None
+) -> Tensor:
+    """The least-squares coefficients of vectors in rows, for any number of batch dimensions.
+
+    The rows are normalised, and the problem is regularised by ``ridge``, at rounding level by
+    default. Rows that are zero or not ``alive`` get the coefficient 0.
+    """
+    norms = torch.linalg.vector_norm(rows, dim=-1)
+    alive = norms > 0 if alive is None else alive & (norms > 0)
+    inverse = torch.where(alive, 1 / torch.where(alive, norms, 1.0), 0.0)
+    unit = rows * inverse.unsqueeze(-1)
+    if ridge is None:
+        ridge = 10 * torch.finfo(f.dtype).eps
+    identity = torch.eye(rows.shape[-2], dtype=f.dtype, device=f.device)
+    gram = unit @ unit.mT + ridge * identity
+    coefficients: Tensor = torch.linalg.solve_ex(gram, unit @ f.unsqueeze(-1))[0].squeeze(-1)
     return inverse * coefficients

@@ -1,0 +1,426 @@
+"""Equilibrium layers: modules whose output is the fixed point of a cell."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hyperfunc import _ad, _tree
+from hyperfunc._hypergrad import implicit_diff
+from hyperfunc._methods import resolve_method
+from hyperfunc._results import SolveStats
+from hyperfunc._types import TensorTree
+from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson, raise_unless_solved
+from hyperfunc.inner_solvers import iterate
+from hyperfunc.iterative import Reverse, ReverseUnroll
+from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver
+from hyperfunc.modules import FunctionalModule
+
+
+@final
+class EquilibriumLayer(nn.Module):
+    r"""A layer with the fixed point of a cell as output, for ordinary training loops.
+
+    ``layer(x)`` is the state :math:`z^*` with
+
+    .. math:: z^* = \mathrm{cell}_\theta(z^*, x),
+
+    found by a fixed-point solver, of which nothing is recorded. Gradients with respect to the
+    inputs and to the cell's parameters, of any order, come from the implicit function theorem:
+    memory does not grow with the number of steps. The cell may do anything that has a fixed point;
+    with Dropout in training mode it has none.
+
+    The layer stands in the cell's place: it has the cell's parameters, buffers and submodules
+    under the names that they have there, so that a ``state_dict`` of one loads into the other.
+    The cell itself, which shares them, is ``layer.cell``, and the other settings are attributes
+    too, which may be replaced; what the cell itself calls by such a name comes first.
+
+    Within one call the cell is a function: its weights, those of parametrisations such as
+    ``torch.nn.utils.parametrizations.spectral_norm`` included, are computed once, and what its
+    forward writes to buffers is dropped. In training mode, and outside of ``torch.func``, running
+    statistics are then updated once, by a further evaluation at the solution. Under autocast the
+    cell runs in the lower precision, and the state and the solvers in the state's own; tolerances
+    below the lower precision count as that precision.
+
+    Args:
+        cell: a module whose ``forward(state, *inputs)`` returns a tree like ``state``. The layer
+            does not copy it.
+        solver: how the fixed point is found. By default each index of the first dimension of the
+            state is a sample with a stop of its own, ``batch_dim=0``.
+        method: how it is differentiated. A linear solver applies the implicit rule; by default
+            `GMRES`, as :math:`I - \partial \mathrm{cell} / \partial z` is not symmetric and the
+            cell need not be a contraction. ``hf.FixedPoint()`` keeps fewer vectors where it is;
+            ``hf.OneStep()`` is the Jacobian-free gradient. ``hf.Reverse(last=K)`` takes K further
+            steps of the cell from the solution and differentiates these ("phantom gradient");
+            ``hf.ReverseUnroll()`` differentiates every step of the solver, and holds their graphs.
+        init: ``(*inputs) -> state``, where the solver starts and what a state looks like; by
+            default zeros like the first input.
+        throw: whether to raise where the solver does not reach its tolerance, or the linear
+            solver of the backward pass fails. With ``throw=False`` the result is the best iterate;
+            look at the statistics. With ``rtol=0, atol=0`` there is no tolerance to reach.
+
+    Example:
+        >>> class Cell(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(4, 4)
+        ...
+        ...     def forward(self, z, x):
+        ...         return torch.tanh(self.linear(z) + x)
+        >>> layer = hf.EquilibriumLayer(Cell())
+        >>> x = torch.randn(8, 4)
+        >>> z, stats = layer(x, return_stats=True)
+        >>> torch.allclose(z, layer.cell(z, x), atol=1e-4)
+        True
+        >>> z.square().sum().backward()
+        >>> layer.linear.weight.grad.shape
+        torch.Size([4, 4])
+        >>> list(layer.state_dict())
+        ['linear.weight', 'linear.bias']
+
+    References:
+        Bai, Kolter and Koltun, Deep equilibrium models, arXiv 1909.01377; Fung et al.,
+        Jacobian-free backpropagation, arXiv 2103.12803; Geng et al., On training implicit models
+        (phantom gradients), arXiv 2111.05177.
+    """
+
+    _settings: _Settings
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        solver: AbstractFixedPointSolver = Anderson(maxiter=200, batch_dim=0),
+        method: Any = GMRES(),
+        *,
+        init: Callable[..., TensorTree] | None = None,
+        throw: bool = True,
+    ) -> None:
+        settings = _Settings(cell, solver, _check_method(method), init, throw)
+        super().__init__()
+        # The cell is no submodule: what is registered here is what is registered there.
+        vars(self)["_settings"] = settings
+        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            vars(self)[name] = vars(cell)[name]
+        self.training = cell.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in _SETTINGS:  # what the cell calls so comes first
+                raise
+            return getattr(self._settings, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SETTINGS and name not in self._modules:
+            value = _check_method(value) if name == "method" else value
+            value = dataclasses.replace(self._settings, **{name: value})
+            name = "_settings"
+        super().__setattr__(name, value)
+
+    def forward(
+        self, *inputs: Any, init: TensorTree = None, return_stats: bool = False
+    ) -> TensorTree:
+        """The fixed point for these inputs.
+
+        Args:
+            inputs: what the cell takes after the state: trees of tensors, and anything else.
+            init: the state to start from, such as the solution for similar inputs; it has no
+                derivative.
+            return_stats: whether to return ``(state, SolveStats)``. With ``batch_dim`` of the
+                solver the statistics have shape ``(batch,)``.
+
+        Returns:
+            The state, a tree like ``init``.
+
+        Raises:
+            HypergradError: if the solver did not reach its tolerance, naming the number of
+                samples; with ``throw``.
+            ValueError: if the cell changes the structure, shape or dtype of the state.
+        """
+        run = self._forward
+        if torch.compiler.is_compiling():  # loops that stop by values are no graph
+            run = torch.compiler.disable(run)
+        return run(inputs, init, return_stats)
+
+    def train(self, mode: bool = True) -> EquilibriumLayer:
+        """Set the mode of the layer and of the cell."""
+        self._settings.cell.train(mode)
+        self.training = self._settings.cell.training
+        return self
+
+    def extra_repr(self) -> str:
+        """What the layer's repr says besides its submodules."""
+        settings = self._settings
+        name = type(settings.cell).__name__
+        return f"cell={name}, solver={settings.solver!r}, method={settings.method!r}"
+
+    def _forward(self, inputs: tuple[Any, ...], init: TensorTree, return_stats: bool) -> TensorTree:
+        state = self._initial_state(inputs) if init is None else init
+        apply, weights, buffers = _snapshot(self._settings.cell, "batch")
+        device_type, dtype = _autocast_of(state)
+        cell = _Cell(apply, device_type, dtype)
+        # what the backward pass needs must not change when the buffers are updated
+        args = ({name: buffer.clone() for name, buffer in buffers.items()}, *inputs)
+        solver = _reachable(self._settings.solver, dtype, throw=False)
+        with torch.autocast(device_type, enabled=False) if dtype else contextlib.nullcontext():
+            if isinstance(self._settings.method, ReverseUnroll):
+                solution, stats = solver(cell, state, (weights, state), *args)
+                self._check(stats)
+            else:
+                with torch.enable_grad():
+                    solution, stats = solver(cell, *_detach((state, (weights, state), *args)))
+                self._check(stats)
+                solution = self._attach(cell, (weights, _detach(solution)), args, dtype)
+        if self.training:
+            self._update_buffers(weights, buffers, solution, inputs)
+        return (solution, stats) if return_stats else solution
+
+    def _initial_state(self, inputs: tuple[Any, ...]) -> TensorTree:
+        if self._settings.init is not None:
+            return self._settings.init(*inputs)
+        if not inputs or not _ad.is_differentiable(inputs[0]):
+            first = "missing"
+            if inputs:
+                first = f"of type {type(inputs[0]).__name__}"
+                first += f" and {inputs[0].dtype}" if isinstance(inputs[0], Tensor) else ""
+            raise TypeError(
+                f"EquilibriumLayer: the first input is {first}; expected a floating-point tensor, "
+                f"as the state starts as zeros like it. Write EquilibriumLayer(cell, "
+                f"init=lambda *inputs: ...) with a function that returns the state to start from"
+            )
+        return torch.zeros_like(inputs[0])
+
+    def _check(self, stats: SolveStats) -> None:
+        if self._settings.throw:
+            raise_unless_solved(self._settings.solver, stats, finished=True)
+
+    def _attach(
+        self, cell: _Cell, hparams: TensorTree, args: tuple[Any, ...], dtype: torch.dtype | None
+    ) -> TensorTree:
+        """The solution, which is the second part of the hparams, with its derivatives."""
+        method = _reachable(self._settings.method, dtype)
+        if isinstance(method, Reverse):
+            assert method.last is not None
+            return implicit_diff(iterate(cell, method.last, init=_second), method=method)(
+                hparams, *args
+            )
+        rule = implicit_diff(_second, fixed_point=cell, method=method, throw=self._settings.throw)
+        return rule(hparams, *args)
+
+    def _update_buffers(
+        self,
+        weights: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        solution: TensorTree,
+        inputs: tuple[Any, ...],
+    ) -> None:
+        if not buffers or _ad.transforms_active():
+            return
+        apply, _, _ = _snapshot(self._settings.cell, "update")
+        with torch.no_grad():
+            _, updated = apply(weights, solution, *inputs, buffers=buffers)
+            for name, buffer in updated.items():
+                buffers[name].copy_(buffer)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._settings.cell._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._settings.cell._load_from_state_dict(*args)
+
+
+def jacobian_frobenius_squared(
+    fn: Callable[..., TensorTree],
+    params: TensorTree,
+    /,
+    *args: Any,
+    num_probes: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""An unbiased estimate of the squared Frobenius norm of a Jacobian, as a regulariser.
+
+    Hutchinson's estimate with :math:`m` probes, vectors of random signs,
+
+    .. math::
+        \| J \|_F^2 = \mathbb{E}_v \, \| J^\top v \|^2 \approx
+            \frac{1}{m} \sum_{i=1}^m \| J^\top v_i \|^2, \qquad
+        J = \partial_{\text{params}} \, \text{fn}(\text{params}, *\text{args}),
+
+    at one evaluation and one product a probe. It is differentiable with respect to ``params``,
+    ``args``, and the parameters of a module as ``fn``. At an equilibrium it bounds the spectral
+    radius, so that a small penalty, ``jacobian_frobenius_squared(layer.cell, z, x) / z.numel()``,
+    keeps the cell a contraction. Detach ``z`` to leave the solution as it is in its derivative.
+
+    Args:
+        fn: ``(params, *args) -> tree``; a fixed-point map or a cell.
+        params: where the Jacobian is taken.
+        args: passed on.
+        num_probes: :math:`m \ge 1`.
+        generator: of the random signs; by default torch's own. ``torch.func.vmap`` needs its
+            keyword ``randomness``.
+
+    Returns:
+        A scalar, in the accumulation dtype (float32 at least).
+
+    Example:
+        >>> W = torch.tensor([[0.5, 1.0], [0.0, 2.0]])
+        >>> hf.jacobian_frobenius_squared(lambda z: W @ z, torch.ones(2), num_probes=20000)
+        tensor(5.2...)
+
+    References:
+        Hutchinson, A stochastic estimator of the trace of the influence matrix, 1989;
+        Bai, Koltun and Kolter, Stabilizing equilibrium models by Jacobian regularization,
+        arXiv 2106.14342.
+    """
+    if isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 1:
+        raise ValueError(f"num_probes is {num_probes!r}; expected an integer >= 1")
+    leaves, spec = _tree.flatten_floating(params, "params")
+
+    def flat(*z: Tensor) -> tuple[Tensor, ...]:
+        return _tree.flatten_floating(fn(_tree.unflatten(spec, z), *args), "the output of fn")[0]
+
+    linearization = _ad.Linearization(flat, leaves, (tuple(range(len(leaves))),), tracked=True)
+    terms = []
+    for _ in range(num_probes):
+        signs = tuple(_random_signs(out, generator) for out in linearization.outputs)
+        product = linearization.pull(signs)
+        terms.append(_tree.dot(product, product))
+    return torch.stack(terms).mean()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Cell:
+    """A cell as fixed-point map, whose hparams are its weights and what the solver starts from."""
+
+    apply: FunctionalModule
+    device_type: str
+    dtype: torch.dtype | None
+
+    def __call__(
+        self, state: TensorTree, hparams: TensorTree, buffers: dict[str, Tensor], /, *inputs: Any
+    ) -> TensorTree:
+        weights, _ = hparams
+        if self.dtype is None:
+            return self.apply(weights, state, *inputs, buffers=buffers)
+        with torch.autocast(self.device_type, self.dtype):
+            output = self.apply(weights, state, *inputs, buffers=buffers)
+        leaves, spec = _tree.flatten(output)
+        like, like_spec = _tree.flatten(state)
+        if spec != like_spec:
+            return output
+        pairs = zip(leaves, like, strict=True)
+        return _tree.unflatten(spec, [leaf.to(ref.dtype) for leaf, ref in pairs])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Settings:
+    """What a layer was made of."""
+
+    cell: nn.Module
+    solver: AbstractFixedPointSolver
+    method: Any
+    init: Callable[..., TensorTree] | None
+    throw: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.cell, nn.Module):
+            raise TypeError(
+                f"EquilibriumLayer: cell is {self.cell!r} of type {type(self.cell).__name__}; "
+                f"expected a torch.nn.Module with forward(state, *inputs) -> state"
+            )
+        if not isinstance(self.solver, AbstractFixedPointSolver):
+            raise TypeError(
+                f"EquilibriumLayer: solver is {self.solver!r}; expected a fixed-point solver such "
+                f"as hf.fixed_point_solvers.Anderson(batch_dim=0)"
+            )
+
+
+_SETTINGS = tuple(field.name for field in dataclasses.fields(_Settings))
+
+
+def _second(hparams: TensorTree, *args: Any) -> TensorTree:
+    return hparams[1]
+
+
+def _detach(tree: TensorTree) -> TensorTree:
+    leaves, spec = _tree.flatten(tree)
+    return _tree.unflatten(spec, _ad.detach(leaves))
+
+
+def _check_method(method: Any) -> Any:
+    method = resolve_method(method)
+    if isinstance(method, AbstractLinearSolver | ReverseUnroll) or (
+        isinstance(method, Reverse) and method.last is not None
+    ):
+        return method
+    raise ValueError(
+        f"EquilibriumLayer: method is {method!r}, which replays the steps of a solver made by "
+        f"hf.iterate; expected a linear solver such as hf.GMRES(), hf.Reverse(last=K), which "
+        f"differentiates K steps from the solution, or hf.ReverseUnroll()"
+    )
+
+
+def _snapshot(
+    cell: nn.Module, mode: Any
+) -> tuple[FunctionalModule, dict[str, Tensor], dict[str, Tensor]]:
+    """A cell as a function, with its weights and buffers as they are now."""
+    module = _shallow_copy(cell, {})
+    weights: dict[str, Tensor] = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.is_floating_point()
+    }
+    buffers = dict(module.named_buffers())
+    return FunctionalModule(module, tuple(weights), mode), weights, buffers
+
+
+def _shallow_copy(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    """A module of the same tensors, in which parametrised ones are plain, computed once."""
+    if id(module) in done:
+        return done[id(module)]
+    parametrized = parametrize.is_parametrized(module)
+    cls: Any = type(module).__bases__[0] if parametrized else type(module)
+    copy: nn.Module = cls.__new__(cls)
+    vars(copy).update(vars(module))
+    for name in ("_parameters", "_buffers", "_modules"):
+        vars(copy)[name] = dict(vars(module)[name])
+    done[id(module)] = copy
+    if parametrized:
+        parametrizations: Any = copy._modules.pop("parametrizations")
+        for name in parametrizations:
+            vars(copy)["_parameters"][name] = getattr(module, name)
+    for name, child in copy._modules.items():
+        if child is not None:
+            copy._modules[name] = _shallow_copy(child, done)
+    return copy
+
+
+def _autocast_of(state: TensorTree) -> tuple[str, torch.dtype | None]:
+    """The device type of a state, and the dtype of autocast if that is on there."""
+    leaves, _ = _tree.flatten_floating(state, "init")
+    device_type = leaves[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return device_type, None
+    return device_type, torch.get_autocast_dtype(device_type)
+
+
+def _reachable(settings: Any, dtype: torch.dtype | None, **changes: Any) -> Any:
+    """A solver with changes, and no relative tolerance below the precision of autocast."""
+    if dtype is None or not hasattr(settings, "rtol"):
+        return dataclasses.replace(settings, **changes)
+    eps = torch.finfo(dtype).eps
+    rtol = eps**0.75 if settings.rtol is None else settings.rtol
+    exact = settings.rtol == 0 and settings.atol == 0
+    return dataclasses.replace(settings, rtol=0.0 if exact else max(rtol, eps), **changes)
+
+
+def _random_signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
+    return (2 * bits - 1).to(like.dtype)

@@ -1,0 +1,606 @@
+"""Equilibrium layers: gradients, modules' customs, precision, samples, and errors."""
+
+import copy
+import dataclasses
+import datetime
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+import hyperfunc as hf
+from hyperfunc.fixed_point_solvers import Anderson, Broyden, Newton, Picard
+
+N, BATCH = 5, 6
+SOLVERS: dict[str, Any] = {
+    "picard": Picard(batch_dim=0, rtol=1e-13),
+    "anderson": Anderson(batch_dim=0, rtol=1e-13),
+    "broyden": Broyden(batch_dim=0, rtol=1e-13),
+    "newton": Newton(batch_dim=0, rtol=1e-13),
+}
+METHODS: dict[str, Any] = {
+    "gmres": hf.GMRES(rtol=1e-13),
+    "gmres, by sample": hf.Blockwise(hf.GMRES(rtol=1e-13), blocks="batch"),
+    "normal_cg": hf.NormalCG(rtol=1e-13),
+    "fixed_point": hf.FixedPoint(rtol=1e-13),
+    "anderson": hf.AndersonFixedPoint(rtol=1e-13),
+    "dense": "dense",
+    "last steps": hf.Reverse(last=120),
+}
+
+
+class Cell(nn.Module):
+    def __init__(self, scale: float = 0.8, n: int = N) -> None:
+        super().__init__()
+        self.state, self.input = nn.Linear(n, n), nn.Linear(n, n)
+        with torch.no_grad():
+            self.state.weight.mul_(scale / torch.linalg.matrix_norm(self.state.weight, 2))
+        self.double()
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(self.state(z) + self.input(x))
+
+
+class Pair(nn.Module):
+    """A state that is a tree, and inputs that are no tensors or no floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(3, N), nn.Linear(N, N)
+        self.double()
+
+    def forward(self, z: dict[str, Tensor], x: Tensor, index: Tensor, scale: float) -> Any:
+        a = torch.tanh(scale * self.linear(z["b"]) + x)
+        return {"a": a, "b": torch.sin(scale * z["a"] + self.embedding(index))}
+
+
+def inputs(batch: int = BATCH, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.logspace(-2, 0.5, batch, dtype=torch.float64)[:, None]
+    return size * torch.randn(batch, N, generator=generator, dtype=torch.float64)
+
+
+def objective(z: Tensor) -> Tensor:
+    return (torch.cos(torch.arange(z.numel()).reshape(z.shape)) * z).sin().sum()
+
+
+def gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    return list(torch.autograd.grad(objective(layer(x)), [x, *layer.parameters()]))
+
+
+def unrolled(cell: nn.Module, x: Tensor, steps: int = 200) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    z = torch.zeros_like(x)
+    for _ in range(steps):
+        z = cell(z, x)
+    return list(torch.autograd.grad(objective(z), [x, *cell.parameters()]))
+
+
+def check_close(a: Any, b: Any, tolerance: float = 1e-8) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# Gradients ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_those_of_unrolling_to_convergence(solver: str, method: str) -> None:
+    cell = Cell()
+    layer = hf.EquilibriumLayer(cell, SOLVERS[solver], METHODS[method])
+    check_close(gradients(layer, inputs()), unrolled(cell, inputs()))
+    if solver != "newton":
+        layer = hf.EquilibriumLayer(cell, SOLVERS[solver], "reverse_unroll")
+        check_close(gradients(layer, inputs()), unrolled(cell, inputs()))
+
+
+def test_truncated_gradients_are_their_formulas() -> None:
+    cell, x = Cell(), inputs()
+    z = hf.EquilibriumLayer(cell, SOLVERS["anderson"])(x).detach()
+    for method, steps in (
+        ("one_step", 1),
+        (hf.Reverse(last=3), 3),
+        (hf.Reverse("sqrt", last=4), 4),
+    ):
+        w, leaf = z, x.clone().requires_grad_()
+        for _ in range(steps):
+            w = cell(w, leaf)
+        expected = torch.autograd.grad(objective(w), [leaf, *cell.parameters()])
+        actual = gradients(hf.EquilibriumLayer(cell, SOLVERS["anderson"], method), x)
+        check_close(actual, list(expected))
+
+
+def as_function(layer: nn.Module) -> tuple[Callable[..., Any], list[Tensor]]:
+    names, values = zip(*layer.named_parameters(), strict=True)
+    return (
+        lambda x, *ps: functional_call(layer, dict(zip(names, ps, strict=True)), (x,)),
+        list(values),
+    )
+
+
+@pytest.mark.parametrize("parametrised", [False, True])
+def test_gradcheck_and_gradgradcheck(parametrised: bool) -> None:
+    cell = Cell()
+    if parametrised:
+        spectral_norm(cell.state)
+    layer = hf.EquilibriumLayer(Halved(cell) if parametrised else cell, SOLVERS["anderson"])
+    function, parameters = as_function(layer.eval())
+    x = inputs(2).requires_grad_()
+    assert torch.autograd.gradcheck(function, (x, *parameters))
+    assert torch.autograd.gradgradcheck(function, (x, *parameters), atol=1e-4)
+
+
+def test_it_composes_with_the_transforms() -> None:
+    layer, x = hf.EquilibriumLayer(Cell(), SOLVERS["anderson"], METHODS["gmres"]), inputs(2)
+    function, parameters = as_function(layer)
+    parameters = [p.detach() for p in parameters]
+    f = lambda x: objective(layer(x))  # noqa: E731
+    check_close(grad(f)(x), gradients(layer, x)[0])
+    J = torch.autograd.functional.jacobian(layer, x)
+    check_close(jacrev(layer)(x), J)
+    check_close(jacfwd(layer)(x), J)
+    check_close(hessian(f)(x), torch.autograd.functional.hessian(f, x))
+    X = torch.stack([x, -x, 0.5 * x])
+    check_close(vmap(layer)(X), torch.stack([layer(x) for x in X]))
+    check_close(vmap(jacrev(layer))(X), torch.stack([jacrev(layer)(x) for x in X]))
+    stacked = [torch.stack([p, 0.9 * p]) for p in parameters]
+    expected = [function(x, *(p[i] for p in stacked)) for i in range(2)]
+    check_close(vmap(function, (None, *[0] * len(stacked)))(x, *stacked), torch.stack(expected))
+
+
+def test_a_state_that_is_a_tree_and_inputs_of_all_kinds() -> None:
+    cell, index = Pair(), torch.tensor([0, 2])
+    layer = hf.EquilibriumLayer(
+        cell, SOLVERS["anderson"], init=lambda x, *_: {"a": 0 * x, "b": torch.ones_like(x)}
+    )
+    x = inputs(2).requires_grad_()
+    z, stats = layer(x, index, 0.4, return_stats=True)
+    check_close(cell(z, x, index, 0.4), z)
+    assert stats.num_steps.shape == (2,)
+    actual = torch.autograd.grad(objective(z["a"] + z["b"]), [x, *layer.parameters()])
+    w: Any = {"a": torch.zeros_like(x), "b": torch.zeros_like(x)}
+    for _ in range(200):
+        w = cell(w, x, index, 0.4)
+    expected = torch.autograd.grad(objective(w["a"] + w["b"]), [x, *layer.parameters()])
+    check_close(actual, expected)
+
+
+# Statistics and failures --------------------------------------------------------------------------
+
+
+def test_statistics_of_samples_on_request_and_warm_start() -> None:
+    cell = Cell()
+    layer, x = hf.EquilibriumLayer(cell), inputs()
+    before = {**vars(layer)}
+    z, stats = layer(x, return_stats=True)
+    assert {**vars(layer)} == before
+    assert isinstance(stats, hf.SolveStats)
+    assert len(stats.num_steps.unique()) > 1
+    check_close(stats.residual_norm, (cell(z, x) - z).norm(dim=1).detach())
+    for i in range(BATCH):
+        alone = Anderson()(lambda z, x: cell(z, x), torch.zeros(N).double(), x[i])[1]
+        assert stats.num_steps[i] == alone.num_steps
+    warm, stats = layer(x, init=z.detach(), return_stats=True)
+    assert torch.equal(warm, z)
+    assert not stats.num_steps.any()
+    together = hf.EquilibriumLayer(cell, Anderson())(x, return_stats=True)[1]
+    assert together.num_steps.shape == ()
+
+
+@pytest.mark.parametrize("solver", [Picard(60, batch_dim=0), Anderson(60, batch_dim=0)])
+def test_a_cell_that_is_no_contraction_is_never_silent(solver: Any) -> None:
+    cell, x = Cell(scale=20.0), inputs()
+    layer = hf.EquilibriumLayer(cell, solver)
+    with pytest.raises(hf.HypergradError, match=r"failed for \d of 6 samples: .*throw=False"):
+        layer(x)
+    z, stats = hf.EquilibriumLayer(cell, solver, throw=False)(x, return_stats=True)
+    open_ = stats.result != hf.RESULTS.success
+    assert open_.any()
+    check_close(stats.residual_norm, (cell(z, x) - z).norm(dim=1).detach())
+    assert (stats.residual_norm[open_] > 1e-3).all()
+    # Newton needs no contraction, and neither does GMRES
+    exact = hf.EquilibriumLayer(cell, dataclasses.replace(SOLVERS["newton"], maxiter=500))
+    z, stats = exact(inputs(1), return_stats=True)
+    check_close(cell(z, inputs(1)), z)
+
+
+def test_non_finite_inputs_name_the_number_of_samples() -> None:
+    x = inputs()
+    x[[1, 3]] = torch.nan
+    with pytest.raises(hf.HypergradError, match=r"for 2 of 6 samples: non-finite values"):
+        hf.EquilibriumLayer(Cell())(x)
+    _, stats = hf.EquilibriumLayer(Cell(), throw=False)(x, return_stats=True)
+    assert stats.result.tolist() == [0, 3, 0, 3, 0, 0]
+
+
+def test_exactly_k_steps_need_no_tolerance() -> None:
+    cell, x = Cell(scale=20.0), inputs()
+    layer = hf.EquilibriumLayer(cell, Picard(4, rtol=0, batch_dim=0), "one_step")
+    z = torch.zeros_like(x)
+    for _ in range(4):
+        z = cell(z, x)
+    assert torch.equal(layer(x), z)
+
+
+@pytest.mark.parametrize("size", [0, 1])
+@pytest.mark.parametrize("method", ["gmres", "fixed_point", "one_step", hf.Reverse(last=3)])
+def test_batches_of_zero_and_one(size: int, method: Any) -> None:
+    for solver in (*SOLVERS.values(), Anderson()):
+        layer = hf.EquilibriumLayer(Cell(), solver, method)
+        x = inputs(size).requires_grad_()
+        layer(x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == (size, N)
+        assert all(p.grad.isfinite().all() and p.grad.any() == size for p in layer.parameters())
+
+
+# A module like any other --------------------------------------------------------------------------
+
+
+def test_checkpoints_of_cell_and_layer_are_the_same() -> None:
+    cell, other = Cell(), Cell()
+    layer = hf.EquilibriumLayer(cell)
+    names = ["state.weight", "state.bias", "input.weight", "input.bias"]
+    assert list(layer.state_dict()) == list(cell.state_dict()) == names
+    assert [name for name, _ in layer.named_parameters()] == names
+    other.load_state_dict(layer.state_dict())
+    check_close(other(inputs(), inputs()), cell(inputs(), inputs()))
+    fresh = hf.EquilibriumLayer(Cell())
+    fresh.load_state_dict(cell.state_dict())
+    assert torch.equal(fresh(inputs()), layer(inputs()))
+    with pytest.raises(RuntimeError, match=r"Missing key.*state\.weight"):
+        layer.load_state_dict({}, strict=True)
+    model = nn.Sequential(nn.Linear(N, N).double(), layer)
+    assert list(model.state_dict())[2:] == [f"1.{name}" for name in names]
+    assert functional_call(model, model.state_dict(), (inputs(),)).shape == (BATCH, N)
+
+
+def test_settings_are_attributes_and_the_names_of_the_cell_come_first() -> None:
+    cell, x = Cell(), inputs()
+    layer = hf.EquilibriumLayer(cell)
+    assert (layer.cell, layer.throw) == (cell, True)
+    layer.solver, layer.method = SOLVERS["newton"], "one_step"
+    assert layer(x, return_stats=True)[1].num_steps.max() < 8
+    assert layer.method == hf.OneStep()
+    with pytest.raises(TypeError, match="solver is 3; expected a fixed-point solver"):
+        layer.solver = 3
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = layer.nothing
+    layer = hf.EquilibriumLayer(Halved(cell))
+    assert layer.cell is cell
+    assert functional_call(layer, layer.state_dict(), (x,)).shape == x.shape
+    layer.cell = Cell()
+    assert not torch.equal(layer(x), hf.EquilibriumLayer(Halved(cell))(x))
+
+
+def test_copies_are_whole() -> None:
+    layer, x = hf.EquilibriumLayer(Cell()), inputs()
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(x), layer(x))
+        with torch.no_grad():
+            twin.state.weight.zero_()
+        assert not twin.cell.state.weight.any()
+        assert layer.state.weight.all()
+
+
+def test_moves_modes_and_training() -> None:
+    torch.manual_seed(0)
+    cell = Cell()
+    layer = hf.EquilibriumLayer(cell).float()
+    assert cell.state.weight.dtype is torch.float32
+    assert layer(inputs().float()).dtype is torch.float32
+    assert not layer.eval().cell.training
+    assert layer.train().cell.training
+    assert layer.to("meta").cell.state.weight.is_meta
+    model = nn.Sequential(hf.EquilibriumLayer(Cell()), nn.Linear(N, 1).double())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    x, losses = inputs(20), []
+    for _ in range(30):
+        loss = (model(x)[:, 0] - x.sum(1).sin()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    with torch.no_grad():
+        assert not model(x).requires_grad
+    with torch.inference_mode():
+        check_close(model(x), model(x).clone())
+
+
+class Halved(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.cell(0.5 * z, x)
+
+
+def test_parametrised_weights_are_computed_once_a_call() -> None:
+    cell = Cell(scale=5.0)
+    spectral_norm(cell.state)
+    weight_norm(cell.input)
+    whole, x = Halved(cell), inputs()
+    layer = hf.EquilibriumLayer(whole, SOLVERS["picard"])
+    vector = cell.state.parametrizations.weight[0]._u
+    calls = []
+    cell.state.parametrizations.weight[0].register_forward_hook(lambda *_: calls.append(1))
+    before = vector.clone()
+    z = layer(x)
+    assert len(calls) == 1
+    assert not torch.equal(before, vector)  # in training mode its power iteration goes on
+    objective(z).backward()
+    assert cell.state.parametrizations.weight.original.grad.any()
+    layer.eval()
+    before = vector.clone()
+    check_close(gradients(layer, x), unrolled(whole, x))
+    assert torch.equal(before, vector)
+    assert torch.linalg.matrix_norm(cell.state.weight, 2) < 1.5
+    assert "cell.state.parametrizations.weight.0._u" in layer.state_dict()
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(N, N), nn.BatchNorm1d(N)
+        self.register_buffer("shift", torch.ones(N))
+        self.double()
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(0.3 * self.norm(self.linear(z) + x) + self.shift)
+
+
+def test_running_statistics_are_updated_once_at_the_solution() -> None:
+    layer, x = hf.EquilibriumLayer(Normalised(), SOLVERS["anderson"]), inputs()
+    twin = copy.deepcopy(layer.cell)
+    z = layer(x)
+    assert layer.norm.num_batches_tracked == 1
+    check_close(twin(z, x), z)
+    check_close(layer.norm.running_var, twin.norm.running_var)
+    check_close(gradients(layer, x), unrolled(twin, x))
+    layer.eval()
+    state = copy.deepcopy(layer.state_dict())
+    z = layer(x)
+    check_close(layer.cell(z, x), z)
+    assert all(torch.equal(state[name], value) for name, value in layer.state_dict().items())
+
+
+def test_shared_weights_stay_shared() -> None:
+    cell = Cell()
+    cell.input.weight = cell.state.weight
+    layer = hf.EquilibriumLayer(cell, SOLVERS["anderson"])
+    assert len(list(layer.parameters())) == 3
+    check_close(gradients(layer, inputs()), unrolled(cell, inputs()))
+    cell.state.bias.requires_grad_(False)
+    layer(inputs()).sum().backward()
+    assert cell.state.bias.grad is None
+
+
+# Precision, compilation, processes ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["gmres", "fixed_point", "normal_cg", "one_step"])
+def test_autocast_and_half_precision(dtype: torch.dtype, method: str) -> None:
+    cell, x = Cell(0.6).float(), inputs().float()
+    layer = hf.EquilibriumLayer(cell, method=method)
+    expected, truth = layer(x), gradients(layer, x)
+    eps = torch.finfo(dtype).eps ** 0.75
+    dtypes = []
+    cell.state.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", dtype):
+        z = layer(x)
+    assert z.dtype is torch.float32
+    assert set(dtypes) == {dtype}
+    torch.testing.assert_close(z, expected, rtol=0, atol=4 * eps)
+    objective(z).backward()  # outside of autocast
+    assert set(dtypes) == {dtype}
+    for parameter, gradient in zip(layer.parameters(), truth[1:], strict=True):
+        assert (parameter.grad - gradient).norm() < 4 * eps * (1 + gradient.norm())
+    half = layer.to(dtype)
+    z = half(x.to(dtype))
+    assert z.dtype is dtype
+    torch.testing.assert_close(z.float(), expected, rtol=0, atol=6 * eps)
+    half.zero_grad()
+    objective(z.float()).backward()
+    for parameter, gradient in zip(half.parameters(), truth[1:], strict=True):
+        assert (parameter.grad - gradient).norm() < 6 * eps * (1 + gradient.norm())
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(N, N).double(), hf.EquilibriumLayer(Cell())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.layer(self.first(x)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # inside torch
+def test_compiled_models_break_their_graph_at_the_layer() -> None:
+    model, x = Model(), inputs()
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph: Any, example_inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    check_close(gradients(compiled, x), gradients(model, x))
+    assert len(graphs) == 2  # what is before the layer and after it
+
+
+def train_in_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(Model())
+    model(inputs()[rank::2]).square().mean().backward()
+    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_data_parallel_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    workers = [context.Process(target=train_in_process, args=(r, str(tmp_path))) for r in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    torch.manual_seed(0)
+    model = Model()
+    model(inputs()).square().mean().backward()
+    for rank in range(2):
+        check_close(torch.load(tmp_path / f"{rank}.pt"), [p.grad for p in model.parameters()])
+
+
+# The regulariser ----------------------------------------------------------------------------------
+
+
+def test_the_estimate_of_the_jacobian_norm_is_unbiased() -> None:
+    W, x = inputs(N), torch.ones(N, dtype=torch.float64)
+    f = lambda z, W: {"a": torch.tanh(W @ z["z"]), "b": z["z"].sum()}  # noqa: E731
+    J = torch.autograd.functional.jacobian(lambda z: torch.tanh(W @ z), 0.1 * x)
+    exact = J.square().sum() + N
+    estimates = torch.stack(
+        [
+            hf.jacobian_frobenius_squared(
+                f, {"z": 0.1 * x}, W, generator=torch.Generator().manual_seed(seed)
+            )
+            for seed in range(1000)
+        ]
+    )
+    error = (estimates.mean() - exact).abs()
+    assert error < 4 * estimates.std() / 1000**0.5
+    assert error < 0.05 * exact
+    many = hf.jacobian_frobenius_squared(f, {"z": 0.1 * x}, W, num_probes=1000)
+    assert (many - exact).abs() < 4 * estimates.std() / 1000**0.5
+
+
+def test_the_regulariser_is_differentiable_and_shrinks_the_jacobian() -> None:
+    def estimate(W: Tensor, z: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return hf.jacobian_frobenius_squared(
+            lambda z: torch.tanh(W @ z), z, num_probes=2, generator=generator
+        )
+
+    W, z = inputs(N).requires_grad_(), inputs(N)[3].requires_grad_()
+    assert torch.autograd.gradcheck(estimate, (W, z))
+    assert torch.autograd.gradgradcheck(estimate, (W, z))
+    check_close(grad(estimate)(W.detach(), z.detach()), torch.autograd.grad(estimate(W, z), W)[0])
+    layer, x = hf.EquilibriumLayer(Cell()), inputs()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    sizes = []
+    for _ in range(15):
+        z = layer(x).detach()
+        size = hf.jacobian_frobenius_squared(layer.cell, z, x, num_probes=4) / z.numel()
+        optimizer.zero_grad()
+        size.backward()
+        optimizer.step()
+        sizes.append(size.item())
+    assert sizes[-1] < 0.7 * sizes[0]
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+
+class Closure(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.hidden = [weight]
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(z @ self.hidden[0] + x)
+
+
+class Nothing(nn.Module):
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return 0.5 * z + x
+
+
+ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "cell": (
+        lambda: hf.EquilibriumLayer(lambda z, x: z),  # type: ignore[arg-type]
+        TypeError,
+        r"cell is .* expected a torch.nn.Module with forward\(state, \*inputs\)",
+    ),
+    "solver": (
+        lambda: hf.EquilibriumLayer(Cell(), "anderson"),  # type: ignore[arg-type]
+        TypeError,
+        r"solver is 'anderson'; expected a fixed-point solver such as hf\.fixed_point_solvers",
+    ),
+    "method": (
+        lambda: hf.EquilibriumLayer(Cell(), method=hf.Reverse()),
+        ValueError,
+        r"expected a linear solver such as hf\.GMRES\(\), hf\.Reverse\(last=K\)",
+    ),
+    "unknown method": (
+        lambda: hf.EquilibriumLayer(Cell(), method="gmress"),
+        ValueError,
+        "unknown method 'gmress'. Did you mean 'gmres'",
+    ),
+    "no input": (lambda: hf.EquilibriumLayer(Cell())(), TypeError, "first input is missing"),
+    "integers": (
+        lambda: hf.EquilibriumLayer(Cell())(torch.zeros(3, dtype=torch.int64)),
+        TypeError,
+        r"first input is of type Tensor and torch.int64; .* Write EquilibriumLayer\(cell, init=",
+    ),
+    "shape": (
+        lambda: hf.EquilibriumLayer(Nothing())(inputs(), init=torch.zeros(1, N).double()),
+        ValueError,
+        r"the output of fixed_point: the leaf for params has shape \(6, 5\), expected \(1, 5\)",
+    ),
+    "structure": (
+        lambda: hf.EquilibriumLayer(Pair())(inputs(), init={"a": 1}),
+        TypeError,
+        r"init\['a'\] is 1 of type int; expected a floating-point tensor",
+    ),
+    "dtype": (
+        lambda: hf.EquilibriumLayer(Nothing())(inputs(), init=torch.zeros(BATCH, N)),
+        ValueError,
+        "the leaf for params has dtype torch.float64, expected torch.float32",
+    ),
+    "closure": (
+        lambda: hf.EquilibriumLayer(Closure(torch.eye(N).double().requires_grad_()))(inputs()),
+        ValueError,
+        "closes over a tensor that requires grad",
+    ),
+    "newton unrolled": (
+        lambda: hf.EquilibriumLayer(Cell(), Newton(), "reverse_unroll")(inputs()),
+        ValueError,
+        "Newton: its steps cannot be differentiated",
+    ),
+    "probes": (
+        lambda: hf.jacobian_frobenius_squared(lambda z: z, torch.ones(2), num_probes=0),
+        ValueError,
+        "num_probes is 0; expected an integer >= 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str) -> None:
+    call, kind, text = ERRORS[name]
+    with pytest.raises(kind, match=text):
+        call()
