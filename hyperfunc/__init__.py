@@ -1,6 +1,6 @@
 """Hypergradients in PyTorch, in the style of torch.func."""
 
-from hyperfunc import bilevel, distributed, fixed_point_solvers, optim
+from hyperfunc import bilevel, distributed, fixed_point_solvers, optim, prox
 from hyperfunc._error_bound import ErrorBound, HypergradBound
 from hyperfunc._hypergrad import (
     hypergrad,
@@ -86,5 +86,7 @@ __all__ = [
     "minimize",
     "module_map",
     "optim",
+    "prox",
     "proximal",
+    "proximal_gradient_map",
 ]

@@ -182,6 +182,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "betas[0]": (0.0, math.nextafter(1.0, 0.0), "in [0, 1)"),
     "betas[1]": (0.0, math.nextafter(1.0, 0.0), "in [0, 1)"),
     "dampening": (-math.inf, math.inf, "that is not NaN"),
+    "lower": (-math.inf, math.inf, "that is not NaN"),
+    "upper": (-math.inf, math.inf, "that is not NaN"),
 }
 _AT_LEAST_ZERO = (0.0, math.inf, "of at least 0")
 _KINDS = (
