@@ -12,7 +12,12 @@ from hyperfunc._implicit import HypergradError
 from hyperfunc._results import RESULTS, Solution, SolveStats
 from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, diagnose
 from hyperfunc.equilibrium import EquilibriumLayer, jacobian_frobenius_squared
-from hyperfunc.inner_solvers import gradient_descent_map, iterate, minimize
+from hyperfunc.inner_solvers import (
+    gradient_descent_map,
+    iterate,
+    minimize,
+    proximal_gradient_map,
+)
 from hyperfunc.iterative import ForwardMode, Reverse, ReverseUnroll, checkpoint
 from hyperfunc.linear_solvers import (
     CG,
