@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -29,8 +29,64 @@ from hyperfunc._implicit import (
 )
 from hyperfunc._methods import is_implicit, resolve_method
 from hyperfunc._results import Solution
-from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
+from hyperfunc._types import (
+    HypergradFunction,
+    InnerSolver,
+    Leaves,
+    Loss,
+    ParamsFunction,
+    RuleOptions,
+    TensorTree,
+)
 from hyperfunc.linear_solvers import StochasticAID
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    H = TypeVar("H")
+    P = ParamSpec("P")
+    R = TypeVar("R")
+    Solver: TypeAlias = Callable[Concatenate[H, ...], Any]
+
+
+@overload
+def hypergrad(
+    inner_solver: Solver[H],
+    outer_loss: Loss,
+    *,
+    has_aux: Literal[False] = False,
+    **options: Unpack[RuleOptions],
+) -> HypergradFunction[H, H]: ...
+
+
+@overload
+def hypergrad(
+    inner_solver: Solver[H],
+    outer_loss: Loss,
+    *,
+    has_aux: Literal[True],
+    **options: Unpack[RuleOptions],
+) -> HypergradFunction[H, tuple[H, Any]]: ...
+
+
+@overload
+def hypergrad(
+    inner_solver: None = None,
+    *,
+    outer_loss: Loss,
+    has_aux: Literal[False] = False,
+    **options: Unpack[RuleOptions],
+) -> Callable[[Solver[H]], HypergradFunction[H, H]]: ...
+
+
+@overload
+def hypergrad(
+    inner_solver: None = None,
+    *,
+    outer_loss: Loss,
+    has_aux: Literal[True],
+    **options: Unpack[RuleOptions],
+) -> Callable[[Solver[H]], HypergradFunction[H, tuple[H, Any]]]: ...
 
 
 def hypergrad(
@@ -120,6 +176,46 @@ def hypergrad(
     )
 
 
+@overload
+def hypergrad_and_value(
+    inner_solver: Solver[H],
+    outer_loss: Loss,
+    *,
+    has_aux: Literal[False] = False,
+    **options: Unpack[RuleOptions],
+) -> HypergradFunction[H, tuple[H, Tensor]]: ...
+
+
+@overload
+def hypergrad_and_value(
+    inner_solver: Solver[H],
+    outer_loss: Loss,
+    *,
+    has_aux: Literal[True],
+    **options: Unpack[RuleOptions],
+) -> HypergradFunction[H, tuple[H, tuple[Tensor, Any]]]: ...
+
+
+@overload
+def hypergrad_and_value(
+    inner_solver: None = None,
+    *,
+    outer_loss: Loss,
+    has_aux: Literal[False] = False,
+    **options: Unpack[RuleOptions],
+) -> Callable[[Solver[H]], HypergradFunction[H, tuple[H, Tensor]]]: ...
+
+
+@overload
+def hypergrad_and_value(
+    inner_solver: None = None,
+    *,
+    outer_loss: Loss,
+    has_aux: Literal[True],
+    **options: Unpack[RuleOptions],
+) -> Callable[[Solver[H]], HypergradFunction[H, tuple[H, tuple[Tensor, Any]]]]: ...
+
+
 def hypergrad_and_value(
     inner_solver: InnerSolver | None = None,
     outer_loss: Loss | None = None,
@@ -168,6 +264,28 @@ def hypergrad_and_value(
         has_aux,
         throw,
     )
+
+
+@overload
+def hypergrad_and_solution(
+    inner_solver: Solver[H],
+    outer_loss: Loss,
+    *,
+    has_aux: bool = False,
+    error_bound: bool | ErrorBound = False,
+    **options: Unpack[RuleOptions],
+) -> HypergradFunction[H, tuple[H, Solution]]: ...
+
+
+@overload
+def hypergrad_and_solution(
+    inner_solver: None = None,
+    *,
+    outer_loss: Loss,
+    has_aux: bool = False,
+    error_bound: bool | ErrorBound = False,
+    **options: Unpack[RuleOptions],
+) -> Callable[[Solver[H]], HypergradFunction[H, tuple[H, Solution]]]: ...
 
 
 def hypergrad_and_solution(
@@ -238,6 +356,18 @@ def hypergrad_and_solution(
         throw,
         _check_error_bound(error_bound, method),
     )
+
+
+@overload
+def implicit_diff(
+    inner_solver: Callable[P, R], **options: Unpack[RuleOptions]
+) -> Callable[P, R]: ...
+
+
+@overload
+def implicit_diff(
+    inner_solver: None = None, **options: Unpack[RuleOptions]
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
 
 def implicit_diff(

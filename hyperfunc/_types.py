@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, TypeVar
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+H_contra = TypeVar("H_contra", contravariant=True)
+R_co = TypeVar("R_co", covariant=True)
 
 TensorTree: TypeAlias = Any
 """Any pytree of tensors: dict, list, tuple, namedtuple, bare tensor, or a class that is registered
@@ -17,16 +23,36 @@ Leaves: TypeAlias = tuple[Tensor, ...]
 class InnerSolver(Protocol):
     """``(hparams, *args) -> params``: any code that solves the inner problem."""
 
-    def __call__(self, hparams: TensorTree, /, *args: Any) -> TensorTree: ...
+    def __call__(self, hparams: Any, /, *args: Any, **keywords: Any) -> TensorTree: ...
 
 
 class ParamsFunction(Protocol):
     """``(params, hparams, *args) -> tree like params``: fixed-point map or optimality function."""
 
-    def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree: ...
+    def __call__(self, params: Any, hparams: Any, /, *args: Any, **keywords: Any) -> TensorTree: ...
 
 
 class Loss(Protocol):
     """``(params, hparams, *args) -> scalar tensor``, or ``(scalar, aux)`` for an outer loss."""
 
-    def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> Any: ...
+    def __call__(self, params: Any, hparams: Any, /, *args: Any, **keywords: Any) -> Any: ...
+
+
+class HypergradFunction(Protocol[H_contra, R_co]):
+    """What the transforms return: ``(hparams, *args, adjoint_init=None)`` to their result."""
+
+    __wrapped__: Callable[..., Any]
+
+    def __call__(
+        self, hparams: H_contra, /, *args: Any, adjoint_init: TensorTree = None
+    ) -> R_co: ...
+
+
+class RuleOptions(TypedDict, total=False):
+    """The keywords that say how an inner solver is differentiated."""
+
+    fixed_point: ParamsFunction | None
+    inner_loss: Loss | None
+    optimality: ParamsFunction | None
+    method: Any
+    throw: bool

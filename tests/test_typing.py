@@ -1,0 +1,29 @@
+"""The public functions' types, as mypy and pyright see them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SAMPLES = ROOT / "tests" / "typing_samples.py"
+
+CHECKERS = {
+    "mypy": [sys.executable, "-m", "mypy", str(SAMPLES)],
+    "pyright": [
+        *(sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable),
+        *("--level", "error", str(SAMPLES)),
+    ],
+}
+
+
+@pytest.mark.parametrize("checker", CHECKERS)
+def test_errors_are_found_where_they_are_and_nowhere_else(checker):
+    lines = SAMPLES.read_text().splitlines()
+    wrong = {number for number, line in enumerate(lines, 1) if "# wrong" in line}
+    run = subprocess.run(CHECKERS[checker], cwd=ROOT, capture_output=True, text=True)
+    found = re.findall(rf"{SAMPLES.name}:(\d+)(?::\d+)?(?: -|:) error", run.stdout)
+    assert {int(number) for number in found} == wrong, run.stdout + run.stderr
+    assert len(wrong) == 4
