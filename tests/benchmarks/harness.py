@@ -1,0 +1,118 @@
+"""What the benchmarks share: entries, their check against float64, and interleaved timing."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+FLOOR, RAW, OURS, PEER = "floor", "raw torch", "hyperfunc", "peer"
+
+# Threads that wait for work keep spinning for a while; the next entry starts after that.
+_PAUSE = 0.005
+_LEAST_SECONDS = 0.01
+
+
+class NotRun(Exception):
+    """An entry that cannot take part here; the text says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One way to do a problem's work.
+
+    ``prepare`` imports and sets up what the entry needs, and returns the function that is timed:
+    it gives the hypergradient as a list of tensors or arrays, or None for a floor, which does the
+    products and gradients alone.
+    """
+
+    name: str
+    group: str
+    prepare: Callable[[], Callable[[], Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A piece of work with the ways to do it, and its hypergradient in float64."""
+
+    key: str
+    title: str
+    entries: Sequence[Entry]
+    reference: Callable[[], Sequence[torch.Tensor]]
+    tolerance: float = 1e-3
+
+
+def measure(
+    problem: Problem, seconds: float, log: Callable[[str], None], only: str = ""
+) -> list[dict[str, Any]]:
+    """Check every entry, then time them in turn, again and again, for so many seconds."""
+    expected = _flat(problem.reference())
+    rows: list[dict[str, Any]] = []
+    functions: dict[int, Callable[[], Any]] = {}
+    for entry in problem.entries:
+        row: dict[str, Any] = {"name": entry.name, "group": entry.group}
+        rows.append(row)
+        if only and only not in entry.name and entry.group != FLOOR:
+            row["not_run"] = "not chosen"
+            continue
+        begin = time.perf_counter()
+        try:
+            function = entry.prepare()
+            result = function()
+        except ModuleNotFoundError as error:
+            row["not_run"] = f"needs {error.name}, which is not installed"
+        except NotRun as error:
+            row["not_run"] = str(error)
+        except Exception as error:
+            if entry.group != PEER:
+                raise
+            row["not_run"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        else:
+            row["first_call"] = time.perf_counter() - begin
+            if result is not None:
+                row["error"] = float((_flat(result) - expected).norm() / expected.norm())
+            if row.get("error", 0.0) <= problem.tolerance:
+                functions[len(rows) - 1] = function
+            else:
+                row["not_run"] = f"wrong: relative error {row['error']:.1e}"
+        log(f"  {entry.name}: {row.get('not_run', 'checked')}")
+    for index, times in _interleaved(functions, seconds).items():
+        rows[index].update(seconds=statistics.median(times), fastest=min(times), repeats=len(times))
+    return rows
+
+
+def _interleaved(functions: dict[int, Callable[[], Any]], seconds: float) -> dict[int, list[float]]:
+    times: dict[int, list[float]] = {index: [] for index in functions}
+    counts = dict.fromkeys(functions, 1)
+    for index, function in functions.items():  # a short call is repeated within one measurement
+        counts[index] = max(1, round(_LEAST_SECONDS / _time(function, 1)))
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 3 or time.perf_counter() < end:
+        rounds += 1
+        for index, function in functions.items():
+            time.sleep(_PAUSE)
+            times[index].append(_time(function, counts[index]))
+    return times
+
+
+def _time(function: Callable[[], Any], count: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(count):
+        function()
+    return (time.perf_counter() - begin) / count
+
+
+def _flat(leaves: Sequence[Any]) -> torch.Tensor:
+    tensors = (leaf if isinstance(leaf, torch.Tensor) else _from_array(leaf) for leaf in leaves)
+    return torch.cat([leaf.detach().double().reshape(-1) for leaf in tensors])
+
+
+def _from_array(array: Any) -> torch.Tensor:
+    import numpy as np
+
+    return torch.from_numpy(np.array(array))
