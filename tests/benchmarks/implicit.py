@@ -531,9 +531,7 @@ def torchopt(work: Work) -> Callable[[], Vector]:
 
     solve = torchopt.linear_solve.solve_cg(maxiter=work.products, rtol=0.0, atol=0.0)
     if work.method == "neumann":
-        solve = torchopt.linear_solve.solve_inv(
-            ns=True, maxiter=work.products, alpha=work.lr
-        )
+        solve = torchopt.linear_solve.solve_inv(ns=True, maxiter=work.products, alpha=work.lr)
     sgd = torchopt.sgd(lr=work.lr)
 
     def optimality(w: Any, h: Any, task: Any) -> Any:
