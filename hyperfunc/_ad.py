@@ -67,7 +67,7 @@ def is_tracked(tensors: Sequence[Any]) -> bool:
 
 def is_differentiable(value: Any) -> bool:
     """Whether a value is a tensor that a derivative can be taken with respect to."""
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def detach(leaves: Sequence[Any]) -> tuple[Any, ...]:
@@ -317,7 +317,7 @@ def _primal(value: Tensor) -> Tensor:
 
 
 def _has_tangent(value: Tensor) -> bool:
-    if not value.is_floating_point():
+    if not is_differentiable(value):
         return False
     return torch.autograd.forward_ad.unpack_dual(value, level=0).tangent is not None
 

@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
 from hyperfunc.inner_solvers import gradient_descent_map, iterate, minimize
-from hyperfunc.iterative import Reverse, ReverseUnroll
+from hyperfunc.iterative import ForwardMode, Reverse, ReverseUnroll
 
 
 @pytest.fixture(autouse=True)
@@ -269,9 +269,21 @@ def test_wrong_arguments(make: object, error: type[Exception], message: str) -> 
         (lambda w, h: {"a": 1.0, "b": w["b"]}, "params['a'] is 1.0 of type float"),
     ],
 )
-@pytest.mark.parametrize("method", [ReverseUnroll(), Reverse()])
+@pytest.mark.parametrize("method", [ReverseUnroll(), Reverse(), Reverse(last=2), ForwardMode()])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f: f(torch.tensor(1.0)),
+        lambda f: f(torch.tensor(1.0, requires_grad=True)),
+        lambda f: jacrev(f)(torch.tensor(1.0)),
+        lambda f: jacfwd(f)(torch.tensor(1.0)),
+        lambda f: vmap(jacrev(f))(torch.ones(3)),
+        lambda f: jacrev(vmap(f))(torch.ones(3)),
+    ],
+    ids=["plain", "autograd", "jacrev", "jacfwd", "vmap of jacrev", "jacrev of vmap"],
+)
 def test_a_step_that_changes_the_params_is_refused_at_once(
-    step: object, message: str, method: object
+    step: object, message: str, method: object, call: object
 ) -> None:
     calls = []
 
@@ -281,7 +293,7 @@ def test_a_step_that_changes_the_params_is_refused_at_once(
 
     solver = iterate(counted, 5, init=lambda h: {"a": torch.zeros(2), "b": torch.zeros(())})
     with pytest.raises(ValueError, match=re.escape(message)):
-        method.solution_map(solver)(torch.tensor(1.0, requires_grad=True))  # type: ignore[attr-defined]
+        call(method.solution_map(solver))  # type: ignore[attr-defined,operator]
     assert len(calls) == 1
 
 

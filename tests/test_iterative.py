@@ -249,6 +249,9 @@ def test_truncated_reverse_at_a_fixed_point_is_a_neumann_sum(num_steps: int) -> 
         method=hf.FixedPoint(maxiter=num_steps, rtol=0.0, atol=0.0),
     )(h)
     torch.testing.assert_close(value, implicit, rtol=1e-12, atol=1e-12)
+    if num_steps == 1:
+        one_step = hf.hypergrad(solver, lambda w, h: (w**2).sum(), method=hf.OneStep())(h)
+        torch.testing.assert_close(value, one_step, rtol=1e-12, atol=1e-12)
 
 
 # --- schedules
@@ -368,9 +371,23 @@ def test_the_graph_does_not_grow(method: Any) -> None:
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("method", [ReverseUnroll(), *KINDS], ids=repr)
-def test_nothing_is_left_behind(method: Any) -> None:
-    f = objective(method, by_minimize(2))
+def stopping() -> Any:
+    phi = gradient_descent_map(loss, lambda h: h["lr"])
+    return iterate(phi, 6, init=init, rtol=0.2)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        *(
+            pytest.param(objective(method, by_minimize(2)), id=repr(method))
+            for method in [ReverseUnroll(), *KINDS]
+        ),
+        pytest.param(objective(KINDS[1], stopping()), id="stopping"),
+        pytest.param(lambda *args: layered(checkpoint)(*args), id="checkpoint"),
+    ],
+)
+def test_nothing_is_left_behind(f: Any) -> None:
     uses = [
         lambda: torch.autograd.grad(f(tracked, *data()), list(tracked.values())),
         lambda: grad(f)(hparams(), *data()),
@@ -477,6 +494,94 @@ def test_replay_is_exact(method: Any, operation: str, device: torch.device) -> N
     result, stream_after = run(method)
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
     assert torch.equal(stream, stream_after)
+
+
+def restless_solver() -> Any:
+    """Noise and masks that fade, so that each task stops by itself."""
+
+    def step(state: Any, h: Any, row: Tensor) -> Any:
+        noise = F.dropout(torch.ones(3)) * torch.randn(3) * torch.exp(-row)
+        velocity = 0.4 * state["v"] + h["a"] * (state["w"] - h["w0"].sin()) + 0.01 * noise * h["b"]
+        return {"w": state["w"] - 40 * h["lr"] * velocity, "v": velocity}
+
+    def start(h: Any) -> Any:
+        return {"w": 0.1 * torch.randn(3) * h["b"], "v": torch.zeros(3)}
+
+    return iterate(step, 40, init=start, inputs=torch.arange(40.0), rtol=1e-2)
+
+
+@all_methods
+@pytest.mark.parametrize("operation", NOISY)
+def test_replay_is_exact_where_tasks_stop_early(method: Any, operation: str) -> None:
+    solver = restless_solver()
+
+    def run(method: Any) -> tuple[Any, Tensor]:
+        torch.manual_seed(4)
+        solve = method.solution_map(solver)
+        return NOISY[operation](lambda h: (solve(h)["w"] ** 3).sum()), torch.rand(4)
+
+    torch.testing.assert_close(run(method), run(ReverseUnroll()), rtol=1e-10, atol=1e-10)
+
+
+def test_tasks_with_noise_stop_apart() -> None:
+    """What the test above stands on."""
+    solver = restless_solver()
+    torch.manual_seed(4)
+    h = {key: leaf.requires_grad_() for key, leaf in noisy_hparams(3).items()}
+    result = vmap(Reverse().solution_map(solver), randomness="different")(h)
+    trace = result["w"].grad_fn.operation.memo[0]
+    assert trace.lengths.unique().numel() == 3
+    assert trace.num_steps < 40
+
+
+@all_methods
+def test_replay_of_a_generator_that_was_passed(method: Any, device: torch.device) -> None:
+    def step(w: Tensor, h: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.tanh(h * w) + torch.rand(3, generator=generator, device=device)
+
+    solver = iterate(step, 6, init=lambda h, generator: torch.zeros(3, device=device))
+
+    def run(method: Any) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(device).manual_seed(1)
+        solve = method.solution_map(solver)
+        h = torch.tensor(0.7, device=device)
+        derivative = jacrev(grad(lambda h: (solve(h, generator) ** 2).sum()))(h)
+        return derivative, torch.rand(3, generator=generator, device=device)
+
+    torch.testing.assert_close(run(method), run(ReverseUnroll()), rtol=1e-12, atol=1e-12)
+
+
+@all_methods
+def test_replay_leaves_a_stream_that_has_moved_on(method: Any) -> None:
+    def run(method: Any) -> Any:
+        torch.manual_seed(3)
+        h = {key: leaf.clone().requires_grad_() for key, leaf in noisy_hparams().items()}
+        result = (method.solution_map(noisy_solver())(h) ** 3).sum()
+        between = torch.rand(2)
+        grads = torch.autograd.grad(result, list(h.values()), retain_graph=True)
+        again = torch.autograd.grad(result, list(h.values()))
+        return grads, again, between, torch.rand(2)
+
+    torch.testing.assert_close(run(method), run(ReverseUnroll()), rtol=1e-10, atol=1e-10)
+
+
+@kinds
+def test_buffers_of_modules_are_not_advanced(method: Any) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh())
+    apply, weights = hf.functional(module)
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+    def inner_loss(w: Any, h: Any, X: Tensor, y: Tensor) -> Tensor:
+        return h["lr"] * ((apply(w, X).sum(1) - y) ** 2).mean()
+
+    solver = minimize(inner_loss, hf.optim.sgd(0.3), 3, init=lambda *_: weights)
+
+    def run(method: Any) -> Any:
+        solve = method.solution_map(solver)
+        return grad(lambda h: (apply(solve(h, *data()), data()[0]) ** 3).sum())(hparams())
+
+    torch.testing.assert_close(run(method), run(ReverseUnroll()), rtol=1e-11, atol=1e-11)
+    assert all(torch.equal(before[name], buffer) for name, buffer in module.named_buffers())
 
 
 def test_inputs_have_gradients_too() -> None:
@@ -662,6 +767,28 @@ def test_checkpoint(fn: Any, operate: Any) -> None:
     torch.testing.assert_close(operate(network(checkpoint(fn))), operate(network(plain)))
 
 
+def layered(layer: Callable[..., Any]) -> Callable[..., Tensor]:
+    """A loss of three layers, of which each goes through ``layer``."""
+
+    def f(h: Any, X: Tensor, y: Tensor) -> Tensor:
+        hidden = layer(lambda w, l2, X: torch.tanh(X @ w) * l2.exp().sum())(h["w0"], h["l2"], X)
+        errors = layer(lambda z, lr, y: lr * (z - y) ** 2)(hidden, h["lr"], y)
+        return errors.mean() + layer(lambda w: (w**3).sum())(h["w0"])  # type: ignore[no-any-return]
+
+    return f
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_checkpoint_composes(operation: str) -> None:
+    def twice(fn: Callable[..., Any]) -> Any:
+        return checkpoint(lambda *args: checkpoint(fn)(*args))
+
+    expected = OPERATIONS[operation](layered(lambda fn: fn))
+    for layer in (checkpoint, twice):
+        result = OPERATIONS[operation](layered(layer))
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_checkpoint_keeps_the_arguments_alone_and_runs_twice() -> None:
     calls = []
 
@@ -696,6 +823,60 @@ def test_checkpoint_passes_on_any_tree() -> None:
     assert checkpoint(lambda n: n + 1)(3) == 4
 
 
+def test_checkpoint_of_complex_tensors() -> None:
+    def fn(z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return z * torch.complex(x.sin(), x), (z.conj() * z).real + z.imag.exp()
+
+    def f(fn: Any, x: Tensor, z: Tensor) -> Tensor:
+        z, y = fn(fn(z, x)[0], x)
+        return (y * x).sum() + z.abs().sum() + z.imag.sum()
+
+    x, z = torch.randn(3), torch.randn(3, dtype=torch.complex128)
+
+    def by_autograd(f: Any) -> Any:
+        leaves = x.clone().requires_grad_(), z.clone().requires_grad_()
+        return torch.autograd.grad(f(*leaves), leaves)
+
+    for operate in (
+        by_autograd,
+        lambda f: grad(f, argnums=(0, 1))(x, z),
+        lambda f: hessian(lambda x: f(x, torch.complex(x, x.cos())))(x),
+        lambda f: jvp(f, (x, z), (x.sin(), z.sin())),
+        lambda f: vmap(grad(f, argnums=(0, 1)))(torch.stack([x, x]), torch.stack([z, z.sin()])),
+    ):
+        expected, result = (operate(functools.partial(f, g)) for g in (fn, checkpoint(fn)))
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [ReverseUnroll(), *KINDS], ids=repr)
+def test_complex_arguments(method: Any) -> None:
+    def step(w: Tensor, h: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(h * w + (z * z).imag)
+
+    solve = method.solution_map(iterate(step, 4, init=lambda h, z: z.abs()))
+    h, z = torch.tensor(0.6), torch.randn(3, dtype=torch.complex128)
+    x, y = z.real.clone(), z.imag.clone()
+
+    def f(h: Tensor, z: Tensor) -> Tensor:
+        return (solve(h, z) ** 2).sum()  # type: ignore[no-any-return]
+
+    by_parts = grad(lambda h, x, y: f(h, torch.complex(x, y)), (0, 1, 2))
+    if isinstance(method, ForwardMode):
+        assert grad(f)(h, z).isfinite()
+        for refused in (lambda: by_parts(h, x, y), lambda: grad(f, argnums=1)(h, z)):
+            with pytest.raises(
+                TypeError, match="ForwardMode has no derivatives with respect to complex"
+            ):
+                refused()
+        return
+    of_h, of_x, of_y = by_parts(h, x, y)
+    torch.testing.assert_close(grad(f, argnums=(0, 1))(h, z), (of_h, torch.complex(of_x, of_y)))
+    step_size = 1e-6 * torch.eye(3)
+    for e, slope in zip(step_size, of_y, strict=True):
+        difference = f(h, torch.complex(x, y + e)) - f(h, torch.complex(x, y - e))
+        torch.testing.assert_close(difference / 2e-6, slope, rtol=1e-7, atol=1e-8)
+
+
 @pytest.mark.parametrize("randomness", [None, "same", "different"])
 def test_checkpoint_draws_the_same_random_numbers(
     randomness: str | None, device: torch.device
@@ -717,6 +898,19 @@ def test_checkpoint_draws_the_same_random_numbers(
         return derivative(x), torch.rand(3), torch.rand(3, generator=generator, device=device)
 
     torch.testing.assert_close(run(checkpoint(fn)), run(fn))
+
+
+@pytest.mark.parametrize("operation", NOISY)
+def test_checkpoint_draws_the_same_random_numbers_at_every_order(operation: str) -> None:
+    def noise(x: Tensor, h: Any) -> Tensor:
+        return (F.dropout(h["w0"] * h["a"]) * torch.randn(3)).sin() * x + h["b"]
+
+    def run(layer: Callable[..., Any]) -> Any:
+        torch.manual_seed(2)
+        f = lambda h: (layer(noise)(layer(noise)(h["lr"], h), h) ** 3).sum()  # noqa: E731
+        return NOISY[operation](f), torch.rand(4)
+
+    torch.testing.assert_close(run(checkpoint), run(lambda fn: fn), rtol=1e-12, atol=1e-12)
 
 
 def test_checkpoint_restores_autocast(device: torch.device) -> None:

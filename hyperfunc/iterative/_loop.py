@@ -234,7 +234,7 @@ class Loop:
             grads = _pull(
                 functools.partial(self._advance, trace.active(step), size),
                 (*state, *self._at(operands, step)),
-                (*_floating_indices(state), *(size + i for i in wrt)),
+                (*_differentiable_indices(state), *(size + i for i in wrt)),
                 cotangents,
                 batched=batched,
                 check=end == trace.num_steps,
@@ -300,6 +300,11 @@ class Loop:
         batched: bool,
     ) -> dict[int, Tensor]:
         """Transposed products by forward accumulation: tangents for every entry of the operands."""
+        if any(operands[i].is_complex() for i in wrt):
+            raise TypeError(
+                "ForwardMode has no derivatives with respect to complex tensors in *args or "
+                "inputs. Use method='reverse', or pass their real and imaginary parts"
+            )
         shapes = [operands[i].shape[self._num_levels(i) :] for i in wrt]
         numels = [math.prod(shape) for shape in shapes]
         offsets = [sum(numels[:i]) for i in range(len(numels))]
@@ -667,8 +672,8 @@ def _vmapped_advance(fn: Callable[..., Leaves], level: _Level, num_fixed: int) -
     return advance
 
 
-def _floating_indices(tensors: Leaves) -> tuple[int, ...]:
-    return tuple(i for i, tensor in enumerate(tensors) if tensor.is_floating_point())
+def _differentiable_indices(tensors: Leaves) -> tuple[int, ...]:
+    return tuple(i for i, tensor in enumerate(tensors) if _ad.is_differentiable(tensor))
 
 
 def _with_dim(tensor: Tensor, dim: int | None, target: int, size: int) -> Tensor:

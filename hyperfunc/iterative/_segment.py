@@ -108,7 +108,7 @@ class Operation(Protocol):
         ...
 
     def push(self, wrt: tuple[int, ...]) -> Operation:
-        """``(operands, tangents of the operands wrt) -> tangents`` of the floating outputs."""
+        """``(operands, tangents of the operands wrt) -> tangents`` of differentiable outputs."""
         ...
 
     def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
@@ -135,8 +135,8 @@ class Recorded(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
         ctx.operation, *operands = inputs
-        ctx.floating = [out.is_floating_point() for out in output]
-        ctx.mark_non_differentiable(*(out for out in output if not out.is_floating_point()))
+        ctx.smooth = [_ad.is_differentiable(out) for out in output]
+        ctx.mark_non_differentiable(*(out for out in output if not _ad.is_differentiable(out)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands)
         ctx.save_for_forward(*operands)
@@ -150,7 +150,7 @@ class Recorded(torch.autograd.Function):
             for i, (need, operand) in enumerate(
                 zip(ctx.needs_input_grad[1:], operands, strict=True)
             )
-            if need and operand.is_floating_point()
+            if need and _ad.is_differentiable(operand)
         )
         result: list[Tensor | None] = [None] * len(operands)
         if live and wrt:
@@ -166,7 +166,7 @@ class Recorded(torch.autograd.Function):
             wrt = tuple(i for i, tangent in enumerate(tangents) if tangent is not None)
             push = ctx.operation.push(wrt)
             results = iter(Recorded.apply(push, *operands, *(tangents[i] for i in wrt)))
-            return tuple(next(results) if floating else None for floating in ctx.floating)
+            return tuple(next(results) if smooth else None for smooth in ctx.smooth)
 
     @staticmethod
     def vmap(
@@ -270,7 +270,7 @@ class Segment:
     def push(self, wrt: tuple[int, ...]) -> Segment:
         def pushed(*tensors: Tensor) -> Leaves:
             operands, tangents = split(tensors, len(tensors) - len(wrt))
-            return self._linearize(operands, wrt, _floating).push(tangents)
+            return self._linearize(operands, wrt, _differentiable).push(tangents)
 
         return Segment(pushed, self.circumstances, self.num_points)
 
@@ -363,5 +363,5 @@ def _merge(constants: Sequence[Any], tensors: Iterable[Tensor]) -> list[Any]:
     return [next(remaining) if leaf is None else leaf for leaf in constants]
 
 
-def _floating(outputs: Leaves) -> Leaves:
-    return tuple(out for out in outputs if out.is_floating_point())
+def _differentiable(outputs: Leaves) -> Leaves:
+    return tuple(out for out in outputs if _ad.is_differentiable(out))
