@@ -297,6 +297,10 @@ def prepare(
                 f"--shots {args.shots} --queries {args.queries}: their sum must be at most "
                 f"{drawings}, the drawings of a class in {name}"
             )
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}; expected a folder to write to")
     return args, Data(*(split._replace(images=split.images.to(args.device)) for split in data))
 
 
@@ -339,7 +343,6 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"validation": -1.0}
         self.path = args.out / CHECKPOINT
-        args.out.mkdir(parents=True, exist_ok=True)
         if args.resume:
             self._load()
 

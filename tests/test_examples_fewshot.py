@@ -372,6 +372,10 @@ def test_the_interval_is_that_of_the_mean_over_tasks(run, monkeypatch):
         ("--method newton", "invalid choice: 'newton'"),
         ("--device tpu9", "--device tpu9: "),
         ("--resume", "--resume: there is no"),
+        (
+            "--out broken.zip/out",
+            "--out broken.zip/out: Not a directory; expected a folder to write",
+        ),
     ],
 )
 def test_wrong_options(glyphs, monkeypatch, tmp_path, capsys, options, message):
