@@ -88,7 +88,9 @@ class Linearization:
     ``fn(*primals) -> leaves`` is evaluated once, and that evaluation serves any number of products.
     ``groups`` are the index sets of the primals that products may be taken with respect to; each
     must name differentiable tensors only. With ``has_aux`` the function returns
-    ``(outputs, aux)``, two tuples of tensors, the second of which is only passed on.
+    ``(outputs, aux)``, two tuples of tensors, the second of which is only passed on. ``optional``
+    names a group that the function may well not use: if so, its products are zeros that take no
+    second evaluation under transforms either.
 
     Attributes:
         outputs: the value of the function.
@@ -110,13 +112,15 @@ class Linearization:
         *,
         has_aux: bool = False,
         tracked: bool | None = None,
+        optional: int | None = None,
     ) -> None:
         self._tracked = is_tracked(primals) if tracked is None else tracked
+        self._unused: dict[int, Leaves] = {}
+        pair = fn if has_aux else lambda *leaves: (fn(*leaves), ())
+        if optional is not None and groups[optional] and transforms_active():
+            pair = self._probing(pair, optional, groups[optional])
         self._engine = _make_engine(
-            fn if has_aux else lambda *leaves: (fn(*leaves), ()),
-            tuple(primals),
-            tuple(tuple(group) for group in groups),
-            self._tracked,
+            pair, tuple(primals), tuple(tuple(group) for group in groups), self._tracked
         )
         self.outputs = self._engine.outputs
         self.aux = self._engine.aux
@@ -125,6 +129,8 @@ class Linearization:
 
     def pull(self, cotangents: Leaves, group: int = 0) -> Leaves:
         """The product with the transposed Jacobian, for the primals of a group."""
+        if group in self._unused:
+            return tuple(torch.zeros_like(leaf) for leaf in self._unused[group])
         return self._engine.pull(cotangents, group)
 
     def push(self, tangents: Leaves, group: int = 0) -> Leaves:
@@ -140,6 +146,33 @@ class Linearization:
             )
             self._pushes[group] = transpose.pull
         return self._pushes[group](tangents)
+
+    def _probing(self, fn: _AuxFunction, group: int, indices: Sequence[int]) -> _AuxFunction:
+        """The function, which finds out in its first call whether it uses the primals of a group.
+
+        Without transforms there is no need to: a graph that does not reach them costs nothing.
+        """
+        probed = torch.compiler.is_compiling()
+
+        def probing(*primals: Any) -> tuple[Leaves, Leaves]:
+            nonlocal probed
+            if probed:
+                return fn(*primals)
+            probed = True
+
+            def restricted(*selected: Tensor) -> tuple[Leaves, Leaves]:
+                outputs, aux = fn(*_replace(primals, indices, selected))
+                if not any(out.requires_grad for out in outputs):
+                    self._unused[group] = tuple(primals[index] for index in indices)
+                return tuple(outputs), tuple(aux)
+
+            selected = (primals[index] for index in indices)
+            outputs, _, aux = torch.func.vjp(  # type: ignore[misc]
+                restricted, *selected, has_aux=True
+            )
+            return outputs, aux
+
+        return probing
 
 
 def grad_and_value(
@@ -418,10 +451,7 @@ class _FunctionalEngine:
         indices = self._groups[group]
 
         def restricted(*selected: Tensor) -> tuple[Leaves, Leaves]:
-            primals = list(self._primals)
-            for index, leaf in zip(indices, selected, strict=True):
-                primals[index] = leaf
-            outputs, aux = self._fn(*primals)
+            outputs, aux = self._fn(*_replace(self._primals, indices, selected))
             return tuple(outputs), tuple(aux)
 
         selected = (self._primals[index] for index in indices)
@@ -444,6 +474,13 @@ def _innermost(tensor: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
+
+
+def _replace(items: Sequence[Any], indices: Sequence[int], new: Sequence[Any]) -> list[Any]:
+    replaced = list(items)
+    for index, item in zip(indices, new, strict=True):
+        replaced[index] = item
+    return replaced
 
 
 def _requires_grad(value: Any) -> bool:

@@ -116,6 +116,8 @@ class BoundCondition:
             self.function,
             (*w, *theta),
             (tuple(range(n)), tuple(n + i for i in wrt)),
+            # where the hparams are a centre alone, the loss without the regulariser has none
+            optional=1 if self.proximal else None,
         )
         if linearization.captures_gradient:
             raise ValueError(captured_message(self.condition.kind))

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 import hyperfunc as hf
 
@@ -87,6 +88,83 @@ def test_value_and_gradient_are_those_of_the_loss_by_hand(hparams):
         expected = grad(by_hand, argnums=argnums)(w, hparams)
         assert difference(grad(in_closed_form, argnums)(w, hparams), expected) < 1e-12
     assert (in_closed_form(w, hparams) - by_hand(w, hparams)).abs() < 1e-12
+
+
+def fits(w, meta, X):
+    return torch.nn.functional.softplus(X @ w).sum()
+
+
+def fits_with_scales(w, meta, X):
+    return fits(w * meta.cosh(), meta, X)
+
+
+def count_work(loss, num_products):
+    """Evaluations of the loss and matrix products with the data, alone and under vmap."""
+    calls = []
+
+    def counted(w, meta, X):
+        calls.append(1)
+        return loss(w, meta, X)
+
+    fn = hf.hypergrad(
+        lambda meta, X: meta.clone(),
+        lambda w, meta, X: ((w - 1) ** 2).sum(),
+        inner_loss=hf.proximal(counted, 3.0),
+        method=hf.CG(maxiter=num_products, rtol=0),
+    )
+    n, k = 30, 20
+    data, meta = torch.randn(2, n, n) / n, torch.randn(n, k)
+    counts = []
+    for run, tasks in (
+        (lambda: fn(meta, data[0]), 1),
+        (lambda: vmap(fn, in_dims=(None, 0))(meta, data), 2),
+    ):
+        calls.clear()
+        with FlopCounterMode(display=False) as counter:
+            run()
+        # under vmap, inner products of vectors count as well; they are small
+        counts.append((len(calls), round(counter.get_total_flops() / (2 * n * n * k * tasks))))
+    return counts
+
+
+@pytest.mark.parametrize("num_products", [0, 1, 5])
+def test_the_cross_term_costs_no_product(num_products):
+    """A gradient is two matrix products with the data, and a product with the Hessian two more."""
+    needed = 2 + 2 * num_products
+    assert count_work(fits, num_products) == [(1, needed)] * 2
+    # where the loss itself depends on the hparams, the term costs a product
+    assert count_work(fits_with_scales, num_products) == [(1, needed + 2), (2, needed + 4)]
+
+
+WRAPPED = {
+    "plain": lambda fn, solve, m: fn(m),
+    "vmap": lambda fn, solve, m: vmap(fn)(torch.stack([m, -m])),
+    "grad": lambda fn, solve, m: grad(lambda m: fn(m).sum())(m),
+    "vmap of grad": lambda fn, solve, m: vmap(grad(lambda m: fn(m).sum()))(torch.stack([m, -m])),
+    "jacfwd": lambda fn, solve, m: jacfwd(solve)(m),
+    "jacfwd of jacrev": lambda fn, solve, m: jacfwd(jacrev(solve))(m),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("loss", [fits, fits_with_scales])
+def test_hparams_that_the_loss_uses_are_told_from_those_that_it_does_not(loss, name):
+    def by_hand(w, m):
+        return loss(w, m, X) + 1.5 * ((w - m) ** 2).sum()
+
+    def newton(m):
+        w = m.detach()
+        for _ in range(10):
+            w = w - torch.linalg.solve(hessian(by_hand)(w, m), grad(by_hand)(w, m))
+        return w
+
+    values = []
+    for inner in (by_hand, hf.proximal(lambda w, m: loss(w, m, X), 3.0)):
+        fn = hf.hypergrad(newton, lambda w, m: (w**2).sum(), inner_loss=inner, method="dense")
+        solve = hf.implicit_diff(newton, inner_loss=inner, method="dense")
+        m = torch.linspace(-0.5, 0.5, 4, dtype=torch.float64)
+        values.append(WRAPPED[name](fn, solve, m))
+    assert difference(*values) < 1e-11
 
 
 def test_the_hparams_are_the_default_center():
