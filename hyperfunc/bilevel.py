@@ -482,11 +482,13 @@ class _Settings:
         """The start, cut from any graph: a loop is nothing to differentiate through."""
         w, params_spec = _tree.flatten_floating(params, "params")
         h, hparams_spec = _tree.flatten_floating(hparams, "hparams")
+        # copies, as a module whose parameters these are may go on to change them in place
+        w, h = (tuple(leaf.clone() for leaf in _ad.detach(leaves)) for leaves in (w, h))
         return State(
             step=torch.zeros((), dtype=torch.int64),
-            params=_tree.unflatten(params_spec, _ad.detach(w)),
+            params=_tree.unflatten(params_spec, w),
             adjoint=_tree.unflatten(params_spec, _tree.zeros_like(w)),
-            hparams=_tree.unflatten(hparams_spec, _ad.detach(h)),
+            hparams=_tree.unflatten(hparams_spec, h),
             memory=(),
         )
 

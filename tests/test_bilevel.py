@@ -363,6 +363,61 @@ def test_a_run_that_is_saved_and_loaded_goes_on(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOOPS)
+def test_a_state_is_stored_by_torch_save(name: str) -> None:
+    loop = make(name)
+    state = run(name, loop, 2)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert isinstance(loaded, State)
+    assert_close(loaded, state, 0)
+    i, j = draw(1)[0]
+    inputs = batches(name, quadratic(), i, j)
+    assert_close(loop.update(loaded, *inputs), loop.update(state, *inputs), 0)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_state_shares_no_memory_with_the_start(name: str) -> None:
+    loop, (params, hparams) = make(name), start()
+    state = loop.init(params, hparams)
+    params["a"][0].add_(1.0)
+    hparams[0].add_(1.0)
+    assert_close((state.params, state.hparams), start(), 0)
+
+
+# Evaluations of the inner and of the outer loss in one update.
+ORACLES = {"soba": (1, 1), "saba": (1, 1), "stocbio": (T + Q + 1, 1), "amigo": (T + Q + 1, 1)}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_one_set_of_oracle_calls_in_an_update(name: str) -> None:
+    """The gradient, the product and the cross product of `soba` and `saba` come of one graph."""
+    calls: dict[Any, list[int]] = {inner_loss: [], outer_loss: []}
+
+    def counted(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args: calls[loss].append(1) or loss(*args)
+
+    keywords = {"inner_lr": 0.4, "outer_lr": 0.1}
+    keywords |= {
+        "soba": {},
+        "saba": {"num_inner_batches": N, "num_outer_batches": M},
+        "stocbio": {"num_inner_steps": T, "num_adjoint_steps": Q},
+        "amigo": {"num_inner_steps": T, "num_adjoint_steps": Q},
+    }[name]
+    loop = getattr(hf.bilevel, name)(counted(inner_loss), counted(outer_loss), **keywords)
+    state = loop.init(*start())
+    i, j = draw(1)[0]
+    inputs = batches(name, quadratic(), i, j)
+    loop.update(state, *inputs)
+    assert (len(calls[inner_loss]), len(calls[outer_loss])) == ORACLES[name]
+    for seen in calls.values():
+        seen.clear()
+    vmap(loop.update)(stack([state] * 2), *stack([inputs] * 2))
+    assert (len(calls[inner_loss]), len(calls[outer_loss])) == ORACLES[name]
+
+
+@pytest.mark.parametrize("name", LOOPS)
 def test_nothing_is_written_to_and_no_graph_is_kept(name: str) -> None:
     loop = make(name)
     params, hparams = optree.tree_map(lambda leaf: leaf.requires_grad_(), start())
@@ -388,7 +443,7 @@ def test_an_update_compiles_into_one_graph(name: str) -> None:
         state = expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", LOOPS)
 def test_dtypes_are_kept(name: str, dtype: torch.dtype) -> None:
     loop = make(name, inner_lr=hf.bilevel.power_decay(0.3, 0.5))

@@ -219,6 +219,22 @@ def test_two_calls_give_the_same(name: str) -> None:
     assert torch.equal(run(ALL[name], SPD, randn(N))[0], first[0])
 
 
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [1e3, 1e6, torch.inf, torch.nan])
+def test_bad_starts(name: str, dtype: torch.dtype, size: float) -> None:
+    """None is so bad that its size stays in the rounding errors of the residual."""
+    A, b = SPD.to(dtype), 1e-3 * randn(N).to(dtype)
+    x, stats = run(ALL[name], A, b, size * torch.ones(N, dtype=dtype))
+    if "anderson" in name and not size < torch.inf:
+        assert code(stats) is hf.RESULTS.nonfinite
+        return
+    assert code(stats) is hf.RESULTS.success
+    rtol = 1e-9 if dtype is torch.float64 else 1e-4
+    exact = torch.linalg.solve(A, b)
+    assert (x - exact).norm() <= rtol * exact.norm()
+
+
 # Iterates of scipy --------------------------------------------------------------------------------
 
 DIAGONAL = SPD.diagonal()
@@ -848,6 +864,16 @@ def test_a_users_preconditioner_takes_trees_like_params() -> None:
     assert fn(h).requires_grad
 
 
+def test_a_preconditioner_from_inside_a_transform_is_refused() -> None:
+    def tilted(h: Tensor) -> Tensor:
+        return _tree_problem(lambda tree: {k: v / (2 + h) for k, v in tree.items()})(h)
+
+    h = torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(vmap(tilted)(h), torch.full((2,), 2.0))
+    with pytest.raises(ValueError, match=r"the preconditioner uses a tensor that was made inside"):
+        vmap(grad(tilted))(h)
+
+
 def test_a_preconditioner_leaves_no_graph() -> None:
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     x, _ = run(hf.CG(preconditioner=lambda v: v * scale), SPD, randn(N))
@@ -1287,6 +1313,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: hf.Blockwise(hf.CG(), step_sizes=[0.1]),
         ValueError,
         r"Blockwise: step_sizes is \[0.1\]; expected a tuple of numbers > 0",
+    ),
+    "blockwise infinite step size": (
+        lambda: hf.Blockwise(hf.CG(), step_sizes=(0.1, float("inf"))),
+        ValueError,
+        r"Blockwise: step_sizes is \(0.1, inf\); expected a tuple of numbers > 0",
     ),
     "blockwise number of step sizes": (
         lambda: run(hf.Blockwise(hf.CG(), "batch", (0.1, 0.2)), SPD, randn(N)),

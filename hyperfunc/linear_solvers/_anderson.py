@@ -32,10 +32,11 @@ class AndersonFixedPoint(AbstractLinearSolver):
         x_{k+1} = x_k + f_k - \sum_i \gamma_i (\Delta x_i + \Delta f_i),
         \qquad \gamma = \arg\min_\gamma \| f_k - \sum_i \gamma_i \Delta f_i \|.
 
-    It takes one product a step as `FixedPoint` does, none for the first one from zero, and
-    converges where that one diverges too: as long as the memory holds all steps, ``x_{k+1}`` is
-    one plain step from the iterate ``k`` of `GMRES`. `GMRES` keeps half as many vectors for the
-    same; this method goes on with a moving window where `GMRES` starts anew.
+    It takes one product a step as `FixedPoint` does, none for the first one from zero and one more
+    to see that it has converged, and converges where that one diverges too: as long as the memory
+    holds all steps, ``x_{k+1}`` is one plain step from the iterate ``k`` of `GMRES`. `GMRES` keeps
+    half as many vectors for the same; this method goes on with a moving window where `GMRES` starts
+    anew.
 
     Args:
         maxiter: largest number of steps, >= 0; exactly this many with ``rtol=0, atol=0``.

@@ -152,12 +152,12 @@ class NormalCG(AbstractLinearSolver):
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         active = bounds.open(rs)
-        if self.maxiter > 0:
-            p = s = transposed.mv(r)
-            gamma = _tree.dot(s, s)
         for step in range(self.maxiter):
             if bounds.adaptive and not _ad.any_true(active):
                 break
+            if step == 0:
+                p = s = transposed.mv(r)
+                gamma = _tree.dot(s, s)
             q = operator.mv(p)
             alpha = gamma / _tree.dot(q, q)
             active = active & (alpha > 0) & (alpha < torch.inf)

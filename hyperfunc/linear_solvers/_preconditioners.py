@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 
-from hyperfunc import _tree
+from hyperfunc import _ad, _tree
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.linear_solvers._base import LinearOperator
 from hyperfunc.linear_solvers._dense import ravel, ravel_held, unravel
@@ -96,8 +96,7 @@ class NystromPreconditioner(AbstractPreconditioner):
         M = (\lambda_k + \mu) \, U (\Lambda + \mu I)^{-1} U^\top + (I - U U^\top),
 
     with :math:`\lambda_k` the smallest of the eigenvalues :math:`\Lambda` that is not rounding
-    noise. It suits `CG` where few
-    eigenvalues are large and the others are close to each other.
+    noise. It suits `CG` where few eigenvalues are large and the others are close to each other.
 
     Args:
         rank: products to spend, in each solve, and vectors to keep; from 1 to the number of inner
@@ -181,7 +180,16 @@ def prepare(
 
     @torch.no_grad()
     def apply(r: Leaves) -> Leaves:
-        output = preconditioner(_tree.unflatten(spec, r))
+        try:
+            output = preconditioner(_tree.unflatten(spec, r))
+        except RuntimeError as error:
+            if _ad.escaped(error):
+                raise ValueError(
+                    "the preconditioner uses a tensor that was made inside an enclosing torch.func "
+                    "transform, which it runs outside of. Make it of tensors from outside, or take "
+                    "an object such as hf.JacobiPreconditioner(), which is built in each solve"
+                ) from error
+            raise
         leaves, output_spec = _tree.flatten(output)
         _tree.check_like(leaves, output_spec, r, spec, "the output of the preconditioner", "params")
         return tuple(leaves)

@@ -166,7 +166,9 @@ class Blockwise(AbstractLinearSolver):
         if self.step_sizes is not None and not (
             isinstance(self.step_sizes, tuple)
             and all(
-                isinstance(step, int | float) and not isinstance(step, bool) and step > 0
+                isinstance(step, int | float)
+                and not isinstance(step, bool)
+                and 0 < step < float("inf")
                 for step in self.step_sizes
             )
         ):
