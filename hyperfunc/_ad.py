@@ -36,6 +36,9 @@ _OLD_VMAP = (
 # Marks the leaf variables made here, such as that of a gradient inside a function being recorded.
 _OWN = "_hyperfunc_own_leaf"
 
+# Entries from which on an inner product costs more than the call that takes it.
+_LONG = 4096
+
 
 def transforms_active() -> bool:
     """Whether code runs inside a ``torch.func`` transform, or is being traced by torch.compile.
@@ -54,15 +57,20 @@ def transforms_active() -> bool:
 def is_tracked(tensors: Sequence[Any]) -> bool:
     """Whether a derivative of what is computed from these tensors may be asked for later."""
     if torch.compiler.is_compiling():
-        return torch.is_grad_enabled() and any(_requires_grad(t) for t in tensors)
-    if any(
+        return torch.is_grad_enabled() and any(map(_requires_grad, tensors))
+    stack = _functorch.get_interpreter_stack()
+    if stack and any(
         interpreter.key() in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
-        for interpreter in _functorch.get_interpreter_stack() or ()
+        for interpreter in stack
     ):
         return True
     if torch.autograd.forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(_requires_grad(t) for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    if stack:
+        return any(map(_requires_grad, tensors))
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def is_differentiable(value: Any) -> bool:
@@ -220,6 +228,38 @@ def all_true(flag: Tensor) -> bool:
 def any_true(flag: Tensor) -> bool:
     """Whether a 0-d bool holds for some task of the ``vmap`` levels (a host sync)."""
     return count_true(flag) > 0
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Inner product of two vectors, a task at a time under vmap where they are long.
+
+    torch batches inner products as products of matrices, which take several times as long.
+    """
+    if x.shape[0] < _LONG or not _in_vmap() or is_tracked((x, y)):
+        return torch.dot(x, y)
+    return _Dot.apply(x, y)  # type: ignore[no-any-return]
+
+
+class _Dot(torch.autograd.Function):
+    """The inner product where nothing is differentiated."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        return torch.dot(x, y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, y: Tensor
+    ) -> tuple[Tensor, int | None]:
+        rows = [
+            [vector] * info.batch_size if dim is None else vector.unbind(dim)
+            for vector, dim in zip((x, y), in_dims, strict=True)
+        ]
+        return torch.stack([dot(a, b) for a, b in zip(*rows, strict=True)]), 0
 
 
 class _Total(torch.autograd.Function):

@@ -20,6 +20,8 @@ _Seen: TypeAlias = dict[Hashable, object]
 # A container with more items is a data set, not a tree of parameters.
 _MOST_ITEMS = 1000
 
+_OPAQUE = (type, types.ModuleType, nn.Module, str, int, float)
+
 
 def refuse_captured_tensors(fn: Callable[..., Any], name: str) -> None:
     """Raise if a function closes over a tensor that carries a derivative."""
@@ -65,7 +67,7 @@ def _tensors(value: Any, names: Iterable[str], seen: _Seen) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
         return
-    if value is None or isinstance(value, type | types.ModuleType | nn.Module):
+    if value is None or isinstance(value, _OPAQUE):
         return
     if isinstance(value, types.MethodType):
         key: Hashable = (id(value.__self__), id(value.__func__))

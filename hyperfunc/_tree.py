@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperfunc import _sharding
+from hyperfunc import _ad, _sharding
 from hyperfunc._types import Leaves, TensorTree
 
 TreeSpec = optree.PyTreeSpec
@@ -46,7 +46,10 @@ def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:
         raise ValueError(
             f"{root} is an empty tree ({tree!r}); expected at least one floating-point tensor"
         )
-    for path, leaf in zip(paths(spec, root), leaves, strict=True):
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout is torch.strided:
+            continue
+        path = paths(spec, root)[index]
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"{path} is {_describe(leaf)}; expected a floating-point tensor. {_advice(leaf)}"
@@ -61,11 +64,10 @@ def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:
                 f"{path} has dtype {leaf.dtype}; expected a floating-point tensor. "
                 f"Convert it (.float() or .double()) or pass it through *args"
             )
-        if leaf.layout is not torch.strided:
-            raise TypeError(
-                f"{path} has layout {leaf.layout}; expected a dense (strided) tensor. "
-                f"Call .to_dense(), or pass sparse data through *args"
-            )
+        raise TypeError(
+            f"{path} has layout {leaf.layout}; expected a dense (strided) tensor. "
+            f"Call .to_dense(), or pass sparse data through *args"
+        )
     return tuple(leaves), spec
 
 
@@ -182,7 +184,8 @@ def all_finite(x: Leaves) -> Tensor:
     layout = _sharding.layout_of(x)
     if layout is not None:
         return torch.eq(layout.sum((~all_finite(layout.local(x))).to(torch.int32)), 0)
-    flags = [torch.isfinite(u).all().to(x[0].device) for u in x]
+    # u - u is zero, or NaN where u is not finite: many times faster than isfinite of every entry
+    flags = [torch.isfinite((u - u).sum()).to(x[0].device) for u in x]
     result = flags[0]
     for flag in flags[1:]:
         result = result & flag
@@ -192,7 +195,7 @@ def all_finite(x: Leaves) -> Tensor:
 def _dot(a: Leaves, b: Leaves) -> Tensor:
     dtype, device = accumulation_dtype(a), a[0].device
     terms = [
-        torch.dot(x.to(dtype).reshape(-1), y.to(dtype).reshape(-1)).to(device)
+        _ad.dot(x.to(dtype).reshape(-1), y.to(dtype).reshape(-1)).to(device)
         for x, y in zip(a, b, strict=True)
     ]
     return sum(terms[1:], terms[0])

@@ -286,3 +286,47 @@ def test_paths_are_expressions() -> None:
     for path, leaf in zip(_tree.paths(spec, "tree"), leaves, strict=True):
         assert eval(path, {"tree": tree}) == leaf
     assert _tree.paths(flatten(1)[1], "params") == ["params"]
+
+
+@pytest.mark.parametrize("size", [3, 5000])
+@pytest.mark.parametrize("in_dims", [(0, 0), (1, None), (None, 0)])
+def test_inner_products_under_vmap_are_those_of_the_tasks(
+    size: int, in_dims: tuple[int | None, ...]
+) -> None:
+    x, y = torch.randn(2, 3, size), torch.randn(2, 3, size)
+
+    def rows(value: torch.Tensor, dim: int | None) -> tuple[torch.Tensor, ...]:
+        return (value[0, 0],) * 3 if dim is None else tuple(value[0])
+
+    def entry(value: torch.Tensor, dim: int | None) -> torch.Tensor:
+        return value[0, 0] if dim is None else torch.stack(rows(value, dim), dim)
+
+    dot = torch.func.vmap(lambda a, b: _tree.dot((a,), (b,)), in_dims)
+    expected = torch.stack(
+        [
+            torch.dot(a, b)
+            for a, b in zip(
+                *(rows(v, d) for v, d in zip((x, y), in_dims, strict=True)), strict=True
+            )
+        ]
+    )
+    torch.testing.assert_close(
+        dot(*(entry(v, d) for v, d in zip((x, y), in_dims, strict=True))), expected
+    )
+    nested = torch.func.vmap(torch.func.vmap(lambda a, b: _tree.dot((a,), (b,)), (0, 0)), (0, None))
+    torch.testing.assert_close(nested(x, y[0]), (x * y[0]).sum(-1), rtol=1e-4, atol=1e-3)
+    grad = torch.func.vmap(torch.func.grad(lambda a, b: _tree.dot((a,), (b,))))(x[0], y[0])
+    torch.testing.assert_close(grad, y[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finiteness_is_told_entry_by_entry(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    finite = torch.tensor([[largest, largest, -1.0], [-largest, -largest, 0.0]], dtype=dtype)
+    assert _tree.all_finite((finite, torch.zeros((), dtype=dtype)))
+    for value in (torch.inf, -torch.inf, torch.nan):
+        broken = finite.clone()
+        broken[1, 2] = value
+        assert not _tree.all_finite((torch.ones(2), broken))
+        flags = torch.func.vmap(lambda row: _tree.all_finite((row,)))(broken)
+        assert flags.tolist() == [True, False]
