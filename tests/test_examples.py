@@ -3,6 +3,8 @@
 import json
 
 import fewshot
+import implicit_graph
+import lasso_path
 import learned_learning_rates
 import maml
 import pytest
@@ -43,3 +45,42 @@ def test_learned_rates_beat_the_best_constant_where_they_are_learned(tmp_path, c
     assert steps < layers < constant
     assert (out / "picture.png").stat().st_size > 10_000
     assert "best constant" in capsys.readouterr().out
+
+
+def test_weighted_lasso_lowers_the_loss_that_both_lassos_are_tuned_on(tmp_path, capsys):
+    out = tmp_path / "lasso"
+    lasso_path.main(["--splits=2", "--iterations=3", f"--out={out}"])
+    *_, lasso, weighted = json.loads((out / "results.json").read_text())["rows"].values()
+    assert weighted["cv_loss"] < lasso["cv_loss"]
+    assert (out / "picture.png").stat().st_size > 10_000
+    assert "LassoCV, a grid of 100" in capsys.readouterr().out
+
+
+def test_the_lasso_is_tuned_on_the_loss_of_cross_validation():
+    """Solutions and the loss over the folds are those of scikit-learn's path."""
+    folds, _, (X, y, cv) = lasso_path.split(0)
+    alphas = [0.1, 0.01]
+    model = lasso_path.LassoCV(alphas=alphas, cv=cv, tol=1e-10, max_iter=10**5).fit(X, y)
+    h = torch.tensor(alphas, dtype=torch.float64).log()
+    losses = torch.func.vmap(lasso_path.cross_validation, in_dims=(0, None))(h, folds)[1]
+    assert losses.tolist() == pytest.approx(model.mse_path_.mean(1), rel=1e-6)
+
+
+def test_the_implicit_network_uses_the_graph(tmp_path, capsys):
+    out = tmp_path / "graph"
+    implicit_graph.main(["--epochs=60", "--kappa=0.8", "--seeds=1", "--root=", f"--out={out}"])
+    results = json.loads((out / "results.json").read_text())
+    alone, two_hop, implicit = (runs[0] for runs in results["rows"].values())
+    assert alone[1] < min(two_hop[1], implicit[1]) - 0.1  # on the validation nodes
+    assert results["graph"] == "SYNTHETIC block model"
+    assert "SYNTHETIC" in capsys.readouterr().out
+    assert (out / "picture.png").stat().st_size > 10_000
+
+
+def test_the_citations_of_cora(data_dir):
+    graph = implicit_graph.cora(data_dir)
+    assert graph.X.shape == (2708, 1433)
+    assert [len(part) for part in graph.parts] == [140, 500, 1000]
+    assert len(set(torch.cat(graph.parts).tolist())) == 1640
+    degrees = (graph.S.to_dense() != 0).sum(1).double()  # the eigenvector of the eigenvalue 1
+    torch.testing.assert_close(graph.S.double() @ degrees.sqrt(), degrees.sqrt())
