@@ -125,6 +125,32 @@ def test_right_iterations_pass(method: Any, dtype: torch.dtype) -> None:
     torch.testing.assert_close(report.by_unrolling, report.by_method, rtol=1e-4, atol=1e-4)
 
 
+def stopping(reg: Tensor) -> Tensor:
+    """A solver that stops by a tolerance."""
+    return hf.minimize(
+        loss, hf.optim.sgd(lr=0.5), 500, init=lambda reg: torch.zeros(4, dtype=F64), rtol=1e-9
+    )(reg)
+
+
+# name: the outer loss, the point, and the inner solver
+CORNERS: dict[str, tuple[Callable[..., Tensor], Tensor, Any]] = {
+    "hparams of zero": (outer, torch.zeros(4, dtype=F64), solve),
+    "large hparams": (lambda w, reg: outer(w * 100, reg / 100), REG * 0 - 6, solve),
+    "a vanishing derivative": (lambda w, reg: ((w - solve(REG)) ** 2).sum(), REG, solve),
+    "no derivative at all": (lambda w, reg: torch.ones((), dtype=F64), REG, solve),
+    "a large outer loss": (lambda w, reg: 1e12 + 1e6 * outer(w, reg), REG, solve),
+    "a small outer loss": (lambda w, reg: 1e-30 * outer(w, reg), REG, solve),
+    "a solver that stops by a tolerance": (outer, REG, stopping),
+    "a kink close by": (lambda w, reg: (w - solve(REG) - 1e-3).abs().sum(), REG, solve),
+}
+
+
+@pytest.mark.parametrize("name", CORNERS)
+def test_corners_pass(name: str) -> None:
+    outer_loss, reg, solver = CORNERS[name]
+    hf.check_hypergrad(solver, outer_loss, reg, inner_loss=loss).raise_if_failed()
+
+
 # One step of descent is far from the solution, and yet what reverse mode gives is its derivative.
 def test_iterative_methods_are_right_for_unsolved_problems() -> None:
     hf.check_hypergrad(descent(1), outer, REG, method="reverse").raise_if_failed()

@@ -14,6 +14,8 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 import hyperfunc as hf
 from hyperfunc.diagnostics import Estimate
 from hyperfunc.linear_solvers import LinearOperator
+from hyperfunc.linear_solvers._auto import choose
+from hyperfunc.linear_solvers._spectrum import measure
 
 F64 = torch.float64
 MAPS = [p for p in PROBLEMS if p.condition == "fixed_point"]
@@ -374,6 +376,32 @@ def test_one_method_that_is_safe_for_all_tasks() -> None:
     assert solution.stats.result.tolist() == [0] * 5
     nested, _ = vmap(vmap(fn))(A[None], h[None])
     torch.testing.assert_close(nested[0], grads, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "name"),
+    [
+        (["positive definite", "identity"], "cg"),
+        (["positive definite", "rotation"], "gmres"),
+        (["identity", "rotation"], "normal_cg"),
+    ],
+)
+def test_assumptions_must_hold_in_every_task(kinds: list[str], name: str) -> None:
+    A = torch.stack([random_matrix(300, kind) for kind in kinds])
+    names = []
+
+    def task(A: Tensor) -> Tensor:
+        operator = LinearOperator.from_matrix(A)
+        spectrum = measure(operator, (A[0],), 20, is_map=False, full=False)
+        names.append(choose(spectrum, 300, False, 1e-6).name)
+        return A.sum()
+
+    vmap(task)(A)
+    vmap(vmap(task))(A[:, None])
+    assert names == [name] * 2
+    facts = vmap(lambda A: hf.diagnose(A[0], A[0], optimality=lambda w, h: A @ w - h))(A)
+    solver = {"cg": hf.CG, "gmres": hf.GMRES, "normal_cg": hf.NormalCG}[name]
+    assert isinstance(facts.method, solver)
 
 
 @pytest.mark.parametrize("settings", [{"num_steps": 0}, {"maxiter": -1}, {"rtol": -1.0}])

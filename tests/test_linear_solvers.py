@@ -22,6 +22,7 @@ SOLVERS: dict[str, Any] = {
     "fixed_point": hf.FixedPoint(maxiter=100),
     "neumann": hf.Neumann(maxiter=100),
     "dense": hf.Dense(),
+    "auto": hf.Auto(),
 }
 ITERATIVE = [hf.CG, hf.PipelinedCG, hf.NormalCG, hf.FixedPoint, hf.Neumann]
 
@@ -97,6 +98,7 @@ SYSTEMS: dict[str, tuple[Tensor, Tensor, dict[str, str]]] = {
             "fixed_point": "max_steps",
             "neumann": "max_steps",
             "dense": "breakdown",
+            "auto": "breakdown",
         },
     ),
     "zero": (
@@ -109,6 +111,7 @@ SYSTEMS: dict[str, tuple[Tensor, Tensor, dict[str, str]]] = {
             "fixed_point": "max_steps",
             "neumann": "max_steps",
             "dense": "breakdown",
+            "auto": "breakdown",
         },
     ),
     "NaN on the right": (SPD, tensor(1, NAN, 2), dict.fromkeys(SOLVERS, "nonfinite")),
@@ -297,7 +300,7 @@ def test_starts(name: str, dtype: torch.dtype, size: float) -> None:
     """No start is too bad: its size must not stay in the rounding errors of the residual."""
     A, b = diag(0.5, 1, 1.2).to(dtype), 1e-3 * B.to(dtype)
     x, stats = solve(SOLVERS[name], A, b, size * torch.ones(3, dtype=dtype))
-    finite = size < INF or name in ("cg", "pipelined_cg", "normal_cg", "dense")
+    finite = size < INF or name in ("cg", "pipelined_cg", "normal_cg", "dense", "auto")
     assert int(stats.result) == (hf.RESULTS.success if finite else hf.RESULTS.nonfinite)
     if finite:
         rtol = 1e-10 if dtype is F64 else 2e-5

@@ -94,6 +94,7 @@ SOLVERS: dict[str, tuple[Any, set[str]]] = {
         hf.Fallback(hf.CG(), hf.GMRES(restart=N)),
         {"spd", "symmetric", "any", "ill spd", "ill"},
     ),
+    "auto": (hf.Auto(), {"spd", "symmetric", "any", "ill spd", "ill"}),
     "blockwise": (hf.Blockwise(hf.GMRES(restart=N), blocks="leaves"), {"spd", "symmetric", "any"}),
 }
 
@@ -359,7 +360,7 @@ def test_one_synchronisation_a_step(name: str, monkeypatch: pytest.MonkeyPatch) 
     counted = Counted(SPD)
     _, stats = ALL[name].solve(counted.operator, (randn(N),))
     # and at the end, where BiCGStab and PipelinedCG check the residual, and Fallback the result
-    more = {"bicgstab": 3, "bicgstab, jacobi": 3, "fallback": 2}
+    more = {"bicgstab": 3, "bicgstab, jacobi": 3, "fallback": 2, "auto": 2}
     assert len(syncs) <= stats.num_steps + more.get(
         name, 2 if "anderson" in name or "pipelined" in name else 1
     )

@@ -57,7 +57,8 @@ def difference(fn: ScalarFunction, x: Leaves, direction: Leaves, noise: float) -
     extrapolation changes plus what the noise may do. The value with the smallest error wins, and
     its error is not less than its distance from the nearest other, as two values agree by chance.
     """
-    size = max(abs(fn(x)), noise, torch.finfo(torch.float64).tiny)
+    nearby = [abs(fn(_tree.axpy(t, direction, x))) for t in (-0.1, 0.0, 0.1)]
+    size = max(*filter(math.isfinite, nearby), noise, torch.finfo(torch.float64).tiny)
     start = max(noise / size, _tree.epsilon(x)) ** 0.2
     found = []
     for shrink in (1.0, 2.0**-2, 2.0**-4, 2.0**-8):
