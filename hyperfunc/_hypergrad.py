@@ -127,8 +127,8 @@ def hypergrad(
         optimality: ``(params, hparams, *args) -> tree like params``, zero at the solution.
             Implicit methods need exactly one of the three; a solver made by `hyperfunc.iterate`
             or `hyperfunc.minimize` carries its own.
-        method: a method object such as ``hf.CG(maxiter=20)``, or its short name; ``"auto"`` measures
-            what the methods assume and chooses, see `hyperfunc.Auto`.
+        method: a method object such as ``hf.CG(maxiter=20)``, or its short name; ``"auto"``
+            measures what the methods assume and chooses, see `hyperfunc.Auto`.
         has_aux: whether the outer loss returns ``(scalar, aux)``.
         throw: whether non-finite values, breakdown and divergence raise. With ``throw=False`` the
             numbers come back as they are; `hypergrad_and_solution` returns the codes.

@@ -11,6 +11,7 @@ from problems import PROBLEMS, Problem
 from torch import Tensor
 
 import hyperfunc as hf
+from hyperfunc.diagnostics._differences import difference, noise_level
 
 F64 = torch.float64
 GENERATOR = torch.Generator().manual_seed(0)
@@ -340,6 +341,34 @@ def test_a_check_that_fails_raises_if_asked_to() -> None:
     with pytest.raises(hf.HypergradError, match="solver not converged"):
         hf.check_hypergrad(descent(5), outer, REG, throw=True)
     hf.check_hypergrad(solve, outer, REG, inner_loss=loss, throw=True)
+
+
+# Differences --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fn", "derivative"),
+    [
+        (lambda x: x.sin(), lambda x: x.cos()),
+        (lambda x: x.exp() + 1e3, lambda x: x.exp()),
+        (lambda x: x**5, lambda x: 5 * x**4),
+    ],
+)
+@pytest.mark.parametrize(("noise", "accuracy"), [(0.0, 1e-9), (1e-8, 1e-4), (1e-4, 0.1)])
+def test_differences_know_their_errors(
+    fn: Any, derivative: Any, noise: float, accuracy: float
+) -> None:
+    def noisy_fn(x: tuple[Tensor, ...]) -> float:
+        digits = torch.frac(torch.sin(x[0] * 1e8) * 43758.5453).abs()
+        return float(fn(x[0]) + noise * (digits - 0.5) * 12**0.5)
+
+    for point in (0.3, 0.8, 1.1):
+        x, one = (torch.tensor(point, dtype=F64),), (torch.ones((), dtype=F64),)
+        level = noise_level(noisy_fn, x, one)
+        assert noise / 8 <= level <= 4 * noise + 1e-12
+        value, error = difference(noisy_fn, x, one, level)
+        assert abs(value - float(derivative(x[0]))) <= error
+        assert error <= accuracy * (1 + abs(value)) * (1e3 if float(fn(x[0])) > 100 else 1)
 
 
 # The report ---------------------------------------------------------------------------------------

@@ -35,11 +35,11 @@ def random_direction(x: Leaves, generator: torch.Generator) -> Leaves:
 def noise_level(fn: ScalarFunction, x: Leaves, direction: Leaves) -> float:
     """The standard deviation of a function's noise, from a table of differences of close values.
 
-    The differences of order ``k`` of a smooth function vanish for close points, and those of noise
-    with deviation s have the variance ``(2k)! / (k!)^2 s^2`` (More and Wild, Estimating
-    computational noise, 2011).
+    Those of order ``k`` nearly vanish for a smooth function, and have the variance
+    ``(2k)! / (k!)^2 s^2`` for noise with deviation ``s`` (More and Wild, Estimating computational
+    noise, 2011).
     """
-    step = 100 * _tree.epsilon(x)
+    step = _tree.epsilon(x) ** 0.4  # its cube is below the rounding of a smooth function
     values = [fn(_tree.axpy(i * step, direction, x)) for i in range(7)]
     rounding = max(map(abs, values)) * _tree.epsilon(x)
     levels, table = [], values
@@ -47,7 +47,7 @@ def noise_level(fn: ScalarFunction, x: Leaves, direction: Leaves) -> float:
         table = [b - a for a, b in itertools.pairwise(table)]
         factor = math.factorial(order) ** 2 / math.factorial(2 * order)
         levels.append(math.sqrt(factor * sum(v * v for v in table) / len(table)))
-    return max(min(levels[2:]), rounding)
+    return max(*levels[2:], rounding)
 
 
 def difference(fn: ScalarFunction, x: Leaves, direction: Leaves, noise: float) -> Difference:
@@ -65,7 +65,7 @@ def difference(fn: ScalarFunction, x: Leaves, direction: Leaves, noise: float) -
         step = start * shrink
         wide, narrow = _central(fn, x, direction, step), _central(fn, x, direction, step / 2)
         value = (4 * narrow - wide) / 3
-        found.append(Difference(value, abs(value - narrow) + 4 * noise / step))
+        found.append(Difference(value, abs(value - narrow) + 6 * noise / step))
     finite = [each for each in found if math.isfinite(each.value)]
     if len(finite) < 2:
         return Difference(math.nan, math.inf)
