@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -274,6 +275,10 @@ def prepare(
     """Parse the options and load the images they ask for; on an error, say so and exit."""
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    if dist.is_torchelastic_launched() and not dist.is_initialized():  # by torchrun
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
     if args.data == "omniglot" and args.root is None:
         parser.error("--data omniglot needs --root DIR, the folder with Omniglot's zips")
     if args.data == "glyphs" and args.root is not None:
@@ -302,6 +307,11 @@ def prepare(
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror}; expected a folder to write to")
     return args, Data(*(split._replace(images=split.images.to(args.device)) for split in data))
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that shows and writes what all of them have computed."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 # --- A run ------------------------------------------------------------------------------------
@@ -351,7 +361,13 @@ class Run:
         args = self.args
         every = max(1, args.iterations // VALIDATIONS)
         validation = self._sample(self.data.validation, VALIDATION_TASKS, _generator(1))
-        bar = tqdm(total=args.iterations, initial=self.iteration, mininterval=0.5, unit="it")
+        bar = tqdm(
+            total=args.iterations,
+            initial=self.iteration,
+            mininterval=0.5,
+            unit="it",
+            disable=not is_first_process(),
+        )
         with _deferred_interrupt() as interrupted, bar:
             while True:
                 start = time.perf_counter()
@@ -375,6 +391,8 @@ class Run:
 
     def report(self, title: str, name: str) -> None:
         """Score the best meta-parameters and the baselines on test tasks; print, plot and save."""
+        if not is_first_process():
+            return
         args, test = self.args, self.data.test
         contestants = {
             name: lambda tasks: self.predict(self.best["meta"], tasks),
@@ -433,6 +451,8 @@ class Run:
 
     def _save(self) -> None:
         """Write a checkpoint beside the old one and put it in its place at once."""
+        if not is_first_process():
+            return
         state = {
             "settings": self._settings(),
             "meta": self.meta,

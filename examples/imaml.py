@@ -11,6 +11,7 @@ the adaptation is differentiated, and none is stored.
 
     python examples/imaml.py
     python examples/imaml.py --data omniglot --root DIR --ways 20
+    torchrun --standalone --nproc-per-node 2 examples/imaml.py  # the tasks shared by two processes
 
 Reference: Rajeswaran, Finn, Kakade and Levine, Meta-learning with implicit gradients, 2019,
 arXiv 1909.04630.
@@ -61,6 +62,15 @@ def main(argv: list[str] | None = None) -> None:
             params = {name: params[name] - args.inner_lr * grads[name] for name in params}
         return params
 
+    # One call for all tasks: hypergradients, query losses and logits come with a first dimension
+    # for the task. Under torchrun, the tasks are those of this process.
+    def adapt_all(meta: Params, tasks: Tasks) -> tuple[Params, tuple[Tensor, Tensor, Tensor]]:
+        grads, solution = torch.func.vmap(adapt, in_dims=(None, 0))(meta, tasks)
+        # The inner loss of a task need not be convex; where CG met negative curvature, leave out.
+        solved = solution.stats.result == hf.RESULTS.success
+        kept = {name: torch.where(rows(solved, grad), grad, 0.0) for name, grad in grads.items()}
+        return kept, (solution.value, solution.aux, solved)
+
     def predict(meta: Params, tasks: Tasks) -> Tensor:
         solver = adapt.__wrapped__  # adapt without its differentiation rule
         params = torch.func.vmap(solver, in_dims=(None, 0))(meta, tasks)
@@ -69,19 +79,22 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.Adam(meta.values(), lr=args.meta_lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, args.iterations)
     run = fewshot.Run(args, data, meta, predict, optimizer=optimizer, schedule=schedule)
+    # Sums the hypergradients over the processes, and gathers the rest: one process sends nothing.
+    hypergradient = hf.distributed.task_parallel(adapt_all, reduce="sum")
     for tasks in run.training():
-        # One call for all tasks: hypergradients, query losses and logits come with a first
-        # dimension for the task.
-        grads, solution = torch.func.vmap(adapt, in_dims=(None, 0))(meta, tasks)
-        # The inner loss of a task need not be convex; where CG met negative curvature, leave out.
-        solved = solution.stats.result == hf.RESULTS.success
+        grads, (loss, logits, solved) = hypergradient(meta, hf.distributed.local_tasks(tasks))
         if solved.any():
-            hf.assign_grads(meta, {name: grad[solved].mean(0) for name, grad in grads.items()})
+            hf.assign_grads(meta, {name: grad / solved.sum() for name, grad in grads.items()})
             optimizer.step()
             schedule.step()
-        hits = (solution.aux.argmax(-1) == tasks.query_y).float()
-        run.record(loss=solution.value.mean(), accuracy=hits.mean(), solved=solved.float().mean())
+        hits = (logits.argmax(-1) == tasks.query_y).float()
+        run.record(loss=loss.mean(), accuracy=hits.mean(), solved=solved.float().mean())
     run.report(f"iMAML ({args.method})", "iMAML")
+
+
+def rows(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of tasks in a shape that broadcasts against a tensor for each of them."""
+    return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def parser() -> argparse.ArgumentParser:
