@@ -20,6 +20,9 @@ from hyperfunc._ad import is_tracked, transforms_active
 from hyperfunc._tree import check_like, flatten, flatten_floating
 from hyperfunc._types import TensorTree
 
+# Classes of torch.distributed.fsdp, which takes a moment to import.
+_GATHERING = ("FSDPModule", "FullyShardedDataParallel")
+
 BufferMode: TypeAlias = Literal["batch", "frozen", "update"]
 
 
@@ -62,7 +65,9 @@ def functional(
 
     Args:
         module: any ``nn.Module``; parametrisations, hooks and tied weights work. Wrappers such as
-            DataParallel are taken off first. Compile ``apply``, not the module.
+            DataParallel are taken off first. Compile ``apply``, not the module. Parameters may be
+            DTensors, also those of a tensor-parallel plan; ``fully_shard`` is left out, and the
+            parameters distributed one by one.
         buffers: what becomes of the buffers, by the table above.
         include_frozen: also put the floating-point parameters with ``requires_grad=False`` into
             ``params``. Without it they are constants of ``apply``.
@@ -406,6 +411,14 @@ def _check_module(module: Any) -> None:
         where = f"functional(module): {name or 'module'} is a {type(layer).__name__}"
         if isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise TypeError(f"{where}; pass the module inside it (its .module)")
+        if any(base.__name__ in _GATHERING for base in type(layer).__mro__):
+            raise TypeError(
+                f"{where}, whose hooks gather the parameters that it holds, not those it is called "
+                f"with. Pass the module before it was sharded, and shard its parameters: "
+                f"params = {{name: torch.distributed.tensor.distribute_tensor(p, mesh, [Shard(0)]) "
+                f"for name, p in params.items()}}. Modules whose parameters are DTensors, such as "
+                f"made by parallelize_module, can be passed as they are"
+            )
         if hasattr(layer, "_orig_mod"):
             raise TypeError(
                 f"{where}, made by torch.compile; pass the module that was compiled, and compile "

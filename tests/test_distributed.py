@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import optree
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import hyperfunc as hf
 from tests import ranks
 
 try:
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import (
+        DTensor,
+        Replicate,
+        Shard,
+        distribute_module,
+        distribute_tensor,
+    )
     from torch.distributed.tensor.debug import CommDebugMode
 except ImportError:  # where they lived up to torch 2.4
-    from torch.distributed._tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed._composable.fsdp import fully_shard
+    from torch.distributed._tensor import (
+        DTensor,
+        Replicate,
+        Shard,
+        distribute_module,
+        distribute_tensor,
+    )
     from torch.distributed._tensor.debug import CommDebugMode
 
 F64 = torch.float64
@@ -385,6 +411,79 @@ def test_scalars_of_a_step_are_summed_together(pair: ranks.Ranks, name: str) -> 
     assert (many[0] - few[0], many[1] - few[1]) == (2 * collectives, 2 * numbers)
 
 
+# Modules ------------------------------------------------------------------------------------------
+
+
+def _net() -> torch.nn.Module:
+    layers = torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)
+    net = torch.nn.Sequential(*layers).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=F64))
+    return net
+
+
+def _module_hypergrad(net: Any, x: Tensor, y: Tensor, place: Any = lambda leaf: leaf) -> Any:
+    apply, params = hf.functional(net)
+    params = {name: place(leaf) for name, leaf in params.items()}
+    hparams = {name: torch.full_like(leaf, 0.5) for name, leaf in params.items()}
+
+    def outer_loss(w: Any, h: Any, x: Tensor, y: Tensor) -> Tensor:
+        return ((apply(w, x) - y) ** 2).mean()
+
+    def inner_loss(w: Any, h: Any, x: Tensor, y: Tensor) -> Tensor:
+        loss, penalty = outer_loss(w, h, x, y), sum((h[k] * w[k] ** 2).sum() for k in w)
+        if isinstance(penalty, DTensor) and not isinstance(loss, DTensor):
+            penalty = penalty.full_tensor()
+        return loss + penalty
+
+    def solve(h: Any, x: Tensor, y: Tensor) -> Any:
+        w = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+        for _ in range(3):
+            grads = torch.autograd.grad(inner_loss(w, h, x, y), list(w.values()))
+            w = {
+                k: (leaf - 0.1 * g).detach().requires_grad_()
+                for (k, leaf), g in zip(w.items(), grads, strict=True)
+            }
+        return w
+
+    method = hf.GMRES(maxiter=4, rtol=0)
+    return hf.hypergrad(solve, outer_loss, inner_loss=inner_loss, method=method)(hparams, x, y)
+
+
+def _module(way: str) -> str:
+    mesh, (_, x, y) = _mesh(2), _arguments()
+    net, x = _net(), x[:, :5]
+    expected = _module_hypergrad(net, x, y)
+    everywhere = tuple(distribute_tensor(t.contiguous(), mesh, [Replicate()]) for t in (x, y))
+    if way == "distribute_tensor":
+        shard = functools.partial(distribute_tensor, device_mesh=mesh, placements=[Shard(0)])
+        actual = _module_hypergrad(net, *everywhere, shard)
+    elif way == "distribute_module":
+        actual = _module_hypergrad(distribute_module(net, mesh), *everywhere)
+    elif way == "parallelize_module":
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        actual = _module_hypergrad(parallelize_module(net, mesh, plan), x, y)
+    else:
+        with pytest.raises(TypeError) as error:
+            hf.functional(fully_shard(net, mesh=mesh))
+        return str(error.value)
+    torch.testing.assert_close(_full(actual), _full(expected), rtol=1e-11, atol=1e-13)
+    return ""
+
+
+@pytest.mark.parametrize("way", ["distribute_tensor", "distribute_module", "parallelize_module"])
+def test_modules_of_dtensors(pair: ranks.Ranks, way: str) -> None:
+    pair.run(_module, way)
+
+
+def test_modules_by_fully_shard_are_refused(pair: ranks.Ranks) -> None:
+    for message in pair.run(_module, "fully_shard"):
+        assert "hooks gather the parameters that it holds" in message
+        assert "torch.distributed.tensor.distribute_tensor(p, mesh, [Shard(0)])" in message
+
+
 # Tasks --------------------------------------------------------------------------------------------
 
 
@@ -682,3 +781,151 @@ def test_imaml_on_two_ranks_is_imaml_on_one(pair: ranks.Ranks, tmp_path: Path) -
 def test_no_tasks_at_all() -> None:
     with pytest.raises(ValueError, match="no rank has a task"):
         hf.distributed.task_parallel(lambda m, tasks: m)(torch.ones(()), torch.ones(0))
+
+
+# States -------------------------------------------------------------------------------------------
+
+
+def _state(mesh: Any, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    weight, scale = (torch.randn(*n, generator=generator, dtype=F64) for n in ((7, 3), (4,)))
+    if mesh is not None:
+        weight = distribute_tensor(weight, mesh, [Shard(0)] * mesh.ndim)
+    return {
+        "hparams": {"weight": weight, "scale": scale.float()},
+        "optimizer": hf.optim.adam(lr=0.1).init({"weight": weight}),
+        "rng": generator.get_state(),
+        "data": (seed, 0.5 * seed, "train", True),
+    }
+
+
+def _equal(state: Any, expected: Any) -> None:
+    leaves, others = (optree.tree_leaves(tree) for tree in (state, expected))
+    for leaf, other in zip(leaves, others, strict=True):
+        leaf, other = (t.full_tensor() if isinstance(t, DTensor) else t for t in (leaf, other))
+        assert torch.equal(leaf, other) if isinstance(leaf, Tensor) else leaf == other
+
+
+def _save_and_load(folder: Path, background: bool) -> None:
+    mesh, group = _mesh(2), dist.new_group(backend="gloo")
+    save, load = hf.distributed.save_state, hf.distributed.load_state
+    like = _state(mesh, 9)
+    assert load(like, folder) is None
+    for step in (1, 2, 3, 3):
+        state = _state(mesh, step)
+        future = save(state, folder, step, background=background, group=group)
+        state["hparams"]["scale"].zero_()  # a copy is written
+        future.result()
+    dist.barrier()
+    (folder / ".step-00000004.partial").mkdir(exist_ok=True)  # what a killed run leaves
+    loaded, step = load(like, folder)
+    assert step == 3
+    assert loaded["hparams"]["weight"].placements == (Shard(0),)
+    if background:
+        _equal(loaded, _state(mesh, 3))
+    _equal(load(like, folder, step=2)[0]["optimizer"], _state(mesh, 2)["optimizer"])
+    _equal(like, _state(mesh, 9))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_states_are_loaded_on_other_numbers_of_ranks(
+    pair: ranks.Ranks, tmp_path: Path, background: bool
+) -> None:
+    pair.run(_save_and_load, tmp_path, background)
+    names = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
+    assert names == ["step-00000002", "step-00000003"]
+    loaded = hf.distributed.load_state(_state(None, 0), tmp_path)
+    assert loaded is not None
+    state, step = loaded
+    assert step == 3
+    if background:
+        _equal(state, _state(None, 3))
+    hf.distributed.save_state(state, tmp_path / "one", 7, keep=1)
+    pair.run(_load_on_two, tmp_path / "one", state["hparams"]["weight"].numpy())
+
+
+def _load_on_two(folder: Path, weight: Any) -> None:
+    state, step = hf.distributed.load_state(_state(_mesh(2, 1), 0), folder)
+    assert step == 7
+    assert (state["hparams"]["weight"].full_tensor().numpy() == weight).all()
+
+
+def _bad_states(folder: Path) -> list[str]:
+    save, load = hf.distributed.save_state, hf.distributed.load_state
+    save({"a": torch.ones(3)}, folder, 1)
+    rank = dist.get_rank()
+    calls = [
+        lambda: save({"rng": torch.full((3,), rank)}, folder, 2),
+        lambda: save({"a": torch.ones(3)}, folder, 2, background=True),
+        lambda: load({"b": torch.ones(3)}, folder),
+        lambda: load({"a": torch.ones(4)}, folder),
+        lambda: load({"a": torch.ones(3)}, folder, step=5),
+        lambda: save({"g": object}, folder, 2),
+        lambda: save({"a": torch.ones(3)}, folder, -1),
+    ]
+    messages = []
+    for call in calls:
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            call()
+        messages.append(str(error.value))
+    return messages
+
+
+def test_states_that_cannot_be_saved_or_loaded(pair: ranks.Ranks, tmp_path: Path) -> None:
+    first, second = pair.run(_bad_states, tmp_path)
+    assert first == second
+    for message, part in zip(
+        first,
+        [
+            "state['rng'] on rank 1 is not what it is on rank 0",
+            'group = torch.distributed.new_group(backend="gloo")',
+            "state['b'] was not saved in",
+            "state['a'] has shape (4,), but (3,) was saved",
+            "no state of step 5; expected one of ['step-00000001']",
+            "Put generator.get_state() for a generator",
+            "step is -1; expected an integer >= 0",
+        ],
+        strict=True,
+    ):
+        assert part in message
+
+
+def _torchrun(folder: Path, *options: str, num_ranks: int = 2, restarts: int = 0) -> str:
+    """Run the outer loop of distributed_loop.py; returns its result."""
+    folder.mkdir()
+    script = Path(__file__).parent / "distributed_loop.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={num_ranks}", f"--max-restarts={restarts}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent.parent)}
+    process = subprocess.Popen(
+        [*command, str(script), str(folder), *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    return (folder / "result").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [(), ("--background",)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_ranks_end_with_the_result_of_an_undisturbed_run(
+    tmp_path: Path, seed: int, background: tuple[str, ...]
+) -> None:
+    """Ranks end themselves by SIGKILL at random steps, before the step or while saving."""
+    expected = _torchrun(tmp_path / "undisturbed", *background)
+    draws = random.Random(seed)
+    kills = [f"{draws.randrange(2)}:{draws.randrange(6)}:before", "1:3:saving"]
+    kills += [f"{draws.randrange(2)}:{draws.randrange(6)}:saving"]
+    folder = tmp_path / "killed"
+    # connecting anew may itself fail once and take a restart
+    assert _torchrun(folder, *background, "--kill", *kills, restarts=12) == expected
+    assert {mark for mark in kills if (folder / mark).exists()} == set(kills)
