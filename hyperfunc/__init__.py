@@ -10,6 +10,7 @@ from hyperfunc._hypergrad import (
 )
 from hyperfunc._implicit import HypergradError
 from hyperfunc._results import RESULTS, Solution, SolveStats
+from hyperfunc._task_map import task_map
 from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, diagnose
 from hyperfunc.equilibrium import EquilibriumLayer, jacobian_frobenius_squared
 from hyperfunc.inner_solvers import (
@@ -94,4 +95,5 @@ __all__ = [
     "prox",
     "proximal",
     "proximal_gradient_map",
+    "task_map",
 ]

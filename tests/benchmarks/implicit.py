@@ -121,7 +121,10 @@ def _problem(key: str, title: str, work: Work) -> Problem:
         entries.insert(0, entry("products and gradients, batched", FLOOR, batched_floor))
     if work.num_tasks > 1:
         at = [e.name for e in entries].index("hyperfunc") + 1
-        entries[at:at] = [entry("hyperfunc, vmap", OURS, hyperfunc_vmap)]
+        entries[at:at] = [
+            entry("hyperfunc, task_map", OURS, hyperfunc_task_map),
+            entry("hyperfunc, vmap", OURS, hyperfunc_vmap),
+        ]
         entries[-2:-1] = [
             entry(f"JAXopt, jit, {over} over tasks", PEER, functools.partial(jaxopt, over=over))
             for over in ("scan", "vmap")
@@ -476,6 +479,11 @@ class _Start:
 def hyperfunc_loop(work: Work) -> Callable[[], Vector]:
     adapt = _adapt(work)
     return lambda: _stack([adapt(work.hparams, *work.task(i)) for i in range(work.num_tasks)])
+
+
+def hyperfunc_task_map(work: Work) -> Callable[[], Vector]:
+    adapt = hf.task_map(_adapt(work), (None, *[0] * len(work.tasks)))
+    return lambda: adapt(work.hparams, *work.tasks)
 
 
 def hyperfunc_vmap(work: Work) -> Callable[[], Vector]:

@@ -1,0 +1,183 @@
+"""``task_map``: the results of ``vmap``, whatever the size of the chunks."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import hyperfunc as hf
+from hyperfunc import _task_map
+
+F64 = torch.float64
+SIZES = ["auto", 1, 2, 100, None]
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+def inner_loss(w: dict[str, Tensor], meta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    offset = sum(((w[name] - meta[name]) ** 2).sum() for name in w)
+    return ((torch.tanh(x @ w["a"]) + w["b"] - y) ** 2).sum() + offset
+
+
+def query_loss(w: dict[str, Tensor], meta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return (w["a"] ** 3).sum() + w["b"] * y.sum()
+
+
+def transformed(method: Any = None) -> Any:
+    solver = hf.minimize(inner_loss, hf.optim.sgd(0.05), 8, init=lambda meta, x, y: meta)
+    return hf.hypergrad_and_solution(solver, query_loss, method=method or hf.CG())
+
+
+def batch(num_tasks: int = 5) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_tasks, 6, 3, dtype=F64, generator=generator)
+    y = torch.randn(6, num_tasks, dtype=F64, generator=generator)
+    return {"a": torch.zeros(3, dtype=F64), "b": torch.zeros((), dtype=F64)}, x, y
+
+
+def close(got: Any, expected: Any) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", SIZES)
+@pytest.mark.parametrize("method", [hf.CG(), hf.Reverse(), hf.CG(maxiter=3, rtol=0)])
+def test_results_are_those_of_vmap(chunk_size: Any, method: Any) -> None:
+    arguments, dims = batch(), (None, 0, 1)
+    fn = transformed(method)
+    grads, solution = hf.task_map(fn, dims, chunk_size)(*arguments)
+    expected_grads, expected = torch.func.vmap(fn, dims)(*arguments)
+    close(grads, expected_grads)
+    close(solution, expected)
+    assert type(solution) is hf.Solution
+    if isinstance(method, hf.CG):
+        assert solution.stats.num_steps.tolist() == expected.stats.num_steps.tolist()
+
+
+@pytest.mark.parametrize("chunk_size", SIZES)
+@pytest.mark.parametrize(
+    ("in_dims", "expected"),
+    [
+        (0, lambda a, b, c: a * b + c),
+        ((0, 1, -1), lambda a, b, c: a * b.T + c.T),
+        ((0, None, 0), lambda a, b, c: a * b[:, None] + c),
+    ],
+)
+def test_any_dimensions(chunk_size: Any, in_dims: Any, expected: Any) -> None:
+    a, b, c = torch.arange(48.0).reshape(3, 4, 4).unbind()
+    fn = lambda a, b, c: Pair({"sum": a * b + c}, (a.sum(), ()))  # noqa: E731
+    got = hf.task_map(fn, in_dims, chunk_size)(a, b, c)
+    close(got.second, (a.sum(1), ()))
+    reference = torch.func.vmap(lambda *row: fn(*row).first["sum"], in_dims)(a, b, c)
+    close(got.first["sum"], reference)
+    if in_dims != (0, None, 0):
+        close(got.first["sum"], expected(a, b, c))
+
+
+@pytest.mark.parametrize("chunk_size", SIZES)
+def test_trees_and_values_that_are_no_tensors(chunk_size: Any) -> None:
+    tree = {"x": torch.ones(3, 2), "name": "data", "none": None}
+    mapped = hf.task_map(
+        lambda tree, k: tree["x"] * k * len(tree["name"]),
+        ({"x": 0, "name": None, "none": None}, None),
+        chunk_size,
+    )
+    close(mapped(tree, 2), torch.full((3, 2), 8.0))
+
+
+@pytest.mark.parametrize("chunk_size", SIZES)
+def test_it_composes(chunk_size: Any) -> None:
+    meta, x, y = batch(3)
+
+    def total(fn: Any, b: Tensor) -> Tensor:
+        grads, _ = fn({"a": meta["a"], "b": b}, x, y)
+        return (grads["a"] ** 2).sum()
+
+    fn, dims = transformed(), (None, 0, 1)
+    ours, reference = hf.task_map(fn, dims, chunk_size), torch.func.vmap(fn, dims)
+    b = torch.tensor(0.1, dtype=F64)
+    expected = torch.func.grad(lambda b: total(reference, b))(b)
+    close(torch.func.grad(lambda b: total(ours, b))(b), expected)
+    bs = torch.tensor([0.1, 0.2], dtype=F64)
+    close(
+        torch.func.vmap(lambda b: total(ours, b))(bs),
+        torch.stack([total(reference, b) for b in bs]),
+    )
+    tracked = b.clone().requires_grad_()
+    close(torch.autograd.grad(total(ours, tracked), tracked)[0], expected)
+
+
+@pytest.mark.parametrize("chunk_size", SIZES)
+def test_random_numbers(chunk_size: Any) -> None:
+    x = torch.zeros(5, 3)
+    fn = lambda x: x + torch.rand(3)  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"random"):
+        hf.task_map(fn, 0, chunk_size)(x)
+    torch.manual_seed(0)
+    same = hf.task_map(fn, 0, chunk_size, randomness="same")(x)
+    torch.manual_seed(0)
+    close(same, torch.rand(3).expand(5, 3))
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        runs.append(hf.task_map(fn, 0, chunk_size, randomness="different")(x))
+    assert torch.equal(*runs)
+    assert len(runs[0].unique()) == 15
+
+
+@pytest.mark.parametrize(
+    ("entries", "num_tasks", "size"),
+    [
+        (10, 100, 100),
+        (2**16, 100, 16),
+        (2**17, 100, 8),
+        (2**18, 100, 1),
+        (10**6, 100, 1),
+        (2**16, 3, 3),
+    ],
+)
+def test_the_rule(entries: int, num_tasks: int, size: int) -> None:
+    leaves = [torch.empty(num_tasks, entries // 4), torch.empty(entries - entries // 4)]
+    assert _task_map._best_size(num_tasks, [*leaves, "text"], [0, None, None]) == size
+    on_device = [leaf.to("meta") for leaf in leaves]
+    assert _task_map._best_size(num_tasks, on_device, [0, None]) == num_tasks
+
+
+ONES = torch.ones(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: hf.task_map(3), TypeError, r"fn is 3; expected a function"),
+        (lambda: hf.task_map(len, 0, 0), ValueError, r"chunk_size is 0; expected 'auto'"),
+        (lambda: hf.task_map(len, 0, True), ValueError, r"chunk_size is True"),
+        (lambda: hf.task_map(len, randomness="x"), ValueError, r"randomness is 'x'"),
+        (lambda: hf.task_map(len)(3), ValueError, r"args\[0\] is 3 of type int.*Write None"),
+        (lambda: hf.task_map(len, 5)(ONES), ValueError, r"args\[0\] has shape \(3, 2\), and in_d"),
+        (lambda: hf.task_map(len, (0, 0))(ONES), ValueError, r"does not suit the 1 arguments"),
+        (lambda: hf.task_map(len, (None,))(ONES), ValueError, r"None for every argument"),
+        (
+            lambda: hf.task_map(len)(ONES, ONES[:2]),
+            ValueError,
+            r"3 in args\[0\], 2 in args\[1\]; expected one number",
+        ),
+        (lambda: hf.task_map(len)(ONES[:0]), ValueError, r"0 in args\[0\]; expected one"),
+        (
+            lambda: hf.task_map(lambda x: {"a": 3}, 0, 1)(ONES),
+            TypeError,
+            r"returned 3 of type int as result\['a'\]; expected a tensor",
+        ),
+        (
+            lambda: hf.task_map(lambda x: {"a": 3}, 0, None)(ONES),
+            TypeError,
+            r"returned 3 of type int as result\['a'\]; expected a tensor",
+        ),
+    ],
+)
+def test_errors(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
