@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from hyperfunc import _ad, _tree
 from hyperfunc._hypergrad import implicit_diff
@@ -20,7 +21,7 @@ from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson, ra
 from hyperfunc.inner_solvers import iterate
 from hyperfunc.iterative import Reverse, ReverseUnroll
 from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver
-from hyperfunc.modules import FunctionalModule
+from hyperfunc.modules import FunctionalModule, _weight_norm
 
 
 @final
@@ -395,18 +396,30 @@ def _shallow_copy(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     if parametrized:
         parametrizations: Any = copy._modules.pop("parametrizations")
         for name in parametrizations:
-            vars(copy)["_parameters"][name] = getattr(module, name)
+            vars(copy)["_parameters"][name] = _weight(module, name)
     for name, child in copy._modules.items():
         if child is not None:
             copy._modules[name] = _shallow_copy(child, done)
     return copy
 
 
+def _weight(module: nn.Module, name: str) -> Tensor:
+    """A parametrised weight."""
+    chain: Any = module.parametrizations[name]  # type: ignore[index]
+    first, *others = chain
+    if isinstance(first, _WeightNorm) and not others:
+        # torch's own has a wrong second derivative
+        return _weight_norm(first, chain.original0, chain.original1)
+    weight: Tensor = getattr(module, name)
+    return weight
+
+
 def _autocast_of(state: TensorTree) -> tuple[str, torch.dtype | None]:
     """The device type of a state, and the dtype of autocast if that is on there."""
     leaves, _ = _tree.flatten_floating(state, "init")
     device_type = leaves[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    available = torch.amp.is_autocast_available(device_type)
+    if not available or not torch.is_autocast_enabled(device_type):
         return device_type, None
     return device_type, torch.get_autocast_dtype(device_type)
 

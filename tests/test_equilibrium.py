@@ -131,6 +131,7 @@ def test_gradcheck_and_gradgradcheck(parametrised: bool) -> None:
     cell = Cell()
     if parametrised:
         spectral_norm(cell.state)
+        weight_norm(cell.input)
     layer = hf.EquilibriumLayer(Halved(cell) if parametrised else cell, SOLVERS["anderson"])
     function, parameters = as_function(layer.eval())
     x = inputs(2).requires_grad_()
@@ -219,6 +220,21 @@ def test_non_finite_inputs_name_the_number_of_samples() -> None:
         hf.EquilibriumLayer(Cell())(x)
     _, stats = hf.EquilibriumLayer(Cell(), throw=False)(x, return_stats=True)
     assert stats.result.tolist() == [0, 3, 0, 3, 0, 0]
+
+
+def test_the_step_limit_is_not_silent_either() -> None:
+    layer = hf.EquilibriumLayer(Cell(), Picard(3, batch_dim=0))
+    with pytest.raises(hf.HypergradError, match=r"for 6 of 6 samples: the tolerance was not reach"):
+        layer(inputs())
+    layer.throw = False
+    assert layer(inputs(), return_stats=True)[1].result.tolist() == [hf.RESULTS.max_steps] * BATCH
+
+
+def test_exactly_k_steps_wait_for_no_values() -> None:
+    layer = hf.EquilibriumLayer(Cell(), Picard(3, rtol=0), hf.GMRES(3, rtol=0), throw=False)
+    z = layer.to("meta")(inputs().to("meta"))
+    z.sum().backward()
+    assert layer.state.weight.grad.is_meta
 
 
 def test_exactly_k_steps_need_no_tolerance() -> None:
