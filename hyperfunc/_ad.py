@@ -262,6 +262,33 @@ class _Dot(torch.autograd.Function):
         return torch.stack([dot(a, b) for a, b in zip(*rows, strict=True)]), 0
 
 
+def true_indices(flag: Tensor) -> list[tuple[int, ...]]:
+    """Where a bool holds: indices into the ``vmap`` levels, outermost first, then its own."""
+    return [tuple(index) for index in _Gathered.apply(flag.to(torch.int64)).nonzero().tolist()]
+
+
+class _Gathered(torch.autograd.Function):
+    """An integer tensor with the levels of vmap that it is batched in as its first dimensions."""
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], value: Tensor) -> tuple[Tensor, None]:
+        if in_dims[0] is not None:
+            value = value.movedim(in_dims[0], 0)
+        return _Gathered.apply(value), None
+
+
 class _Total(torch.autograd.Function):
     """The sum of a counter over every vmap level it is batched in."""
 

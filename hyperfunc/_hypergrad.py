@@ -21,11 +21,11 @@ from hyperfunc._conditions import (
 )
 from hyperfunc._error_bound import ErrorBound, error_bound
 from hyperfunc._implicit import (
-    HypergradError,
     ImplicitProblem,
     cross_term,
     flatten_params,
     raise_unless_finite,
+    raise_unless_finite_gradient,
 )
 from hyperfunc._methods import is_implicit, resolve_method
 from hyperfunc._results import Solution
@@ -38,6 +38,7 @@ from hyperfunc._types import (
     RuleOptions,
     TensorTree,
 )
+from hyperfunc.iterative import ReverseUnroll
 from hyperfunc.linear_solvers import StochasticAID
 
 if TYPE_CHECKING:
@@ -465,7 +466,14 @@ class _Transformed:
                     f"{self!r} got the keyword argument {name!r}; pass hparams and *args by "
                     f"position"
                 )
-        return self._call(hparams, *args, **keywords)
+        call = self._call
+        if torch.compiler.is_compiling() and not self._is_traceable():
+            call = torch.compiler.disable(call)
+        return call(hparams, *args, **keywords)
+
+    def _is_traceable(self) -> bool:
+        """Whether this is the solver itself, and not a loop that stops by the values it sees."""
+        return self._transform == "implicit_diff" and isinstance(self._rule.method, ReverseUnroll)
 
     def __repr__(self) -> str:
         solver = self._rule.inner_solver
@@ -625,7 +633,7 @@ def _implicit_hypergrad(
     u, stats = problem.adjoint(linearization, w, theta, dw, x0)
     grads = _tree.add(dh, cross_term(problem, linearization, w, theta, wrt, u))
     if rule.throw:
-        _raise_unless_finite_hypergrad(grads, hparams_spec)
+        raise_unless_finite_gradient(grads, hparams_spec)
     solution = Solution(
         params=_tree.unflatten(params_spec, w),
         value=value,
@@ -734,7 +742,7 @@ def _iterative_hypergrad(
     w = linearized.aux[:n]
     if rule.throw:
         raise_unless_finite(w, params_spec)
-        _raise_unless_finite_hypergrad(grads, hparams_spec)
+        raise_unless_finite_gradient(grads, hparams_spec)
     solution = Solution(
         params=_tree.unflatten(params_spec, w),
         value=value,
@@ -780,21 +788,3 @@ class _OuterLoss:
         remaining = iter(tensors)
         leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return _tree.unflatten(self._spec, leaves)
-
-
-def _raise_unless_finite_hypergrad(grads: Leaves, spec: _tree.TreeSpec) -> None:
-    finite = _tree.all_finite(grads)
-    failed = _ad.count_true(~finite)
-    if failed:
-        path = next(
-            path
-            for path, leaf in zip(_tree.paths(spec, "hparams"), grads, strict=True)
-            if _ad.count_true(~_tree.all_finite((leaf,)))
-        )
-        total = _ad.count_tasks(finite)
-        tasks = f" for {failed} of {total} tasks" if total > 1 else ""
-        raise HypergradError(
-            f"the hypergradient with respect to {path} is not finite (NaN or Inf){tasks}, though "
-            f"the inner solution is. Check the outer loss and the derivatives of the condition "
-            f"there, or pass throw=False to get the numbers as they are"
-        )

@@ -34,6 +34,9 @@ from hyperfunc.linear_solvers import AbstractLinearSolver, LinearOperator, Stoch
 
 Linearized: TypeAlias = _ad.Linearization | MinibatchLinearization
 
+# A message names no more tasks than these.
+_MOST_NAMED = 8
+
 
 class HypergradError(RuntimeError):
     """A solve failed: non-finite values, breakdown or divergence; the message says which."""
@@ -312,41 +315,62 @@ def flatten_params(params: Any) -> tuple[Leaves, _tree.TreeSpec]:
     return _tree.flatten_floating(params, "params")
 
 
-def raise_unless_finite(leaves: Leaves, spec: _tree.TreeSpec) -> None:
-    """Raise if a solution has NaN or Inf in it, naming the leaf and the number of tasks."""
-    finite = _tree.all_finite(leaves)
-    failed = _ad.count_true(~finite)
-    if failed:
-        path = next(
-            path
-            for path, leaf in zip(_tree.paths(spec, "params"), leaves, strict=True)
-            if _ad.count_true(~_tree.all_finite((leaf,)))
-        )
+def raise_unless_finite(params: Leaves, spec: _tree.TreeSpec) -> None:
+    """Raise if a solution has NaN or Inf in it, naming the leaf and the tasks."""
+    where = _where_not_finite(params, spec, "params")
+    if where:
         raise HypergradError(
-            f"the inner solver returned non-finite values (NaN or Inf) in {path}"
-            f"{_of_tasks(failed, finite)}. Lower its step size, check the data, or pass "
-            f"throw=False to get the numbers as they are"
+            f"the inner solver returned non-finite values (NaN or Inf) in {where[0]}{where[1]}. "
+            f"Lower its step size, check the data, or pass throw=False to get the numbers as they "
+            f"are"
+        )
+
+
+def raise_unless_finite_gradient(grads: Leaves, spec: _tree.TreeSpec) -> None:
+    """Raise if a hypergradient has NaN or Inf in it, naming the leaf and the tasks."""
+    where = _where_not_finite(grads, spec, "hparams")
+    if where:
+        raise HypergradError(
+            f"the hypergradient with respect to {where[0]} is not finite (NaN or Inf){where[1]}, "
+            f"though the inner solution is. Check the outer loss and the derivatives of the "
+            f"condition there, or pass throw=False to get the numbers as they are"
         )
 
 
 def raise_on_failure(stats: SolveStats, linear_solver: AbstractLinearSolver) -> None:
-    """Raise if a solve failed, with the reason and the number of tasks it failed for."""
-    failed_flag = stats.result > int(RESULTS.max_steps)
-    failed = _ad.count_true(failed_flag)
-    if not failed:
+    """Raise if a solve failed, with the reason and the tasks it failed for."""
+    failed = stats.result > int(RESULTS.max_steps)
+    if not _ad.any_true(failed):
         return
     code = next(
         code for code in RESULTS if code.failed and _ad.count_true(stats.result == int(code))
     )
     raise HypergradError(
-        f"the linear solve with {linear_solver!r} failed{_of_tasks(failed, failed_flag)}: "
+        f"the linear solve with {linear_solver!r} failed{of_tasks(failed)}: "
         f"{code.message}. Pass throw=False to get the result codes instead"
     )
 
 
-def _of_tasks(failed: int, flag: Tensor) -> str:
-    total = _ad.count_tasks(flag)
-    return f" for {failed} of {total} tasks" if total > 1 else ""
+def of_tasks(failed: Tensor, what: str = "tasks") -> str:
+    """How many of the tasks a flag holds for, and which they are; nothing for a single task."""
+    total = _ad.count_tasks(failed.sum()) * failed.numel()
+    if total == 1:
+        return ""
+    found = _ad.true_indices(failed.squeeze() if failed.numel() == 1 else failed)
+    names = [str(index[0] if len(index) == 1 else index) for index in found[:_MOST_NAMED]]
+    more = ", ..." if len(found) > _MOST_NAMED else ""
+    return f" for {len(found)} of {total} {what} (index {', '.join(names)}{more})"
+
+
+def _where_not_finite(leaves: Leaves, spec: _tree.TreeSpec, name: str) -> tuple[str, str] | None:
+    """The path of the first leaf that is not finite, and the tasks where some leaf is not."""
+    finite = _tree.all_finite(leaves)
+    if _ad.all_true(finite):
+        return None
+    paths = _tree.paths(spec, name)
+    parts = zip(paths, leaves, strict=True)
+    path = next(path for path, leaf in parts if not _ad.all_true(_tree.all_finite((leaf,))))
+    return path, of_tasks(~finite)
 
 
 def _split(tensors: Sequence[Tensor], size: int) -> tuple[Leaves, Leaves]:

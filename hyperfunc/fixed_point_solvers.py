@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hyperfunc import _ad, _tree
 from hyperfunc._conditions import captured_message
-from hyperfunc._implicit import HypergradError
+from hyperfunc._implicit import HypergradError, of_tasks
 from hyperfunc._results import RESULTS, SolveStats
 from hyperfunc._types import InnerSolver, Leaves, ParamsFunction, TensorTree
 from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver, LinearOperator
@@ -354,23 +354,20 @@ def raise_unless_solved(
 ) -> None:
     """Raise if a solve failed, or with ``finished`` if it only stopped at its step limit.
 
-    The message says why, and for how many of the samples of all batch and vmap dimensions.
+    The message says why, and for which of the samples of all batch and vmap dimensions.
     """
     accepted = RESULTS.success if finished else RESULTS.max_steps
-    failed_flag = stats.result > int(accepted)
-    failed = _ad.count_true(failed_flag.sum())
-    if not failed:
+    failed = stats.result > int(accepted)
+    if not _ad.any_true(failed.sum()):
         return
     code = next(
         code
         for code in RESULTS
         if code > accepted and _ad.count_true((stats.result == int(code)).sum())
     )
-    total = _ad.count_tasks(failed_flag.sum()) * stats.result.numel()
-    of_samples = f" for {failed} of {total} samples" if total > 1 else ""
     raise HypergradError(
-        f"the fixed-point solve with {solver!r} failed{of_samples}: {_ADVICE[code]}. "
-        f"Pass throw=False to get the best iterates and the result codes instead"
+        f"the fixed-point solve with {solver!r} failed{of_tasks(failed, 'samples')}: "
+        f"{_ADVICE[code]}. Pass throw=False to get the best iterates and the result codes instead"
     )
 
 

@@ -200,7 +200,9 @@ def test_statistics_of_samples_on_request_and_warm_start() -> None:
 def test_a_cell_that_is_no_contraction_is_never_silent(solver: Any) -> None:
     cell, x = Cell(scale=20.0), inputs()
     layer = hf.EquilibriumLayer(cell, solver)
-    with pytest.raises(hf.HypergradError, match=r"failed for \d of 6 samples: .*throw=False"):
+    with pytest.raises(
+        hf.HypergradError, match=r"failed for \d of 6 samples \(index .*throw=False"
+    ):
         layer(x)
     z, stats = hf.EquilibriumLayer(cell, solver, throw=False)(x, return_stats=True)
     open_ = stats.result != hf.RESULTS.success
@@ -216,7 +218,9 @@ def test_a_cell_that_is_no_contraction_is_never_silent(solver: Any) -> None:
 def test_non_finite_inputs_name_the_number_of_samples() -> None:
     x = inputs()
     x[[1, 3]] = torch.nan
-    with pytest.raises(hf.HypergradError, match=r"for 2 of 6 samples: non-finite values"):
+    with pytest.raises(
+        hf.HypergradError, match=r"for 2 of 6 samples \(index 1, 3\): non-finite values"
+    ):
         hf.EquilibriumLayer(Cell())(x)
     _, stats = hf.EquilibriumLayer(Cell(), throw=False)(x, return_stats=True)
     assert stats.result.tolist() == [0, 3, 0, 3, 0, 0]

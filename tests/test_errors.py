@@ -333,7 +333,8 @@ CALLS: dict[str, Case] = {
             torch.tensor([[1.0, 1], [-1, 1], [1, 1], [2, -3]])
         ),
         hf.HypergradError,
-        "the inner solver returned non-finite values (NaN or Inf) in params['b'] for 2 of 4 tasks.",
+        "the inner solver returned non-finite values (NaN or Inf) in params['b'] for 2 of 4 tasks "
+        "(index 1, 3).",
     ),
     # What the conditions return
     **{
