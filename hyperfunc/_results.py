@@ -42,8 +42,9 @@ class RESULTS(enum.IntEnum):
     nonfinite = 3, "non-finite values (NaN or Inf) appeared"
     divergence = (
         4,
-        "the residual grew instead of shrinking: the iteration is not a contraction here "
-        "(use a smaller step_size, or a method that needs no contraction: NormalCG, Dense)",
+        "the residual grew instead of shrinking: the iteration is not a contraction here, or the "
+        "operator is nearly singular (use a smaller step_size, a method that needs no contraction: "
+        "NormalCG, GMRES, Dense, or for a singular operator Damped)",
     )
     stagnation = (
         5,

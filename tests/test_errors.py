@@ -472,8 +472,8 @@ CALLS: dict[str, Case] = {
         lambda: make(method="fixed_point", inner_loss=lambda w, h: 5 * inner_loss(w, h))(H),
         hf.HypergradError,
         "the linear solve with FixedPoint(...) failed: the residual grew instead of shrinking: the "
-        "iteration is not a contraction here (use a smaller step_size, or a method that needs no "
-        "contraction: NormalCG, ",
+        "iteration is not a contraction here, or the operator is nearly singular (use a smaller "
+        "step_size, a method that needs no contraction: NormalCG, ",
     ),
     "a singular operator": (
         lambda: make(method="dense", inner_loss=lambda w, h: w.sum() * h.sum())(H),

@@ -108,8 +108,13 @@ class Bounds:
     adaptive: bool
 
     @staticmethod
-    def make(rtol: float | None, atol: float, b: Leaves, rs: Tensor) -> Bounds:
-        """Bounds for a right-hand side and the squared norm of the first residual."""
+    def make(
+        rtol: float | None, atol: float, b: Leaves, rs: Tensor, growth: float | None = None
+    ) -> Bounds:
+        """Bounds for a right-hand side and the squared norm of the first residual.
+
+        A residual beyond ``growth`` times the first one, by default ``1 / sqrt(eps)``, diverges.
+        """
         eps = _tree.epsilon(b)
         bb = _tree.dot(b, b)
         relative = eps**0.75 if rtol is None else rtol
@@ -119,7 +124,7 @@ class Bounds:
             converged = converged.clamp_min(atol**2)
         return Bounds(
             converged=converged,
-            diverged=torch.maximum(rs, bb) / eps,
+            diverged=torch.maximum(rs, bb) * (1 / eps if growth is None else growth**2),
             asymmetry=eps**0.25,
             adaptive=bool(relative or atol),
         )

@@ -40,7 +40,8 @@ class Nystrom(AbstractLinearSolver):
         seed: the sample is a pure function of this integer. Under ``vmap`` each task has the same
             coordinates; change the seed for another sample.
 
-    A non-symmetric operator, as far as the sampled block shows it, is reported as breakdown.
+    A non-symmetric operator, as far as the sampled block shows it, is reported as breakdown. A
+    residual above that of zero is reported as max_steps: raise ``rank`` or :math:`\rho`.
 
     Example:
         >>> X = torch.randn(4, 100)
@@ -95,7 +96,9 @@ class Nystrom(AbstractLinearSolver):
         if x0 is not None:
             x = _tree.add(x0, x)
         residual_norm = _tree.norm(operator.residual(x, b))
-        result = torch.where(symmetric & (info == 0), int(RESULTS.success), int(RESULTS.breakdown))
+        useless = residual_norm > 1.001 * _tree.norm(b)
+        result = torch.where(useless, int(RESULTS.max_steps), int(RESULTS.success))
+        result = torch.where(symmetric & (info == 0), result, int(RESULTS.breakdown))
         result = torch.where(torch.isfinite(residual_norm), result, int(RESULTS.nonfinite))
         return x, SolveStats(torch.full_like(result, rank), residual_norm, result)
 

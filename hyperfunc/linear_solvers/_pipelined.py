@@ -128,7 +128,7 @@ class PipelinedCG(AbstractLinearSolver):
         self, stats: SolveStats, bounds: Bounds, rs: Tensor, true_rs: Tensor, bb: Tensor, b: Leaves
     ) -> SolveStats:
         allowed = torch.maximum(100 * bounds.converged, _tree.epsilon(b) * bb)
-        drifted = (rs <= bounds.converged) & ~(true_rs <= allowed)
+        drifted = torch.isfinite(rs) & (rs <= bounds.converged) & ~(true_rs <= allowed)
         result = torch.where(drifted, int(RESULTS.stagnation), stats.result)
         finite = torch.isfinite(true_rs)
         return stats._replace(residual_norm=torch.where(finite, true_rs, rs).sqrt(), result=result)

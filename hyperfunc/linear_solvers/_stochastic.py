@@ -20,6 +20,9 @@ Sampler: TypeAlias = Any
 
 STARTS = ("zero", "outer_gradient")
 
+# Of the residual, where no minibatch disturbs it.
+_MOST_GROWTH = 10.0
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StochasticAID(AbstractLinearSolver):
@@ -79,7 +82,8 @@ class StochasticAID(AbstractLinearSolver):
         RuntimeError: a second derivative, when it is taken.
 
     The residual that is reported is that of the last minibatch, before the last step. A residual
-    beyond ``1 / sqrt(eps)`` times that of the start is reported as divergence.
+    beyond 10 times that of the start, or ``1 / sqrt(eps)`` times with a sampler, is reported as
+    divergence.
 
     Example:
         >>> X, y = torch.randn(100, 3), torch.randn(100)
@@ -149,7 +153,9 @@ class StochasticAID(AbstractLinearSolver):
                 "StochasticAID with a sampler was given one operator to solve with, but it needs "
                 "to draw the minibatches. Pass it as method= itself, not inside another solver"
             )
-        return self.descend(lambda step: operator, b, x0, operator.structure(b))
+        return self.descend(
+            lambda step: operator, b, x0, operator.structure(b), growth=_MOST_GROWTH
+        )
 
     def descend(
         self,
@@ -157,8 +163,12 @@ class StochasticAID(AbstractLinearSolver):
         b: Leaves,
         x0: Leaves | None,
         spec: _tree.TreeSpec,
+        growth: float | None = None,
     ) -> tuple[Leaves, SolveStats]:
-        """Take the steps, each with the operator of its own minibatch, on trees of a structure."""
+        """Take the steps, each with the operator of its own minibatch, on trees of a structure.
+
+        Growth of the residual beyond a factor, ``1 / sqrt(eps)`` by default, is divergence.
+        """
         x = x0
         if x is None:
             x = b if self.start == "outer_gradient" else _tree.zeros_like(b)
@@ -171,9 +181,9 @@ class StochasticAID(AbstractLinearSolver):
             else:
                 gradient = _tree.sub(operator_at(step).mv(x), b)
                 rs = _tree.dot(gradient, gradient)
-            bounds = bounds or Bounds.make(0.0, 0.0, b, rs)
+            bounds = bounds or Bounds.make(0.0, 0.0, b, rs, growth)
             x = advance(gradient, x, step)
-        bounds = bounds or Bounds.make(0.0, 0.0, b, rs)
+        bounds = bounds or Bounds.make(0.0, 0.0, b, rs, growth)
         num_steps = torch.full((), self.num_steps, dtype=torch.int64, device=rs.device)
         return x, bounds.stats(num_steps, rs, bounds.open(rs))
 
