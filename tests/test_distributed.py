@@ -71,12 +71,8 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ranks.Ranks]:
 
 def _inner_loss(params: Any, reg: Any, x: Tensor, y: Tensor) -> Tensor:
     residual = x @ params["weight"] + params["bias"] - y
-    penalty = (reg["weight"].exp() * params["weight"] ** 2).sum()
-    return (
-        0.5 * (residual**2).mean()
-        + 0.5 * penalty
-        + reg["bias"].exp() * params["bias"].dot(params["bias"])
-    )
+    penalty = sum((reg[name].exp() * params[name] ** 2).sum() for name in params)
+    return 0.5 * (residual**2).sum() / 27 + 0.5 * penalty
 
 
 def _step(params: Any, reg: Any, x: Tensor, y: Tensor) -> Any:
@@ -85,11 +81,11 @@ def _step(params: Any, reg: Any, x: Tensor, y: Tensor) -> Any:
 
 
 def _outer_loss(params: Any, reg: Any, x: Tensor, y: Tensor) -> Tensor:
-    return (torch.tanh(x @ params["weight"]) ** 2).mean() + (params["bias"] ** 3).sum()
+    return (torch.tanh(x @ params["weight"]) ** 2).sum() / 27 + (params["bias"] ** 3).sum()
 
 
 def _start(reg: Any, x: Tensor, y: Tensor) -> Any:
-    return {"weight": torch.zeros_like(reg["weight"]), "bias": torch.zeros_like(y[0])}
+    return {name: torch.zeros_like(leaf) for name, leaf in reg.items()}
 
 
 SOLVER = hf.iterate(_step, 6, init=_start)
@@ -101,7 +97,7 @@ def _arguments() -> tuple[Any, Tensor, Tensor]:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=F64)
 
-    return {"weight": 0.3 * randn(7, 3), "bias": randn()}, randn(9, 7), randn(9, 3)
+    return {"weight": 0.3 * randn(7, 3), "bias": randn(3)}, randn(9, 7), randn(9, 3)
 
 
 CONDITIONS = {"inner_loss": _inner_loss, "fixed_point": _step}
@@ -136,13 +132,13 @@ LAYOUTS: dict[str, Any] = {
     "rows of the weights": ((0,), (None,), (None,), (None,)),
     "columns of the weights": ((1,), (None,), (None,), (None,)),
     "data": ((None,), (None,), (0,), (0,)),
-    "all": ((0,), (None,), (1,), (1,)),
+    "all": ((0,), (0,), (1,), (1,)),
     "nothing": ((None,), (None,), (None,), (None,)),
 }
 LAYOUTS_2D: dict[str, Any] = {
     "weights both ways": ((0, 1), (None, None), (None, None), (None, None)),
     "weights and data": ((None, 0), (None, None), (0, None), (0, None)),
-    "twice": ((0, 0), (None, None), (None, None), (None, None)),
+    "twice": ((0, 0), (0, 0), (None, None), (None, None)),
     "one way": ((1, None), (None, None), (None, None), (None, None)),
 }
 
@@ -240,7 +236,7 @@ def _under_transforms(name: str, dims: tuple[int | None, ...]) -> None:
 
 
 def _ridge_loss(w: Tensor, reg: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return 0.5 * ((x @ w - y) ** 2).mean() + 0.5 * (reg.exp() * w**2).sum()
+    return 0.5 * (((x * w).sum(1) - y) ** 2).sum() / 9 + 0.5 * (reg.exp() * w**2).sum()
 
 
 def _ridge_step(w: Tensor, reg: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -430,7 +426,7 @@ def _module_hypergrad(net: Any, x: Tensor, y: Tensor, place: Any = lambda leaf: 
     hparams = {name: torch.full_like(leaf, 0.5) for name, leaf in params.items()}
 
     def outer_loss(w: Any, h: Any, x: Tensor, y: Tensor) -> Tensor:
-        return ((apply(w, x) - y) ** 2).mean()
+        return ((apply(w, x) - y) ** 2).sum() / 27
 
     def inner_loss(w: Any, h: Any, x: Tensor, y: Tensor) -> Tensor:
         loss, penalty = outer_loss(w, h, x, y), sum((h[k] * w[k] ** 2).sum() for k in w)
