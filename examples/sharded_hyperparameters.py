@@ -62,6 +62,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{ranks} process{'es' if ranks > 1 else ''}")
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         subprocess.run([*launch, f"--nproc-per-node={ranks}", __file__, *options], check=True)
+    report(args)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Print and draw what the runs have noted."""
     rows = [json.loads((args.out / f"ranks{n}.json").read_text()) for n in args.ranks]
     print(f"\n{rows[0]['features']:,} features, each with its own regulariser; squared errors")
     print("ranks  seconds/step  GB/rank  CG steps  common: test  one each: validation      test")
@@ -214,7 +219,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of processes to run on")
     add("--iterations", type=int, default=12, help="outer steps")
     add("--outer-lr", type=float, default=0.3, help="of Adam on the regularisers")
-    add("--rtol", type=float, default=0.03, help="relative tolerance of CG")
+    add("--rtol", type=float, default=0.1, help="relative tolerance of CG")
     add("--seed", type=int, default=0, help="of the data")
     add("--out", type=Path, default=Path("out/sharded_hyperparameters"), help="folder for results")
     return parser

@@ -9,6 +9,7 @@ import lasso_path
 import learned_learning_rates
 import maml
 import pytest
+import sharded_hyperparameters
 import torch
 
 
@@ -98,3 +99,14 @@ def test_equilibrium_methods_agree_and_their_gradients_converge(monkeypatch, tmp
         assert points[-1][1] < 0.1 * points[0][1]
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert "logistic regression" in capsys.readouterr().out
+
+
+def test_a_regulariser_for_each_feature_beats_a_common_one_on_any_number_of_ranks(tmp_path):
+    options = ["--features=8192", "--ranks", "1", "2", "--iterations=5", f"--out={tmp_path}"]
+    sharded_hyperparameters.main(options)
+    one, two = json.loads((tmp_path / "results.json").read_text())
+    assert (one["ranks"], two["ranks"], one["features"]) == (1, 2, 8192)
+    assert one["own"]["test"] < 0.7 * one["common"]["test"]
+    assert two["own"] == pytest.approx(one["own"], rel=1e-3)
+    assert two["curve"] == pytest.approx(one["curve"], rel=1e-3)
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
