@@ -20,7 +20,7 @@ _Seen: TypeAlias = dict[Hashable, object]
 # A container with more items is a data set, not a tree of parameters.
 _MOST_ITEMS = 1000
 
-_OPAQUE = (type, types.ModuleType, nn.Module, str, int, float)
+_YIELDED = (Tensor, str, int, float)
 
 
 def refuse_captured_tensors(fn: Callable[..., Any], name: str) -> None:
@@ -37,37 +37,45 @@ def captured_tensors(fn: Callable[..., Any]) -> Iterator[Tensor]:
     these that it names, dicts, lists and tuples, and the functions among all these. Modules are
     not: their parameters may be replaced by arguments in the call.
     """
+    return (value for value in _captured(fn, {}) if isinstance(value, Tensor))
+
+
+def captured_values(fn: Callable[..., Any]) -> Iterator[Tensor | str | float]:
+    """`captured_tensors`, and the numbers and strings beside them, for modules their mode."""
     return _captured(fn, {})
 
 
-def _captured(fn: Any, seen: _Seen) -> Iterator[Tensor]:
+def _captured(fn: Any, seen: _Seen) -> Iterator[Any]:
     if isinstance(fn, functools.partial):
-        yield from _tensors((fn.func, fn.args, fn.keywords), (), seen)
+        yield from _values((fn.func, fn.args, fn.keywords), (), seen)
     elif isinstance(fn, types.MethodType):
         code = getattr(fn.__func__, "__code__", None)
         yield from _attributes(fn.__self__, _all_names(code) if code else (), seen)
-        yield from _tensors(fn.__func__, (), seen)
+        yield from _values(fn.__func__, (), seen)
     elif isinstance(fn, types.FunctionType):
         names = _all_names(fn.__code__)
         held = (fn.__defaults__, fn.__kwdefaults__, list(_contents(fn.__closure__ or ())))
-        yield from _tensors(held, names, seen)
+        yield from _values(held, names, seen)
         for name in _global_names(fn.__code__):
             value = fn.__globals__.get(name)
             # the functions of other modules are libraries
             if getattr(value, "__globals__", fn.__globals__) is fn.__globals__:
-                yield from _tensors(value, names, seen)
+                yield from _values(value, names, seen)
     elif dataclasses.is_dataclass(fn) and not isinstance(fn, type):
-        yield from _tensors([getattr(fn, field.name) for field in dataclasses.fields(fn)], (), seen)
+        yield from _values([getattr(fn, field.name) for field in dataclasses.fields(fn)], (), seen)
     elif callable(fn) and isinstance(type(fn).__call__, types.FunctionType):
         yield from _captured(types.MethodType(type(fn).__call__, fn), seen)
 
 
-def _tensors(value: Any, names: Iterable[str], seen: _Seen) -> Iterator[Tensor]:
-    """The tensors in what a function holds, whose code reads attributes of these names."""
-    if isinstance(value, Tensor):
+def _values(value: Any, names: Iterable[str], seen: _Seen) -> Iterator[Any]:
+    """The values in what a function holds, whose code reads attributes of these names."""
+    if isinstance(value, _YIELDED):
         yield value
         return
-    if value is None or isinstance(value, _OPAQUE):
+    if isinstance(value, nn.Module):
+        yield value.training
+        return
+    if value is None or isinstance(value, type | types.ModuleType):
         return
     if isinstance(value, types.MethodType):
         key: Hashable = (id(value.__self__), id(value.__func__))
@@ -79,21 +87,21 @@ def _tensors(value: Any, names: Iterable[str], seen: _Seen) -> Iterator[Tensor]:
     if isinstance(value, dict | list | tuple):
         items = value.values() if isinstance(value, dict) else value
         for item in itertools.islice(items, _MOST_ITEMS):
-            yield from _tensors(item, names, seen)
+            yield from _values(item, names, seen)
         return
     yield from _attributes(value, names, seen)
     if not str(getattr(value, "__module__", "")).startswith("torch."):
         yield from _captured(value, seen)
 
 
-def _attributes(value: Any, names: Iterable[str], seen: _Seen) -> Iterator[Tensor]:
-    """The tensors in the attributes of these names, and in what methods of these names use."""
+def _attributes(value: Any, names: Iterable[str], seen: _Seen) -> Iterator[Any]:
+    """Those in the attributes of these names, and in what methods of these names use."""
     attributes = getattr(value, "__dict__", {})
     for name in names:
         if name in attributes:
-            yield from _tensors(attributes[name], names, seen)
+            yield from _values(attributes[name], names, seen)
         elif isinstance(method := getattr(type(value), name, None), types.FunctionType):
-            yield from _tensors(types.MethodType(method, value), (), seen)
+            yield from _values(types.MethodType(method, value), (), seen)
 
 
 def _contents(cells: Iterable[types.CellType]) -> Iterator[Any]:

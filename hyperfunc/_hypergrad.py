@@ -10,27 +10,25 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlia
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _sharding, _tree
+from hyperfunc import _ad, _tree
 from hyperfunc._closures import refuse_captured_tensors
-from hyperfunc._conditions import (
-    Arguments,
-    Condition,
-    captured_message,
-    check_scalar,
-    make_condition,
-)
+from hyperfunc._compile import Compiler, applies, check_backend
+from hyperfunc._conditions import Arguments, Condition, make_condition
 from hyperfunc._error_bound import ErrorBound, error_bound
 from hyperfunc._implicit import (
     ImplicitProblem,
     cross_term,
     flatten_params,
+    raise_on_failure,
     raise_unless_finite,
     raise_unless_finite_gradient,
 )
 from hyperfunc._methods import is_implicit, resolve_method
-from hyperfunc._results import Solution
+from hyperfunc._outer import OuterLoss, mean_outer_gradient
+from hyperfunc._results import Solution, SolveStats
 from hyperfunc._types import (
     HypergradFunction,
+    HypergradOptions,
     InnerSolver,
     Leaves,
     Loss,
@@ -56,7 +54,7 @@ def hypergrad(
     outer_loss: Loss,
     *,
     has_aux: Literal[False] = False,
-    **options: Unpack[RuleOptions],
+    **options: Unpack[HypergradOptions],
 ) -> HypergradFunction[H, H]: ...
 
 
@@ -66,7 +64,7 @@ def hypergrad(
     outer_loss: Loss,
     *,
     has_aux: Literal[True],
-    **options: Unpack[RuleOptions],
+    **options: Unpack[HypergradOptions],
 ) -> HypergradFunction[H, tuple[H, Any]]: ...
 
 
@@ -76,7 +74,7 @@ def hypergrad(
     *,
     outer_loss: Loss,
     has_aux: Literal[False] = False,
-    **options: Unpack[RuleOptions],
+    **options: Unpack[HypergradOptions],
 ) -> Callable[[Solver[H]], HypergradFunction[H, H]]: ...
 
 
@@ -86,7 +84,7 @@ def hypergrad(
     *,
     outer_loss: Loss,
     has_aux: Literal[True],
-    **options: Unpack[RuleOptions],
+    **options: Unpack[HypergradOptions],
 ) -> Callable[[Solver[H]], HypergradFunction[H, tuple[H, Any]]]: ...
 
 
@@ -100,6 +98,7 @@ def hypergrad(
     method: Any = "cg",
     has_aux: bool = False,
     throw: bool = True,
+    compile: bool | str = False,
 ) -> Any:
     r"""Turn an inner solver and an outer loss into a function that returns hypergradients.
 
@@ -133,6 +132,13 @@ def hypergrad(
         has_aux: whether the outer loss returns ``(scalar, aux)``.
         throw: whether non-finite values, breakdown and divergence raise. With ``throw=False`` the
             numbers come back as they are; `hypergrad_and_solution` returns the codes.
+        compile: whether to compile the outer gradient, the linear solve and the cross term by
+            ``torch.compile``, or a backend of it by name. The first call with arguments of a shape
+            takes long (the more, the more steps the solver takes), all others are faster, under
+            ``vmap`` too. For implicit methods of a fixed number of steps (``rtol=0, atol=0``) and
+            functions without random numbers; where derivatives of the hypergradient are asked for,
+            it runs uncompiled. Variables of your functions are read when they change, but not what
+            further objects hold. For the inner solver see `minimize`.
 
     Returns:
         ``fn(hparams, *args, adjoint_init=None)``, which returns a tree like ``hparams``, or
@@ -175,6 +181,7 @@ def hypergrad(
         method,
         has_aux,
         throw,
+        compile,
     )
 
 
@@ -184,7 +191,7 @@ def hypergrad_and_value(
     outer_loss: Loss,
     *,
     has_aux: Literal[False] = False,
-    **options: Unpack[RuleOptions],
+    **options: Unpack[HypergradOptions],
 ) -> HypergradFunction[H, tuple[H, Tensor]]: ...
 
 
@@ -194,7 +201,7 @@ def hypergrad_and_value(
     outer_loss: Loss,
     *,
     has_aux: Literal[True],
-    **options: Unpack[RuleOptions],
+    **options: Unpack[HypergradOptions],
 ) -> HypergradFunction[H, tuple[H, tuple[Tensor, Any]]]: ...
 
 
@@ -204,7 +211,7 @@ def hypergrad_and_value(
     *,
     outer_loss: Loss,
     has_aux: Literal[False] = False,
-    **options: Unpack[RuleOptions],
+    **options: Unpack[HypergradOptions],
 ) -> Callable[[Solver[H]], HypergradFunction[H, tuple[H, Tensor]]]: ...
 
 
@@ -214,7 +221,7 @@ def hypergrad_and_value(
     *,
     outer_loss: Loss,
     has_aux: Literal[True],
-    **options: Unpack[RuleOptions],
+    **options: Unpack[HypergradOptions],
 ) -> Callable[[Solver[H]], HypergradFunction[H, tuple[H, tuple[Tensor, Any]]]]: ...
 
 
@@ -228,6 +235,7 @@ def hypergrad_and_value(
     method: Any = "cg",
     has_aux: bool = False,
     throw: bool = True,
+    compile: bool | str = False,
 ) -> Any:
     """Like `hypergrad`, returning the value of the outer loss too.
 
@@ -240,6 +248,7 @@ def hypergrad_and_value(
         method: see `hypergrad`.
         has_aux: see `hypergrad`.
         throw: see `hypergrad`.
+        compile: see `hypergrad`.
 
     Returns:
         ``fn(hparams, *args, adjoint_init=None) -> (hypergradient, value)``, or
@@ -265,6 +274,7 @@ def hypergrad_and_value(
         method,
         has_aux,
         throw,
+        compile,
     )
 
 
@@ -275,7 +285,7 @@ def hypergrad_and_solution(
     *,
     has_aux: bool = False,
     error_bound: bool | ErrorBound = False,
-    **options: Unpack[RuleOptions],
+    **options: Unpack[HypergradOptions],
 ) -> HypergradFunction[H, tuple[H, Solution]]: ...
 
 
@@ -286,7 +296,7 @@ def hypergrad_and_solution(
     outer_loss: Loss,
     has_aux: bool = False,
     error_bound: bool | ErrorBound = False,
-    **options: Unpack[RuleOptions],
+    **options: Unpack[HypergradOptions],
 ) -> Callable[[Solver[H]], HypergradFunction[H, tuple[H, Solution]]]: ...
 
 
@@ -300,6 +310,7 @@ def hypergrad_and_solution(
     method: Any = "cg",
     has_aux: bool = False,
     throw: bool = True,
+    compile: bool | str = False,
     error_bound: bool | ErrorBound = False,
 ) -> Any:
     """Like `hypergrad`, returning the whole `hyperfunc.Solution` too.
@@ -313,6 +324,7 @@ def hypergrad_and_solution(
         method: see `hypergrad`.
         has_aux: see `hypergrad`.
         throw: see `hypergrad`.
+        compile: see `hypergrad`.
         error_bound: whether to bound the error of the hypergradient, by residuals and estimated
             norms; or a `hyperfunc.ErrorBound` with the contraction factor or the strong convexity
             of the inner problem, which are estimated otherwise. It takes about ``10 num_steps``
@@ -356,6 +368,7 @@ def hypergrad_and_solution(
         method,
         has_aux,
         throw,
+        compile,
         _check_error_bound(error_bound, method),
     )
 
@@ -448,6 +461,7 @@ class _Rule:
     method: Any
     throw: bool
     bound: ErrorBound | None = None
+    compiler: Compiler | None = None
 
 
 class _Transformed:
@@ -490,9 +504,16 @@ def _transform(
     method: Any,
     has_aux: bool,
     throw: bool,
+    compile: bool | str = False,
     bound: ErrorBound | None = None,
 ) -> Any:
     method = resolve_method(method)
+    backend = check_backend(compile)
+    if backend is not None and not is_implicit(method):
+        raise ValueError(
+            f"{name}: compile={compile!r} compiles the adjoint's linear solve, and {method!r} has "
+            f"none. Leave compile out"
+        )
     if outer_loss is None or not callable(outer_loss):
         raise TypeError(
             f"{name}: outer_loss is {outer_loss!r}; expected a function of (params, hparams, "
@@ -509,9 +530,13 @@ def _transform(
             method,
             has_aux,
             throw,
+            compile,
             bound,
         )
     rule = _make_rule(inner_solver, conditions, method, throw, bound)
+    if backend is not None:
+        functions = (rule.condition.fn if rule.condition else None, outer_loss)
+        rule = dataclasses.replace(rule, compiler=Compiler(backend, "the adjoint", functions))
     compute = _implicit_hypergrad if is_implicit(method) else _iterative_hypergrad
 
     def call(hparams: TensorTree, *args: Any, adjoint_init: TensorTree = None) -> Any:
@@ -602,7 +627,6 @@ def _implicit_hypergrad(
     w = problem.solution(theta)
     assert problem.bound is not None
     params_spec = problem.bound.params_spec
-    n, m = len(w), arguments.num_hparams
 
     x0 = None
     if adjoint_init is not None:
@@ -618,20 +642,10 @@ def _implicit_hypergrad(
             ) from None
         x0 = tuple(start)
 
-    is_stochastic = isinstance(rule.method, StochasticAID)
-    value, aux, gradient = _mean_outer_gradient(
-        rule.method.outer_losses(outer_loss) if is_stochastic else [outer_loss],
-        has_aux,
-        problem,
-        w,
-        theta,
-    )
-    dw, dh = gradient[:n], gradient[n:]
-
-    wrt = tuple(range(m))
-    linearization = problem.linearize(w, theta, wrt)
-    u, stats = problem.adjoint(linearization, w, theta, dw, x0)
-    grads = _tree.add(dh, cross_term(problem, linearization, w, theta, wrt, u))
+    differentiate = _differentiate
+    if rule.compiler is not None and applies((*w, *theta)):
+        differentiate = _differentiate_compiled
+    value, aux, u, stats, grads = differentiate(rule, outer_loss, has_aux, problem, w, theta, x0)
     if rule.throw:
         raise_unless_finite_gradient(grads, hparams_spec)
     solution = Solution(
@@ -643,6 +657,61 @@ def _implicit_hypergrad(
         error_bound=_bound_error(rule, outer_loss, has_aux, problem, w, theta, u),
     )
     return _tree.unflatten(hparams_spec, grads), solution
+
+
+def _differentiate(
+    rule: _Rule,
+    outer_loss: Callable[..., Any],
+    has_aux: bool,
+    problem: ImplicitProblem,
+    w: Leaves,
+    theta: Leaves,
+    x0: Leaves | None,
+) -> tuple[Tensor, Any, Leaves, SolveStats, Leaves]:
+    """Outer value and aux, the adjoint with its statistics, and the hypergradient."""
+    is_stochastic = isinstance(rule.method, StochasticAID)
+    value, aux, gradient = mean_outer_gradient(
+        rule.method.outer_losses(outer_loss) if is_stochastic else [outer_loss],
+        has_aux,
+        problem,
+        w,
+        theta,
+    )
+    dw, dh = gradient[: len(w)], gradient[len(w) :]
+    wrt = tuple(range(problem.arguments.num_hparams))
+    linearization = problem.linearize(w, theta, wrt)
+    u, stats = problem.adjoint(linearization, w, theta, dw, x0)
+    grads = _tree.add(dh, cross_term(problem, linearization, w, theta, wrt, u))
+    return value, aux, u, stats, grads
+
+
+def _differentiate_compiled(
+    rule: _Rule,
+    outer_loss: Callable[..., Any],
+    has_aux: bool,
+    problem: ImplicitProblem,
+    w: Leaves,
+    theta: Leaves,
+    x0: Leaves | None,
+) -> tuple[Tensor, Any, Leaves, SolveStats, Leaves]:
+    """`_differentiate`, compiled; where it fails is told afterwards."""
+    assert rule.compiler is not None
+    assert problem.bound is not None
+    refuse_captured_tensors(outer_loss, "outer_loss")
+    quiet = dataclasses.replace(problem, throw=False)
+    n, m = len(w), len(theta)
+
+    def compute(*operands: Tensor) -> Any:
+        w, theta, start = operands[:n], operands[n : n + m], operands[n + m :]
+        return _differentiate(rule, outer_loss, has_aux, quiet, w, theta, start or None)
+
+    arguments = problem.arguments
+    key = (problem.bound.params_spec, arguments.spec, arguments.leaves, arguments.num_hparams)
+    result = rule.compiler.call(compute, key, (*w, *theta, *(x0 or ())))
+    value, aux, u, stats, grads = result
+    if rule.throw:
+        raise_on_failure(stats, rule.method)
+    return value, aux, u, stats, grads
 
 
 def _bound_error(
@@ -658,7 +727,7 @@ def _bound_error(
         return ()
     bound = problem.bound
     assert bound is not None
-    outer, n = _OuterLoss(outer_loss, has_aux), len(w)
+    outer, n = OuterLoss(outer_loss, has_aux), len(w)
 
     def value(*leaves: Tensor) -> Tensor:
         params = _tree.unflatten(bound.params_spec, leaves[:n])
@@ -666,42 +735,6 @@ def _bound_error(
 
     detached = (_ad.detach(leaves) for leaves in (w, theta, u))
     return error_bound(rule.bound, bound, value, *detached)
-
-
-def _mean_outer_gradient(
-    outer_losses: list[Callable[..., Any]],
-    has_aux: bool,
-    problem: ImplicitProblem,
-    w: Leaves,
-    theta: Leaves,
-) -> tuple[Tensor, Any, Leaves]:
-    """The mean of the outer losses, what they gave as aux, and the gradient by params and hparams.
-
-    Losses (of minibatches) are evaluated one by one, so that one graph at a time is held.
-    """
-    assert problem.bound is not None
-    arguments, params_spec, n = problem.arguments, problem.bound.params_spec, len(w)
-    auxes = []
-    total: Leaves = ()
-    for outer_loss in outer_losses:
-        outer = _OuterLoss(outer_loss, has_aux)
-        linearized = _ad.Linearization(
-            lambda *leaves, outer=outer: outer(
-                _tree.unflatten(params_spec, leaves[:n]), *arguments.unflatten(leaves[n:])
-            ),
-            (*w, *theta),
-            (tuple(range(n + arguments.num_hparams)),),
-            has_aux=True,
-        )
-        outer.refuse_captured(linearized)
-        (value,) = linearized.outputs
-        result = (value, *linearized.pull((torch.ones_like(value),)))
-        total = _tree.add(total, result) if total else result
-        auxes.append(outer.unflatten_aux(linearized.aux))
-    if len(outer_losses) == 1:
-        return total[0], auxes[0], total[1:]
-    value, *gradient = _tree.scale(1 / len(outer_losses), total)
-    return value, tuple(auxes) if has_aux else (), tuple(gradient)
 
 
 def _iterative_hypergrad(
@@ -720,7 +753,7 @@ def _iterative_hypergrad(
     arguments, theta, hparams_spec = Arguments.flatten(hparams, args)
     refuse_captured_tensors(rule.inner_solver, "the inner solver")
     solution_map = rule.method.solution_map(rule.inner_solver)
-    outer = _OuterLoss(outer_loss, has_aux)
+    outer = OuterLoss(outer_loss, has_aux)
     params_specs: list[_tree.TreeSpec] = []
 
     def value_and_aux(*leaves: Tensor) -> tuple[Leaves, Leaves]:
@@ -751,40 +784,3 @@ def _iterative_hypergrad(
         stats=(),
     )
     return _tree.unflatten(hparams_spec, grads), solution
-
-
-class _OuterLoss:
-    """The outer loss as ``-> ((value,), tensors of aux)``, remembering how aux was laid out."""
-
-    def __init__(self, outer_loss: Callable[..., Any], has_aux: bool) -> None:
-        self._outer_loss = outer_loss
-        self._has_aux = has_aux
-        self._spec: _tree.TreeSpec | None = None
-        self._leaves: list[Any] = []
-
-    def __call__(
-        self, params: TensorTree, hparams: TensorTree, *args: Any
-    ) -> tuple[Leaves, Leaves]:
-        output = self._outer_loss(params, hparams, *args)
-        if not self._has_aux:
-            return (_sharding.replicate(check_scalar(output, "outer_loss")),), ()
-        if not (isinstance(output, tuple) and len(output) == 2):
-            raise TypeError(
-                f"outer_loss returned {type(output).__name__}; expected a tuple (scalar, aux), "
-                f"since has_aux=True"
-            )
-        value, aux = output
-        self._leaves, self._spec = _tree.flatten(aux)
-        tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
-        return (_sharding.replicate(check_scalar(value, "outer_loss")),), tensors
-
-    def refuse_captured(self, linearized: _ad.Linearization) -> None:
-        if linearized.captures_gradient and torch.is_grad_enabled():
-            raise ValueError(captured_message("outer_loss"))
-
-    def unflatten_aux(self, tensors: Leaves) -> Any:
-        if self._spec is None:
-            return ()
-        remaining = iter(tensors)
-        leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        return _tree.unflatten(self._spec, leaves)

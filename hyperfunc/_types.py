@@ -56,3 +56,9 @@ class RuleOptions(TypedDict, total=False):
     optimality: ParamsFunction | None
     method: Any
     throw: bool
+
+
+class HypergradOptions(RuleOptions, total=False):
+    """The keywords of `hypergrad` that say how it is computed."""
+
+    compile: bool | str

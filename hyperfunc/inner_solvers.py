@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hyperfunc import _ad, _tree, optim
+from hyperfunc._compile import Compiler, applies, check_backend
 from hyperfunc._conditions import check_scalar
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
 from hyperfunc.prox import check_prox
@@ -45,6 +46,7 @@ class IterativeSolver:
         atol: absolute tolerance of the early stop.
         condition: what the solution satisfies, as ``(keyword, function)`` with a keyword of
             `hypergrad`; None where no one function describes it.
+        compiler: what compiles the step, if anything does.
     """
 
     step: Step
@@ -54,6 +56,7 @@ class IterativeSolver:
     rtol: float
     atol: float
     condition: tuple[str, Callable[..., Any]] | None
+    compiler: Compiler | None = None
 
     def __call__(self, hparams: TensorTree, /, *args: Any) -> TensorTree:
         """Run the steps; derivatives flow through every one of them."""
@@ -62,8 +65,11 @@ class IterativeSolver:
         def advance(active: Tensor | None, state: Leaves, extra: tuple[Any, ...]) -> Leaves:
             return steps.advance(active, state, hparams, (*args, *extra))
 
+        take: Callable[[Tensor | None, Leaves, Any], Leaves] = advance
         state = steps.start(hparams, args)
-        return steps.params(steps.run(advance, state, unbind(self.inputs, self.num_steps)))
+        if self.compiler is not None:
+            take = _compiled(advance, self.compiler, steps, state, hparams, args)
+        return steps.params(steps.run(take, state, unbind(self.inputs, self.num_steps)))
 
 
 def iterate(
@@ -74,6 +80,7 @@ def iterate(
     inputs: TensorTree = None,
     rtol: float | None = None,
     atol: float | None = None,
+    compile: bool | str = False,
 ) -> IterativeSolver:
     r"""An inner solver that repeats a fixed-point map.
 
@@ -95,6 +102,10 @@ def iterate(
         rtol: stop once $\lVert w_{t+1} - w_t \rVert \le$ ``atol + rtol`` $\lVert w_{t+1} \rVert$.
             Under ``vmap`` each task stops by itself.
         atol: the absolute part of that tolerance.
+        compile: whether to compile the step by ``torch.compile``, or a backend of it by name. The
+            first call with arguments of a shape takes long, all others are faster, under ``vmap``
+            too. Where derivatives of the solution are asked for, as by `ReverseUnroll`, steps run
+            uncompiled. Not for steps that draw random numbers.
 
     Returns:
         The inner solver, ``(hparams, *args) -> params``.
@@ -116,7 +127,7 @@ def iterate(
     """
     _check_callable(step, "step", "(params, hparams, *args) -> params")
     condition = ("fixed_point", step) if inputs is None else None
-    return _build(_MapStep(step), num_steps, init, inputs, rtol, atol, condition)
+    return _build(_MapStep(step), num_steps, init, inputs, rtol, atol, condition, compile)
 
 
 def minimize(
@@ -128,6 +139,7 @@ def minimize(
     inputs: TensorTree = None,
     rtol: float | None = None,
     atol: float | None = None,
+    compile: bool | str = False,
 ) -> IterativeSolver:
     r"""An inner solver that minimises a loss with an optimiser of `hyperfunc.optim`.
 
@@ -146,6 +158,10 @@ def minimize(
         rtol: stop once $\lVert w_{t+1} - w_t \rVert \le$ ``atol + rtol`` $\lVert w_{t+1} \rVert$.
             Under ``vmap`` each task stops by itself.
         atol: the absolute part of that tolerance.
+        compile: whether to compile the step by ``torch.compile``, or a backend of it by name. The
+            first call with arguments of a shape takes long, all others are faster, under ``vmap``
+            too. Where derivatives of the solution are asked for, as by `ReverseUnroll`, steps run
+            uncompiled. Not for steps that draw random numbers.
 
     Returns:
         The inner solver, ``(hparams, *args) -> params``.
@@ -168,7 +184,7 @@ def minimize(
     optim.check_optimizer(optimizer, "minimize")
     condition = ("inner_loss", inner_loss) if inputs is None else None
     step = _DescentStep(inner_loss, optimizer)
-    return _build(step, num_steps, init, inputs, rtol, atol, condition)
+    return _build(step, num_steps, init, inputs, rtol, atol, condition, compile)
 
 
 def gradient_descent_map(inner_loss: Loss, lr: Coefficient) -> ParamsFunction:
@@ -269,6 +285,11 @@ class FlatSteps:
         self.num_params = len(leaves)
         return (*leaves, *memory)
 
+    @property
+    def structure(self) -> tuple[_tree.TreeSpec, _tree.TreeSpec]:
+        """The structures of the params and of the memory."""
+        return self._params_spec, self._memory_spec
+
     def params(self, state: Leaves) -> TensorTree:
         """The params of a state."""
         return _tree.unflatten(self._params_spec, state[: self.num_params])
@@ -328,6 +349,41 @@ class FlatSteps:
     def _is_small(self, new: Leaves, old: Leaves) -> Tensor:
         change = _tree.norm(_tree.sub(new, old))
         return change <= self._atol + self._rtol * _tree.norm(new)
+
+
+def _compiled(
+    advance: Callable[[Tensor | None, Leaves, Any], Leaves],
+    compiler: Compiler,
+    steps: FlatSteps,
+    state: Leaves,
+    hparams: TensorTree,
+    args: tuple[Any, ...],
+) -> Callable[[Tensor | None, Leaves, Any], Leaves]:
+    """The function that takes a step by compiled code, or ``advance`` where it cannot."""
+    leaves, spec = _tree.flatten((hparams, args))
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    if not applies((*tensors, *state)):
+        return advance
+
+    def step(active: Tensor | None, state: Leaves, extra: Any) -> Leaves:
+        row, row_spec = _tree.flatten(extra)
+        flags = () if active is None else (active,)
+        low, high = len(flags) + len(state), len(flags) + len(state) + len(tensors)
+
+        def compute(*operands: Tensor) -> Leaves:
+            held = iter(operands[low:high])
+            filled = [next(held) if leaf is None else leaf for leaf in constants]
+            hparams, args = _tree.unflatten(spec, filled)
+            rest = _tree.unflatten(row_spec, operands[high:])
+            old = operands[len(flags) : low]
+            return steps.advance(operands[0] if flags else None, old, hparams, (*args, *rest))
+
+        key = (len(flags), spec, constants, row_spec, *steps.structure)
+        result: Leaves = compiler.call(compute, key, (*flags, *state, *tensors, *row))
+        return result
+
+    return step
 
 
 def unbind(inputs: TensorTree, num_steps: int) -> Iterable[tuple[Any, ...]]:
@@ -424,6 +480,7 @@ def _build(
     rtol: float | None,
     atol: float | None,
     condition: tuple[str, Callable[..., Any]] | None,
+    compile: bool | str,
 ) -> IterativeSolver:
     if not isinstance(num_steps, int) or isinstance(num_steps, bool):
         raise TypeError(f"num_steps is {num_steps!r}; expected an integer, 0 or more")
@@ -435,7 +492,11 @@ def _build(
             raise ValueError(f"{name} is {value!r}; expected a number, 0 or more")
     if inputs is not None:
         _check_inputs(inputs, num_steps)
-    return IterativeSolver(step, num_steps, init, inputs, rtol or 0.0, atol or 0.0, condition)
+    backend = check_backend(compile)
+    compiler = None if backend is None else Compiler(backend, "the inner solver's step", (step,))
+    return IterativeSolver(
+        step, num_steps, init, inputs, rtol or 0.0, atol or 0.0, condition, compiler
+    )
 
 
 def _check_callable(value: Any, name: str, signature: str) -> None:

@@ -110,6 +110,7 @@ def _problem(key: str, title: str, work: Work) -> Problem:
         entry("by hand, updates in place", RAW, by_hand),
         entry("by hand, torch.func.vjp", RAW, functional_by_hand),
         entry("hyperfunc", OURS, hyperfunc_loop),
+        entry("hyperfunc, compiled", OURS, functools.partial(hyperfunc_loop, compile=True)),
         entry("HyperTorch's algorithm, by hand", PEER, hypertorch_style),
         entry("TorchOpt", PEER, torchopt),
         entry("JAXopt, jit", PEER, functools.partial(jaxopt, over="scan")),
@@ -124,6 +125,7 @@ def _problem(key: str, title: str, work: Work) -> Problem:
         entries[at:at] = [
             entry("hyperfunc, task_map", OURS, hyperfunc_task_map),
             entry("hyperfunc, vmap", OURS, hyperfunc_vmap),
+            entry("hyperfunc, chunks of 16, compiled", OURS, hyperfunc_compiled),
         ]
         entries[-2:-1] = [
             entry(f"JAXopt, jit, {over} over tasks", PEER, functools.partial(jaxopt, over=over))
@@ -454,7 +456,7 @@ def functional_by_hand(work: Work) -> Callable[[], Vector]:
 # This library.
 
 
-def _adapt(work: Work) -> Any:
+def _adapt(work: Work, compile: bool = False) -> Any:
     method: Any = hf.CG(maxiter=work.products, rtol=0, atol=0)
     if work.method == "neumann":
         method = hf.Neumann(maxiter=work.products, rtol=0, atol=0, step_size=work.lr)
@@ -464,8 +466,11 @@ def _adapt(work: Work) -> Any:
     start = _Start(work.initial)
     solver: Any = start
     if work.steps:
-        solver = hf.minimize(inner_loss, hf.optim.sgd(work.lr), work.steps, init=start)
-    return hf.hypergrad(solver, work.outer_loss, inner_loss=inner_loss, method=method)
+        sgd = hf.optim.sgd(work.lr)
+        solver = hf.minimize(inner_loss, sgd, work.steps, init=start, compile=compile)
+    return hf.hypergrad(
+        solver, work.outer_loss, inner_loss=inner_loss, method=method, compile=compile
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -476,8 +481,8 @@ class _Start:
         return h if self.initial is None else self.initial
 
 
-def hyperfunc_loop(work: Work) -> Callable[[], Vector]:
-    adapt = _adapt(work)
+def hyperfunc_loop(work: Work, compile: bool = False) -> Callable[[], Vector]:
+    adapt = _adapt(work, compile)
     return lambda: _stack([adapt(work.hparams, *work.task(i)) for i in range(work.num_tasks)])
 
 
@@ -492,6 +497,12 @@ def hyperfunc_vmap(work: Work) -> Callable[[], Vector]:
 
 
 # Peers.
+
+
+def hyperfunc_compiled(work: Work) -> Callable[[], Vector]:
+    dims = (None, *[0] * len(work.tasks))
+    adapt = hf.task_map(_adapt(work, compile=True), dims, chunk_size=16)
+    return lambda: adapt(work.hparams, *work.tasks)
 
 
 def hypertorch_style(work: Work) -> Callable[[], Vector]:

@@ -1,0 +1,194 @@
+"""Functions of flat tensors compiled by ``torch.compile``, under ``vmap`` too.
+
+A function is traced at the level of torch's operators, with whatever transforms and derivatives it
+takes inside, once for each signature; what is compiled is that trace. Under ``vmap`` the batched
+function is what is traced and compiled, and it runs outside of the level.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+
+from hyperfunc import _ad, _tree
+from hyperfunc._closures import captured_values
+from hyperfunc._types import Leaves
+
+DEFAULT_BACKEND = "inductor"
+
+
+class Compiler:
+    """Compiles the functions of one transform or solver, and keeps them.
+
+    ``backend`` is one of ``torch.compile``; ``name`` says in errors what was to be compiled, and
+    ``functions`` are those of the user that take part, whose variables belong to the signature.
+    """
+
+    def __init__(self, backend: str, name: str, functions: tuple[Any, ...]) -> None:
+        self.backend = backend
+        self.name = name
+        self.functions = functions
+        self.entries: dict[Hashable, _Entry] = {}
+
+    def call(self, fn: Callable[..., Any], key: Hashable, operands: Leaves) -> Any:
+        """``fn(*operands)``, a tree, by compiled code.
+
+        ``key`` tells apart functions that are not the same for the same operands and variables.
+        """
+        try:
+            hash(key)
+        except TypeError as error:
+            raise ValueError(
+                f"compile: args of {self.name} hold a value that is neither a tensor nor hashable "
+                f"({error}), so that it cannot be told when it changes. Leave it out of args"
+            ) from error
+        captured = tuple(value for f in self.functions for value in captured_values(f))
+        identities = tuple(
+            id(value) if isinstance(value, Tensor) else (type(value), value) for value in captured
+        )
+        layout: list[Any] = []
+
+        def flat(*operands: Tensor) -> Leaves:
+            leaves, spec = _tree.flatten(fn(*operands))
+            layout[:] = [spec, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]]
+            return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+        call = _Call(self, flat, (key, identities), captured, layout)
+        if _ad.transforms_active():
+            outputs = iter(_Outside.apply(call, *operands))
+        else:
+            outputs = iter(self.run(call, operands))
+        spec, constants = layout
+        leaves = [next(outputs) if leaf is None else leaf for leaf in constants]
+        return _tree.unflatten(spec, leaves)
+
+    def run(self, call: _Call, operands: Leaves) -> Leaves:
+        """The compiled call where no transform is active."""
+        operands = _ad.detach(operands)
+        signature = (call.key, _circumstances(operands), tuple(map(_describe, operands)))
+        with torch.no_grad():
+            entry = self.entries.get(signature)
+            if entry is not None:
+                call.layout[:] = entry.layout
+                return tuple(entry.compiled(*operands))
+            compiled = self._compile(call.fn, operands)
+            try:
+                outputs = tuple(compiled(*operands))
+            except Exception as error:
+                reason = str(error).strip().splitlines() or [repr(error)]
+                raise RuntimeError(
+                    f"compile: the backend {self.backend!r} of torch.compile failed on "
+                    f"{self.name}: {type(error).__name__}: {reason[0]}. Leave compile out, or "
+                    f"name another backend"
+                ) from error
+            self.entries[signature] = _Entry(compiled, call.captured, tuple(call.layout))
+        return outputs
+
+    def _compile(self, fn: Callable[..., Leaves], operands: Leaves) -> Callable[..., Any]:
+        try:
+            graph = make_fx(fn)(*operands)
+        except RuntimeError as error:
+            if "tracing tensor" not in str(error) and "data-dependent" not in str(error).lower():
+                raise
+            raise ValueError(
+                f"compile: {self.name} cannot be compiled, as its course depends on the values of "
+                f"tensors (an if or .item() on a tensor, or a tolerance). For a linear solver of a "
+                f"fixed number of steps write rtol=0, atol=0; else leave compile out"
+            ) from error
+        for node in graph.graph.nodes:
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                raise ValueError(
+                    f"compile: {self.name} cannot be compiled, as it draws random numbers "
+                    f"({node.target}), which compiled code draws differently. Draw them outside "
+                    f"and pass them in *args, or leave compile out"
+                )
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        compiled: Callable[..., Any] = torch.compile(
+            graph, fullgraph=True, dynamic=False, backend=self.backend
+        )
+        return compiled
+
+
+def applies(tensors: Sequence[Any]) -> bool:
+    """Whether compiled code can stand in: no derivative is asked for, and nothing traces this."""
+    return not (
+        torch.compiler.is_compiling() or get_proxy_mode() is not None or _ad.is_tracked(tensors)
+    )
+
+
+def check_backend(value: bool | str) -> str | None:
+    """The backend that a ``compile=`` argument stands for, or None for no compilation."""
+    if value is False:
+        return None
+    if value is True:
+        return DEFAULT_BACKEND
+    if isinstance(value, str) and value in torch.compiler.list_backends(exclude_tags=None):
+        return value
+    raise ValueError(
+        f"compile is {value!r}; expected True, False, or the name of a backend of torch.compile: "
+        f"{', '.join(torch.compiler.list_backends())}"
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Entry:
+    """A compiled function, and the tensors it closes over, held so that no other gets their id."""
+
+    compiled: Callable[..., Any]
+    captured: tuple[Any, ...]
+    layout: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    """A function that is to be compiled for given operands, below some levels of vmap."""
+
+    compiler: Compiler
+    fn: Callable[..., Leaves]
+    key: Hashable
+    captured: tuple[Any, ...]
+    layout: list[Any]
+
+
+class _Outside(torch.autograd.Function):
+    """Leaves the levels of vmap one by one, and runs the compiled batched function there."""
+
+    @staticmethod
+    def forward(call: _Call, *operands: Tensor) -> Leaves:
+        outputs = call.compiler.run(call, operands)
+        return tuple(leaf.clone() if leaf._is_view() else leaf for leaf in outputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], call: _Call, *operands: Tensor
+    ) -> tuple[Leaves, int]:
+        dims = tuple(in_dims[1:])
+        batched = dataclasses.replace(
+            call,
+            fn=torch.func.vmap(call.fn, dims, randomness=info.randomness),
+            key=(call.key, dims, info.batch_size, info.randomness),
+        )
+        outputs: Leaves = _Outside.apply(batched, *operands)
+        return outputs, 0
+
+
+def _describe(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, type(tensor)
+
+
+def _circumstances(operands: Leaves) -> Hashable:
+    kinds = sorted({"cpu", *(tensor.device.type for tensor in operands)} - {"meta"})
+    autocast = tuple(
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds
+    )
+    return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()

@@ -1,0 +1,87 @@
+"""The outer loss on flat tensors, and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _ad, _sharding, _tree
+from hyperfunc._conditions import captured_message, check_scalar
+from hyperfunc._implicit import ImplicitProblem
+from hyperfunc._types import Leaves, TensorTree
+
+
+def mean_outer_gradient(
+    outer_losses: list[Callable[..., Any]],
+    has_aux: bool,
+    problem: ImplicitProblem,
+    w: Leaves,
+    theta: Leaves,
+) -> tuple[Tensor, Any, Leaves]:
+    """The mean of the outer losses, what they gave as aux, and the gradient by params and hparams.
+
+    Losses (of minibatches) are evaluated one by one, so that one graph at a time is held.
+    """
+    assert problem.bound is not None
+    arguments, params_spec, n = problem.arguments, problem.bound.params_spec, len(w)
+    auxes = []
+    total: Leaves = ()
+    for outer_loss in outer_losses:
+        outer = OuterLoss(outer_loss, has_aux)
+        linearized = _ad.Linearization(
+            lambda *leaves, outer=outer: outer(
+                _tree.unflatten(params_spec, leaves[:n]), *arguments.unflatten(leaves[n:])
+            ),
+            (*w, *theta),
+            (tuple(range(n + arguments.num_hparams)),),
+            has_aux=True,
+        )
+        outer.refuse_captured(linearized)
+        (value,) = linearized.outputs
+        result = (value, *linearized.pull((torch.ones_like(value),)))
+        total = _tree.add(total, result) if total else result
+        auxes.append(outer.unflatten_aux(linearized.aux))
+    if len(outer_losses) == 1:
+        return total[0], auxes[0], total[1:]
+    value, *gradient = _tree.scale(1 / len(outer_losses), total)
+    return value, tuple(auxes) if has_aux else (), tuple(gradient)
+
+
+class OuterLoss:
+    """The outer loss as ``-> ((value,), tensors of aux)``, remembering how aux was laid out."""
+
+    def __init__(self, outer_loss: Callable[..., Any], has_aux: bool) -> None:
+        self._outer_loss = outer_loss
+        self._has_aux = has_aux
+        self._spec: _tree.TreeSpec | None = None
+        self._leaves: list[Any] = []
+
+    def __call__(
+        self, params: TensorTree, hparams: TensorTree, *args: Any
+    ) -> tuple[Leaves, Leaves]:
+        output = self._outer_loss(params, hparams, *args)
+        if not self._has_aux:
+            return (_sharding.replicate(check_scalar(output, "outer_loss")),), ()
+        if not (isinstance(output, tuple) and len(output) == 2):
+            raise TypeError(
+                f"outer_loss returned {type(output).__name__}; expected a tuple (scalar, aux), "
+                f"since has_aux=True"
+            )
+        value, aux = output
+        self._leaves, self._spec = _tree.flatten(aux)
+        tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
+        return (_sharding.replicate(check_scalar(value, "outer_loss")),), tensors
+
+    def refuse_captured(self, linearized: _ad.Linearization) -> None:
+        if linearized.captures_gradient and torch.is_grad_enabled():
+            raise ValueError(captured_message("outer_loss"))
+
+    def unflatten_aux(self, tensors: Leaves) -> Any:
+        if self._spec is None:
+            return ()
+        remaining = iter(tensors)
+        leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        return _tree.unflatten(self._spec, leaves)

@@ -1,0 +1,288 @@
+"""Compiled solves and steps: the numbers of plain ones, plain and under transforms."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hyperfunc as hf
+
+F64 = torch.float64
+
+# Runs the trace that the others compile, without their minutes of compiling.
+BACKEND = "eager"
+
+METHODS: dict[str, Any] = {
+    "cg": hf.CG(maxiter=2, rtol=0),
+    "neumann": hf.Neumann(maxiter=2, rtol=0, step_size=0.1),
+    "fixed_point": hf.FixedPoint(maxiter=3, rtol=0, step_size=0.1),
+    "dense": hf.Dense(),
+}
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": hf.optim.sgd(lambda meta: 0.1 * meta["rate"], momentum=0.5),
+    "adam": hf.optim.adam(0.05),
+    "heavy_ball": hf.optim.heavy_ball(0.05, 0.5),
+}
+Meta = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+def loss(w: Meta, meta: Meta, x: Tensor, y: Tensor) -> Tensor:
+    return ((x @ w["a"] + w["b"] - y) ** 2).mean() + 0.1 * (w["a"] ** 4).sum()
+
+
+def outer_loss(w: Meta, meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
+    return (w["a"] ** 3).sum() + meta["rate"] * w["b"], {"twice": 2 * w["a"], "empty": ()}
+
+
+def make(compile: bool | str, method: Any = METHODS["cg"], optimizer: Any = None) -> Any:
+    inner_loss = hf.proximal(loss, lambda meta: meta["rate"], center=lambda meta: meta["w"])
+    solver = hf.minimize(
+        inner_loss,
+        optimizer or OPTIMIZERS["sgd"],
+        8,
+        init=lambda meta, x, y: meta["w"],
+        compile=compile,
+    )
+    return hf.hypergrad_and_solution(
+        solver, outer_loss, method=method, has_aux=True, compile=compile
+    )
+
+
+def arguments(dtype: torch.dtype = F64) -> tuple[Any, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 6, 3, generator=generator), torch.randn(2, 6, generator=generator)
+    meta = {
+        "w": {
+            "a": torch.randn(3, generator=generator).to(dtype),
+            "b": torch.zeros((), dtype=dtype),
+        },
+        "rate": torch.tensor(0.7, dtype=dtype),
+    }
+    return meta, x.to(dtype), y.to(dtype)
+
+
+def close(got: Any, expected: Any) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_numbers_are_those_of_plain_calls(name: str) -> None:
+    meta, x, y = arguments()
+    compiled, plain = make(BACKEND, METHODS[name]), make(False, METHODS[name])
+    for task in (0, 1, 0):
+        close(compiled(meta, x[task], y[task]), plain(meta, x[task], y[task]))
+    dims = (None, 0, 0)
+    for _ in range(2):
+        close(torch.func.vmap(compiled, dims)(meta, x, y), torch.func.vmap(plain, dims)(meta, x, y))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_of_any_optimizer(name: str) -> None:
+    meta, x, y = arguments()
+    compiled = make(BACKEND, optimizer=OPTIMIZERS[name])
+    plain = make(False, optimizer=OPTIMIZERS[name])
+    close(compiled(meta, x[0], y[0]), plain(meta, x[0], y[0]))
+    close(
+        torch.func.vmap(compiled, (None, 0, 0))(meta, x, y)[0]["w"],
+        torch.func.vmap(plain, (None, 0, 0))(meta, x, y)[0]["w"],
+    )
+
+
+def test_nested_vmap_and_task_map() -> None:
+    meta, x, y = arguments()
+    rates = torch.tensor([0.5, 0.7, 0.9], dtype=F64)
+    results = []
+    for compile in (False, BACKEND):
+        fn = make(compile)
+
+        def both(rate: Tensor, fn: Any = fn) -> Any:
+            return torch.func.vmap(fn, (None, 0, 0))({**meta, "rate": rate}, x, y)
+
+        results.append(torch.func.vmap(both)(rates))
+        results.append(
+            hf.task_map(lambda rate, fn=fn: fn({**meta, "rate": rate}, x[0], y[0]), 0, 2)(rates)
+        )
+    close(results[2], results[0])
+    close(results[3], results[1])
+
+
+def test_derivatives_run_uncompiled() -> None:
+    meta, x, y = arguments()
+
+    def total(fn: Any, rate: Tensor) -> Tensor:
+        grads, _ = fn({**meta, "rate": rate}, x[0], y[0])
+        return (grads["w"]["a"] ** 2).sum()
+
+    compiled, plain = make(BACKEND), make(False)
+    rate = meta["rate"]
+    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+        close(
+            transform(lambda rate: total(compiled, rate))(rate),
+            transform(lambda rate: total(plain, rate))(rate),
+        )
+    tracked = rate.clone().requires_grad_()
+    (got,) = torch.autograd.grad(total(compiled, tracked), tracked)
+    close(got, torch.func.grad(lambda rate: total(plain, rate))(rate))
+    for method in (hf.ReverseUnroll(), hf.Reverse()):
+        solvers = [
+            hf.minimize(
+                loss, OPTIMIZERS["adam"], 5, init=lambda meta, x, y: meta["w"], compile=compile
+            )
+            for compile in (False, BACKEND)
+        ]
+        grads = [
+            hf.hypergrad(solver, outer_loss, method=method, has_aux=True)(meta, x[0], y[0])
+            for solver in solvers
+        ]
+        close(grads[1][0], grads[0][0])
+
+
+def test_early_stop_inputs_and_iterate() -> None:
+    x = torch.tensor([1.0, 5.0], dtype=F64)
+    for options in (
+        {"inputs": torch.linspace(0, 1, 30, dtype=F64)},
+        {"rtol": 1e-3},
+    ):
+        solvers = [
+            hf.iterate(
+                lambda w, h, *row: 0.5 * w + h * sum(row, torch.ones((), dtype=F64)),
+                30,
+                init=lambda h: h,
+                compile=compile,
+                **options,
+            )
+            for compile in (False, BACKEND)
+        ]
+        for h in x:
+            close(solvers[1](h), solvers[0](h))
+        close(torch.func.vmap(solvers[1])(x), torch.func.vmap(solvers[0])(x))
+
+
+def test_a_signature_is_compiled_once_and_changes_are_seen() -> None:
+    scale, offset, traces = 1.0, torch.zeros(3, dtype=F64), []
+
+    def phi(w: Tensor, h: Tensor, *flags: Any) -> Tensor:
+        traces.append(object())
+        return 0.5 * w + scale * h + offset
+
+    solver = hf.iterate(phi, 60, init=lambda h, *flags: torch.zeros_like(h), compile=BACKEND)
+    h = torch.ones(3, dtype=F64)
+    for _ in range(3):
+        close(solver(h), torch.full((3,), 2.0, dtype=F64))
+    assert len(traces) == 1
+    scale = 2.0
+    close(solver(h), torch.full((3,), 4.0, dtype=F64))
+    assert len(traces) == 2
+    offset.add_(1.0)  # in place: the compiled code reads it
+    close(solver(h), torch.full((3,), 6.0, dtype=F64))
+    assert len(traces) == 2
+    offset = torch.full((3,), 2.0, dtype=F64)
+    close(solver(h), torch.full((3,), 8.0, dtype=F64))
+    close(solver(h[:1].expand(3)), torch.full((3,), 8.0, dtype=F64))
+    count = len(traces)
+    solver(h, "flag")
+    assert len(traces) == count + 1
+
+
+def test_failures_are_those_of_plain_calls() -> None:
+    def concave(w: Tensor, h: Tensor) -> Tensor:
+        return -(w**2).sum() + w @ h
+
+    results = []
+    for compile in (False, BACKEND):
+        options = {
+            "inner_loss": concave,
+            "method": hf.CG(maxiter=2, rtol=0),
+            "compile": compile,
+        }
+        fn = hf.hypergrad_and_solution(lambda h: h / 2, lambda w, h: w.sum(), **options)
+        with pytest.raises(hf.HypergradError, match="broke down"):
+            fn(torch.ones(2))
+        with pytest.raises(hf.HypergradError, match="for 3 of 3 tasks"):
+            torch.func.vmap(fn)(torch.ones(3, 2))
+        quiet = hf.hypergrad_and_solution(
+            lambda h: h / 2, lambda w, h: w.sum(), throw=False, **options
+        )
+        results.append(quiet(torch.ones(2)))
+    assert results[0][1].stats.result == results[1][1].stats.result == hf.RESULTS.breakdown
+    close(results[1][0], results[0][0])
+
+
+def adaptive() -> Any:
+    return make(BACKEND, hf.CG())(*(leaf for leaf in one_task()))
+
+
+def one_task() -> tuple[Any, Tensor, Tensor]:
+    meta, x, y = arguments()
+    return meta, x[0], y[0]
+
+
+def solve_random() -> Any:
+    solver = hf.iterate(
+        lambda w, h: w + torch.rand(()), 2, init=lambda h: torch.zeros(()), compile=BACKEND
+    )
+    return solver(torch.ones(()))
+
+
+def branching() -> Any:
+    solver = hf.iterate(
+        lambda w, h: w if w.sum() > 0 else w + h, 2, init=lambda h: h, compile=BACKEND
+    )
+    return solver(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (adaptive, r"the adjoint cannot be compiled.*values of tensors.*write rtol=0, atol=0"),
+        (branching, r"the inner solver's step cannot be compiled.*an if or \.item\(\)"),
+        (solve_random, r"the inner solver's step cannot be compiled, as it draws random numbers"),
+        (
+            lambda: hf.hypergrad(lambda h: h, lambda w, h: w, method="reverse", compile=True),
+            r"compile=True compiles the adjoint's linear solve, and Reverse\(.*has none",
+        ),
+        (
+            lambda: hf.iterate(lambda w, h: w, 2, init=lambda h: h, compile="nonsense"),
+            r"compile is 'nonsense'; expected True, False, or the name of a backend",
+        ),
+        (
+            lambda: hf.iterate(lambda w, h, s: w, 2, init=lambda h, s: h, compile=BACKEND)(
+                torch.ones(2), {1, 2}
+            ),
+            r"neither a tensor nor hashable",
+        ),
+    ],
+)
+def test_errors(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_backend_that_fails_is_named() -> None:
+    @torch._dynamo.register_backend(name="broken")
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise NotImplementedError("nothing here compiles")
+
+    solver = hf.iterate(lambda w, h: w + h, 2, init=lambda h: h, compile="broken")
+    with pytest.raises(RuntimeError, match=r"'broken' of torch.compile failed on the inner solver"):
+        solver(torch.ones(2))
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    meta, x, y = arguments(torch.float32)
+    compiled, plain = make(True), make(False)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(meta, x[0], y[0]), plain(meta, x[0], y[0]))
+        torch.testing.assert_close(
+            torch.func.vmap(compiled, (None, 0, 0))(meta, x, y),
+            torch.func.vmap(plain, (None, 0, 0))(meta, x, y),
+        )
