@@ -21,6 +21,8 @@ from hyperfunc._types import Leaves
 
 DEFAULT_BACKEND = "inductor"
 
+_SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
+
 
 class Compiler:
     """Compiles the functions of one transform or solver, and keeps them.
@@ -80,10 +82,10 @@ class Compiler:
             try:
                 outputs = tuple(compiled(*operands))
             except Exception as error:
-                reason = str(error).strip().splitlines() or [repr(error)]
+                reason = " ".join(str(error).split())[:300]
                 raise RuntimeError(
                     f"compile: the backend {self.backend!r} of torch.compile failed on "
-                    f"{self.name}: {type(error).__name__}: {reason[0]}. Leave compile out, or "
+                    f"{self.name}: {type(error).__name__}: {reason} ... Leave compile out, or "
                     f"name another backend"
                 ) from error
             self.entries[signature] = _Entry(compiled, call.captured, tuple(call.layout))
@@ -107,6 +109,7 @@ class Compiler:
                     f"({node.target}), which compiled code draws differently. Draw them outside "
                     f"and pass them in *args, or leave compile out"
                 )
+        _spell_out_scaled_sums(graph)
         graph.graph.eliminate_dead_code()
         graph.recompile()
         compiled: Callable[..., Any] = torch.compile(
@@ -180,6 +183,21 @@ class _Outside(torch.autograd.Function):
         )
         outputs: Leaves = _Outside.apply(batched, *operands)
         return outputs, 0
+
+
+def _spell_out_scaled_sums(graph: torch.fx.GraphModule) -> None:
+    """Write ``add(x, y, alpha)`` as ``x + alpha y``.
+
+    Inductor fuses a sum with a product of matrices, and forgets the factor (seen in torch 2.13).
+    """
+    for node in list(graph.graph.nodes):
+        alpha = node.kwargs.get("alpha", 1)
+        if node.target not in _SUMS or alpha == 1:
+            continue
+        x, y = node.args
+        with graph.graph.inserting_before(node):
+            scaled = graph.graph.call_function(torch.ops.aten.mul.Tensor, (y, alpha))
+        node.args, node.kwargs = (x, scaled), {}
 
 
 def _describe(tensor: Tensor) -> Hashable:

@@ -276,8 +276,33 @@ def test_a_backend_that_fails_is_named() -> None:
         solver(torch.ones(2))
 
 
+def test_no_scaled_sum_reaches_the_backend() -> None:
+    # inductor drops the factor of a sum with a product of matrices
+    seen: list[Any] = []
+
+    @torch._dynamo.register_backend(name="watching")
+    def watching(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.extend(node for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def phi(w: Tensor, h: Tensor) -> Tensor:
+        return torch.sub(torch.add(w @ h, h, alpha=2), h, alpha=0.5)
+
+    solver = hf.iterate(phi, 2, init=lambda h: h, compile="watching")
+    h = torch.randn(3, 3, dtype=F64)
+    close(solver(h), phi(phi(h, h), h))
+    assert seen
+    assert not any("alpha" in node.kwargs for node in seen)
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_inductor() -> None:
+    h = torch.randn(8, 8)
+    scaled = hf.iterate(
+        lambda w, h: torch.add(w @ h, h, alpha=2), 1, init=lambda h: h, compile=True
+    )
+    torch.testing.assert_close(scaled(h), h @ h + 2 * h)
     meta, x, y = arguments(torch.float32)
     compiled, plain = make(True), make(False)
     for _ in range(2):
