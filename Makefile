@@ -16,7 +16,7 @@ DEV_READY := .venv/.dev-ready
 BENCH_READY := .venv/.bench-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench bench-memory bench-distributed examples docs dist clean distclean
+.PHONY: help setup demo test test-all lint format bench bench-memory bench-scaling bench-distributed examples docs dist clean distclean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench-memory: $(DEV_READY) ## Measure peak memory
 
 bench-distributed: $(DEV_READY) ## Count and time what ranks send, and project it to many devices
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/benchmarks/distributed.py --out out/bench-distributed
+
+bench-scaling: $(DEV_READY) ## Measure how time grows with the work
+	$(BIN)/python -m tests.benchmarks.scaling
 
 examples: $(DEMO_READY) ## Run every example; results in out/<name>
 	@set -e; for script in $(EXAMPLES); do \

@@ -80,23 +80,25 @@ def measure(
             else:
                 row["not_run"] = f"wrong: relative error {row['error']:.1e}"
         log(f"  {entry.name}: {row.get('not_run', 'checked')}")
-    for index, times in _interleaved(functions, seconds).items():
+    for index, times in zip(functions, interleaved(list(functions.values()), seconds), strict=True):
         rows[index].update(seconds=statistics.median(times), fastest=min(times), repeats=len(times))
     return rows
 
 
-def _interleaved(functions: dict[int, Callable[[], Any]], seconds: float) -> dict[int, list[float]]:
-    times: dict[int, list[float]] = {index: [] for index in functions}
-    counts = dict.fromkeys(functions, 1)
-    for index, function in functions.items():  # a short call is repeated within one measurement
-        counts[index] = max(1, round(_LEAST_SECONDS / _time(function, 1)))
+def interleaved(functions: Sequence[Callable[[], Any]], seconds: float) -> list[list[float]]:
+    """Times of the functions in turn, again and again, for so many seconds or three rounds."""
+    counts = []
+    for function in functions:  # a short call is repeated within one measurement
+        function()
+        counts.append(max(1, round(_LEAST_SECONDS / _time(function, 1))))
+    times: list[list[float]] = [[] for _ in functions]
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < 3 or time.perf_counter() < end:
         rounds += 1
-        for index, function in functions.items():
+        for function, count, samples in zip(functions, counts, times, strict=True):
             time.sleep(_PAUSE)
-            times[index].append(_time(function, counts[index]))
+            samples.append(_time(function, count))
     return times
 
 

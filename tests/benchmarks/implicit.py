@@ -225,7 +225,7 @@ def tiny_logistic() -> Work:
     )
 
 
-def _few_shot_tasks(num_tasks: int, shape: tuple[int, ...]) -> Task:
+def few_shot_tasks(num_tasks: int, shape: tuple[int, ...]) -> Task:
     """5-way tasks with 5 labelled examples and 15 queries a class."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.rand(num_tasks, 5, *shape, generator=generator)
@@ -260,8 +260,8 @@ def _fewshot_mlp(num_tasks: int) -> Work:
         x = jax.nn.relu(x @ w[0].T + w[1])
         return jax.nn.relu(x @ w[2].T + w[3]) @ w[4].T + w[5]
 
-    tasks = _few_shot_tasks(num_tasks, (784,))
-    return _few_shot(net, jax_net, meta, tasks, batched_net)
+    tasks = few_shot_tasks(num_tasks, (784,))
+    return few_shot(net, jax_net, meta, tasks, batched_net)
 
 
 def _fewshot_conv(num_tasks: int) -> Work:
@@ -289,10 +289,10 @@ def _fewshot_conv(num_tasks: int) -> Work:
             )
         return x.reshape(x.shape[0], -1) @ w[8].T + w[9]
 
-    return _few_shot(net, jax_net, meta, _few_shot_tasks(num_tasks, (1, 28, 28)), None)
+    return few_shot(net, jax_net, meta, few_shot_tasks(num_tasks, (1, 28, 28)), None)
 
 
-def _few_shot(
+def few_shot(
     net: Callable[..., Tensor], jax_net: Any, meta: Vector, tasks: Task, batched_net: Any
 ) -> Work:
     """Implicit MAML: 16 gradient steps with the biased regulariser 2, then CG with 5."""
@@ -353,18 +353,17 @@ def floor(work: Work) -> Callable[[], None]:
 
 
 def _exact_logistic_floor(work: Work) -> Callable[[], None]:
-    """The products ``X^T (p * (X v - sum(p * X v)))`` of softmax regression."""
+    """The products ``X^T (p * (X v - sum(p * X v)))`` of softmax regression, laid out by class."""
     x, _, xv, yv = work.task(0)
     (w,), (h,) = work.start(), work.hparams
 
     def run() -> None:
-        p = torch.softmax(x @ w, 1)
-        v = xv.T @ (torch.softmax(xv @ w, 1) - F.one_hot(yv, w.shape[1]))
+        p = torch.softmax(w.T @ x.T, 0)
+        v = (torch.softmax(w.T @ xv.T, 0) - F.one_hot(yv, w.shape[1]).T) @ xv
         for _ in range(work.products):
-            xv_ = x @ v
-            weighted = p * xv_
-            x.T @ weighted.sub_(p * weighted.sum(1, keepdim=True))
-        h.exp()[:, None] * w * v
+            weighted = p * (v @ x.T)
+            weighted.sub_(p * weighted.sum(0, keepdim=True)) @ x
+        h.exp() * w.T * v
 
     return run
 
