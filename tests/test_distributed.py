@@ -892,7 +892,12 @@ def _torchrun(folder: Path, *options: str, num_ranks: int = 2, restarts: int = 0
     script = Path(__file__).parent / "distributed_loop.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={num_ranks}", f"--max-restarts={restarts}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent.parent)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(script.parent.parent),
+        # without it, ranks that start again meet the addresses of those before them
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     process = subprocess.Popen(
         [*command, str(script), str(folder), *options],
         env=environment,
@@ -902,7 +907,7 @@ def _torchrun(folder: Path, *options: str, num_ranks: int = 2, restarts: int = 0
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=120)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -922,6 +927,5 @@ def test_killed_ranks_end_with_the_result_of_an_undisturbed_run(
     kills = [f"{draws.randrange(2)}:{draws.randrange(6)}:before", "1:3:saving"]
     kills += [f"{draws.randrange(2)}:{draws.randrange(6)}:saving"]
     folder = tmp_path / "killed"
-    # connecting anew may itself fail once and take a restart
-    assert _torchrun(folder, *background, "--kill", *kills, restarts=12) == expected
+    assert _torchrun(folder, *background, "--kill", *kills, restarts=len(kills)) == expected
     assert {mark for mark in kills if (folder / mark).exists()} == set(kills)
