@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _ad, _sharding, _tree
 from hyperfunc._conditions import captured_message
 from hyperfunc._implicit import HypergradError, of_tasks
 from hyperfunc._results import RESULTS, SolveStats
@@ -440,6 +440,12 @@ class _Layout:
     @staticmethod
     def make(init: TensorTree, batch_dim: int | None) -> _Layout:
         leaves, spec = _tree.flatten_floating(init, "init")
+        for leaf, path in zip(leaves, _tree.paths(spec, "init"), strict=True):
+            if _sharding.is_sharded(leaf):
+                raise ValueError(
+                    f"{path} is a DTensor that is sharded, but fixed-point solvers keep iterates "
+                    f"as one matrix. Use an inner solver made by hf.iterate or hf.minimize"
+                )
         num_rows = 1
         if batch_dim is not None:
             paths = _tree.paths(spec, "init")

@@ -331,6 +331,9 @@ def _refusals() -> dict[str, str]:
             hf.linear_solvers.LinearOperator(lambda v: v, lambda v: v), tuple(meshes.values())
         )
     messages["two meshes"] = str(error.value)
+    with pytest.raises(ValueError, match="Use") as error:
+        hf.fixed_point_solvers.Anderson()(_step, _start(reg, x, y), reg, x, y)
+    messages["fixed-point solver"] = str(error.value)
     return messages
 
 
@@ -339,6 +342,7 @@ REFUSED: dict[str, Any] = {
     "anderson": hf.AndersonFixedPoint(),
     "nystrom": hf.Nystrom(rank=2),
     "blockwise": hf.Blockwise(hf.CG()),
+    "auto": hf.Auto(),
     "forward": hf.ForwardMode(),
 }
 
@@ -346,12 +350,24 @@ REFUSED: dict[str, Any] = {
 def test_what_no_rank_can_do_alone_is_refused(pair: ranks.Ranks) -> None:
     messages, others = pair.run(_refusals)
     assert messages == others
-    for name in ("dense", "anderson", "nystrom", "blockwise"):
+    for name in ("dense", "anderson", "nystrom", "blockwise", "auto"):
         assert "is a DTensor with placements (Shard(dim=0),)" in messages[name]
         assert "Use CG, PipelinedCG" in messages[name]
         assert "placements=[Replicate()]" in messages[name]
     assert "torch has no forward mode. Use method=hf.Reverse()" in messages["forward"]
     assert "two device meshes" in messages["two meshes"]
+    assert "init['weight'] is a DTensor that is sharded" in messages["fixed-point solver"]
+
+
+def test_what_nobody_uses_is_not_imported() -> None:
+    code = "import sys, hyperfunc; print([m for m in NAMES if m in sys.modules])"
+    names = [
+        "torch.distributed.tensor",
+        "torch.distributed._tensor",
+        "torch.distributed.checkpoint",
+    ]
+    command = [sys.executable, "-c", code.replace("NAMES", repr(names))]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 # What a step sends --------------------------------------------------------------------------------
