@@ -28,6 +28,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import hyperfunc as hf
+from hyperfunc import _tree
 from tests import ranks
 
 try:
@@ -218,6 +219,41 @@ def test_meshes_of_two_dimensions(
 def test_four_ranks_in_a_square(four: ranks.Ranks, method: str, layout: str) -> None:
     results = four.run(_compare_with_one_process, method, (2, 2), LAYOUTS_2D[layout])
     assert results[1:] == results[:-1]
+
+
+def _inner_products(shape: tuple[int, ...], layout: Any) -> None:
+    reg, x, y = _arguments()
+    plain = (reg["weight"], reg["bias"], x, y)
+    distributed, x_, y_ = _distribute(_mesh(*shape), layout)
+    vectors = (distributed["weight"], distributed["bias"], x_, y_)
+    other = _tree.scale(2.0, _tree.add(vectors, vectors))
+    moved = tuple(leaf.redistribute(placements=[Replicate()] * len(shape)) for leaf in other)
+    expected = _tree.dot(plain, plain)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-14, atol=0)
+    close(_tree.dot(vectors, vectors), expected)
+    close(_tree.start_dots((vectors, moved), (vectors, vectors))(), (4 * expected, expected))
+    # the last leaf an ordinary tensor
+    close(_tree.dot((*vectors[:3], y), (*vectors[:3], y)), expected)
+    assert _tree.all_finite(vectors)
+    for leaf in range(4):
+        spoiled = [t.clone() for t in plain]
+        spoiled[leaf].reshape(-1)[-1] = torch.inf
+        places = [v.placements for v in vectors]
+        again = (
+            distribute_tensor(t, _mesh(*shape), p) for t, p in zip(spoiled, places, strict=True)
+        )
+        assert not _tree.all_finite(tuple(again))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inner_products_count_each_entry_once(pair: ranks.Ranks, layout: str) -> None:
+    pair.run(_inner_products, (2,), LAYOUTS[layout])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS_2D)
+def test_inner_products_on_four_ranks(four: ranks.Ranks, layout: str) -> None:
+    four.run(_inner_products, (2, 2), LAYOUTS_2D[layout])
 
 
 def _under_transforms(name: str, dims: tuple[int | None, ...]) -> None:
@@ -726,10 +762,11 @@ def test_groups_of_ranks(four: ranks.Ranks) -> None:
 
 def test_alone_without_a_process_group() -> None:
     hparams, tasks = _task_arguments()
-    fn = torch.func.vmap(_adapt("value"), in_dims=(None, 0))
+    adapt = _adapt("value")
+    fn = torch.func.vmap(adapt, in_dims=(None, 0))
     expected, values = fn(hparams, tasks)
-    for chunk_size in (None, 4):
-        call = hf.distributed.task_parallel(fn, chunk_size=chunk_size)
+    for chunk_size, mapped in ((None, fn), (4, hf.task_map(adapt, (None, 0), chunk_size=3))):
+        call = hf.distributed.task_parallel(mapped, chunk_size=chunk_size)
         grads, (value, _) = call(hparams, hf.distributed.local_tasks(tasks))
         torch.testing.assert_close(grads, {name: grad.mean(0) for name, grad in expected.items()})
         torch.testing.assert_close(value, values[0])
@@ -844,8 +881,8 @@ def test_states_are_loaded_on_other_numbers_of_ranks(
     pair: ranks.Ranks, tmp_path: Path, background: bool
 ) -> None:
     pair.run(_save_and_load, tmp_path, background)
-    names = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
-    assert names == ["step-00000002", "step-00000003"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".step-00000004.partial", "step-00000002", "step-00000003"]
     loaded = hf.distributed.load_state(_state(None, 0), tmp_path)
     assert loaded is not None
     state, step = loaded
