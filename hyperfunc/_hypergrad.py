@@ -26,6 +26,7 @@ from hyperfunc._implicit import (
 from hyperfunc._methods import is_implicit, resolve_method
 from hyperfunc._outer import OuterLoss, mean_outer_gradient
 from hyperfunc._results import Solution, SolveStats
+from hyperfunc._transformed import Transformed
 from hyperfunc._types import (
     HypergradFunction,
     HypergradOptions,
@@ -36,7 +37,6 @@ from hyperfunc._types import (
     RuleOptions,
     TensorTree,
 )
-from hyperfunc.iterative import ReverseUnroll
 from hyperfunc.linear_solvers import StochasticAID
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def hypergrad(
     """
     return _transform(
         "hypergrad",
-        lambda grads, solution: (grads, solution.aux) if has_aux else grads,
+        _gradient,
         inner_solver,
         outer_loss,
         (fixed_point, inner_loss, optimality),
@@ -264,10 +264,7 @@ def hypergrad_and_value(
     """
     return _transform(
         "hypergrad_and_value",
-        lambda grads, solution: (
-            grads,
-            (solution.value, solution.aux) if has_aux else solution.value,
-        ),
+        _gradient_and_value,
         inner_solver,
         outer_loss,
         (fixed_point, inner_loss, optimality),
@@ -361,7 +358,7 @@ def hypergrad_and_solution(
     """
     return _transform(
         "hypergrad_and_solution",
-        lambda grads, solution: (grads, solution),
+        _gradient_and_solution,
         inner_solver,
         outer_loss,
         (fixed_point, inner_loss, optimality),
@@ -449,7 +446,9 @@ def implicit_diff(
             "take minibatches of. Leave outer_sampler and num_outer_batches out"
         )
     rule = _make_rule(inner_solver, (fixed_point, inner_loss, optimality), method, throw)
-    return _Transformed("implicit_diff", rule, functools.partial(_solution_map, rule))
+    return Transformed(
+        "implicit_diff", inner_solver, method, functools.partial(_solution_map, rule)
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -464,40 +463,9 @@ class _Rule:
     compiler: Compiler | None = None
 
 
-class _Transformed:
-    """A transformed inner solver: a callable with the solver's name and doc, and its own repr."""
-
-    def __init__(self, transform: str, rule: _Rule, call: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, rule.inner_solver, updated=())
-        self._transform = transform
-        self._rule = rule
-        self._call = call
-
-    def __call__(self, hparams: TensorTree, *args: Any, **keywords: Any) -> Any:
-        for name in keywords:
-            if name != "adjoint_init" or self._transform == "implicit_diff":
-                raise TypeError(
-                    f"{self!r} got the keyword argument {name!r}; pass hparams and *args by "
-                    f"position"
-                )
-        call = self._call
-        if torch.compiler.is_compiling() and not self._is_traceable():
-            call = torch.compiler.disable(call)
-        return call(hparams, *args, **keywords)
-
-    def _is_traceable(self) -> bool:
-        """Whether this is the solver itself, and not a loop that stops by the values it sees."""
-        return self._transform == "implicit_diff" and isinstance(self._rule.method, ReverseUnroll)
-
-    def __repr__(self) -> str:
-        solver = self._rule.inner_solver
-        name = getattr(solver, "__qualname__", None) or repr(solver)
-        return f"{self._transform}({name}, method={self._rule.method!r})"
-
-
 def _transform(
     name: str,
-    select: Callable[[TensorTree, Solution], Any],
+    select: Callable[[bool, TensorTree, Solution], Any],
     inner_solver: Any,
     outer_loss: Any,
     conditions: tuple[Any, Any, Any],
@@ -537,13 +505,35 @@ def _transform(
     if backend is not None:
         functions = (rule.condition.fn if rule.condition else None, outer_loss)
         rule = dataclasses.replace(rule, compiler=Compiler(backend, "the adjoint", functions))
-    compute = _implicit_hypergrad if is_implicit(method) else _iterative_hypergrad
+    return Transformed(
+        name, inner_solver, method, functools.partial(_call, rule, select, outer_loss, has_aux)
+    )
 
-    def call(hparams: TensorTree, *args: Any, adjoint_init: TensorTree = None) -> Any:
-        grads, solution = compute(rule, outer_loss, has_aux, hparams, args, adjoint_init)
-        return select(grads, solution)
 
-    return _Transformed(name, rule, call)
+def _call(
+    rule: _Rule,
+    select: Callable[[bool, TensorTree, Solution], Any],
+    outer_loss: Callable[..., Any],
+    has_aux: bool,
+    hparams: TensorTree,
+    *args: Any,
+    adjoint_init: TensorTree = None,
+) -> Any:
+    compute = _implicit_hypergrad if is_implicit(rule.method) else _iterative_hypergrad
+    grads, solution = compute(rule, outer_loss, has_aux, hparams, args, adjoint_init)
+    return select(has_aux, grads, solution)
+
+
+def _gradient(has_aux: bool, grads: TensorTree, solution: Solution) -> Any:
+    return (grads, solution.aux) if has_aux else grads
+
+
+def _gradient_and_value(has_aux: bool, grads: TensorTree, solution: Solution) -> Any:
+    return grads, (solution.value, solution.aux) if has_aux else solution.value
+
+
+def _gradient_and_solution(has_aux: bool, grads: TensorTree, solution: Solution) -> Any:
+    return grads, solution
 
 
 def _make_rule(

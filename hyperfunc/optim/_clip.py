@@ -17,11 +17,13 @@ from hyperfunc.optim._base import (
     check_single,
     evaluate,
     flatten_like_params,
+    picklable,
     values_by_leaf,
 )
 from hyperfunc.optim._leafwise import safe_root
 
 
+@picklable
 def clip_grad_norm(optimizer: Optimizer, max_norm: Coefficient) -> Optimizer:
     """The optimiser on gradients scaled down to a Euclidean norm of at most ``max_norm``.
 
@@ -70,6 +72,7 @@ def clip_grad_norm(optimizer: Optimizer, max_norm: Coefficient) -> Optimizer:
     return Optimizer(inner.init, update)
 
 
+@picklable
 def clip_grad_value(optimizer: Optimizer, clip_value: Coefficient) -> Optimizer:
     """The optimiser on gradients whose entries are cut off at ``-clip_value`` and ``clip_value``.
 

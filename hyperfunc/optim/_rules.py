@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._types import Leaves, TensorTree
-from hyperfunc.optim._base import Coefficient, Optimizer, is_zero
+from hyperfunc.optim._base import Coefficient, Optimizer, is_zero, picklable
 from hyperfunc.optim._leafwise import (
     after_first,
     average_square,
@@ -21,6 +21,7 @@ from hyperfunc.optim._leafwise import (
 )
 
 
+@picklable
 def sgd(
     lr: Coefficient = 1e-3,
     momentum: Coefficient = 0.0,
@@ -96,6 +97,7 @@ def sgd(
     )
 
 
+@picklable
 def heavy_ball(lr: Coefficient, beta: Coefficient) -> Optimizer:
     """Polyak's heavy ball, started at rest.
 
@@ -140,6 +142,7 @@ def heavy_ball(lr: Coefficient, beta: Coefficient) -> Optimizer:
     return leafwise("heavy_ball", {"lr": lr, "beta": beta}, prepare, step, {"previous": None})
 
 
+@picklable
 def adam(
     lr: Coefficient = 1e-3,
     betas: tuple[Coefficient, Coefficient] = (0.9, 0.999),
@@ -197,6 +200,7 @@ def adam(
     )
 
 
+@picklable
 def adamw(
     lr: Coefficient = 1e-3,
     betas: tuple[Coefficient, Coefficient] = (0.9, 0.999),
@@ -241,6 +245,7 @@ def adamw(
     return _adam("adamw", lr, betas, eps, weight_decay, amsgrad, maximize, decoupled=True)
 
 
+@picklable
 def rmsprop(
     lr: Coefficient = 1e-2,
     alpha: Coefficient = 0.99,
@@ -324,6 +329,7 @@ def rmsprop(
     return leafwise("rmsprop", coefficients, prepare, step, dict.fromkeys(slots, 0.0))
 
 
+@picklable
 def adagrad(
     lr: Coefficient = 1e-2,
     lr_decay: Coefficient = 0.0,

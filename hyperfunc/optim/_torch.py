@@ -19,11 +19,13 @@ from hyperfunc.optim._base import (
     describe,
     evaluate,
     flatten_like_params,
+    picklable,
 )
 from hyperfunc.optim._leafwise import safe_root
 from hyperfunc.optim._rules import adagrad, adam, adamw, rmsprop, sgd
 
 
+@picklable
 def from_torch(
     optimizer_class: type[torch.optim.Optimizer], /, *, differentiable: bool = False, **options: Any
 ) -> Optimizer:

@@ -1,0 +1,58 @@
+"""What a transform returns: a function made from an inner solver."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hyperfunc._types import TensorTree
+from hyperfunc.iterative import ReverseUnroll
+
+
+class Transformed:
+    """A transformed inner solver: a callable with the solver's name and doc, and its own repr."""
+
+    def __init__(
+        self,
+        transform: str,
+        inner_solver: Callable[..., Any],
+        method: Any,
+        call: Callable[..., Any],
+    ) -> None:
+        functools.update_wrapper(self, inner_solver, updated=())
+        self._transform = transform
+        self._inner_solver = inner_solver
+        self._method = method
+        self._call = call
+
+    def __call__(self, hparams: TensorTree, *args: Any, **keywords: Any) -> Any:
+        for name in keywords:
+            if name != "adjoint_init" or self._transform == "implicit_diff":
+                raise TypeError(
+                    f"{self!r} got the keyword argument {name!r}; pass hparams and *args by "
+                    f"position"
+                )
+        call = self._call
+        if torch.compiler.is_compiling() and not self._is_traceable():
+            call = torch.compiler.disable(call)
+        return call(hparams, *args, **keywords)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # what stands under the name of the solver, as after decoration, is pickled as that name
+        found: Any = sys.modules.get(getattr(self, "__module__", ""))
+        for part in getattr(self, "__qualname__", "").split("."):
+            found = getattr(found, part, None)
+        return self.__qualname__ if found is self else super().__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:
+        solver = self._inner_solver
+        name = getattr(solver, "__qualname__", None) or repr(solver)
+        return f"{self._transform}({name}, method={self._method!r})"
+
+    def _is_traceable(self) -> bool:
+        """Whether this is the solver itself, and not a loop that stops by the values it sees."""
+        return self._transform == "implicit_diff" and isinstance(self._method, ReverseUnroll)
