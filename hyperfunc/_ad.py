@@ -83,6 +83,19 @@ def detach(leaves: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
 
+def out_of_inference(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """The same leaves, with copies of tensors from inference mode where that has ended.
+
+    Autograd refuses such tensors, and takes their copies.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tuple(leaves)
+    return tuple(
+        leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+        for leaf in leaves
+    )
+
+
 def versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """How often each tensor was written to in place, where torch counts it."""
     if torch.compiler.is_compiling():
@@ -195,7 +208,7 @@ def grad_and_value(
         return tuple(grads), value
     tracked = is_tracked(primals) if create_graph is None else create_graph
     with torch.enable_grad():
-        inputs = [_enter(leaf, tracked) for leaf in primals]
+        inputs = [_enter(leaf, tracked) for leaf in out_of_inference(primals)]
         value = fn(*inputs)
         if not value.requires_grad:
             return tuple(torch.zeros_like(leaf) for leaf in primals), value
@@ -457,6 +470,7 @@ class _GraphEngine:
         self, fn: _AuxFunction, primals: tuple[Any, ...], groups: _Groups, tracked: bool
     ) -> None:
         chosen = {index for group in groups for index in group}
+        primals = out_of_inference(primals)
         with torch.enable_grad():
             inputs = [
                 _enter(leaf, tracked) if index in chosen else leaf

@@ -70,7 +70,7 @@ class Arguments:
                     f"{_tree.paths(spec, '(hparams, *args)')[i]} is {leaf!r}, which the first "
                     f"function to read it would use up. Pass list(...) of it"
                 )
-        tensors = tuple(leaves[i] for i in positions)
+        tensors = _ad.out_of_inference([leaves[i] for i in positions])
         constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         return Arguments(spec, constants, positions, len(hparam_leaves)), tensors, hparams_spec
 

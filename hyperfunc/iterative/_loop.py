@@ -582,12 +582,11 @@ def _pull(
     live = [i for i in cotangents if outputs[i].requires_grad]
     if not live or not wrt:
         return {}
-    grads = torch.autograd.grad(
+    grads = _grad(
         [outputs[i] for i in live],
         [inputs[i] for i in wrt],
         [cotangents[i] for i in live],
-        allow_unused=True,
-        is_grads_batched=batched,
+        batched=batched,
     )
     return {i: grad for i, grad in zip(wrt, grads, strict=True) if grad is not None}
 
@@ -621,16 +620,29 @@ def _push(
     ]
     if not pairs:
         return _ad.detach(outputs), {}
-    dots = torch.autograd.grad(
+    dots = _grad(
         [grad for grad, _ in pairs],
         dummies,
         [tangent for _, tangent in pairs],
-        allow_unused=True,
-        is_grads_batched=batched,
+        batched=batched,
     )
     return _ad.detach(outputs), {
         i: dot for i, dot in zip(live, dots, strict=True) if dot is not None
     }
+
+
+def _grad(
+    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], *, batched: bool
+) -> tuple[Tensor | None, ...]:
+    if batched and torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
+        raise RuntimeError(
+            "anomaly detection looks for NaN in each gradient, which torch cannot do where several "
+            "are taken at once, as here. Use torch.autograd.set_detect_anomaly(True, "
+            "check_nan=False), or under it method='reverse' in place of 'forward'"
+        )
+    return torch.autograd.grad(
+        outputs, inputs, cotangents, allow_unused=True, is_grads_batched=batched
+    )
 
 
 def _record(
