@@ -37,7 +37,6 @@ from hyperfunc._types import (
     RuleOptions,
     TensorTree,
 )
-from hyperfunc.iterative import ReverseUnroll
 from hyperfunc.linear_solvers import StochasticAID
 
 if TYPE_CHECKING:
@@ -521,13 +520,6 @@ def _call(
     adjoint_init: TensorTree = None,
 ) -> Any:
     compute = _implicit_hypergrad if is_implicit(rule.method) else _iterative_hypergrad
-    replays = compute is _iterative_hypergrad and not isinstance(rule.method, ReverseUnroll)
-    if replays and torch.is_inference_mode_enabled():
-        # torch replays in a backward pass, which is outside of that mode, what was recorded inside
-        with torch.inference_mode(False), torch.no_grad():
-            return _call(
-                rule, select, outer_loss, has_aux, hparams, *args, adjoint_init=adjoint_init
-            )
     grads, solution = compute(rule, outer_loss, has_aux, hparams, args, adjoint_init)
     return select(has_aux, grads, solution)
 

@@ -39,6 +39,10 @@ class Transformed:
         call = self._call
         if torch.compiler.is_compiling() and not self._is_traceable():
             call = torch.compiler.disable(call)
+        if torch.is_inference_mode_enabled():
+            # in that mode no graph is recorded, of which older versions of torch make zeros
+            with torch.inference_mode(False), torch.no_grad():
+                return call(hparams, *args, **keywords)
         return call(hparams, *args, **keywords)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
