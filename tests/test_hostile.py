@@ -1,0 +1,379 @@
+"""Calls from surroundings that are not the plain ones: modes, odd tensors, pickles, compilation."""
+
+import contextlib
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optree
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import grad, jacrev, vmap
+
+import hyperfunc as hf
+from hyperfunc._methods import METHODS
+
+F64 = torch.float64
+A = torch.tensor([[1.0, 0.2, 0.0], [0.2, 0.9, 0.1], [0.0, 0.1, 1.1]], dtype=F64)
+H = torch.tensor([1.0, 2.0, -1.0], dtype=F64)
+
+
+def fixed_point(w: Tensor, h: Tensor, A: Tensor) -> Tensor:
+    return w - 0.5 * (A @ w - h)
+
+
+def inner_loss(w: Tensor, h: Tensor, A: Tensor) -> Tensor:
+    return 0.5 * w @ (A @ w) - h @ w
+
+
+def outer_loss(w: Tensor, h: Tensor, A: Tensor) -> Tensor:
+    return (w**2).sum() + h.sum()
+
+
+def start(h: Tensor, A: Tensor) -> Tensor:
+    return torch.zeros_like(h)
+
+
+def solve(h: Tensor, A: Tensor) -> Tensor:
+    return torch.linalg.solve(A, h)
+
+
+@hf.hypergrad(outer_loss=outer_loss, inner_loss=inner_loss)
+def decorated(h: Tensor, A: Tensor) -> Tensor:
+    return torch.linalg.solve(A, h)
+
+
+SOLVER = hf.iterate(fixed_point, 60, init=start)
+ALL = {name: method() for name, method in METHODS.items()} | {
+    "fixed_point": hf.FixedPoint(step_size=0.5),
+    "neumann": hf.Neumann(step_size=0.5),
+    "anderson": hf.AndersonFixedPoint(step_size=0.5),
+    "pipelined_cg": hf.PipelinedCG(),
+    "preconditioned": hf.CG(preconditioner=hf.JacobiPreconditioner()),
+    "nystrom_cg": hf.CG(preconditioner=hf.NystromPreconditioner(rank=2)),
+    "damped": hf.Damped(hf.CG(), 0.1),
+    "fallback": hf.Fallback(hf.CG(), hf.GMRES()),
+    "blockwise": hf.Blockwise(hf.CG(), "leaves"),
+}
+
+
+def make(name: str) -> Any:
+    return hf.hypergrad(SOLVER, outer_loss, inner_loss=inner_loss, method=ALL[name])
+
+
+# Modes --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "default dtype float64": lambda: default_dtype(F64),
+    "default dtype bfloat16": lambda: default_dtype(torch.bfloat16),
+    "default device meta": lambda: default_device("meta"),
+    "deterministic": deterministic,
+    "anomaly": lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ALL)
+def test_modes_do_not_change_the_numbers(name: str, mode: str) -> None:
+    fn = make(name)
+    expected = fn(H, A)
+    with MODES[mode]():
+        alone = fn(H.clone(), A.clone())
+        batch = vmap(fn, (0, None))(torch.stack([H, H]), A.clone())
+    for got in (alone, batch[0], batch[1]):
+        assert not got.requires_grad
+        torch.testing.assert_close(got.clone(), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_tensors_from_inference_mode(name: str) -> None:
+    """They are copied; autograd refuses to save them."""
+    fn = make(name)
+    with torch.inference_mode():
+        h, data = H.clone(), A.clone()
+    expected = fn(H, A)
+    torch.testing.assert_close(fn(h, data), expected, rtol=0, atol=0)
+    tracked = fn(H.clone().requires_grad_(), data)
+    assert tracked.requires_grad
+    torch.testing.assert_close(tracked.detach(), expected, rtol=1e-9, atol=1e-11)
+    batch = vmap(fn, (0, None))(torch.stack([H, H]), data)
+    torch.testing.assert_close(batch[1], expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_anomaly_detection(name: str) -> None:
+    """It looks at gradients for NaN, which torch cannot do for several at once."""
+    with pytest.warns(UserWarning, match="Anomaly Detection has been enabled"):
+        anomaly = torch.autograd.detect_anomaly(check_nan=True)
+    fn, h = make(name), H.clone().requires_grad_()
+    with anomaly:
+        if name == "forward":
+            with pytest.raises(RuntimeError, match=r"^anomaly detection looks for .*check_nan=Fal"):
+                fn(H, A)
+            return
+        torch.testing.assert_close(fn(h, A).detach(), fn(H, A), rtol=1e-9, atol=1e-11)
+        torch.autograd.grad(fn(h, A).sum(), h)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_hparams_that_require_grad_are_used_after(name: str) -> None:
+    h, fn = H.clone().requires_grad_(), make(name)
+    with torch.no_grad():
+        assert not fn(h, A).requires_grad
+    grads = fn(h, A)
+    assert h.grad is None
+    assert h.is_leaf
+    torch.testing.assert_close(grads.detach(), fn(H, A), rtol=1e-9, atol=1e-11)
+    (grads.sum() + (h**2).sum()).backward()
+    expected = jacrev(lambda h: fn(h, A))(H).sum(0) + 2 * H
+    torch.testing.assert_close(h.grad, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "blockwise"])
+def test_parameters_that_are_params_and_hparams(name: str) -> None:
+    """With leaves that require no grad beside them; a Parameter comes back as a tensor."""
+    shared, fixed = nn.Parameter(H.clone()), nn.Parameter(H.clone(), requires_grad=False)
+
+    def phi(w: Any, h: Any) -> Any:
+        return {k: w[k] - 0.5 * (w[k] - h[k]) for k in w}
+
+    def loss(w: Any, h: Any) -> Tensor:
+        return sum(((w[k] - h[k]) ** 2).sum() / 2 for k in w)
+
+    solver = hf.iterate(phi, 60, init=lambda h: h)
+    fn = hf.hypergrad_and_solution(
+        solver,
+        lambda w, h: (w["a"] ** 2).sum() + w["b"] @ h["b"],
+        inner_loss=loss,
+        method=ALL[name],
+    )
+    grads, solution = fn({"a": shared, "b": fixed})
+    assert solution.params["a"] is not shared
+    assert type(grads["a"]) is type(solution.params["b"]) is Tensor
+    assert shared.grad is None
+    damping = {"damped": 1.1, "nystrom": 1.01}.get(name, 1.0)
+    torch.testing.assert_close(grads["a"].detach(), 2 * H / damping, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(grads["b"].detach(), H + H / damping, rtol=1e-6, atol=1e-9)
+
+
+# Odd tensors --------------------------------------------------------------------------------------
+
+EYE = torch.eye(3, dtype=F64)
+ODD: dict[str, tuple[Tensor, Tensor]] = {
+    "sparse COO": (EYE.to_sparse(), torch.ones(3, dtype=F64)),
+    "complex": ((1 + 1j) / 2**0.5 * EYE, torch.ones(3, dtype=torch.complex128)),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize(
+    "name", ["cg", "normal_cg", "dense", "reverse_unroll", "reverse", "forward"]
+)
+def test_odd_tensors_among_the_arguments(kind: str, name: str) -> None:
+    """As data; as hparams and params they are refused by name."""
+    X, y = ODD[kind]
+
+    def predict(w: Tensor, X: Tensor) -> Tensor:
+        return (X @ w.to(X.dtype)[:, None])[:, 0]
+
+    def loss(w: Tensor, h: Tensor, X: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * ((predict(w, X) - y).abs() ** 2).sum() + 0.5 * h.exp() * (w**2).sum()
+
+    def phi(w: Tensor, h: Tensor, X: Tensor, y: Tensor) -> Tensor:
+        return w - 0.4 * grad(loss)(w, h, X, y)
+
+    solver = hf.iterate(phi, 60, init=lambda h, X, y: torch.zeros(3, dtype=F64))
+    fn = hf.hypergrad(solver, lambda w, h, X, y: (w**2).sum(), inner_loss=loss, method=name)
+    if (kind, name) == ("sparse COO", "forward"):
+        with pytest.raises(RuntimeError, match="unsupported for Sparse tensors"):
+            fn(torch.zeros((), dtype=F64), X, y)
+        return
+    for h in (torch.zeros((), dtype=F64), torch.zeros((), dtype=F64, requires_grad=True)):
+        c = 1 if kind == "sparse COO" else 0.5**0.5  # w = c / (1 + exp(h)) in each entry
+        torch.testing.assert_close(
+            fn(h, X, y).detach(), torch.tensor(-0.75 * c**2, dtype=F64), rtol=1e-7, atol=0
+        )
+
+
+# Compilation --------------------------------------------------------------------------------------
+
+COMPILED: dict[str, Callable[[Any], Callable[[Tensor, Tensor], Tensor]]] = {
+    "the function": lambda fn: fn,
+    "a function around it": lambda fn: lambda h, A: 2 * fn(h + 1 - 1, A) / 2,
+    "vmap": lambda fn: lambda h, A: vmap(fn, (0, None))(torch.stack([h, h]), A)[1],
+    "a function that vmap takes": lambda fn: (
+        lambda h, A: vmap(lambda h: fn(2 * h / 2, A), chunk_size=1)(torch.stack([h, h]))[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("form", COMPILED)
+@pytest.mark.parametrize(
+    "name", ["cg", "normal_cg", "dense", "reverse_unroll", "reverse", "forward"]
+)
+def test_compiled(form: str, name: str) -> None:
+    torch.compiler.reset()
+    fn = make(name)
+    compiled = torch.compile(COMPILED[form](fn), backend="eager")
+    for h in (H, 2 * H):
+        torch.testing.assert_close(compiled(h, A), fn(h, A), rtol=1e-12, atol=1e-12)
+
+
+# torch looks at .grad of tensors that are no leaves where a compiled function goes on after a break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("name", ["cg", "dense", "reverse_unroll", "reverse"])
+def test_compiled_losses_of_a_differentiable_solver(name: str) -> None:
+    torch.compiler.reset()
+    solution = hf.implicit_diff(SOLVER, inner_loss=inner_loss, method=name)
+
+    def loss(h: Tensor) -> Tensor:
+        return outer_loss(solution(h, A), h, A)
+
+    h = H.clone().requires_grad_()
+    (got,) = torch.autograd.grad(torch.compile(loss, backend="eager")(h), h)
+    torch.testing.assert_close(got, make(name)(H, A), rtol=1e-9, atol=1e-11)
+
+
+def test_one_graph_is_refused() -> None:
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"(?s)disable.*_transformed.py"):
+        torch.compile(make("cg"), backend="eager", fullgraph=True)(H, A)
+
+
+@pytest.mark.slow
+def test_compiled_by_the_default_backend() -> None:
+    torch.compiler.reset()
+    for name in ("cg", "reverse"):
+        compiled = torch.compile(COMPILED["a function around it"](make(name)))
+        torch.testing.assert_close(compiled(H, A), make(name)(H, A), rtol=1e-9, atol=1e-11)
+
+
+# Pickles and copies -------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "sgd": hf.optim.sgd(0.1, momentum=0.9),
+    "heavy_ball": hf.optim.heavy_ball(0.1, 0.5),
+    "adam": hf.optim.adam(0.1),
+    "adamw": hf.optim.adamw(0.1),
+    "rmsprop": hf.optim.rmsprop(0.1),
+    "adagrad": hf.optim.adagrad(0.1),
+    "from_torch": hf.optim.from_torch(torch.optim.Adadelta, lr=0.1),
+    "clipped": hf.optim.clip_grad_norm(hf.optim.clip_grad_value(hf.optim.sgd(0.1), 1.0), 1.0),
+}
+TRANSFORMS = (hf.hypergrad, hf.hypergrad_and_value, hf.hypergrad_and_solution)
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    **{
+        f"{transform.__name__} {name}": transform(
+            SOLVER, outer_loss, inner_loss=inner_loss, method=method
+        )
+        for transform in TRANSFORMS
+        for name, method in ALL.items()
+    },
+    **{
+        f"minimize {name}": hf.minimize(inner_loss, optimizer, 5, init=start)
+        for name, optimizer in OPTIMIZERS.items()
+    },
+    "implicit_diff": hf.implicit_diff(solve, inner_loss=inner_loss),
+    "decorated": decorated,
+    "iterate": SOLVER,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_pickled_and_copied(name: str) -> None:
+    fn = FUNCTIONS[name]
+    expected = optree.tree_leaves(fn(H, A))
+    for twin in (pickle.loads(pickle.dumps(fn)), copy.deepcopy(fn), copy.copy(fn)):
+        for got, leaf in zip(optree.tree_leaves(twin(H, A)), expected, strict=True):
+            assert torch.equal(got, leaf)
+
+
+VALUES: dict[str, Callable[[], Any]] = {
+    **{f"state of {k}": lambda v=v: v.init({"w": [H]}) for k, v in OPTIMIZERS.items()},
+    "Solution": lambda: hf.hypergrad_and_solution(
+        solve, outer_loss, inner_loss=inner_loss, error_bound=True
+    )(H, A)[1],
+    "check": lambda: hf.check_hypergrad(solve, outer_loss, H, A, inner_loss=inner_loss),
+    "diagnosis": lambda: hf.diagnose(H, H, A, inner_loss=inner_loss),
+    "result": lambda: hf.RESULTS.breakdown,
+    "error": lambda: hf.HypergradError("text"),
+    "bound": lambda: hf.ErrorBound(contraction=0.9),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_are_pickled_and_copied(name: str) -> None:
+    value = VALUES[name]()
+    for twin in (pickle.loads(pickle.dumps(value)), copy.deepcopy(value)):
+        assert type(twin) is type(value)
+        assert str(twin) == str(value)
+
+
+def test_a_decorated_function_is_pickled_by_its_name() -> None:
+    assert pickle.loads(pickle.dumps(decorated)) is copy.deepcopy(decorated) is decorated
+    assert b"decorated" in pickle.dumps(decorated)
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(hf.hypergrad(lambda h, A: h, outer_loss, inner_loss=inner_loss))
+
+
+# The interpreter ----------------------------------------------------------------------------------
+
+WITHOUT_ASSERTS = """
+import torch, test_errors
+torch.set_num_threads(1)
+assert False, "asserts are on"
+for cases in (test_errors.CONSTRUCTION, test_errors.CALLS):
+    for case in cases.values():
+        test_errors.check(case, test_errors.TRANSFORMS["plain"])
+print(len(test_errors.CALLS))
+"""
+
+
+def test_errors_do_not_rely_on_asserts() -> None:
+    """Under ``python -O``, which leaves them out."""
+    result = subprocess.run(
+        [sys.executable, "-O", "-c", WITHOUT_ASSERTS],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 50
