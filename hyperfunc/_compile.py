@@ -37,6 +37,9 @@ class Compiler:
         self.functions = functions
         self.entries: dict[Hashable, _Entry] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Compiler, (self.backend, self.name, self.functions)  # which compiles anew
+
     def call(self, fn: Callable[..., Any], key: Hashable, operands: Leaves) -> Any:
         """``fn(*operands)``, a tree, by compiled code.
 

@@ -311,6 +311,13 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     },
     "implicit_diff": hf.implicit_diff(solve, inner_loss=inner_loss),
     "decorated": decorated,
+    "compiled": hf.hypergrad(
+        SOLVER,
+        outer_loss,
+        inner_loss=inner_loss,
+        method=hf.CG(maxiter=3, rtol=0),
+        compile="eager",
+    ),
     "iterate": SOLVER,
 }
 
