@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ from hyperfunc._types import Leaves
 DEFAULT_BACKEND = "inductor"
 
 _SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
+
+
+class Variables(NamedTuple):
+    """What functions close over: what tells it apart, and the values themselves."""
+
+    identities: tuple[Hashable, ...]
+    values: tuple[Any, ...]
 
 
 class Compiler:
@@ -40,7 +47,17 @@ class Compiler:
     def __reduce__(self) -> tuple[Any, ...]:
         return Compiler, (self.backend, self.name, self.functions)  # which compiles anew
 
-    def call(self, fn: Callable[..., Any], key: Hashable, operands: Leaves) -> Any:
+    def read(self) -> Variables:
+        """The variables of the functions, as they are now."""
+        captured = tuple(value for f in self.functions for value in captured_values(f))
+        identities = tuple(
+            id(value) if isinstance(value, Tensor) else (type(value), value) for value in captured
+        )
+        return Variables(identities, captured)
+
+    def call(
+        self, fn: Callable[..., Any], key: Hashable, variables: Variables, operands: Leaves
+    ) -> Any:
         """``fn(*operands)``, a tree, by compiled code.
 
         ``key`` tells apart functions that are not the same for the same operands and variables.
@@ -52,10 +69,6 @@ class Compiler:
                 f"compile: args of {self.name} hold a value that is neither a tensor nor hashable "
                 f"({error}), so that it cannot be told when it changes. Leave it out of args"
             ) from error
-        captured = tuple(value for f in self.functions for value in captured_values(f))
-        identities = tuple(
-            id(value) if isinstance(value, Tensor) else (type(value), value) for value in captured
-        )
         layout: list[Any] = []
 
         def flat(*operands: Tensor) -> Leaves:
@@ -63,7 +76,7 @@ class Compiler:
             layout[:] = [spec, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]]
             return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
-        call = _Call(self, flat, (key, identities), captured, layout)
+        call = _Call(self, flat, (key, variables.identities), variables.values, layout)
         if _ad.transforms_active():
             outputs = iter(_Outside.apply(call, *operands))
         else:
@@ -116,7 +129,7 @@ class Compiler:
         graph.graph.eliminate_dead_code()
         graph.recompile()
         compiled: Callable[..., Any] = torch.compile(
-            graph, fullgraph=True, dynamic=False, backend=self.backend
+            graph.forward, fullgraph=True, dynamic=False, backend=self.backend
         )
         return compiled
 

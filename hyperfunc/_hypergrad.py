@@ -697,7 +697,7 @@ def _differentiate_compiled(
 
     arguments = problem.arguments
     key = (problem.bound.params_spec, arguments.spec, arguments.leaves, arguments.num_hparams)
-    result = rule.compiler.call(compute, key, (*w, *theta, *(x0 or ())))
+    result = rule.compiler.call(compute, key, rule.compiler.read(), (*w, *theta, *(x0 or ())))
     value, aux, u, stats, grads = result
     if rule.throw:
         raise_on_failure(stats, rule.method)

@@ -365,6 +365,7 @@ def _compiled(
     constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     if not applies((*tensors, *state)):
         return advance
+    variables = compiler.read()
 
     def step(active: Tensor | None, state: Leaves, extra: Any) -> Leaves:
         row, row_spec = _tree.flatten(extra)
@@ -380,7 +381,8 @@ def _compiled(
             return steps.advance(operands[0] if flags else None, old, hparams, (*args, *rest))
 
         key = (len(flags), spec, constants, row_spec, *steps.structure)
-        result: Leaves = compiler.call(compute, key, (*flags, *state, *tensors, *row))
+        operands = (*flags, *state, *tensors, *row)
+        result: Leaves = compiler.call(compute, key, variables, operands)
         return result
 
     return step
