@@ -8,6 +8,7 @@ function is what is traced and compiled, and it runs outside of the level.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from hyperfunc._closures import captured_values
 from hyperfunc._types import Leaves
 
 DEFAULT_BACKEND = "inductor"
+
+# Signatures after which something seems to change that was not meant to.
+_MANY = 8
 
 _SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
 
@@ -104,6 +108,13 @@ class Compiler:
                     f"{self.name}: {type(error).__name__}: {reason} ... Leave compile out, or "
                     f"name another backend"
                 ) from error
+            if len(self.entries) == _MANY:
+                warnings.warn(
+                    f"compile: {self.name} is compiled for the {_MANY + 1}th time, as shapes, "
+                    f"constants or closed-over tensors change between calls. Pass tensors that "
+                    f"change in *args",
+                    stacklevel=2,
+                )
             self.entries[signature] = _Entry(compiled, call.captured, tuple(call.layout))
         return outputs
 

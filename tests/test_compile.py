@@ -276,6 +276,25 @@ def test_a_backend_that_fails_is_named() -> None:
         solver(torch.ones(2))
 
 
+def test_it_warns_when_every_call_compiles_anew() -> None:
+    data = torch.ones(2)
+    solver = hf.iterate(lambda w, h: h * data, 1, init=lambda h: h, compile=BACKEND)
+    kept = []
+    for k in range(8):
+        data = torch.full((2,), float(k))
+        kept.append(data)
+        close(solver(torch.ones(2)), data)
+    data = torch.full((2,), 9.0)
+    with pytest.warns(UserWarning, match=r"step is compiled for the 9th time.*in \*args"):
+        solver(torch.ones(2))
+
+
+def test_inference_mode() -> None:
+    compiled, plain = make(BACKEND), make(False)
+    with torch.inference_mode():
+        close(compiled(*one_task())[0], plain(*one_task())[0])
+
+
 def test_no_scaled_sum_reaches_the_backend() -> None:
     # inductor drops the factor of a sum with a product of matrices
     seen: list[Any] = []
