@@ -8,6 +8,7 @@ function is what is traced and compiled, and it runs outside of the level.
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -98,7 +99,10 @@ class Compiler:
             if entry is not None:
                 call.layout[:] = entry.layout
                 return tuple(entry.compiled(*operands))
-            compiled = self._compile(call.fn, operands)
+            graph = self._trace(call.fn, operands)
+            compiled: Callable[..., Any] = torch.compile(
+                graph.forward, fullgraph=True, dynamic=False, backend=self.backend
+            )
             try:
                 outputs = tuple(compiled(*operands))
             except Exception as error:
@@ -108,6 +112,7 @@ class Compiler:
                     f"{self.name}: {type(error).__name__}: {reason} ... Leave compile out, or "
                     f"name another backend"
                 ) from error
+            self._compare(outputs, tuple(graph(*operands)))
             if len(self.entries) == _MANY:
                 warnings.warn(
                     f"compile: {self.name} is compiled for the {_MANY + 1}th time, as shapes, "
@@ -118,7 +123,7 @@ class Compiler:
             self.entries[signature] = _Entry(compiled, call.captured, tuple(call.layout))
         return outputs
 
-    def _compile(self, fn: Callable[..., Leaves], operands: Leaves) -> Callable[..., Any]:
+    def _trace(self, fn: Callable[..., Leaves], operands: Leaves) -> torch.fx.GraphModule:
         try:
             graph = make_fx(fn)(*operands)
         except RuntimeError as error:
@@ -139,10 +144,23 @@ class Compiler:
         _spell_out_scaled_sums(graph)
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        compiled: Callable[..., Any] = torch.compile(
-            graph.forward, fullgraph=True, dynamic=False, backend=self.backend
-        )
-        return compiled
+        return graph
+
+    def _compare(self, outputs: Leaves, expected: Leaves) -> None:
+        """Warn if compiled code gives other numbers than the same code uncompiled."""
+        size = gap = eps = 0.0
+        for output, value in zip(outputs, expected, strict=True):
+            if value.is_floating_point():
+                size = math.hypot(size, float(value.double().norm()))
+                gap = math.hypot(gap, float((output.double() - value.double()).norm()))
+                eps = max(eps, torch.finfo(value.dtype).eps)
+        if math.isfinite(size) and not gap <= eps ** (1 / 3) * size:
+            warnings.warn(
+                f"compile: what {self.backend!r} compiled of {self.name} gives other numbers than "
+                f"uncompiled code: off by {gap:.1e} from a norm of {size:.1e}. Rounding grows so "
+                f"much in ill-conditioned systems only; else leave compile out",
+                stacklevel=2,
+            )
 
 
 def applies(tensors: Sequence[Any]) -> bool:

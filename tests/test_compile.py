@@ -295,6 +295,16 @@ def test_inference_mode() -> None:
         close(compiled(*one_task())[0], plain(*one_task())[0])
 
 
+def test_wrong_numbers_are_told() -> None:
+    @torch._dynamo.register_backend(name="wrong")
+    def wrong(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        return lambda *tensors: [1.1 * output for output in graph(*tensors)]
+
+    solver = hf.iterate(lambda w, h: w + h, 1, init=lambda h: h, compile="wrong")
+    with pytest.warns(UserWarning, match=r"'wrong' compiled of the inner solver's step gives oth"):
+        solver(torch.ones(2))
+
+
 def test_no_scaled_sum_reaches_the_backend() -> None:
     # inductor drops the factor of a sum with a product of matrices
     seen: list[Any] = []
