@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hyperfunc import _ad, _tree
 from hyperfunc._closures import captured_values
@@ -165,9 +165,8 @@ class Compiler:
 
 def applies(tensors: Sequence[Any]) -> bool:
     """Whether compiled code can stand in: no derivative is asked for, and nothing traces this."""
-    return not (
-        torch.compiler.is_compiling() or get_proxy_mode() is not None or _ad.is_tracked(tensors)
-    )
+    tracing = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return not (torch.compiler.is_compiling() or tracing is not None or _ad.is_tracked(tensors))
 
 
 def check_backend(value: bool | str) -> str | None:

@@ -2,8 +2,12 @@
 
 import gc
 import hashlib
+import os
+import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
+from hyperfunc._methods import METHODS
 
 # torch compiles its rules for forward mode by a deprecated function when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -70,6 +75,66 @@ def test_calls_change_nothing_and_repeat_themselves(problem: Problem, call: str)
         assert (digest(inputs), surroundings()) == before
         for a, b in zip(first, second, strict=True):
             assert torch.equal(a, b)
+
+
+# Of a quadratic inner loss, with bad data, and with functions that fail half-way.
+GOOD = torch.tensor([[1.0, 0.2], [0.2, 0.9]], dtype=torch.float64)
+MATRICES = {
+    "good": GOOD,
+    "NaN": GOOD * torch.nan,
+    "singular": torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64)),
+    "indefinite": torch.diag(torch.tensor([1.0, -0.5], dtype=torch.float64)),
+    "non-contraction": 5 * GOOD,
+}
+
+
+def quadratic(name: str, raises: bool = False) -> Any:
+    """A hypergradient by a method, whose outer loss may fail."""
+
+    def outer_loss(w: Tensor, h: Tensor, A: Tensor) -> Tensor:
+        if raises:
+            raise KeyError("in the outer loss")
+        return (w**2).sum()
+
+    return hf.hypergrad(
+        hf.iterate(
+            lambda w, h, A: w - 0.5 * (A @ w - h), 10, init=lambda h, A: torch.zeros_like(h)
+        ),
+        outer_loss,
+        inner_loss=lambda w, h, A: 0.5 * w @ (A @ w) - h @ w,
+        method={"fixed_point": hf.FixedPoint(100), "neumann": hf.Neumann(100)}.get(name, name),
+    )
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["", "raises"])
+@pytest.mark.parametrize("data", MATRICES)
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_changes_anything_when_it_fails(name: str, data: str, raises: bool) -> None:
+    fn, A = quadratic(name, raises), MATRICES[data].clone()
+    h = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    tracked = h.clone().requires_grad_()
+    tracked.grad = torch.ones_like(h)
+    H, As = torch.stack([h, h]), torch.stack([GOOD, A])
+    inputs, marked = [h, A, tracked, tracked.grad, H, As], tracked.grad
+    before = digest(inputs), surroundings()
+    outcomes = []
+    for call in (
+        lambda: fn(h, A),
+        lambda: vmap(fn)(H, As),
+        lambda: jacrev(fn)(h, A),
+        lambda: torch.autograd.grad(fn(tracked, A).sum(), tracked),
+    ):
+        try:
+            call()
+            outcomes.append("returned")
+        except (hf.HypergradError, KeyError) as error:
+            outcomes.append(type(error).__name__)
+        assert (digest(inputs), surroundings()) == before
+        assert tracked.grad is marked
+    if raises or data == "NaN":
+        assert "returned" not in outcomes
+    elif data == "good":
+        assert set(outcomes) == {"returned"}
 
 
 @pytest.mark.parametrize("method", ["cg", "normal_cg", hf.FixedPoint(step_size=0.15)], ids=str)
@@ -206,3 +271,94 @@ def test_calls_leave_no_cycles_that_hold_tensors() -> None:
         assert count_tensors() <= before
     finally:
         gc.enable()
+
+
+def count_nodes() -> int:
+    """Nodes of autograd graphs that Python knows of: those of the library's functions."""
+    return sum(type(o).__name__.endswith("Backward") for o in gc.get_objects())
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def growth(call: Callable[[], Any], calls: int) -> tuple[int, int, int]:
+    """Of the blocks that Python has allocated, the tensors and the graph nodes, over some calls."""
+
+    def held() -> tuple[int, int, int]:
+        gc.collect()
+        return sys.getallocatedblocks(), count_tensors(), count_nodes()
+
+    for _ in range(calls):  # until caches are full
+        call()
+    before = held()
+    for _ in range(calls):
+        call()
+    return tuple(b - a for a, b in zip(before, held(), strict=True))
+
+
+def every_way(name: str) -> Callable[[], None]:
+    """One call of each kind, of those that record graphs and of those that fail."""
+    fn, A = quadratic(name), GOOD
+    h = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    tracked = h.clone().requires_grad_()
+
+    def call() -> None:
+        fn(h, A)
+        vmap(fn, (0, None))(torch.stack([h, h]), A)
+        jacrev(fn)(h, A)
+        torch.autograd.grad(fn(tracked, A).sum(), tracked)
+        try:
+            fn(tracked, MATRICES["NaN"])
+        except hf.HypergradError:
+            return
+        raise AssertionError("NaN went unnoticed")
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["cg", "dense", "reverse_unroll", "reverse"])
+def test_nothing_grows(name: str) -> None:
+    blocks, tensors, nodes = growth(every_way(name), calls=20)
+    assert (tensors, nodes) == (0, 0)
+    assert blocks < 20 * 20  # caches still fill; tensors are what would hold memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_grows_in_a_thousand_calls(name: str) -> None:
+    """What C++ holds is seen in the memory of the process alone."""
+    call = every_way(name)
+    blocks, tensors, nodes = growth(call, calls=200)
+    assert (tensors, nodes) == (0, 0)
+    assert blocks < 200
+    before = resident_bytes()
+    for _ in range(1000):
+        call()
+    gc.collect()
+    assert resident_bytes() - before < 2**21
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_eight_threads_get_the_numbers_of_one(name: str) -> None:
+    """Each with its own transforms, grad mode and data, of one and the same function."""
+    fn = quadratic(name)
+    tasks = [torch.tensor([1.0, 0.1 * i], dtype=torch.float64) for i in range(16)]
+
+    def work(h: Tensor) -> list[Tensor]:
+        tracked = h.clone().requires_grad_()
+        with torch.no_grad():
+            quiet = fn(tracked, GOOD)
+        return [
+            quiet,
+            fn(h, GOOD),
+            vmap(fn, (0, None))(torch.stack([h, 2 * h]), GOOD),
+            jacrev(fn)(h, GOOD),
+            *torch.autograd.grad(fn(tracked, GOOD).sum(), tracked),
+        ]
+
+    expected = [work(h) for h in tasks]
+    with ThreadPoolExecutor(8) as pool:
+        for got, alone in zip(pool.map(work, tasks), expected, strict=True):
+            for a, b in zip(got, alone, strict=True):
+                assert torch.equal(a, b)
