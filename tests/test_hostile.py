@@ -195,9 +195,9 @@ def test_parameters_that_are_params_and_hparams(name: str) -> None:
 # Odd tensors --------------------------------------------------------------------------------------
 
 EYE = torch.eye(3, dtype=F64)
-ODD: dict[str, tuple[Tensor, Tensor]] = {
-    "sparse COO": (EYE.to_sparse(), torch.ones(3, dtype=F64)),
-    "complex": ((1 + 1j) / 2**0.5 * EYE, torch.ones(3, dtype=torch.complex128)),
+ODD: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "sparse COO": lambda: (EYE.to_sparse(), torch.ones(3, dtype=F64)),
+    "complex": lambda: ((1 + 1j) / 2**0.5 * EYE, torch.ones(3, dtype=torch.complex128)),
 }
 
 
@@ -207,7 +207,7 @@ ODD: dict[str, tuple[Tensor, Tensor]] = {
 )
 def test_odd_tensors_among_the_arguments(kind: str, name: str) -> None:
     """As data; as hparams and params they are refused by name."""
-    X, y = ODD[kind]
+    X, y = ODD[kind]()
 
     def predict(w: Tensor, X: Tensor) -> Tensor:
         return (X @ w.to(X.dtype)[:, None])[:, 0]
