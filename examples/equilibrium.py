@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the split and the weights")
     parser.add_argument("--out", type=Path, default=Path("out/equilibrium"), help="for results")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # the matrices are small
     args.out.mkdir(parents=True, exist_ok=True)
     x, y = load_digits(return_X_y=True)
     x, y = torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)

@@ -134,6 +134,7 @@ def implicit(graph: Graph, kappa: float, seed: int, args: Any, bar: Any) -> dict
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    torch.set_num_threads(1)  # the matrices are small
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     graph = cora(Path(args.root)) if args.root else block_model()

@@ -45,6 +45,7 @@ RATES, MOMENTA = [0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2], [0.0, 0.5, 0.8, 0.9, 0.95
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    torch.set_num_threads(1)  # the matrices are small
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     train, val, test = digits(args.seed)

@@ -1,0 +1,111 @@
+"""The examples that tune, weigh and distil: that they run, and that what they claim holds."""
+
+import json
+
+import any_solver
+import dataset_distillation
+import datasets
+import hyper_cleaning
+import logistic_regression
+import per_feature_l2
+import pytest
+import torch
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """A few sparse texts instead of the docstrings, with words that tell and words that do not."""
+
+    def load(*shares, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        y = torch.arange(3).repeat_interleave(80)[torch.randperm(240, generator=generator)]
+        x = (torch.rand(240, 24, generator=generator) < 0.2).float()
+        x[torch.arange(240), 2 * y] = 1
+        x = torch.nn.functional.normalize(x)
+        rows = [round(share * 240) for share in shares]
+        parts = zip(x[: sum(rows)].split(rows), y[: sum(rows)].split(rows), strict=True)
+        sparse = [datasets.Rows(part.to_sparse().coalesce(), labels) for part, labels in parts]
+        return sparse, [f"word{j}" for j in range(24)]
+
+    monkeypatch.setattr(any_solver, "docstrings", load)
+    monkeypatch.setattr(per_feature_l2, "docstrings", load)
+
+
+def check_files(out):
+    assert (out / "picture.png").stat().st_size > 10_000
+    return json.loads((out / "results.json").read_text())
+
+
+def test_hypergradients_do_not_depend_on_the_solver(texts, tmp_path):
+    rows = any_solver.main(["--iterations=2", f"--out={tmp_path}"])["rows"]
+    expected = rows.pop("central differences")
+    assert set(rows) == set(any_solver.SOLVERS)
+    for row in rows.values():
+        for name in expected:
+            assert row[name] == pytest.approx(expected[name], rel=1e-3)
+    check_files(tmp_path)
+
+
+def test_regularisers_tell_words_apart_and_fit_the_validation_part(texts, tmp_path):
+    rows = per_feature_l2.main(["--iterations=40", "--outer-lr=0.1", f"--out={tmp_path}"])
+    single, early, late, _ = rows.values()
+    assert late["validation"][0] < single["validation"][0]
+    assert early["stop"][0] <= min(single["stop"][0], late["stop"][0])
+    results = check_files(tmp_path)
+    assert len(results["history"]) == 40
+    log_l2 = torch.tensor(results["log_l2"])
+    tell = torch.tensor([0, 2, 4])
+    assert log_l2[tell].max() < log_l2.median()
+
+
+def test_errors_fall_with_k_and_learned_regularisers_pay(tmp_path):
+    result = logistic_regression.main(["--iterations=60", "--outer-lr=0.1", f"--out={tmp_path}"])
+    errors = result["errors"]
+    for reverse, fixed_point, cg in zip(*errors.values(), strict=True):
+        assert cg < fixed_point < reverse
+    assert all(values[-1] < 0.05 for values in errors.values())
+    _, single, learned = result["rows"].values()
+    assert learned[1] < single[1]  # on the test rows
+    check_files(tmp_path)
+
+
+def test_wrong_labels_get_small_weights(tmp_path):
+    rows = hyper_cleaning.main(["--data=digits", "--iterations=25", f"--out={tmp_path}"])
+    assert rows["auc"] > 0.9
+    assert rows["a learned weight a sample"] > rows["noisy labels as they are"]
+    check_files(tmp_path)
+
+
+def test_ten_learned_images_train_better_than_ten_means(tmp_path):
+    rows = dataset_distillation.main(["--iterations=25", f"--out={tmp_path}"])
+    assert rows["one learned image a class"] > rows["the mean image of each class"]
+    check_files(tmp_path)
+
+
+def test_docstrings_are_sparse_texts_of_many_modules():
+    (train, test), words = datasets.docstrings(0.5, 0.5)
+    assert train.x.is_sparse
+    assert train.x.shape[1] == test.x.shape[1] == len(words) > 1000
+    assert set(train.y.tolist()) == set(range(len(datasets.DOCUMENTED)))
+    again, _ = datasets.docstrings(0.5, 0.5)
+    assert torch.equal(again[0].x.to_dense(), train.x.to_dense())
+
+
+def test_newsgroups_are_not_downloaded(tmp_path):
+    with pytest.raises(OSError, match=r"(?i)20newsgroups|download"):
+        datasets.newsgroups(tmp_path, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("load", "count", "pixels"), [(datasets.digits, 1797, 64), (datasets.mnist, 5000, 784)]
+)
+def test_images_come_in_parts_that_do_not_overlap(load, count, pixels):
+    parts = load(700, count - 700)
+    again = load(700, count - 700)
+    rows, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    assert rows.shape == (count, pixels)
+    assert len(rows.unique(dim=0)) > 0.99 * count  # hardly any image is there twice
+    assert set(labels.tolist()) == set(range(10))
+    assert rows.min() == 0
+    assert rows.max() == 1
+    assert torch.equal(parts[1].x, again[1].x)
