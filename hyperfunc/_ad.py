@@ -219,7 +219,7 @@ def grad_and_value(
 def count_true(flag: Tensor) -> int:
     """How many tasks of the enclosing ``vmap`` levels a 0-d bool holds for (a host sync)."""
     try:
-        return int(_Total.apply(flag.to(torch.int64)) if transforms_active() else flag)
+        return int(_gathered(flag).sum() if transforms_active() else flag)
     except RuntimeError as error:
         if "Batching rule not implemented" in str(error):
             raise RuntimeError(_OLD_VMAP) from error
@@ -230,7 +230,7 @@ def count_tasks(flag: Tensor) -> int:
     """How many tasks the enclosing ``vmap`` levels hold that the flag depends on."""
     if not transforms_active():
         return 1
-    return int(_Total.apply(torch.ones_like(flag, dtype=torch.int64)))
+    return _gathered(flag).numel()
 
 
 def all_true(flag: Tensor) -> bool:
@@ -277,7 +277,12 @@ class _Dot(torch.autograd.Function):
 
 def true_indices(flag: Tensor) -> list[tuple[int, ...]]:
     """Where a bool holds: indices into the ``vmap`` levels, outermost first, then its own."""
-    return [tuple(index) for index in _Gathered.apply(flag.to(torch.int64)).nonzero().tolist()]
+    return [tuple(index) for index in _gathered(flag).nonzero().tolist()]
+
+
+def _gathered(flag: Tensor) -> Tensor:
+    gathered: Tensor = _Gathered.apply(flag.to(torch.int64))
+    return gathered
 
 
 class _Gathered(torch.autograd.Function):
@@ -300,28 +305,6 @@ class _Gathered(torch.autograd.Function):
         if in_dims[0] is not None:
             value = value.movedim(in_dims[0], 0)
         return _Gathered.apply(value), None
-
-
-class _Total(torch.autograd.Function):
-    """The sum of a counter over every vmap level it is batched in."""
-
-    @staticmethod
-    def forward(counter: Tensor) -> Tensor:
-        return counter.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        return None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], counter: Tensor) -> tuple[Tensor, None]:
-        if in_dims[0] is not None:
-            counter = counter.sum(in_dims[0])
-        return _Total.apply(counter), None
 
 
 def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
