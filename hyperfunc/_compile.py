@@ -24,7 +24,7 @@ from hyperfunc._types import Leaves
 DEFAULT_BACKEND = "inductor"
 
 # Signatures after which something seems to change that was not meant to.
-_MANY = 8
+_MANY = 16
 
 _SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
 

@@ -192,6 +192,23 @@ def test_a_signature_is_compiled_once_and_changes_are_seen() -> None:
     assert len(traces) == count + 1
 
 
+def test_operands_of_one_shape_in_other_dimensions() -> None:
+    def phi(w: Tensor, h: Tensor) -> Tensor:
+        return 0.5 * w + h.cumsum(0) * h.sum()
+
+    solvers = [hf.iterate(phi, 3, init=lambda h: h, compile=c) for c in (BACKEND, False)]
+    h = torch.randn(3, 3, dtype=F64)
+    for transform in (lambda fn: fn, torch.func.vmap, lambda fn: torch.func.vmap(fn, 1)):
+        compiled, plain = map(transform, solvers)
+        close(compiled(h), plain(h))
+    cube = torch.randn(3, 3, 3, dtype=F64)
+    for dims in ((0, 0), (0, 1), (2, 0)):
+        compiled, plain = (
+            torch.func.vmap(torch.func.vmap(solver, dims[1]), dims[0]) for solver in solvers
+        )
+        close(compiled(cube), plain(cube))
+
+
 def test_failures_are_those_of_plain_calls() -> None:
     def concave(w: Tensor, h: Tensor) -> Tensor:
         return -(w**2).sum() + w @ h
@@ -280,12 +297,12 @@ def test_it_warns_when_every_call_compiles_anew() -> None:
     data = torch.ones(2)
     solver = hf.iterate(lambda w, h: h * data, 1, init=lambda h: h, compile=BACKEND)
     kept = []
-    for k in range(8):
+    for k in range(16):
         data = torch.full((2,), float(k))
         kept.append(data)
         close(solver(torch.ones(2)), data)
-    data = torch.full((2,), 9.0)
-    with pytest.warns(UserWarning, match=r"step is compiled for the 9th time.*in \*args"):
+    data = torch.full((2,), 17.0)
+    with pytest.warns(UserWarning, match=r"step is compiled for the 17th time.*in \*args"):
         solver(torch.ones(2))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
-from hyperfunc import _tree
+from hyperfunc import _ad, _tree
 from hyperfunc._tree import flatten, tree_map, unflatten
 
 # torch compiles its rules for forward mode by a deprecated function when they are first used.
@@ -312,6 +312,10 @@ def test_inner_products_under_vmap_are_those_of_the_tasks(
     )
     torch.testing.assert_close(
         dot(*(entry(v, d) for v, d in zip((x, y), in_dims, strict=True))), expected
+    )
+    direct = torch.func.vmap(_ad.dot, in_dims)
+    torch.testing.assert_close(
+        direct(*(entry(v, d) for v, d in zip((x, y), in_dims, strict=True))), expected
     )
     nested = torch.func.vmap(torch.func.vmap(lambda a, b: _tree.dot((a,), (b,)), (0, 0)), (0, None))
     torch.testing.assert_close(nested(x, y[0]), (x * y[0]).sum(-1), rtol=1e-4, atol=1e-3)
