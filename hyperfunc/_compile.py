@@ -147,7 +147,7 @@ class Compiler:
         return graph
 
     def _compare(self, outputs: Leaves, expected: Leaves) -> None:
-        """Warn if compiled code gives other numbers than the same code uncompiled."""
+        """Raise if compiled code gives other numbers than the same code uncompiled."""
         size = gap = eps = 0.0
         for output, value in zip(outputs, expected, strict=True):
             if value.is_floating_point():
@@ -155,11 +155,10 @@ class Compiler:
                 gap = math.hypot(gap, float((output.double() - value.double()).norm()))
                 eps = max(eps, torch.finfo(value.dtype).eps)
         if math.isfinite(size) and not gap <= eps ** (1 / 3) * size:
-            warnings.warn(
+            raise RuntimeError(
                 f"compile: what {self.backend!r} compiled of {self.name} gives other numbers than "
                 f"uncompiled code: off by {gap:.1e} from a norm of {size:.1e}. Rounding grows so "
-                f"much in ill-conditioned systems only; else leave compile out",
-                stacklevel=2,
+                f"much in ill-conditioned systems only. Leave compile out, or name another backend"
             )
 
 

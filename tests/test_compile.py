@@ -318,7 +318,9 @@ def test_wrong_numbers_are_told() -> None:
         return lambda *tensors: [1.1 * output for output in graph(*tensors)]
 
     solver = hf.iterate(lambda w, h: w + h, 1, init=lambda h: h, compile="wrong")
-    with pytest.warns(UserWarning, match=r"'wrong' compiled of the inner solver's step gives oth"):
+    with pytest.raises(
+        RuntimeError, match=r"'wrong' compiled of the inner solver's step gives oth"
+    ):
         solver(torch.ones(2))
 
 

@@ -68,7 +68,7 @@ def measure(
         except NotRun as error:
             row["not_run"] = str(error)
         except Exception as error:
-            if entry.group != PEER:
+            if entry.group in (FLOOR, RAW):
                 raise
             row["not_run"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
         else:
