@@ -228,7 +228,9 @@ def test_non_finite_inputs_name_the_number_of_samples() -> None:
 
 def test_the_step_limit_is_not_silent_either() -> None:
     layer = hf.EquilibriumLayer(Cell(), Picard(3, batch_dim=0))
-    with pytest.raises(hf.HypergradError, match=r"for 6 of 6 samples: the tolerance was not reach"):
+    with pytest.raises(
+        hf.HypergradError, match=r"for 6 of 6 samples .*: the tolerance was not rea"
+    ):
         layer(inputs())
     layer.throw = False
     assert layer(inputs(), return_stats=True)[1].result.tolist() == [hf.RESULTS.max_steps] * BATCH
