@@ -276,6 +276,8 @@ def test_one_graph_is_refused() -> None:
         torch.compile(make("cg"), backend="eager", fullgraph=True)(H, A)
 
 
+# raised inside torch by the first use of the default backend
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.slow
 def test_compiled_by_the_default_backend() -> None:
     torch.compiler.reset()
