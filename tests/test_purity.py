@@ -320,7 +320,7 @@ def every_way(name: str) -> Callable[[], None]:
 @pytest.mark.parametrize("name", ["cg", "dense", "reverse_unroll", "reverse"])
 def test_nothing_grows(name: str) -> None:
     blocks, tensors, nodes = growth(every_way(name), calls=20)
-    assert (tensors, nodes) == (0, 0)
+    assert max(tensors, nodes) <= 0  # what other tests left may go away meanwhile
     assert blocks < 20 * 20  # caches still fill; tensors are what would hold memory
 
 
@@ -330,7 +330,7 @@ def test_nothing_grows_in_a_thousand_calls(name: str) -> None:
     """What C++ holds is seen in the memory of the process alone."""
     call = every_way(name)
     blocks, tensors, nodes = growth(call, calls=200)
-    assert (tensors, nodes) == (0, 0)
+    assert max(tensors, nodes) <= 0
     assert blocks < 200
     before = resident_bytes()
     for _ in range(1000):
