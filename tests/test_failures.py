@@ -115,6 +115,12 @@ def make(name: str, throw: bool = True, **bounds: Any) -> Any:
     )
 
 
+def compile_anew(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls this one, by torch.compile."""
+    torch.compiler.reset()
+    return torch.compile(lambda *args, **keywords: fn(*args, **keywords), backend="eager")
+
+
 def oracle(name: str, h: Tensor, A: Tensor, start: Tensor) -> Tensor:
     """The hypergradient, by formulas that have nothing of the library in them."""
     adjoint = TABLE[name].adjoint
@@ -234,12 +240,8 @@ def test_among_good_tasks(case: str, name: str) -> None:
 @pytest.mark.parametrize("name", TABLE)
 def test_compiled(name: str) -> None:
     """Inside torch.compile, where the graph is broken around the call, all is the same."""
-    torch.compiler.reset()
     fns = {throw: make(name, throw) for throw in (True, False)}
-    compiled = {
-        throw: torch.compile(lambda *task, fn=fn: fn(*task), backend="eager")
-        for throw, fn in fns.items()
-    }
+    compiled = {throw: compile_anew(fn) for throw, fn in fns.items()}
     for case, task in TASKS.items():
         outcome = OUTCOMES[case][name]
         if outcome in ERRORS:
@@ -261,8 +263,9 @@ ITERATIVE = [name for name, row in TABLE.items() if row.adjoint is None]
 def check_each(
     name: str, tasks: list[Task], check: Callable[[Any, Any, Task], None], **settings: Any
 ) -> None:
-    """Check each result, alone and in a batch."""
+    """Check each result, alone and in a batch, and one in compiled code."""
     fn = make(name, **settings)
+    check(*compile_anew(fn)(*tasks[0]), tasks[0])
     stacked = [torch.stack(leaves) for leaves in zip(*tasks, strict=True)]
     together = vmap(fn)(*stacked)
     for index, task in enumerate(tasks):
@@ -281,7 +284,8 @@ def test_a_start_that_is_the_solution(name: str) -> None:
     )
     for index, (task, start) in enumerate(zip(tasks, starts, strict=True)):
         alone, solution = fn(*task, adjoint_init=start)
-        for grads in (alone, together[index]):
+        compiled, _ = compile_anew(fn)(*task, adjoint_init=start)
+        for grads in (alone, compiled, together[index]):
             torch.testing.assert_close(grads, start, rtol=1e-6, atol=1e-9)
         if name in BOUNDED:
             assert solution.stats.num_steps <= 1
@@ -329,8 +333,9 @@ def test_overflow_in_float16(name: str) -> None:
     grads, _ = make(name)(small, eye, small)
     expected = oracle(name, *(t.double() for t in (small, eye, small)))
     torch.testing.assert_close(grads.double(), expected, rtol=1e-2, atol=1e-3)
-    with pytest.raises(hf.HypergradError, match=r"non-finite values|is not finite"):
-        make(name)(large, eye, large)
+    for call in (make(name), compile_anew(make(name))):
+        with pytest.raises(hf.HypergradError, match=r"non-finite values|is not finite"):
+            call(large, eye, large)
     batch = torch.stack([small, large, small])
     with pytest.raises(hf.HypergradError, match=r"for 1 of 3 tasks \(index 1\)"):
         vmap(make(name), (0, None, 0))(batch, eye, batch)
