@@ -329,9 +329,9 @@ def test_nothing_grows(name: str) -> None:
 def test_nothing_grows_in_a_thousand_calls(name: str) -> None:
     """What C++ holds is seen in the memory of the process alone."""
     call = every_way(name)
-    blocks, tensors, nodes = growth(call, calls=200)
-    assert max(tensors, nodes) <= 0
-    assert blocks < 200
+    windows = [growth(call, calls=100) for _ in range(2)]
+    assert all(max(tensors, nodes) <= 0 for _, tensors, nodes in windows)
+    assert min(blocks for blocks, *_ in windows) < 100  # caches fill once, a leak goes on
     before = resident_bytes()
     for _ in range(1000):
         call()
