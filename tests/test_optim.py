@@ -1096,3 +1096,10 @@ def test_a_check_passes_an_optimizer_through():
     optimizer = optim.sgd(0.1)
     assert optim.check_optimizer(optimizer, "minimize") is optimizer
     assert hf.optim is optim
+
+
+def test_an_optimiser_prints_as_the_call_that_makes_it():
+    optimizer = optim.clip_grad_norm(optim.sgd(lr=0.1, momentum=0.9), max_norm=1.0)
+    call = "clip_grad_norm(Optimizer(init=sgd(lr=0.1, momentum=0.9).init"
+    assert repr(optimizer).startswith(f"Optimizer(init={call}")
+    assert " object at " not in repr(optimizer)

@@ -70,6 +70,12 @@ class _Part:
     def __reduce__(self) -> tuple[Any, ...]:
         return _remake, (self._name, *self._recipe)
 
+    def __repr__(self) -> str:
+        factory, args, keywords = self._recipe
+        arguments = [repr(arg) for arg in args]
+        arguments += [f"{key}={value!r}" for key, value in keywords.items()]
+        return f"{factory.__name__}({', '.join(arguments)}).{self._name}"
+
 
 def _remake(name: str, factory: Callable[..., Optimizer], args: Any, keywords: Any) -> Any:
     return getattr(factory(*args, **keywords), name)
