@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from hyperfunc import _ad
+from hyperfunc import _ad, _tensordict
 from hyperfunc._conditions import captured_message
 
 _Seen: TypeAlias = dict[Hashable, object]
@@ -84,8 +84,8 @@ def _values(value: Any, names: Iterable[str], seen: _Seen) -> Iterator[Any]:
     if key in seen:
         return
     seen[key] = value  # held, so that no other object gets its id
-    if isinstance(value, dict | list | tuple):
-        items = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | list | tuple) or _tensordict.is_tensordict(value):
+        items = value if isinstance(value, list | tuple) else value.values()
         for item in itertools.islice(items, _MOST_ITEMS):
             yield from _values(item, names, seen)
         return

@@ -88,9 +88,7 @@ def task_map(
 
     @functools.wraps(fn)
     def mapped(*args: Any) -> Any:
-        tree: Any = args
-        leaves: list[Any]
-        leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=_tree.NAMESPACE)
+        leaves, spec = _tree.flatten(args, none_is_leaf=True)
         dims = _flat_dims(in_dims, args, leaves, spec)
         num_tasks = _num_tasks(leaves, dims, spec)
         size = num_tasks if chunk_size is None else chunk_size

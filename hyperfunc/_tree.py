@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _sharding
+from hyperfunc import _ad, _sharding, _tensordict
 from hyperfunc._types import Leaves, TensorTree
 
 TreeSpec = optree.PyTreeSpec
@@ -18,9 +18,10 @@ NAMESPACE = "hyperfunc"
 """The optree namespace in which classes are registered as nodes of trees."""
 
 
-def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
-    """Leaves and structure of a tree; ``None`` is an empty node."""
-    leaves, spec = optree.tree_flatten(tree, namespace=NAMESPACE)
+def flatten(tree: Any, none_is_leaf: bool = False) -> tuple[list[Any], TreeSpec]:
+    """Leaves and structure of a tree; ``None`` is an empty node, unless it is to be a leaf."""
+    _tensordict.register(NAMESPACE)
+    leaves, spec = optree.tree_flatten(tree, none_is_leaf=none_is_leaf, namespace=NAMESPACE)
     return list(leaves), spec
 
 
@@ -36,6 +37,7 @@ def paths(spec: TreeSpec, root: str) -> list[str]:
 
 def tree_map(fn: Callable[..., Any], tree: TensorTree, *rest: TensorTree) -> TensorTree:
     """Apply ``fn`` leaf by leaf to trees of one structure."""
+    _tensordict.register(NAMESPACE)
     return optree.tree_map(fn, tree, *rest, namespace=NAMESPACE)
 
 
@@ -75,7 +77,7 @@ def check_like(
     leaves: Sequence[Any], spec: TreeSpec, like: Leaves, like_spec: TreeSpec, what: str, root: str
 ) -> None:
     """Raise unless a flattened tree has the structure, shapes, dtypes and devices of another."""
-    if spec != like_spec:
+    if spec != like_spec and _plain(spec, leaves) != _plain(like_spec, like):
         raise ValueError(
             f"{what} has another structure than {root}: got {spec}, expected {like_spec}"
         )
@@ -192,6 +194,11 @@ def all_finite(x: Leaves) -> Tensor:
     return result
 
 
+def _plain(spec: TreeSpec, leaves: Sequence[Any]) -> TreeSpec:
+    """The structure with a TensorDict in place of a TensorDictParams."""
+    return flatten(unflatten(spec, leaves))[1]
+
+
 def _dot(a: Leaves, b: Leaves) -> Tensor:
     dtype, device = accumulation_dtype(a), a[0].device
     terms = [
@@ -223,6 +230,8 @@ def _scalar_like(alpha: Tensor, leaf: Tensor) -> Tensor:
 def _advice(leaf: Any) -> str:
     if isinstance(leaf, torch.nn.Module):
         return "Pass its parameters: apply, params = hf.functional(module)"
+    if _tensordict.is_tensordict(leaf):
+        return "Call .to_tensordict() on it, or pass it through *args"
     if hasattr(leaf, "__dict__"):
         return (
             f"If it holds tensors, register its class by optree.register_pytree_node(..., "

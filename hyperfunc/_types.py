@@ -13,8 +13,8 @@ H_contra = TypeVar("H_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
 
 TensorTree: TypeAlias = Any
-"""Any pytree of tensors: dict, list, tuple, namedtuple, bare tensor, or a class that is registered
-with ``@optree.register_pytree_node_class(namespace="hyperfunc")``."""
+"""Any pytree of tensors: dict, list, tuple, namedtuple, TensorDict, bare tensor, or a class that is
+registered with ``@optree.register_pytree_node_class(namespace="hyperfunc")``."""
 
 Leaves: TypeAlias = tuple[Tensor, ...]
 """The tensors of a tree in flattening order; the form in which vectors are handled inside."""

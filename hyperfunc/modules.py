@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.utils._pytree import tree_leaves
 
 from hyperfunc._ad import is_tracked, transforms_active
+from hyperfunc._tensordict import is_tensordict
 from hyperfunc._tree import check_like, flatten, flatten_floating
 from hyperfunc._types import TensorTree
 
@@ -201,13 +202,13 @@ def assign_grads(
         >>> hparams["log_reg"]
         tensor([-0.1000, -0.1000])
     """
-    if isinstance(tree_or_module, nn.Module):
+    if isinstance(tree_or_module, nn.Module) and not is_tensordict(tree_or_module):
         root = "module"
         tree, grads = _named_targets(tree_or_module, grads)
         if not tree:
             return
     else:
-        root, tree = "tree", tree_or_module
+        root, tree = "tree", cast(TensorTree, tree_or_module)
     targets, spec = flatten_floating(tree, root)
     values, values_spec = flatten(grads)
     check_like(values, values_spec, targets, spec, "assign_grads: grads", root)
