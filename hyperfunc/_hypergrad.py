@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, overload
 
-import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
-from hyperfunc._closures import refuse_captured_tensors
-from hyperfunc._compile import Compiler, applies, check_backend
-from hyperfunc._conditions import Arguments, Condition, make_condition
-from hyperfunc._error_bound import ErrorBound, error_bound
-from hyperfunc._implicit import (
-    ImplicitProblem,
-    cross_term,
-    flatten_params,
-    raise_on_failure,
-    raise_unless_finite,
-    raise_unless_finite_gradient,
-)
+from hyperfunc._compile import Compiler, check_backend
+from hyperfunc._error_bound import ErrorBound
+from hyperfunc._hypergradient import Hypergradient, make_rule
 from hyperfunc._methods import is_implicit, resolve_method
-from hyperfunc._outer import OuterLoss, mean_outer_gradient
-from hyperfunc._results import Solution, SolveStats
+from hyperfunc._results import Solution
 from hyperfunc._transformed import Transformed
 from hyperfunc._types import (
     HypergradFunction,
     HypergradOptions,
     InnerSolver,
-    Leaves,
     Loss,
     ParamsFunction,
     RuleOptions,
@@ -172,10 +158,9 @@ def hypergrad(
         Pedregosa, Hyperparameter optimization with approximate gradient, arXiv 1602.02355;
         Grazzi, Franceschi, Pontil and Salzo, arXiv 2006.16218.
     """
-    return _transform(
+    transform = _Transform(
         "hypergrad",
         _gradient,
-        inner_solver,
         outer_loss,
         (fixed_point, inner_loss, optimality),
         method,
@@ -183,6 +168,7 @@ def hypergrad(
         throw,
         compile,
     )
+    return transform if inner_solver is None else transform(inner_solver)
 
 
 @overload
@@ -262,10 +248,9 @@ def hypergrad_and_value(
         >>> fn(torch.tensor(4.0))
         (tensor(1.), tensor(1.))
     """
-    return _transform(
+    transform = _Transform(
         "hypergrad_and_value",
         _gradient_and_value,
-        inner_solver,
         outer_loss,
         (fixed_point, inner_loss, optimality),
         method,
@@ -273,6 +258,7 @@ def hypergrad_and_value(
         throw,
         compile,
     )
+    return transform if inner_solver is None else transform(inner_solver)
 
 
 @overload
@@ -356,18 +342,18 @@ def hypergrad_and_solution(
         >>> grads, solution.error_bound.bound
         (tensor(1.1000), tensor(0.1000))
     """
-    return _transform(
+    transform = _Transform(
         "hypergrad_and_solution",
         _gradient_and_solution,
-        inner_solver,
         outer_loss,
         (fixed_point, inner_loss, optimality),
         method,
         has_aux,
         throw,
         compile,
-        _check_error_bound(error_bound, method),
+        error_bound,
     )
+    return transform if inner_solver is None else transform(inner_solver)
 
 
 @overload
@@ -430,98 +416,86 @@ def implicit_diff(
     References:
         Blondel et al., Efficient and modular implicit differentiation, arXiv 2105.15183.
     """
-    method = resolve_method(method)
-    if inner_solver is None:
-        return functools.partial(
-            implicit_diff,
-            fixed_point=fixed_point,
-            inner_loss=inner_loss,
-            optimality=optimality,
-            method=method,
-            throw=throw,
-        )
-    if isinstance(method, StochasticAID) and method.outer_sampler is not None:
-        raise ValueError(
-            "implicit_diff: the method has an outer_sampler, but there is no outer loss here to "
-            "take minibatches of. Leave outer_sampler and num_outer_batches out"
-        )
-    rule = _make_rule(inner_solver, (fixed_point, inner_loss, optimality), method, throw)
-    return Transformed(
-        "implicit_diff", inner_solver, method, functools.partial(_solution_map, rule)
-    )
+    transform = _ImplicitDiff((fixed_point, inner_loss, optimality), method, throw)
+    return transform if inner_solver is None else transform(inner_solver)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Rule:
-    """An inner solver with the method that differentiates it and the condition that this needs."""
+class _Transform:
+    """A transform with all of its settings, which are checked before it gets an inner solver."""
 
-    inner_solver: Callable[..., Any]
-    condition: Condition | None
-    method: Any
-    throw: bool
-    bound: ErrorBound | None = None
-    compiler: Compiler | None = None
+    def __init__(
+        self,
+        name: str,
+        select: Callable[[bool, TensorTree, Solution], Any],
+        outer_loss: Any,
+        conditions: tuple[Any, Any, Any],
+        method: Any,
+        has_aux: bool,
+        throw: bool,
+        compile: bool | str,
+        error_bound: bool | ErrorBound = False,
+    ) -> None:
+        self.name = name
+        self.select = select
+        self.outer_loss = outer_loss
+        self.conditions = conditions
+        self.method = resolve_method(method)
+        self.has_aux = has_aux
+        self.throw = throw
+        self.backend = check_backend(compile)
+        self.bound = _check_error_bound(error_bound, self.method)
+        if self.backend is not None and not is_implicit(self.method):
+            raise ValueError(
+                f"{name}: compile={compile!r} compiles the adjoint's linear solve, and "
+                f"{self.method!r} has none. Leave compile out"
+            )
+        if outer_loss is None or not callable(outer_loss):
+            raise TypeError(
+                f"{name}: outer_loss is {outer_loss!r}; expected a function of (params, hparams, "
+                f"*args). Write {name}(inner_solver, outer_loss, ...) or, as a decorator, "
+                f"@{name}(outer_loss=..., ...)"
+            )
+
+    def __call__(self, inner_solver: InnerSolver) -> Transformed:
+        rule = make_rule(inner_solver, self.conditions, self.method, self.throw)
+        condition = rule.condition
+        if self.bound is not None and condition is not None:
+            self.bound.check(condition.kind)
+        compiler = None
+        if self.backend is not None:
+            functions = (condition.fn if condition else None, self.outer_loss)
+            compiler = Compiler(self.backend, "the adjoint", functions)
+        compute = Hypergradient(rule, self.outer_loss, self.has_aux, self.bound, compiler)
+        call = functools.partial(_call, compute, self.select)
+        return Transformed(self.name, inner_solver, self.method, call)
 
 
-def _transform(
-    name: str,
-    select: Callable[[bool, TensorTree, Solution], Any],
-    inner_solver: Any,
-    outer_loss: Any,
-    conditions: tuple[Any, Any, Any],
-    method: Any,
-    has_aux: bool,
-    throw: bool,
-    compile: bool | str = False,
-    bound: ErrorBound | None = None,
-) -> Any:
-    method = resolve_method(method)
-    backend = check_backend(compile)
-    if backend is not None and not is_implicit(method):
-        raise ValueError(
-            f"{name}: compile={compile!r} compiles the adjoint's linear solve, and {method!r} has "
-            f"none. Leave compile out"
-        )
-    if outer_loss is None or not callable(outer_loss):
-        raise TypeError(
-            f"{name}: outer_loss is {outer_loss!r}; expected a function of (params, hparams, "
-            f"*args). Write {name}(inner_solver, outer_loss, ...) or, as a decorator, "
-            f"@{name}(outer_loss=..., ...)"
-        )
-    if inner_solver is None:
-        return lambda solver: _transform(
-            name,
-            select,
-            _check_solver(solver),
-            outer_loss,
-            conditions,
-            method,
-            has_aux,
-            throw,
-            compile,
-            bound,
-        )
-    rule = _make_rule(inner_solver, conditions, method, throw, bound)
-    if backend is not None:
-        functions = (rule.condition.fn if rule.condition else None, outer_loss)
-        rule = dataclasses.replace(rule, compiler=Compiler(backend, "the adjoint", functions))
-    return Transformed(
-        name, inner_solver, method, functools.partial(_call, rule, select, outer_loss, has_aux)
-    )
+class _ImplicitDiff:
+    """`implicit_diff` with all of its settings, which are checked before it is used."""
+
+    def __init__(self, conditions: tuple[Any, Any, Any], method: Any, throw: bool) -> None:
+        self.conditions = conditions
+        self.method = resolve_method(method)
+        self.throw = throw
+
+    def __call__(self, inner_solver: InnerSolver) -> Transformed:
+        if isinstance(self.method, StochasticAID) and self.method.outer_sampler is not None:
+            raise ValueError(
+                "implicit_diff: the method has an outer_sampler, but there is no outer loss here "
+                "to take minibatches of. Leave outer_sampler and num_outer_batches out"
+            )
+        rule = make_rule(inner_solver, self.conditions, self.method, self.throw)
+        return Transformed("implicit_diff", inner_solver, self.method, rule.solution_map)
 
 
 def _call(
-    rule: _Rule,
+    compute: Hypergradient,
     select: Callable[[bool, TensorTree, Solution], Any],
-    outer_loss: Callable[..., Any],
-    has_aux: bool,
     hparams: TensorTree,
     *args: Any,
     adjoint_init: TensorTree = None,
 ) -> Any:
-    compute = _implicit_hypergrad if is_implicit(rule.method) else _iterative_hypergrad
-    grads, solution = compute(rule, outer_loss, has_aux, hparams, args, adjoint_init)
-    return select(has_aux, grads, solution)
+    return select(compute.has_aux, *compute(hparams, args, adjoint_init))
 
 
 def _gradient(has_aux: bool, grads: TensorTree, solution: Solution) -> Any:
@@ -536,27 +510,6 @@ def _gradient_and_solution(has_aux: bool, grads: TensorTree, solution: Solution)
     return grads, solution
 
 
-def _make_rule(
-    inner_solver: Any,
-    conditions: tuple[Any, Any, Any],
-    method: Any,
-    throw: bool,
-    bound: ErrorBound | None = None,
-) -> _Rule:
-    _check_solver(inner_solver)
-    condition = make_condition(inner_solver, *conditions)
-    if is_implicit(method) and condition is None:
-        raise ValueError(
-            f"method {method!r} needs to know what the inner solution satisfies; got none of "
-            f"fixed_point=, inner_loss=, optimality=. Pass one of them (or an inner solver made "
-            f"by hf.iterate or hf.minimize without minibatch inputs), or use an iterative method "
-            f"such as method='reverse_unroll'"
-        )
-    if bound is not None and condition is not None:
-        bound.check(condition.kind)
-    return _Rule(inner_solver, condition, method, throw, bound)
-
-
 def _check_error_bound(value: bool | ErrorBound, method: Any) -> ErrorBound | None:
     if value is False:
         return None
@@ -565,212 +518,9 @@ def _check_error_bound(value: bool | ErrorBound, method: Any) -> ErrorBound | No
             f"error_bound is {value!r}; expected True, False, or an object such as "
             f"hf.ErrorBound(contraction=0.9)"
         )
-    method = resolve_method(method)
     if not is_implicit(method) or isinstance(method, StochasticAID):
         raise ValueError(
             f"error_bound is for implicit methods with a deterministic linear solve, but the "
             f"method is {method!r}. Use one such as method='cg', or leave error_bound out"
         )
     return ErrorBound() if value is True else value
-
-
-def _check_solver(inner_solver: Any) -> Any:
-    if not callable(inner_solver):
-        raise TypeError(
-            f"the inner solver is {inner_solver!r}; expected a function (hparams, *args) -> params"
-        )
-    return inner_solver
-
-
-def _make_problem(rule: _Rule, arguments: Arguments) -> ImplicitProblem:
-    assert rule.condition is not None
-    refuse_captured_tensors(rule.inner_solver, "the inner solver")
-    refuse_captured_tensors(rule.condition.fn, rule.condition.kind)
-    if isinstance(rule.method, StochasticAID):
-        for name in ("sampler", "outer_sampler"):
-            refuse_captured_tensors(getattr(rule.method, name), name)
-    return ImplicitProblem(rule.inner_solver, rule.condition, rule.method, arguments, rule.throw)
-
-
-def _solution_map(rule: _Rule, hparams: TensorTree, *args: Any) -> TensorTree:
-    if not is_implicit(rule.method):
-        return rule.method.solution_map(rule.inner_solver)(hparams, *args)
-    arguments, theta, _ = Arguments.flatten(hparams, args)
-    problem = _make_problem(rule, arguments)
-    w = problem.solution(theta)
-    if torch.is_grad_enabled() and not _ad.is_tracked(theta):
-        problem.refuse_captured(w, theta)
-    assert problem.bound is not None
-    return _tree.unflatten(problem.bound.params_spec, w)
-
-
-def _implicit_hypergrad(
-    rule: _Rule,
-    outer_loss: Callable[..., Any],
-    has_aux: bool,
-    hparams: TensorTree,
-    args: tuple[Any, ...],
-    adjoint_init: TensorTree,
-) -> tuple[TensorTree, Solution]:
-    arguments, theta, hparams_spec = Arguments.flatten(hparams, args)
-    problem = _make_problem(rule, arguments)
-    w = problem.solution(theta)
-    assert problem.bound is not None
-    params_spec = problem.bound.params_spec
-
-    x0 = None
-    if adjoint_init is not None:
-        start, start_spec = _tree.flatten(adjoint_init)
-        try:
-            _tree.check_like(start, start_spec, w, params_spec, "adjoint_init", "params")
-        except ValueError as error:
-            if not _ad.transforms_active():
-                raise
-            raise ValueError(
-                f"{error}. If it is stacked: vmap maps no keywords, so write "
-                f"vmap(lambda h, start: fn(h, adjoint_init=start))(hparams, start)"
-            ) from None
-        x0 = tuple(start)
-
-    differentiate = _differentiate
-    if rule.compiler is not None and applies((*w, *theta)):
-        differentiate = _differentiate_compiled
-    value, aux, u, stats, grads = differentiate(rule, outer_loss, has_aux, problem, w, theta, x0)
-    if rule.throw:
-        raise_unless_finite_gradient(grads, hparams_spec)
-    solution = Solution(
-        params=_tree.unflatten(params_spec, w),
-        value=value,
-        aux=aux,
-        adjoint=_tree.unflatten(params_spec, u),
-        stats=stats,
-        error_bound=_bound_error(rule, outer_loss, has_aux, problem, w, theta, u),
-    )
-    return _tree.unflatten(hparams_spec, grads), solution
-
-
-def _differentiate(
-    rule: _Rule,
-    outer_loss: Callable[..., Any],
-    has_aux: bool,
-    problem: ImplicitProblem,
-    w: Leaves,
-    theta: Leaves,
-    x0: Leaves | None,
-) -> tuple[Tensor, Any, Leaves, SolveStats, Leaves]:
-    """Outer value and aux, the adjoint with its statistics, and the hypergradient."""
-    is_stochastic = isinstance(rule.method, StochasticAID)
-    value, aux, gradient = mean_outer_gradient(
-        rule.method.outer_losses(outer_loss) if is_stochastic else [outer_loss],
-        has_aux,
-        problem,
-        w,
-        theta,
-    )
-    dw, dh = gradient[: len(w)], gradient[len(w) :]
-    wrt = tuple(range(problem.arguments.num_hparams))
-    linearization = problem.linearize(w, theta, wrt)
-    u, stats = problem.adjoint(linearization, w, theta, dw, x0)
-    grads = _tree.add(dh, cross_term(problem, linearization, w, theta, wrt, u))
-    return value, aux, u, stats, grads
-
-
-def _differentiate_compiled(
-    rule: _Rule,
-    outer_loss: Callable[..., Any],
-    has_aux: bool,
-    problem: ImplicitProblem,
-    w: Leaves,
-    theta: Leaves,
-    x0: Leaves | None,
-) -> tuple[Tensor, Any, Leaves, SolveStats, Leaves]:
-    """`_differentiate`, compiled; where it fails is told afterwards."""
-    assert rule.compiler is not None
-    assert problem.bound is not None
-    refuse_captured_tensors(outer_loss, "outer_loss")
-    quiet = dataclasses.replace(problem, throw=False)
-    n, m = len(w), len(theta)
-
-    def compute(*operands: Tensor) -> Any:
-        w, theta, start = operands[:n], operands[n : n + m], operands[n + m :]
-        return _differentiate(rule, outer_loss, has_aux, quiet, w, theta, start or None)
-
-    arguments = problem.arguments
-    key = (problem.bound.params_spec, arguments.spec, arguments.leaves, arguments.num_hparams)
-    result = rule.compiler.call(compute, key, rule.compiler.read(), (*w, *theta, *(x0 or ())))
-    value, aux, u, stats, grads = result
-    if rule.throw:
-        raise_on_failure(stats, rule.method)
-    return value, aux, u, stats, grads
-
-
-def _bound_error(
-    rule: _Rule,
-    outer_loss: Callable[..., Any],
-    has_aux: bool,
-    problem: ImplicitProblem,
-    w: Leaves,
-    theta: Leaves,
-    u: Leaves,
-) -> Any:
-    if rule.bound is None:
-        return ()
-    bound = problem.bound
-    assert bound is not None
-    outer, n = OuterLoss(outer_loss, has_aux), len(w)
-
-    def value(*leaves: Tensor) -> Tensor:
-        params = _tree.unflatten(bound.params_spec, leaves[:n])
-        return outer(params, *problem.arguments.unflatten(leaves[n:]))[0][0]
-
-    detached = (_ad.detach(leaves) for leaves in (w, theta, u))
-    return error_bound(rule.bound, bound, value, *detached)
-
-
-def _iterative_hypergrad(
-    rule: _Rule,
-    outer_loss: Callable[..., Any],
-    has_aux: bool,
-    hparams: TensorTree,
-    args: tuple[Any, ...],
-    adjoint_init: TensorTree,
-) -> tuple[TensorTree, Solution]:
-    if adjoint_init is not None:
-        raise ValueError(
-            f"adjoint_init has no meaning for {rule.method!r}, which solves no linear system. "
-            f"Leave it out, or use an implicit method such as method='cg'"
-        )
-    arguments, theta, hparams_spec = Arguments.flatten(hparams, args)
-    refuse_captured_tensors(rule.inner_solver, "the inner solver")
-    solution_map = rule.method.solution_map(rule.inner_solver)
-    outer = OuterLoss(outer_loss, has_aux)
-    params_specs: list[_tree.TreeSpec] = []
-
-    def value_and_aux(*leaves: Tensor) -> tuple[Leaves, Leaves]:
-        hparams_and_args = arguments.unflatten(leaves)
-        params = solution_map(*hparams_and_args)
-        w, spec = flatten_params(params)
-        params_specs[:] = [spec]
-        outputs, aux = outer(params, *hparams_and_args)
-        return outputs, (*w, *aux)
-
-    linearized = _ad.Linearization(
-        value_and_aux, theta, (tuple(range(arguments.num_hparams)),), has_aux=True
-    )
-    outer.refuse_captured(linearized)
-    (value,) = linearized.outputs
-    grads = linearized.pull((torch.ones_like(value),))
-    (params_spec,) = params_specs
-    n = params_spec.num_leaves
-    w = linearized.aux[:n]
-    if rule.throw:
-        raise_unless_finite(w, params_spec)
-        raise_unless_finite_gradient(grads, hparams_spec)
-    solution = Solution(
-        params=_tree.unflatten(params_spec, w),
-        value=value,
-        aux=outer.unflatten_aux(linearized.aux[n:]),
-        adjoint=(),
-        stats=(),
-    )
-    return _tree.unflatten(hparams_spec, grads), solution

@@ -1,0 +1,230 @@
+"""What the transforms compute: a hypergradient, by the implicit formula or through the steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperfunc import _ad, _tree
+from hyperfunc._closures import refuse_captured_tensors
+from hyperfunc._compile import Compiler, applies
+from hyperfunc._conditions import Arguments, Condition, make_condition
+from hyperfunc._error_bound import ErrorBound, error_bound
+from hyperfunc._implicit import (
+    ImplicitProblem,
+    cross_term,
+    flatten_params,
+    raise_on_failure,
+    raise_unless_finite,
+    raise_unless_finite_gradient,
+)
+from hyperfunc._methods import is_implicit
+from hyperfunc._outer import OuterLoss, mean_outer_gradient
+from hyperfunc._results import Solution, SolveStats
+from hyperfunc._types import Leaves, TensorTree
+from hyperfunc.linear_solvers import StochasticAID
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
+    """An inner solver with the method that differentiates it and the condition that this needs."""
+
+    inner_solver: Callable[..., Any]
+    condition: Condition | None
+    method: Any
+    throw: bool
+
+    def make_problem(self, arguments: Arguments) -> ImplicitProblem:
+        assert self.condition is not None
+        refuse_captured_tensors(self.inner_solver, "the inner solver")
+        refuse_captured_tensors(self.condition.fn, self.condition.kind)
+        if isinstance(self.method, StochasticAID):
+            for name in ("sampler", "outer_sampler"):
+                refuse_captured_tensors(getattr(self.method, name), name)
+        return ImplicitProblem(
+            self.inner_solver, self.condition, self.method, arguments, self.throw
+        )
+
+    def solution_map(self, hparams: TensorTree, *args: Any) -> TensorTree:
+        """The inner solution, with this rule as its derivative."""
+        if not is_implicit(self.method):
+            return self.method.solution_map(self.inner_solver)(hparams, *args)
+        arguments, theta, _ = Arguments.flatten(hparams, args)
+        problem = self.make_problem(arguments)
+        w = problem.solution(theta)
+        if torch.is_grad_enabled() and not _ad.is_tracked(theta):
+            problem.refuse_captured(w, theta)
+        assert problem.bound is not None
+        return _tree.unflatten(problem.bound.params_spec, w)
+
+
+def make_rule(
+    inner_solver: Any, conditions: tuple[Any, Any, Any], method: Any, throw: bool
+) -> Rule:
+    if not callable(inner_solver):
+        raise TypeError(
+            f"the inner solver is {inner_solver!r}; expected a function (hparams, *args) -> params"
+        )
+    condition = make_condition(inner_solver, *conditions)
+    if is_implicit(method) and condition is None:
+        raise ValueError(
+            f"method {method!r} needs to know what the inner solution satisfies; got none of "
+            f"fixed_point=, inner_loss=, optimality=. Pass one of them (or an inner solver made "
+            f"by hf.iterate or hf.minimize without minibatch inputs), or use an iterative method "
+            f"such as method='reverse_unroll'"
+        )
+    return Rule(inner_solver, condition, method, throw)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hypergradient:
+    """The hypergradient of an outer loss by a rule, and the `Solution` that it came from."""
+
+    rule: Rule
+    outer_loss: Callable[..., Any]
+    has_aux: bool
+    bound: ErrorBound | None
+    compiler: Compiler | None
+
+    def __call__(
+        self, hparams: TensorTree, args: tuple[Any, ...], adjoint_init: TensorTree
+    ) -> tuple[TensorTree, Solution]:
+        compute = self._implicit if is_implicit(self.rule.method) else self._iterative
+        return compute(hparams, args, adjoint_init)
+
+    def _implicit(
+        self, hparams: TensorTree, args: tuple[Any, ...], adjoint_init: TensorTree
+    ) -> tuple[TensorTree, Solution]:
+        arguments, theta, hparams_spec = Arguments.flatten(hparams, args)
+        problem = self.rule.make_problem(arguments)
+        w = problem.solution(theta)
+        assert problem.bound is not None
+        params_spec = problem.bound.params_spec
+
+        x0 = None
+        if adjoint_init is not None:
+            start, start_spec = _tree.flatten(adjoint_init)
+            try:
+                _tree.check_like(start, start_spec, w, params_spec, "adjoint_init", "params")
+            except ValueError as error:
+                if not _ad.transforms_active():
+                    raise
+                raise ValueError(
+                    f"{error}. If it is stacked: vmap maps no keywords, so write "
+                    f"vmap(lambda h, start: fn(h, adjoint_init=start))(hparams, start)"
+                ) from None
+            x0 = tuple(start)
+
+        differentiate = self._differentiate
+        if self.compiler is not None and applies((*w, *theta)):
+            differentiate = self._differentiate_compiled
+        value, aux, u, stats, grads = differentiate(problem, w, theta, x0)
+        if self.rule.throw:
+            raise_unless_finite_gradient(grads, hparams_spec)
+        solution = Solution(
+            params=_tree.unflatten(params_spec, w),
+            value=value,
+            aux=aux,
+            adjoint=_tree.unflatten(params_spec, u),
+            stats=stats,
+            error_bound=self._bound_error(problem, w, theta, u),
+        )
+        return _tree.unflatten(hparams_spec, grads), solution
+
+    def _differentiate(
+        self, problem: ImplicitProblem, w: Leaves, theta: Leaves, x0: Leaves | None
+    ) -> tuple[Tensor, Any, Leaves, SolveStats, Leaves]:
+        """Outer value and aux, the adjoint with its statistics, and the hypergradient."""
+        method, losses = self.rule.method, [self.outer_loss]
+        if isinstance(method, StochasticAID):
+            losses = method.outer_losses(self.outer_loss)
+        value, aux, gradient = mean_outer_gradient(losses, self.has_aux, problem, w, theta)
+        dw, dh = gradient[: len(w)], gradient[len(w) :]
+        wrt = tuple(range(problem.arguments.num_hparams))
+        linearization = problem.linearize(w, theta, wrt)
+        u, stats = problem.adjoint(linearization, w, theta, dw, x0)
+        grads = _tree.add(dh, cross_term(problem, linearization, w, theta, wrt, u))
+        return value, aux, u, stats, grads
+
+    def _differentiate_compiled(
+        self, problem: ImplicitProblem, w: Leaves, theta: Leaves, x0: Leaves | None
+    ) -> tuple[Tensor, Any, Leaves, SolveStats, Leaves]:
+        """`_differentiate`, compiled; where it fails is told afterwards."""
+        assert self.compiler is not None
+        assert problem.bound is not None
+        refuse_captured_tensors(self.outer_loss, "outer_loss")
+        quiet = dataclasses.replace(problem, throw=False)
+        n, m = len(w), len(theta)
+
+        def compute(*operands: Tensor) -> Any:
+            w, theta, start = operands[:n], operands[n : n + m], operands[n + m :]
+            return self._differentiate(quiet, w, theta, start or None)
+
+        arguments = problem.arguments
+        key = (problem.bound.params_spec, arguments.spec, arguments.leaves, arguments.num_hparams)
+        result = self.compiler.call(compute, key, self.compiler.read(), (*w, *theta, *(x0 or ())))
+        value, aux, u, stats, grads = result
+        if self.rule.throw:
+            raise_on_failure(stats, self.rule.method)
+        return value, aux, u, stats, grads
+
+    def _bound_error(self, problem: ImplicitProblem, w: Leaves, theta: Leaves, u: Leaves) -> Any:
+        if self.bound is None:
+            return ()
+        bound = problem.bound
+        assert bound is not None
+        outer, n = OuterLoss(self.outer_loss, self.has_aux), len(w)
+
+        def value(*leaves: Tensor) -> Tensor:
+            params = _tree.unflatten(bound.params_spec, leaves[:n])
+            return outer(params, *problem.arguments.unflatten(leaves[n:]))[0][0]
+
+        detached = (_ad.detach(leaves) for leaves in (w, theta, u))
+        return error_bound(self.bound, bound, value, *detached)
+
+    def _iterative(
+        self, hparams: TensorTree, args: tuple[Any, ...], adjoint_init: TensorTree
+    ) -> tuple[TensorTree, Solution]:
+        if adjoint_init is not None:
+            raise ValueError(
+                f"adjoint_init has no meaning for {self.rule.method!r}, which solves no linear "
+                f"system. Leave it out, or use an implicit method such as method='cg'"
+            )
+        arguments, theta, hparams_spec = Arguments.flatten(hparams, args)
+        refuse_captured_tensors(self.rule.inner_solver, "the inner solver")
+        solution_map = self.rule.method.solution_map(self.rule.inner_solver)
+        outer = OuterLoss(self.outer_loss, self.has_aux)
+        params_specs: list[_tree.TreeSpec] = []
+
+        def value_and_aux(*leaves: Tensor) -> tuple[Leaves, Leaves]:
+            hparams_and_args = arguments.unflatten(leaves)
+            params = solution_map(*hparams_and_args)
+            w, spec = flatten_params(params)
+            params_specs[:] = [spec]
+            outputs, aux = outer(params, *hparams_and_args)
+            return outputs, (*w, *aux)
+
+        linearized = _ad.Linearization(
+            value_and_aux, theta, (tuple(range(arguments.num_hparams)),), has_aux=True
+        )
+        outer.refuse_captured(linearized)
+        (value,) = linearized.outputs
+        grads = linearized.pull((torch.ones_like(value),))
+        (params_spec,) = params_specs
+        n = params_spec.num_leaves
+        w = linearized.aux[:n]
+        if self.rule.throw:
+            raise_unless_finite(w, params_spec)
+            raise_unless_finite_gradient(grads, hparams_spec)
+        solution = Solution(
+            params=_tree.unflatten(params_spec, w),
+            value=value,
+            aux=outer.unflatten_aux(linearized.aux[n:]),
+            adjoint=(),
+            stats=(),
+        )
+        return _tree.unflatten(hparams_spec, grads), solution
