@@ -314,6 +314,17 @@ def is_first_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def in_any_process(flag: bool) -> bool:
+    """Whether a flag is set in one of the processes, so that all of them stop with it."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor([flag], dtype=torch.int32)
+    if dist.get_backend() == "nccl":
+        flags = flags.cuda()
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
 # --- A run ------------------------------------------------------------------------------------
 
 CHECKPOINT = "checkpoint.pt"
@@ -374,7 +385,7 @@ class Run:
                 due = self.iteration % every == 0 or self.iteration == args.iterations
                 if due and self.iteration not in (entry["iteration"] for entry in self.history):
                     self._validate(validation)
-                if interrupted or self.iteration == args.iterations:
+                if in_any_process(bool(interrupted)) or self.iteration == args.iterations:
                     break
                 yield self._sample(self.data.train, args.tasks, self.generator)
                 self.iteration += 1
@@ -482,8 +493,12 @@ class Run:
             setattr(self, name, state[name])
 
     def _exit(self, message: str) -> None:
-        words = [word for word in sys.argv if word != "--resume"]
-        print(f"\n{message} Go on with:\n  python {shlex.join([*words, '--resume'])}")
+        if is_first_process():
+            words = [word for word in sys.argv if word != "--resume"]
+            launcher = "python"
+            if dist.is_torchelastic_launched():
+                launcher = f"torchrun --standalone --nproc-per-node {dist.get_world_size()}"
+            print(f"\n{message} Go on with:\n  {launcher} {shlex.join([*words, '--resume'])}")
         raise SystemExit(130)
 
 

@@ -97,6 +97,17 @@ class Layout:
             for leaf, placements in zip(x, self.placements, strict=True)
         )
 
+    def stacked(self) -> Layout:
+        """The layout of vectors like these with one more dimension before the others."""
+        shard = _tensor_module().Shard
+        return Layout(
+            self.mesh,
+            tuple(
+                p and tuple(shard(q.dim + 1) if q.is_shard() else q for q in p)
+                for p in self.placements
+            ),
+        )
+
     def wrap(self, parts: Iterable[Tensor], like: Leaves) -> Leaves:
         """The inverse of `local`, for vectors of the shapes of another."""
         from_local = _tensor_module().DTensor.from_local

@@ -1,10 +1,13 @@
 """Fixtures that the tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests import ranks
 
 
 @pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
@@ -22,3 +25,17 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.fail(f"HYPERFUNC_DATA is {str(path)!r}, which is not a folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[ranks.Ranks]:
+    """Two ranks, which start with the first test that needs them."""
+    with ranks.running(2) as two:
+        yield two
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[ranks.Ranks]:
+    """Four ranks, on more cores or on fewer."""
+    with ranks.running(4) as processes:
+        yield processes

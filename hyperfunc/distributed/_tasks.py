@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -14,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hyperfunc import _ad, _sharding, _tree
-from hyperfunc._implicit import HypergradError
 from hyperfunc._results import Solution
 from hyperfunc._types import Leaves, TensorTree
+from hyperfunc.distributed._ranks import Ranks, checksum
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 
@@ -38,11 +36,16 @@ def task_parallel(
     the mean over all tasks, however unevenly they are spread, or the sum. The numbers are those of
     one process up to the order of summation.
 
-    A call takes a collective of a few integers, by which the ranks tell each other how many tasks
-    they have and whether all went well; one all-reduce for each dtype of ``hparams``, of all leaves
-    flattened; and, for what else ``fn`` returns, one all-gather for each dtype. Half precision is
-    summed in float32. Without an initialised process group this is a world of one, and nothing is
-    sent.
+    A call takes two collectives of a few integers, before and after the tasks, by which the ranks
+    tell each other how many tasks they have and whether all is well; one all-reduce for each dtype
+    of ``hparams``, of all leaves flattened; and, for what else ``fn`` returns, one all-gather for
+    each dtype. Half precision is summed in float32. Without an initialised process group this is a
+    world of one, and nothing is sent.
+
+    ``hparams`` may hold DTensors, over ranks that adapt the same tasks: with a mesh of dimensions
+    ``tasks`` and ``shard``, distribute them over ``mesh["shard"]``, and share the tasks by
+    ``group=mesh["tasks"].get_group()``. ``fn`` returns hypergradients that are DTensors too. What
+    else it returns is gathered whole.
 
     Args:
         fn: ``(hparams, tasks, *args) -> hypergradients`` or ``(hypergradients, rest)``, a function
@@ -51,7 +54,7 @@ def task_parallel(
             ``torch.func.vmap(adapt, in_dims=(None, 0))`` is for an ``adapt`` made by
             `hyperfunc.hypergrad`, `hypergrad_and_value` or `hypergrad_and_solution`.
         group: the ranks that take part; by default all. Each of them has to make the call, with
-            the same ``hparams``.
+            the same ``hparams`` and ``args``.
         reduce: ``"mean"`` or ``"sum"`` of the hypergradients over all tasks, or None for those of
             each task, gathered like ``rest``.
         chunk_size: call ``fn`` with so many tasks at a time, >= 1, and add up a chunk's
@@ -68,11 +71,15 @@ def task_parallel(
 
     Raises:
         ValueError: for a ``reduce`` or ``chunk_size`` not listed above; when called, inside a
-            ``torch.func`` transform, with DTensors as ``hparams``, with no tasks on any rank, or
-            where ranks return something else beside the hypergradients than others do.
-        HypergradError: when called, on every rank and with the same text, if ``fn`` raised or
-            returned a hypergradient that is not finite on one of them. The text names the rank
-            and the task, which is found by calling ``fn`` with one task at a time.
+            ``torch.func`` transform, with no tasks on any rank, with DTensors over ranks that have
+            different tasks, or, on every rank, where one was called otherwise than another: with
+            another structure, dtype, or shape of ``hparams``, other arguments, or where ``fn``
+            returns something else beside the hypergradients.
+        HypergradError: when called, on every rank and with the same text, if the arguments of one
+            of them are of no use, or ``fn`` raised there, or returned a hypergradient that is not
+            finite. The text names the rank and the task, which is found by calling ``fn`` with one
+            task at a time. With ``chunk_size``, no rank goes on for more than a chunk. A rank that
+            is to end, by Ctrl-C or an exit in ``fn``, raises that itself, and the others this.
 
     Example:
         >>> def adapt(m, task):  # min_w (w - task)^2 + (w - m)^2, and then (w - 1)^2
@@ -102,28 +109,39 @@ def task_parallel(
         )
 
     def call(hparams: TensorTree, tasks: TensorTree, *args: Any) -> Any:
-        flat = _Flat(*_check_hparams(hparams))
-        ranks = _Ranks(group, flat.device)
-        share = _Share(fn, flat, reduce, tasks, args)
-        pending = []
+        if _ad.transforms_active():
+            raise ValueError(
+                "task_parallel was called inside a torch.func transform, which cannot see what "
+                "other processes do. Put it into fn, as in fn = torch.func.vmap(adapt, "
+                "in_dims=(None, 0))"
+            )
+        ranks = Ranks(group)
+        share = _Share(fn, reduce, hparams, tasks, args)
+        counts = share.agree_on_inputs(ranks, (reduce, chunk_size))
+        total = _Total(share.zeros())
         if chunk_size is None:
-            share.adapt(slice(0, share.count))
+            sums = share.adapt(slice(0, share.count))
         else:
             # every rank takes part in as many sums as the one with the most chunks
-            for start in range(0, ranks.largest(share.count), chunk_size):
+            for start in range(0, max(counts), chunk_size):
                 sums = share.adapt(slice(start, min(start + chunk_size, share.count)))
-                pending.append([ranks.start_sum(part) for part in sums])
-        counts = ranks.agree(share)
+                total.add_pending()
+                if total.failed:
+                    break
+                total.start(ranks, sums, failed=share.error is not None)
+        share.agree_on_results(ranks, counts)
         if chunk_size is None:
-            pending.append([ranks.start_sum(part) for part in share.sums])
-        gathered, rest_spec = ranks.gather(share, counts)
+            total.start(ranks, sums)
+        gathered, rest_spec = share.gather(ranks, counts)
         if reduce is None:
-            num = len(flat.like)
-            grads, gathered = tuple(gathered[:num]), gathered[num:]
+            num = len(share.flat.like)
+            grads = share.flat.wrap_tasks(gathered[:num])
+            gathered = gathered[num:]
         else:
-            totals = [sum(wait() for wait in waits) for waits in zip(*pending, strict=True)]
-            grads = flat.restore(totals, 1 / sum(counts) if reduce == "mean" else 1.0)
-        hypergradients = _tree.unflatten(flat.spec, grads)
+            total.add_pending()
+            factor = 1 / sum(counts) if reduce == "mean" else 1.0
+            grads = share.flat.restore(total.sums, factor)
+        hypergradients = _tree.unflatten(share.flat.spec, grads)
         if rest_spec is None:
             return hypergradients
         return hypergradients, share.with_own(_tree.unflatten(rest_spec, gathered))
@@ -150,39 +168,84 @@ def local_tasks(tasks: TensorTree, *, group: dist.ProcessGroup | None = None) ->
         torch.Size([5, 2])
     """
     count = _count_tasks(tasks)
-    ranks = _Ranks(group, torch.device("cpu"))
+    ranks = Ranks(group)
     start, stop = (rank * count // ranks.size for rank in (ranks.rank, ranks.rank + 1))
     return _tree.tree_map(lambda leaf: leaf[start:stop], tasks)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Flat:
-    """How trees like hparams become one vector for each dtype, in which they are summed."""
+    """How trees like hparams become one vector for each dtype, in which they are summed.
+
+    Of DTensors, it is what this rank holds of them.
+    """
 
     like: Leaves
     spec: _tree.TreeSpec
 
+    @staticmethod
+    def make(hparams: TensorTree) -> _Flat:
+        leaves, spec = _tree.flatten_floating(hparams, "hparams")
+        return _Flat(_ad.detach(leaves), spec)
+
     @property
-    def device(self) -> torch.device:
-        return self.like[0].device
+    def layout(self) -> _sharding.Layout | None:
+        return _sharding.layout_of(self.like)
+
+    def local(self, leaves: Leaves) -> Leaves:
+        return leaves if self.layout is None else self.layout.local(leaves)
+
+    def local_tasks(self, leaves: Leaves) -> Leaves:
+        """What this rank holds of leaves with a first dimension for tasks."""
+        return leaves if self.layout is None else self.layout.stacked().local(leaves)
+
+    def wrap_tasks(self, parts: Sequence[Tensor]) -> Leaves:
+        """The inverse of `local_tasks`."""
+        if self.layout is None:
+            return tuple(parts)
+        like = tuple(
+            torch.empty(len(part), *leaf.shape, device="meta")
+            for part, leaf in zip(parts, self.like, strict=True)
+        )
+        return self.layout.stacked().wrap(parts, like)
+
+    def first_nonfinite(self, leaves: Leaves) -> tuple[str, int] | None:
+        """The path and the task of an entry that is NaN or Inf, the same on all ranks that share.
+
+        Of the first leaf that has one, the first task.
+        """
+        bad = torch.stack(
+            [
+                torch.isfinite(part.detach()).reshape(len(part), -1).all(1).logical_not()
+                for part in self.local_tasks(leaves)
+            ]
+        )
+        if self.layout is not None:
+            bad = self.layout.sum(bad.int()) > 0
+        if not bad.any():
+            return None
+        leaf, task = bad.nonzero()[0].tolist()
+        return _tree.paths(self.spec, "hparams")[leaf], task
 
     def zeros(self) -> list[Tensor]:
-        return self.flatten([torch.zeros_like(leaf, requires_grad=False) for leaf in self.like])
+        return self.flatten([torch.zeros_like(leaf) for leaf in self.local(self.like)])
 
     def flatten(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        device = leaves[0].device
         return [
-            torch.cat([leaves[i].to(self.device, dtype).reshape(-1) for i in indices])
+            torch.cat([leaves[i].to(device, dtype).reshape(-1) for i in indices])
             for dtype, indices in self._groups().items()
         ]
 
-    def restore(self, vectors: Sequence[Any], factor: float) -> Leaves:
+    def restore(self, vectors: Sequence[Tensor], factor: float) -> Leaves:
         result: dict[int, Tensor] = {}
+        like = self.local(self.like)
         for indices, vector in zip(self._groups().values(), vectors, strict=True):
-            parts = torch.split(factor * vector, [self.like[i].numel() for i in indices])
+            parts = torch.split(factor * vector, [like[i].numel() for i in indices])
             for i, part in zip(indices, parts, strict=True):
-                leaf = self.like[i]
-                result[i] = part.reshape(leaf.shape).to(leaf.device, leaf.dtype)
-        return tuple(result[i] for i in range(len(self.like)))
+                result[i] = part.reshape(like[i].shape).to(like[i].device, like[i].dtype)
+        leaves = tuple(result[i] for i in range(len(like)))
+        return leaves if self.layout is None else self.layout.wrap(leaves, self.like)
 
     def _groups(self) -> dict[torch.dtype, list[int]]:
         groups: dict[torch.dtype, list[int]] = {}
@@ -191,43 +254,139 @@ class _Flat:
         return groups
 
 
+class _Total:
+    """Sums over chunks and ranks, of which one is under way while the next chunk is adapted."""
+
+    def __init__(self, zeros: list[Tensor]) -> None:
+        self.sums, self.failed = zeros, False
+        self._pending: list[Callable[[], Tensor]] = []
+
+    def start(self, ranks: Ranks, sums: list[Tensor], failed: bool = False) -> None:
+        """Start to sum over the ranks; whether one has failed goes along with the first."""
+        sent = [torch.cat([part, part.new_full((1,), failed)]) for part in sums[:1]] + sums[1:]
+        self._pending = [ranks.start_sum(part) for part in sent]
+
+    def add_pending(self) -> None:
+        """Wait for what was started, and add it."""
+        if self._pending:
+            first, *others = (wait() for wait in self._pending)
+            self.failed = bool(first[-1] != 0)
+            parts = [first[:-1], *others]
+            self.sums = [total + part for total, part in zip(self.sums, parts, strict=True)]
+        self._pending = []
+
+
 class _Share:
     """The tasks of this rank: what came of them, or why nothing did."""
 
     def __init__(
         self,
         fn: Callable[..., Any],
-        flat: _Flat,
         reduce: Reduction | None,
+        hparams: TensorTree,
         tasks: TensorTree,
         args: tuple[Any, ...],
     ) -> None:
-        self._fn, self._flat, self._reduce = fn, flat, reduce
+        self._fn, self._reduce = fn, reduce
         self._tasks, self._args = tasks, args
         self._own: list[tuple[TensorTree, TensorTree]] = []
         self._parts: list[Leaves] = []
         self.rest_spec: _tree.TreeSpec | None = None
-        self.sums: list[Tensor] = [] if reduce is None else flat.zeros()
-        self.count, self.failed_task = 0, -1
-        self.error: Exception | None = None
+        self.count, self._failed_task = 0, -1
+        self.error: BaseException | None = None
         try:
+            self.flat = _Flat.make(hparams)
             self.count = _count_tasks(tasks)
-        except Exception as error:
+        except BaseException as error:
             self.error = error
+
+    def agree_on_inputs(self, ranks: Ranks, settings: tuple[Any, ...]) -> list[int]:
+        """The numbers of tasks on the ranks, or the same error on all if one was called amiss."""
+        if self.error is None:
+            try:
+                _check_apart(self.flat, ranks)
+            except ValueError as error:
+                self.error = error
+        described: dict[str, list[str]] = {}
+        if self.error is None and ranks.size > 1:
+            described = {
+                "reduce and chunk_size": [repr(settings)],
+                "hparams": _describe(self.flat.like, self.flat.spec, "hparams", shapes=True),
+                "further arguments": _describe(*_tree.flatten(self._args), "args"),
+                "tasks": _describe(*_tree.flatten(self._tasks), "tasks"),
+            }
+        sums = [checksum(repr(lines)) for lines in described.values()] or [0] * 4
+        rows = ranks.agree("task_parallel", self.error, (self.count, *sums))
+        counts = [row[0] for row in rows]
+        busy = [rank for rank, count in enumerate(counts) if count]
+        if not busy:
+            raise ValueError("task_parallel: no rank has a task. Pass at least one in all")
+        for index, (what, lines) in enumerate(described.items(), 1):
+            among = busy if what == "tasks" else list(range(ranks.size))
+            ranks.compare("task_parallel", what, lines, [row[index] for row in rows], among)
+        return counts
+
+    def agree_on_results(self, ranks: Ranks, counts: list[int]) -> None:
+        """Raise the same error on all ranks if one has failed, or has other results."""
+
+        def where(rank: int, rows: list[list[int]]) -> str:
+            task = rows[rank][0]
+            number = sum(counts[:rank]) + task
+            return f" at its task {task}, number {number} of {sum(counts)}" if task >= 0 else ""
+
+        kinds = [(part.dtype, part.shape[1:]) for part in self._all_parts()]
+        rows = ranks.agree(
+            "task_parallel",
+            self.error,
+            (self._failed_task, checksum(repr((self.rest_spec, kinds)))),
+            where,
+        )
+        busy = [rank for rank, count in enumerate(counts) if count]
+        for rank in busy:
+            if rows[rank][1] != rows[busy[0]][1]:
+                raise ValueError(
+                    f"task_parallel: fn returned something else beside the hypergradients on rank "
+                    f"{rank} than on rank {busy[0]}; expected the same structure, dtypes and "
+                    f"shapes, but for the number of tasks"
+                )
+
+    def zeros(self) -> list[Tensor]:
+        """What `adapt` returns where there is nothing to add."""
+        return [] if self._reduce is None else self.flat.zeros()
 
     def adapt(self, chunk: slice) -> list[Tensor]:
         """Adapt some tasks; returns the sums of their hypergradients, zeros after a failure."""
-        sums = [torch.zeros_like(total) for total in self.sums]
         if self.error is None and chunk.start < chunk.stop:
             try:
-                sums = self._adapt(chunk)
-            except Exception as error:
-                self.error, self.failed_task = self._locate(error, chunk)
-            else:
-                self.sums = [total + part for total, part in zip(self.sums, sums, strict=True)]
-        return sums
+                return self._adapt(chunk)
+            except BaseException as error:
+                self._note(error, chunk)
+        return self.zeros()
 
-    def parts(self) -> list[Tensor]:
+    def gather(self, ranks: Ranks, counts: list[int]) -> tuple[list[Tensor], _tree.TreeSpec | None]:
+        """What the ranks have for each of their tasks, put together, and its structure."""
+        parts, spec = self._all_parts(), self.rest_spec
+        if 0 in counts:  # a rank without tasks does not know what fn returns
+            kinds = [(part.dtype, tuple(part.shape[1:])) for part in parts]
+            busy = next(rank for rank, count in enumerate(counts) if count)
+            spec, kinds = ranks.from_rank(busy, (spec, kinds))
+            if not self.count:
+                parts = [torch.empty((0, *shape), dtype=dtype) for dtype, shape in kinds]
+        device = self.flat.like[0].device
+        result: dict[int, Tensor] = {}
+        for dtype in dict.fromkeys(part.dtype for part in parts):
+            indices = [i for i, part in enumerate(parts) if part.dtype == dtype]
+            sizes = [math.prod(parts[i].shape[1:]) for i in indices]
+            columns = [
+                parts[i].reshape(self.count, n).to(device)
+                for i, n in zip(indices, sizes, strict=True)
+            ]
+            rows = ranks.gather_rows(torch.cat(columns, 1), counts)
+            for i, column in zip(indices, torch.split(rows, sizes, 1), strict=True):
+                result[i] = column.reshape(-1, *parts[i].shape[1:]).to(parts[i].device)
+        return [result[i] for i in range(len(parts))], spec
+
+    def _all_parts(self) -> list[Tensor]:
         """What is to be gathered, for all tasks of this rank."""
         return [torch.cat(chunks) for chunks in zip(*self._parts, strict=True)]
 
@@ -244,20 +403,22 @@ class _Share:
     def _adapt(self, chunk: slice) -> list[Tensor]:
         count = chunk.stop - chunk.start
         grads, leaves, spec, own = self._split(self._call(chunk), count)
-        for leaf, path in zip(grads, _tree.paths(self._flat.spec, "hparams"), strict=True):
-            finite = torch.isfinite(leaf.detach()).reshape(count, -1).all(1)
-            if not finite.all():
-                raise _NonfiniteError(path, int(finite.logical_not().nonzero()[0]))
-        self._parts.append(_ad.detach((*grads, *leaves) if self._reduce is None else leaves))
+        nonfinite = self.flat.first_nonfinite(grads)
+        if nonfinite is not None:
+            raise NonfiniteError(*nonfinite)
+        if self._reduce is None:
+            leaves = (*self.flat.local_tasks(_ad.detach(grads)), *leaves)
+        self._parts.append(_ad.detach(leaves))
         self._own.extend(own)
         self.rest_spec = spec
         if self._reduce is None:
             return []
-        return self._flat.flatten([wide.detach().sum(0) for wide in map(_widen, grads)])
+        sums = tuple(wide.detach().sum(0) for wide in map(_widen, grads))
+        return self.flat.flatten(self.flat.local(sums))
 
     def _call(self, chunk: slice) -> Any:
         tasks = _tree.tree_map(lambda leaf: leaf[chunk], self._tasks)
-        return self._fn(_tree.unflatten(self._flat.spec, self._flat.like), tasks, *self._args)
+        return self._fn(_tree.unflatten(self.flat.spec, self.flat.like), tasks, *self._args)
 
     def _split(
         self, output: Any, count: int
@@ -266,16 +427,16 @@ class _Share:
         grads, spec = _tree.flatten(output)
         leaves: list[Any] = []
         rest_spec, own = None, []
-        if spec != self._flat.spec and isinstance(output, tuple) and len(output) == 2:
+        if spec != self.flat.spec and isinstance(output, tuple) and len(output) == 2:
             grads, spec = _tree.flatten(output[0])
             rest = output[1]
             if isinstance(rest, Solution):
                 own = [_tree.tree_map(torch.detach, (rest.params, rest.adjoint))]
                 rest = rest._replace(params=(), adjoint=())
             leaves, rest_spec = _tree.flatten(rest)
-        like = tuple(leaf.detach().expand(count, *leaf.shape) for leaf in self._flat.like)
+        like = tuple(leaf.detach().expand(count, *leaf.shape) for leaf in self.flat.like)
         what = "the hypergradients that fn returned"
-        _tree.check_like(grads, spec, like, self._flat.spec, what, "hparams")
+        _tree.check_like(grads, spec, like, self.flat.spec, what, "hparams")
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != count:
                 assert rest_spec is not None
@@ -286,21 +447,25 @@ class _Share:
                     f"{shape}; expected a tensor whose first dimension counts the {count} tasks. "
                     f"Map a function of one task by torch.func.vmap"
                 )
-        return tuple(grads), tuple(leaves), rest_spec, own
+        return tuple(grads), tuple(map(_whole, leaves)), rest_spec, own
 
-    def _locate(self, error: Exception, chunk: slice) -> tuple[Exception, int]:
-        """The first task to fail on its own, and how; or the error of all together."""
-        if isinstance(error, _NonfiniteError):
-            return error, chunk.start + error.index
+    def _note(self, error: BaseException, chunk: slice) -> None:
+        """Note an error and the task at fault: the first to fail on its own, if any does."""
+        self.error = error
+        if isinstance(error, NonfiniteError):
+            self._failed_task = chunk.start + error.index
+        if not isinstance(error, Exception) or isinstance(error, NonfiniteError | MemoryError):
+            return
         for task in range(chunk.start, chunk.stop):
             try:
                 self._call(slice(task, task + 1))
-            except Exception as alone:
-                return alone, task
-        return error, -1
+            except BaseException as alone:
+                self.error = alone
+                self._failed_task = task if isinstance(alone, Exception) else -1
+                return
 
 
-class _NonfiniteError(ValueError):
+class NonfiniteError(ValueError):
     """A hypergradient with NaN or Inf in it."""
 
     def __init__(self, path: str, index: int) -> None:
@@ -308,151 +473,33 @@ class _NonfiniteError(ValueError):
         self.index = index
 
 
-class _Ranks:
-    """The ranks of a group, or this process alone."""
-
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        self._group, self._device = group, device
-        self._alone = not (dist.is_available() and dist.is_initialized())
-        self.rank = 0 if self._alone else dist.get_rank(group)
-        self.size = 1 if self._alone else dist.get_world_size(group)
-        if self.rank < 0:
+def _check_apart(flat: _Flat, ranks: Ranks) -> None:
+    """Raise for DTensors over ranks among which tasks are shared too."""
+    for leaf, path in zip(flat.like, _tree.paths(flat.spec, "hparams"), strict=True):
+        if not _sharding.is_dtensor(leaf):
+            continue
+        mesh: Any = leaf.device_mesh  # type: ignore[attr-defined]
+        held = set(mesh.mesh.flatten().tolist())
+        if len(held & set(ranks.global_ranks())) > 1:
             raise ValueError(
-                f"this process, rank {dist.get_rank()} of all, is not in the group that was "
-                f"passed. Make the call on the ranks of the group alone"
+                f"{path} is a DTensor over ranks {sorted(held)}, among which tasks are shared too; "
+                f"each of them would need the others for each of its tasks. Pass "
+                f"{path}.full_tensor(), or share tasks and tensors over two dimensions of a mesh: "
+                f'mesh = init_device_mesh("{mesh.device_type}", (4, 2), mesh_dim_names=("tasks", '
+                f'"shard")), with DTensors on mesh["shard"] and group=mesh["tasks"].get_group()'
             )
 
-    def largest(self, number: int) -> int:
-        """The largest of a number over the ranks."""
-        return max(row[0] for row in self._exchange([number]))
 
-    def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
-        """Start a sum over the ranks; the function that is returned waits for it."""
-        if self._alone:
-            return lambda: values
-        values = values.clone()
-        work = dist.all_reduce(values, group=self._group, async_op=True)
-
-        def wait() -> Tensor:
-            work.wait()
-            return values
-
-        return wait
-
-    def agree(self, share: _Share) -> list[int]:
-        """The numbers of tasks on the ranks, or the same error on all if one has failed."""
-        kinds = repr((share.rest_spec, [(p.dtype, p.shape[1:]) for p in share.parts()]))
-        status = [
-            share.count,
-            share.error is not None,
-            share.failed_task,
-            zlib.crc32(kinds.encode()),
-        ]
-        rows = self._exchange(status)
-        counts = [row[0] for row in rows]
-        failed = [rank for rank, row in enumerate(rows) if row[1]]
-        if failed:
-            first = failed[0]
-            cause = f"{type(share.error).__name__}: {share.error}"
-            cause = self._from_rank(first, cause)
-            where, task = f"rank {first} of {self.size}", rows[first][2]
-            if task >= 0:
-                where += (
-                    f" at its task {task}, number {sum(counts[:first]) + task} of {sum(counts)}"
-                )
-            more = f" ({len(failed)} ranks failed, this one first)" if len(failed) > 1 else ""
-            raise HypergradError(f"task_parallel failed on {where}{more}: {cause}") from share.error
-        if not sum(counts):
-            raise ValueError("task_parallel: no rank has a task. Pass at least one in all")
-        busy = [rank for rank, count in enumerate(counts) if count]
-        for rank in busy:
-            if rows[rank][3] != rows[busy[0]][3]:
-                raise ValueError(
-                    f"task_parallel: fn returned something else beside the hypergradients on rank "
-                    f"{rank} than on rank {busy[0]}; expected the same structure, dtypes and "
-                    f"shapes, but for the number of tasks"
-                )
-        return counts
-
-    def gather(
-        self, share: _Share, counts: list[int]
-    ) -> tuple[list[Tensor], _tree.TreeSpec | None]:
-        """What the ranks have for each of their tasks, put together, and its structure."""
-        parts, spec = share.parts(), share.rest_spec
-        if self._alone:
-            return parts, spec
-        if 0 in counts:  # a rank without tasks does not know what fn returns
-            kinds = [(part.dtype, tuple(part.shape[1:])) for part in parts]
-            busy = next(rank for rank, count in enumerate(counts) if count)
-            spec, kinds = self._from_rank(busy, (spec, kinds))
-            if not share.count:
-                parts = [torch.empty((0, *shape), dtype=dtype) for dtype, shape in kinds]
-        result: dict[int, Tensor] = {}
-        for dtype in dict.fromkeys(part.dtype for part in parts):
-            indices = [i for i, part in enumerate(parts) if part.dtype == dtype]
-            sizes = [math.prod(parts[i].shape[1:]) for i in indices]
-            columns = [
-                parts[i].reshape(share.count, n) for i, n in zip(indices, sizes, strict=True)
-            ]
-            rows = self._gather_rows(torch.cat(columns, 1).to(self._device), counts)
-            for i, column in zip(indices, torch.split(rows, sizes, 1), strict=True):
-                result[i] = column.reshape(-1, *parts[i].shape[1:]).to(parts[i].device)
-        return [result[i] for i in range(len(parts))], spec
-
-    def _gather_rows(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """The rows of all ranks, each of which has its own number of them."""
-        sent = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
-        padded = sent.new_zeros(max(counts), rows.shape[1])
-        padded[: len(sent)] = sent
-        received = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(received, padded, group=self._group)
-        kept = [part[:count] for part, count in zip(received, counts, strict=True)]
-        return torch.cat(kept).to(rows.dtype)
-
-    def _exchange(self, numbers: list[int]) -> list[list[int]]:
-        """A few integers of each rank."""
-        own = torch.tensor(numbers, dtype=torch.int64, device=self._device)
-        if self._alone:
-            return [own.tolist()]
-        rows = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(rows, own, group=self._group)
-        return [row.tolist() for row in rows]
-
-    def _from_rank(self, rank: int, value: Any) -> Any:
-        """An object of one rank, or the same error on all if it cannot be sent."""
-        if self._alone:
-            return value
-        message: list[Any] = [None]
-        if rank == self.rank:
-            try:
-                message = [pickle.dumps(value)]
-            except Exception as error:
-                message = [f"{type(error).__name__}: {error}"]
-        source = rank if self._group is None else dist.get_global_rank(self._group, rank)
-        dist.broadcast_object_list(message, source, group=self._group, device=self._device)
-        if isinstance(message[0], str):
-            raise TypeError(
-                f"task_parallel: a rank without tasks needs to know what fn returns, which cannot "
-                f"be pickled ({message[0]}). Return dicts, tuples, and classes of a module"
-            )
-        return pickle.loads(message[0])
-
-
-def _check_hparams(hparams: TensorTree) -> tuple[Leaves, _tree.TreeSpec]:
-    if _ad.transforms_active():
-        raise ValueError(
-            "task_parallel was called inside a torch.func transform, which cannot see what other "
-            "processes do. Put it into fn, as in fn = torch.func.vmap(adapt, in_dims=(None, 0))"
-        )
-    leaves, spec = _tree.flatten_floating(hparams, "hparams")
-    for leaf, path in zip(leaves, _tree.paths(spec, "hparams"), strict=True):
-        if _sharding.is_dtensor(leaf):
-            raise ValueError(
-                f"task_parallel: {path} is a DTensor; expected tensors that every rank holds. Pass "
-                f"{path}.full_tensor(), or call the hypergradient itself, with the tasks as a "
-                f"DTensor too"
-            )
-    return leaves, spec
+def _describe(
+    leaves: Sequence[Any], spec: _tree.TreeSpec, root: str, shapes: bool = False
+) -> list[str]:
+    """A line for each leaf, with what the ranks have to have in common, and one for the nodes."""
+    lines = []
+    for leaf, path in zip(leaves, _tree.paths(spec, root), strict=True):
+        kind = str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__
+        shape = f" of shape {tuple(leaf.shape)}" if shapes else ""
+        lines.append(f"{path} {kind}{shape}")
+    return [*lines, f"structure {spec}"]
 
 
 def _count_tasks(tasks: TensorTree) -> int:
@@ -476,3 +523,9 @@ def _count_tasks(tasks: TensorTree) -> int:
 
 def _widen(leaf: Tensor) -> Tensor:
     return leaf.to(_tree.accumulation_dtype((leaf,)))
+
+
+def _whole(leaf: Any) -> Tensor:
+    """A DTensor as an ordinary tensor."""
+    tensor: Tensor = leaf.full_tensor() if _sharding.is_dtensor(leaf) else leaf
+    return tensor

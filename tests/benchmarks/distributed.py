@@ -20,7 +20,6 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ def count_solvers() -> dict[str, dict[str, float]]:
     print("A step of a solver on two ranks, of an operator that sends nothing itself; float64")
     print(f"{'':12s}{'all-reduces':>12s}{'formula':>9s}{'bytes':>9s}{'formula':>9s}")
     counted = {}
-    with tempfile.TemporaryDirectory() as folder, ranks.running(2, Path(folder)) as two:
+    with ranks.running(2) as two:
         for name, (_, collectives, numbers) in FORMULAS.items():
             none, ten = (two.run(_count, name, steps)[0] for steps in (2, 12))
             calls, size = ((b - a) / 10 for a, b in zip(none, ten, strict=True))
@@ -112,7 +111,7 @@ def measure_tasks(numbers: list[int]) -> list[dict[str, float]]:
     print(f"{'ranks':>5s}{'strong':>10s}{'speedup':>9s}{'weak':>10s}{'KB sent':>9s}")
     rows = []
     for number in numbers:
-        with tempfile.TemporaryDirectory() as folder, ranks.running(number, Path(folder)) as group:
+        with ranks.running(number) as group:
             strong = max(seconds for seconds, _ in group.run(_time, TASKS))
             weak, sent = group.run(_time, TASKS * number)[0]
         rows.append({"ranks": number, "strong": strong, "weak": weak, "bytes": sent})

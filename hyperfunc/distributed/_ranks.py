@@ -1,0 +1,149 @@
+"""The ranks of a group, and the little that they tell each other to stay in step."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hyperfunc._implicit import HypergradError
+
+
+class Ranks:
+    """The ranks of a group, or this process alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self._alone = not (dist.is_available() and dist.is_initialized())
+        self.rank = 0 if self._alone else dist.get_rank(group)
+        self.size = 1 if self._alone else dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError(
+                f"this process, rank {dist.get_rank()} of all, is not in the group that was "
+                f"passed. Make the call on the ranks of the group alone"
+            )
+
+    def global_ranks(self) -> list[int]:
+        """The ranks of the group as numbered among all."""
+        return [0] if self._alone else dist.get_process_group_ranks(self._group)
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if not self._alone:
+            dist.barrier(self._group)
+
+    def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
+        """A few integers of each rank."""
+        own = torch.tensor(numbers, dtype=torch.int64)
+        if self._alone:
+            return [own.tolist()]
+        own = own.to(self._device())
+        rows = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(rows, own, group=self._group)
+        return [row.tolist() for row in rows]
+
+    def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        """Start a sum over the ranks; the function that is returned waits for it."""
+        if self._alone:
+            return lambda: values
+        values = values.clone()
+        work = dist.all_reduce(values, group=self._group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return values
+
+        return wait
+
+    def gather_rows(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """The rows of all ranks, each of which has its own number of them."""
+        if self._alone:
+            return rows
+        sent = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
+        padded = sent.new_zeros(max(counts), rows.shape[1])
+        padded[: len(sent)] = sent
+        received = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(received, padded, group=self._group)
+        kept = [part[:count] for part, count in zip(received, counts, strict=True)]
+        return torch.cat(kept).to(rows.dtype)
+
+    def from_rank(self, rank: int, value: Any) -> Any:
+        """An object of one rank, or the same error on all if it cannot be sent."""
+        if self._alone:
+            return value
+        message: list[Any] = [None]
+        if rank == self.rank:
+            try:
+                message = [pickle.dumps(value)]
+            except Exception as error:
+                message = [f"{type(error).__name__}: {error}"]
+        source = self.global_ranks()[rank]
+        dist.broadcast_object_list(message, source, group=self._group, device=self._device())
+        if isinstance(message[0], str):
+            raise TypeError(
+                f"task_parallel: a rank without tasks needs to know what fn returns, which cannot "
+                f"be pickled ({message[0]}). Return dicts, tuples, and classes of a module"
+            )
+        return pickle.loads(message[0])
+
+    def agree(
+        self,
+        name: str,
+        error: BaseException | None,
+        numbers: Sequence[int] = (),
+        where: Callable[[int, list[list[int]]], str] = lambda rank, rows: "",
+    ) -> list[list[int]]:
+        """Exchange a few integers, or raise on all ranks what one of them has met.
+
+        All raise what they have met themselves if it is the same everywhere, and so does a rank
+        that is to end (by Ctrl-C, or by an exit). All others raise a `HypergradError` that names
+        the first rank to fail, with what ``where`` adds to it.
+        """
+        text = "" if error is None else f"{type(error).__name__}: {error}"
+        rows = self.exchange((error is not None, checksum(text), *numbers))
+        own = [row[2:] for row in rows]
+        failed = [rank for rank, row in enumerate(rows) if row[0]]
+        if not failed:
+            return own
+        first = failed[0]
+        place, cause = where(first, own), self.from_rank(first, text).rstrip(": ")
+        everywhere = not place and all(row[:2] == rows[0][:2] for row in rows)
+        if error is not None and (everywhere or not isinstance(error, Exception)):
+            raise error
+        more = f" ({len(failed)} ranks failed, this one first)" if len(failed) > 1 else ""
+        raise HypergradError(
+            f"{name} failed on rank {first} of {self.size}{place}{more}: {cause}"
+        ) from error
+
+    def compare(
+        self, name: str, what: str, lines: list[str], sums: list[int], among: list[int]
+    ) -> None:
+        """Raise on all ranks if what some were given differs, by `checksum` of its description."""
+        first = among[0]
+        for rank in among[1:]:
+            if sums[rank] == sums[first]:
+                continue
+            theirs, ours = (self.from_rank(number, lines) for number in (rank, first))
+            pairs = itertools.zip_longest(theirs, ours, fillvalue="nothing more")
+            got, expected = next((a, b) for a, b in pairs if a != b)
+            raise ValueError(
+                f"{name}: {what} on rank {rank} differ from those on rank {first}: got {got}, "
+                f"expected {expected}. Make the call alike on all ranks"
+            )
+
+    def _device(self) -> torch.device:
+        """Where the group takes small tensors from, whatever is to be computed on."""
+        config = dist.get_backend_config(self._group)
+        kinds = [pair.split(":")[0] for pair in config.split(",")]
+        return torch.device("cpu" if "cpu" in kinds else kinds[0])
+
+
+def checksum(text: str) -> int:
+    """A number that tells texts apart, the same in all processes."""
+    return zlib.crc32(text.encode())

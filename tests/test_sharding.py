@@ -1,0 +1,515 @@
+"""DTensors as params, hparams and data: on several ranks, the numbers of one process."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import hyperfunc as hf
+from hyperfunc import _tree
+from tests import ranks
+from tests.ranks import OLD, DTensor, Replicate, Shard, distribute_tensor, mesh_of
+
+if OLD:
+    from torch.distributed._composable.fsdp import fully_shard
+    from torch.distributed._tensor import distribute_module
+    from torch.distributed._tensor.debug import CommDebugMode
+else:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_module
+    from torch.distributed.tensor.debug import CommDebugMode
+
+# Views of DTensors have no rules there, nor do uneven shards on meshes of two dimensions.
+newer_dtensors = pytest.mark.skipif(OLD, reason="the DTensors of torch 2.4 lack operations")
+
+F64 = torch.float64
+
+
+# A regulariser for each weight of a linear model with three outputs -------------------------------
+
+
+def _inner_loss(params: Any, reg: Any, x: Tensor, y: Tensor) -> Tensor:
+    residual = x @ params["weight"] + params["bias"] - y
+    penalty = sum((reg[name].exp() * params[name] ** 2).sum() for name in params)
+    return 0.5 * (residual**2).sum() / 27 + 0.5 * penalty
+
+
+def _step(params: Any, reg: Any, x: Tensor, y: Tensor) -> Any:
+    grads = torch.func.grad(_inner_loss)(params, reg, x, y)
+    return {name: params[name] - 0.3 * grads[name] for name in params}
+
+
+def _outer_loss(params: Any, reg: Any, x: Tensor, y: Tensor) -> Tensor:
+    return (torch.tanh(x @ params["weight"]) ** 2).sum() / 27 + (params["bias"] ** 3).sum()
+
+
+def _start(reg: Any, x: Tensor, y: Tensor) -> Any:
+    return {name: torch.zeros_like(leaf) for name, leaf in reg.items()}
+
+
+SOLVER = hf.iterate(_step, 6, init=_start)
+
+
+def _arguments() -> tuple[Any, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=F64)
+
+    return {"weight": 0.3 * randn(7, 3), "bias": randn(3)}, randn(9, 7), randn(9, 3)
+
+
+CONDITIONS = {"inner_loss": _inner_loss, "fixed_point": _step}
+
+# method: the method, and the condition to give it
+METHODS: dict[str, tuple[Any, str]] = {
+    "cg": (hf.CG(), "inner_loss"),
+    "cg, checked and preconditioned": (
+        hf.CG(preconditioner=hf.JacobiPreconditioner(), check_symmetry=True),
+        "inner_loss",
+    ),
+    "pipelined cg": (hf.PipelinedCG(), "inner_loss"),
+    "normal cg": (hf.NormalCG(), "fixed_point"),
+    "gmres": (hf.GMRES(restart=6), "fixed_point"),
+    "gmres, preconditioned": (
+        hf.GMRES(preconditioner=hf.JacobiPreconditioner()),
+        "inner_loss",
+    ),
+    "bicgstab": (hf.BiCGStab(), "fixed_point"),
+    "fixed point": (hf.FixedPoint(rtol=0.05), "fixed_point"),
+    "neumann": (hf.Neumann(maxiter=5, rtol=0), "fixed_point"),
+    "stochastic": (hf.StochasticAID(num_steps=5), "fixed_point"),
+    "fallback": (hf.Fallback(hf.CG(maxiter=2), hf.GMRES()), "inner_loss"),
+    "damped": (hf.Damped(hf.CG(), damping=0.1), "inner_loss"),
+    "unrolled": (hf.ReverseUnroll(), ""),
+    "replayed": (hf.Reverse(), ""),
+    "replayed, sqrt": (hf.Reverse(checkpoint="sqrt"), ""),
+}
+
+# layout: how weight, bias, x and y lie on a mesh; numbers are dimensions to shard, None replicates
+LAYOUTS: dict[str, Any] = {
+    "rows of the weights": ((0,), (None,), (None,), (None,)),
+    "columns of the weights": ((1,), (None,), (None,), (None,)),
+    "data": ((None,), (None,), (0,), (0,)),
+    "all": ((0,), (0,), (1,), (1,)),
+    "nothing": ((None,), (None,), (None,), (None,)),
+}
+LAYOUTS_2D: dict[str, Any] = {
+    "weights both ways": ((0, 1), (None, None), (None, None), (None, None)),
+    "weights and data": ((None, 0), (None, None), (0, None), (0, None)),
+    "twice": ((0, 0), (0, 0), (None, None), (None, None)),
+    "one way": ((1, None), (None, None), (None, None), (None, None)),
+}
+
+
+def _distribute(mesh: Any, layout: Any) -> tuple[Any, Tensor, Tensor]:
+    reg, x, y = _arguments()
+    weight, bias, x, y = (
+        distribute_tensor(t, mesh, [Replicate() if d is None else Shard(d) for d in dims])
+        for t, dims in zip((reg["weight"], reg["bias"], x, y), layout, strict=True)
+    )
+    return {"weight": weight, "bias": bias}, x, y
+
+
+def _full(tree: Any) -> list[Tensor]:
+    return [t.full_tensor() if isinstance(t, DTensor) else t for t in tree.values()]
+
+
+def _compare_with_one_process(method: str, shape: tuple[int, ...], layout: Any) -> Any:
+    """Hypergradients, value and adjoint by a method, against the same with ordinary tensors."""
+    rule, condition = METHODS[method]
+    keywords = {name: fn for name, fn in CONDITIONS.items() if name == condition}
+    fn = hf.hypergrad_and_solution(SOLVER, _outer_loss, method=rule, **keywords)
+    expected, reference = fn(*_arguments())
+    arguments = _distribute(mesh_of(*shape), layout)
+    grads, solution = fn(*arguments)
+    for name, grad in grads.items():
+        assert grad.placements == arguments[0][name].placements
+    torch.testing.assert_close(_full(grads), list(_full(expected)), rtol=1e-12, atol=1e-13)
+    assert all(p.is_replicate() for p in solution.value.placements)
+    value = solution.value.to_local()
+    torch.testing.assert_close(value, reference.value, rtol=1e-13, atol=0)
+    if not solution.stats:
+        return float(value)
+    torch.testing.assert_close(
+        _full(solution.adjoint), _full(reference.adjoint), rtol=1e-10, atol=1e-11
+    )
+    assert not any(isinstance(field, DTensor) for field in solution.stats)
+    assert int(solution.stats.result) == int(reference.stats.result) == hf.RESULTS.success
+    return [float(field) for field in solution.stats]
+
+
+EVERYWHERE = ("cg", "pipelined cg", "normal cg", "gmres", "bicgstab", "fixed point", "neumann")
+EVERYWHERE += ("stochastic", "unrolled", "replayed")
+
+
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [
+        pytest.param(m, layout, marks=newer_dtensors if "replayed" in m else ())
+        for m in METHODS
+        for layout in LAYOUTS
+        if m in EVERYWHERE or layout == "all"
+    ],
+)
+def test_dtensors_give_the_numbers_of_one_process(
+    pair: ranks.Ranks, method: str, layout: str
+) -> None:
+    first, second = pair.run(_compare_with_one_process, method, (2,), LAYOUTS[layout])
+    assert first == second
+
+
+@newer_dtensors
+@pytest.mark.parametrize("layout", LAYOUTS_2D)
+@pytest.mark.parametrize(
+    ("method", "shape"),
+    [("pipelined cg", (1, 2)), ("pipelined cg", (2, 1)), ("gmres", (2, 1)), ("replayed", (2, 1))],
+)
+def test_meshes_of_two_dimensions(
+    pair: ranks.Ranks, method: str, layout: str, shape: tuple[int, int]
+) -> None:
+    first, second = pair.run(_compare_with_one_process, method, shape, LAYOUTS_2D[layout])
+    assert first == second
+
+
+@pytest.mark.slow
+@newer_dtensors
+@pytest.mark.parametrize("layout", LAYOUTS_2D)
+@pytest.mark.parametrize("method", METHODS)
+def test_four_ranks_in_a_square(four: ranks.Ranks, method: str, layout: str) -> None:
+    results = four.run(_compare_with_one_process, method, (2, 2), LAYOUTS_2D[layout])
+    assert results[1:] == results[:-1]
+
+
+def _inner_products(shape: tuple[int, ...], layout: Any) -> None:
+    reg, x, y = _arguments()
+    plain = (reg["weight"], reg["bias"], x, y)
+    distributed, x_, y_ = _distribute(mesh_of(*shape), layout)
+    vectors = (distributed["weight"], distributed["bias"], x_, y_)
+    other = _tree.scale(2.0, _tree.add(vectors, vectors))
+    moved = tuple(leaf.redistribute(placements=[Replicate()] * len(shape)) for leaf in other)
+    expected = _tree.dot(plain, plain)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-14, atol=0)
+    close(_tree.dot(vectors, vectors), expected)
+    close(_tree.start_dots((vectors, moved), (vectors, vectors))(), (4 * expected, expected))
+    # the last leaf an ordinary tensor
+    close(_tree.dot((*vectors[:3], y), (*vectors[:3], y)), expected)
+    assert _tree.all_finite(vectors)
+    for leaf in range(4):
+        spoiled = [t.clone() for t in plain]
+        spoiled[leaf].reshape(-1)[-1] = torch.inf
+        places = [v.placements for v in vectors]
+        again = (
+            distribute_tensor(t, mesh_of(*shape), p) for t, p in zip(spoiled, places, strict=True)
+        )
+        assert not _tree.all_finite(tuple(again))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inner_products_count_each_entry_once(pair: ranks.Ranks, layout: str) -> None:
+    pair.run(_inner_products, (2,), LAYOUTS[layout])
+
+
+@pytest.mark.slow
+@newer_dtensors
+@pytest.mark.parametrize("layout", LAYOUTS_2D)
+def test_inner_products_on_four_ranks(four: ranks.Ranks, layout: str) -> None:
+    four.run(_inner_products, (2, 2), LAYOUTS_2D[layout])
+
+
+def _under_transforms(name: str, dims: tuple[int | None, ...]) -> None:
+    transform = TRANSFORMS[name]
+    x, y = _arguments()[1:]
+    keywords: dict[str, Any] = {"inner_loss": _ridge_loss, "method": hf.CG()}
+    solver = hf.iterate(_ridge_step, 6, init=lambda reg, x, y: torch.zeros_like(reg))
+    fn = hf.hypergrad(solver, _ridge_outer, **keywords)
+    solution = hf.implicit_diff(solver, **keywords)
+    place = [Replicate() if d is None else Shard(d) for d in dims]
+    reg = 0.1 * x[0]
+    expected = transform(fn, solution)(reg, x, y[:, 0])
+    tensors = (distribute_tensor(t, mesh_of(2), place) for t in (reg, x.clone(), y[:, 0].clone()))
+    actual = transform(fn, solution)(*tensors).full_tensor()
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+def _ridge_loss(w: Tensor, reg: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return 0.5 * (((x * w).sum(1) - y) ** 2).sum() / 9 + 0.5 * (reg.exp() * w**2).sum()
+
+
+def _ridge_step(w: Tensor, reg: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return w - 0.3 * torch.func.grad(_ridge_loss)(w, reg, x, y)
+
+
+def _ridge_outer(w: Tensor, reg: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return (w**3).sum()
+
+
+def _backward(fn: Any) -> Any:
+    def call(reg: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        reg = reg.detach().clone().requires_grad_()
+        (fn(reg, x, y) ** 2).sum().backward()
+        assert reg.grad is not None
+        return reg.grad
+
+    return call
+
+
+TRANSFORMS: dict[str, Any] = {
+    "grad of the hypergradient": lambda fn, _: torch.func.grad(
+        lambda reg, x, y: (fn(reg, x, y) ** 2).sum()
+    ),
+    "jacrev of the hypergradient": lambda fn, _: torch.func.jacrev(fn),
+    "jacrev of the solution": lambda _, solution: torch.func.jacrev(solution),
+    "backward": lambda _, solution: _backward(solution),
+    "backward of the hypergradient": lambda fn, _: _backward(fn),
+    "vmap": lambda fn, _: (
+        lambda reg, x, y: torch.func.vmap(fn, in_dims=(0, None, None))(
+            torch.stack([reg, 2 * reg]), x, y
+        )
+    ),
+}
+
+
+@newer_dtensors
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("dim", [None, 0])
+def test_transforms_of_dtensors(pair: ranks.Ranks, name: str, dim: int | None) -> None:
+    pair.run(_under_transforms, name, (dim,))
+
+
+def _mixed() -> None:
+    """One leaf sharded, one an ordinary tensor, and a loss that brings the two together."""
+
+    def inner_loss(w: Any, h: Any) -> Tensor:
+        own = 0.5 * (h["a"].exp() * w["a"] ** 2).sum() - w["a"].sum()
+        total = w["a"].sum()
+        own, total = (t.full_tensor() if isinstance(t, DTensor) else t for t in (own, total))
+        return own + 0.5 * ((w["b"] - h["b"]) ** 2).sum() + 0.05 * total * w["b"].sum()
+
+    def outer_loss(w: Any, h: Any) -> Tensor:
+        a = (w["a"] ** 3).sum()
+        return (a.full_tensor() if isinstance(a, DTensor) else a) + (w["b"] ** 2).sum()
+
+    def solve(h: Any) -> Any:
+        w = {name: torch.zeros_like(leaf).requires_grad_() for name, leaf in h.items()}
+        for _ in range(5):
+            grads = torch.autograd.grad(inner_loss(w, h), list(w.values()))
+            w = {
+                name: (w[name] - 0.3 * grad).detach().requires_grad_()
+                for name, grad in zip(w, grads, strict=True)
+            }
+        return w
+
+    generator = torch.Generator().manual_seed(0)
+    h = {name: torch.randn(n, generator=generator, dtype=F64) for name, n in (("a", 5), ("b", 3))}
+    sharded = {"a": distribute_tensor(h["a"], mesh_of(2), [Shard(0)]), "b": h["b"]}
+    for method in (hf.CG(), hf.PipelinedCG(), hf.GMRES(), hf.NormalCG()):
+        fn = hf.hypergrad(solve, outer_loss, inner_loss=inner_loss, method=method)
+        grads = fn(sharded)
+        assert not isinstance(grads["b"], DTensor)
+        torch.testing.assert_close(_full(grads), _full(fn(h)), rtol=1e-10, atol=1e-12)
+
+
+@newer_dtensors
+def test_some_leaves_sharded_and_some_not(pair: ranks.Ranks) -> None:
+    pair.run(_mixed)
+
+
+def _refusals() -> dict[str, str]:
+    reg, x, y = _distribute(mesh_of(2), LAYOUTS["rows of the weights"])
+    other = init_device_mesh("cpu", (2, 1), mesh_dim_names=("c", "d"))
+    meshes = {"weight": reg["weight"], "bias": distribute_tensor(_arguments()[0]["bias"], other)}
+    messages = {}
+    for name, method in REFUSED.items():
+        fn = hf.hypergrad(SOLVER, _outer_loss, fixed_point=_step, method=method)
+        with pytest.raises(ValueError, match=r"Use") as error:
+            fn(reg, x, y)
+        messages[name] = str(error.value)
+    with pytest.raises(ValueError, match="mesh") as error:
+        hf.linear_solvers.CG().solve(
+            hf.linear_solvers.LinearOperator(lambda v: v, lambda v: v), tuple(meshes.values())
+        )
+    messages["two meshes"] = str(error.value)
+    with pytest.raises(ValueError, match="Use") as error:
+        hf.fixed_point_solvers.Anderson()(_step, _start(reg, x, y), reg, x, y)
+    messages["fixed-point solver"] = str(error.value)
+    return messages
+
+
+REFUSED: dict[str, Any] = {
+    "dense": hf.Dense(),
+    "anderson": hf.AndersonFixedPoint(),
+    "nystrom": hf.Nystrom(rank=2),
+    "blockwise": hf.Blockwise(hf.CG()),
+    "auto": hf.Auto(),
+    "forward": hf.ForwardMode(),
+}
+
+
+def test_what_no_rank_can_do_alone_is_refused(pair: ranks.Ranks) -> None:
+    messages, others = pair.run(_refusals)
+    assert messages == others
+    for name in ("dense", "anderson", "nystrom", "blockwise", "auto"):
+        assert "is a DTensor with placements (Shard(dim=0),)" in messages[name]
+        assert "Use CG, PipelinedCG" in messages[name]
+        assert "placements=[Replicate()]" in messages[name]
+    assert "torch has no forward mode. Use method=hf.Reverse()" in messages["forward"]
+    assert "two device meshes" in messages["two meshes"]
+    assert "init['weight'] is a DTensor that is sharded" in messages["fixed-point solver"]
+
+
+def test_what_nobody_uses_is_not_imported() -> None:
+    code = "import sys, hyperfunc; print([m for m in NAMES if m in sys.modules])"
+    names = [
+        "torch.distributed.tensor",
+        "torch.distributed._tensor",
+        "torch.distributed.checkpoint",
+    ]
+    command = [sys.executable, "-c", code.replace("NAMES", repr(names))]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# What a step sends --------------------------------------------------------------------------------
+
+
+def _halve(v: tuple[Tensor]) -> tuple[Tensor]:
+    return (0.5 * v[0],)
+
+
+def _count(name: str, maxiter: int) -> tuple[int, int]:
+    """All-reduces of a solve whose products send nothing, and the numbers summed in them."""
+    make, _, _ = SENT[name]
+    solver = make(maxiter=maxiter, rtol=1e-300, atol=0)
+    mesh, sizes = mesh_of(2), []
+    scales = torch.linspace(1, 2, 50, dtype=F64)
+    A, b = (distribute_tensor(t, mesh, [Shard(0)]) for t in (scales, torch.ones(50, dtype=F64)))
+    operator = hf.linear_solvers.LinearOperator(lambda v: (A * v[0],), lambda v: (A * v[0],))
+    all_reduce = dist.all_reduce
+
+    def counting(values: Tensor, *args: Any, **keywords: Any) -> Any:
+        sizes.append(values.numel())
+        return all_reduce(values, *args, **keywords)
+
+    dist.all_reduce = counting
+    try:
+        with CommDebugMode() as mode:
+            solver.solve(operator, (b,))
+    finally:
+        dist.all_reduce = all_reduce
+    counted = sum(mode.get_comm_counts().values())
+    assert counted == len(sizes), "a collective that is not an all-reduce of this package"
+    return len(sizes), sum(sizes)
+
+
+# solver: all-reduces a step, and numbers summed in them
+SENT: dict[str, tuple[Any, int, int]] = {
+    "cg": (hf.CG, 2, 3),
+    "cg, preconditioned": (functools.partial(hf.CG, preconditioner=_halve), 2, 4),
+    "pipelined cg": (hf.PipelinedCG, 1, 3),
+    "normal cg": (hf.NormalCG, 2, 3),
+    "bicgstab": (hf.BiCGStab, 3, 6),
+    # the k-th step takes the overlaps with k vectors twice, and two norms; here k is 4 and 5
+    "gmres": (hf.GMRES, 3, 11),
+    "fixed point": (functools.partial(hf.FixedPoint, step_size=0.1), 1, 1),
+    "neumann": (functools.partial(hf.Neumann, step_size=0.1), 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_scalars_of_a_step_are_summed_together(pair: ranks.Ranks, name: str) -> None:
+    _, collectives, numbers = SENT[name]
+    few, many = (pair.run(_count, name, K)[0] for K in (3, 5))
+    assert (many[0] - few[0], many[1] - few[1]) == (2 * collectives, 2 * numbers)
+
+
+# Modules ------------------------------------------------------------------------------------------
+
+
+def _net() -> torch.nn.Module:
+    layers = torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)
+    net = torch.nn.Sequential(*layers).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=F64))
+    return net
+
+
+def _module_hypergrad(net: Any, x: Tensor, y: Tensor, place: Any = lambda leaf: leaf) -> Any:
+    apply, params = hf.functional(net)
+    params = {name: place(leaf) for name, leaf in params.items()}
+    hparams = {name: torch.full_like(leaf, 0.5) for name, leaf in params.items()}
+
+    def outer_loss(w: Any, h: Any, x: Tensor, y: Tensor) -> Tensor:
+        return ((apply(w, x) - y) ** 2).sum() / 27
+
+    def inner_loss(w: Any, h: Any, x: Tensor, y: Tensor) -> Tensor:
+        loss, penalty = outer_loss(w, h, x, y), sum((h[k] * w[k] ** 2).sum() for k in w)
+        if isinstance(penalty, DTensor) and not isinstance(loss, DTensor):
+            penalty = penalty.full_tensor()
+        return loss + penalty
+
+    def solve(h: Any, x: Tensor, y: Tensor) -> Any:
+        w = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+        for _ in range(3):
+            grads = torch.autograd.grad(inner_loss(w, h, x, y), list(w.values()))
+            w = {
+                k: (leaf - 0.1 * g).detach().requires_grad_()
+                for (k, leaf), g in zip(w.items(), grads, strict=True)
+            }
+        return w
+
+    method = hf.GMRES(maxiter=4, rtol=0)
+    return hf.hypergrad(solve, outer_loss, inner_loss=inner_loss, method=method)(hparams, x, y)
+
+
+def _module(way: str) -> str:
+    mesh, (_, x, y) = mesh_of(2), _arguments()
+    net, x = _net(), x[:, :5]
+    expected = _module_hypergrad(net, x, y)
+    everywhere = tuple(distribute_tensor(t.contiguous(), mesh, [Replicate()]) for t in (x, y))
+    if way == "distribute_tensor":
+        shard = functools.partial(distribute_tensor, device_mesh=mesh, placements=[Shard(0)])
+        actual = _module_hypergrad(net, *everywhere, shard)
+    elif way == "distribute_module":
+        actual = _module_hypergrad(distribute_module(net, mesh), *everywhere)
+    elif way == "parallelize_module":
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        actual = _module_hypergrad(parallelize_module(net, mesh, plan), x, y)
+    else:
+        with pytest.raises(TypeError) as error:
+            hf.functional(fully_shard(net, mesh=mesh))
+        return str(error.value)
+    torch.testing.assert_close(_full(actual), _full(expected), rtol=1e-11, atol=1e-13)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "distribute_tensor",
+        "distribute_module",
+        pytest.param("parallelize_module", marks=newer_dtensors),
+    ],
+)
+def test_modules_of_dtensors(pair: ranks.Ranks, way: str) -> None:
+    pair.run(_module, way)
+
+
+def test_modules_by_fully_shard_are_refused(pair: ranks.Ranks) -> None:
+    for message in pair.run(_module, "fully_shard"):
+        assert "hooks gather the parameters that it holds" in message
+        assert "torch.distributed.tensor.distribute_tensor(p, mesh, [Shard(0)])" in message
