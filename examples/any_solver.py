@@ -15,18 +15,14 @@ finite differences through scikit-learn, and tunes h with scikit-learn as the in
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import time
-from pathlib import Path
 
+import common
 import numpy as np
-import scipy.sparse
 import torch
 import torch.nn.functional as F
-from datasets import Rows, docstrings
-from matplotlib.figure import Figure
+from datasets import Rows, csr_matrix, docstrings
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from tqdm import tqdm
@@ -46,48 +42,34 @@ def zeros(h: HParams, train: Rows) -> Tensor:
     return torch.zeros(train.x.shape[1], len(h["log_class_weight"]), dtype=torch.float64)
 
 
-def by_torch_optim(make, steps: int):
-    """A solver that is the loop anyone writes over an optimiser of torch.optim."""
+def by_sgd(h: HParams, train: Rows) -> Tensor:
+    """The loop that anyone writes over an optimiser of torch.optim."""
+    W = zeros(h, train).requires_grad_()
+    optimizer = torch.optim.SGD([W], lr=20.0, momentum=0.9, nesterov=True)
+    for _ in range(300):
+        optimizer.zero_grad()
+        inner_loss(W, h, train).backward()
+        optimizer.step()
+    return W.detach()
 
-    def solver(h: HParams, train: Rows) -> Tensor:
-        W = zeros(h, train).requires_grad_()
-        optimizer = make([W])
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = inner_loss(W, h, train)
-            loss.backward()
-            return loss
-
-        for _ in range(steps):
-            optimizer.step(closure)
-        return W.detach()
-
-    return solver
+def by_lbfgs(h: HParams, train: Rows) -> Tensor:
+    settings = {"max_iter": 200, "tolerance_grad": 1e-9}
+    return common.lbfgs(lambda W: inner_loss(W, h, train), zeros(h, train), **settings)
 
 
 def by_scikit_learn(h: HParams, train: Rows, tolerance: float = 1e-9) -> Tensor:
     """The same minimum by other code: arrays go in, arrays come out."""
-    indices, n = train.x.indices().numpy(), len(train.y)
-    x = scipy.sparse.csr_matrix((train.x.values().numpy(), indices), train.x.shape)
-    model = LogisticRegression(
-        C=1 / (n * h["log_l2"].exp().item()), fit_intercept=False, tol=tolerance, max_iter=1000
-    )
+    C = 1 / (len(train.y) * h["log_l2"].exp().item())
+    model = LogisticRegression(C=C, fit_intercept=False, tol=tolerance, max_iter=1000)
     weights = h["log_class_weight"].exp()[train.y]
-    model.fit(x, train.y.numpy(), sample_weight=weights.numpy())
+    model.fit(csr_matrix(train.x), train.y.numpy(), sample_weight=weights.numpy())
     return torch.from_numpy(np.ascontiguousarray(model.coef_.T))
 
 
 SOLVERS = {
-    "a loop over torch.optim.SGD": by_torch_optim(
-        lambda W: torch.optim.SGD(W, lr=20.0, momentum=0.9, nesterov=True), 300
-    ),
-    "torch.optim.LBFGS": by_torch_optim(
-        lambda W: torch.optim.LBFGS(
-            W, max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
-        ),
-        1,
-    ),
+    "a loop over torch.optim.SGD": by_sgd,
+    "torch.optim.LBFGS": by_lbfgs,
     "hf.minimize": hf.minimize(
         inner_loss, hf.optim.sgd(lr=20.0, momentum=0.9, nesterov=True), 300, init=zeros
     ),
@@ -96,8 +78,14 @@ SOLVERS = {
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parser().parse_args(argv)
-    torch.set_num_threads(1)  # the matrices are small
+    args = common.options(
+        argv,
+        __doc__,
+        "any_solver",
+        iterations=(12, "outer steps"),
+        outer_lr=(0.3, "of Adam on h"),
+        seed=(0, "of the split"),
+    )
     parts, words = docstrings(0.3, 0.3, 0.4, seed=args.seed)
     train, validation, test = (Rows(part.x.double(), part.y) for part in parts)
     classes = 1 + max(int(part.y.max()) for part in parts)
@@ -119,29 +107,23 @@ def main(argv: list[str] | None = None) -> dict:
             values.append(outer_loss(by_scikit_learn(h, train), h, train).item())
         return (values[0] - values[1]) / (2 * size)
 
-    expected = {
-        "log_l2": difference("log_l2", ()),
-        "class 0": difference("log_class_weight", (0,)),
-    }
-    rows: dict[str, dict[str, float]] = {"central differences": expected}
+    expected = difference("log_l2", ()), difference("log_class_weight", (0,))
+    rows = {"central differences": {"log_l2": expected[0], "class 0": expected[1]}}
+    by_class = {}
     for name, solver in SOLVERS.items():
         hypergradient = hf.hypergrad(solver, outer_loss, inner_loss=inner_loss, method="cg")
         began = time.perf_counter()
         grads = hypergradient(start, train)
-        rows[name] = {
-            "log_l2": grads["log_l2"].item(),
-            "class 0": grads["log_class_weight"][0].item(),
-            "seconds": time.perf_counter() - began,
-        }
-    print(f"\n{'hypergradient':30s}{'log_l2':>12s}{'class 0':>12s}{'seconds':>9s}")
-    for name, row in rows.items():
-        seconds = f"{row['seconds']:9.2f}" if "seconds" in row else ""
-        print(f"{name:30s}{row['log_l2']:12.7f}{row['class 0']:12.7f}{seconds}")
+        seconds = time.perf_counter() - began
+        log_l2, by_class[name] = grads["log_l2"].item(), grads["log_class_weight"]
+        rows[name] = {"log_l2": log_l2, "class 0": by_class[name][0].item(), "seconds": seconds}
+    columns = {"log_l2": ".7f", "class 0": ".7f", "seconds": ".2f"}
+    cells = {name: map(row.get, columns) for name, row in rows.items()}
+    common.table("hypergradient", columns, cells)
 
     roughly = functools.partial(by_scikit_learn, tolerance=1e-5)
-    tune = hf.hypergrad_and_solution(
-        roughly, outer_loss, inner_loss=inner_loss, method=hf.CG(rtol=1e-4)
-    )
+    cg = hf.CG(rtol=1e-4)
+    tune = hf.hypergrad_and_solution(roughly, outer_loss, inner_loss=inner_loss, method=cg)
     h = {name: tensor.clone() for name, tensor in start.items()}
     optimizer = torch.optim.Adam(h.values(), lr=args.outer_lr)
     curve: dict[str, list[float]] = {"validation": [], "test": []}
@@ -152,41 +134,17 @@ def main(argv: list[str] | None = None) -> dict:
         bar.set_postfix(validation=f"{curve['validation'][-1]:.4f}")
         hf.assign_grads(h, grads)
         optimizer.step()
-    print(f"\n{'cross-entropy':14s}{'at the start':>14s}{'tuned':>10s}")
-    for name, values in curve.items():
-        print(f"{name:14s}{values[0]:14.4f}{values[-1]:10.4f}")
+    ends = {name: (values[0], values[-1]) for name, values in curve.items()}
+    common.table("cross-entropy", {"at the start": ".4f", "tuned": ".4f"}, ends)
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = {"rows": rows, "curve": curve, "settings": vars(args)}
-    (args.out / "results.json").write_text(json.dumps(results, default=str, indent=1) + "\n")
-    picture(args.out / "picture.png", rows, curve)
+    figure, (left, right) = common.panels(2, (10, 3.8))
+    for (name, grad), style in zip(by_class.items(), ("o", "s", "x", "+"), strict=True):
+        common.curves(left, {name: grad}, style, xlabel="class", xticks=range(0, classes, 5))
+    left.set(title="hypergradient for the class weights, by inner solver")
+    common.curves(right, curve, title="cross-entropy, scikit-learn inside", xlabel="outer step")
+    common.save(args, figure, rows=rows, curve=curve)
     return {"rows": rows, "curve": curve}
 
 
-def picture(path: Path, rows: dict, curve: dict) -> None:
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    bars, curves = figure.subplots(1, 2)
-    bars.barh(list(rows)[::-1], [row["log_l2"] for row in rows.values()][::-1], color="#30638e")
-    bars.set(title="hypergradient for log_l2, by inner solver")
-    for name, values in curve.items():
-        curves.plot(values, label=name)
-    curves.set(title="cross-entropy, tuned with scikit-learn inside", xlabel="outer step")
-    curves.legend(frameon=False)
-    figure.savefig(path, dpi=100)
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Hypergradients through solvers that nothing can differentiate",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--iterations", type=int, default=12, help="outer steps")
-    add("--outer-lr", type=float, default=0.3, help="of Adam on h")
-    add("--seed", type=int, default=0, help="of the split")
-    add("--out", type=Path, default=Path("out/any_solver"), help="folder for results")
-    return parser
-
-
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -17,11 +17,7 @@ gradients: Lorraine, Vicol and Duvenaud, 2019, arXiv 1911.02590, section 5.4.
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable
-from pathlib import Path
-
+import common
 import torch
 import torch.nn.functional as F
 from datasets import Rows, digits
@@ -45,26 +41,18 @@ def outer_loss(W: Tensor, images: Tensor, real: Rows, start: Tensor) -> Tensor:
 
 def fit(images: Tensor, real: Rows, start: Tensor) -> Tensor:
     """The minimum of the inner loss, by an optimiser of torch.optim as anyone would call it."""
-    return minimize(lambda W: inner_loss(W, images, real, start), start)
-
-
-def minimize(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    W = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([W], max_iter=25, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(W)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return W.detach()
+    return common.lbfgs(lambda W: inner_loss(W, images, real, start), start, max_iter=25)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    args = parser().parse_args(argv)
-    torch.set_num_threads(1)  # the matrices are small
+    args = common.options(
+        argv,
+        __doc__,
+        "dataset_distillation",
+        iterations=(800, "outer steps"),
+        lr=(0.05, "of Adam on the pixels"),
+        seed=(0, "of the split and the start"),
+    )
     train, test = digits(1000, 797, seed=args.seed)
 
     zeros = torch.zeros(64, 10)
@@ -108,19 +96,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     def full_loss(W: Tensor) -> Tensor:
         return outer_loss(W, images, train, zeros) + 0.5e-3 * (W**2).sum()
 
-    rows[f"all {len(train.y)} real images"] = hits(minimize(full_loss, zeros))
+    rows[f"all {len(train.y)} real images"] = hits(common.lbfgs(full_loss, zeros, max_iter=25))
 
-    print(f"\nsoftmax regression trained on{'':15s}test accuracy")
-    for title, value in rows.items():
-        print(f"{title:44s}{value:13.1%}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = {"rows": rows, "curve": curve, "settings": vars(args)}
-    (args.out / "results.json").write_text(json.dumps(results, default=str, indent=1) + "\n")
-    picture(args.out / "picture.png", [firsts[0], means, images], list(rows.values()))
+    cells = {title: [value] for title, value in rows.items()}
+    common.table("softmax regression trained on", {"test accuracy": ".1%"}, cells)
+    figure = picture([firsts[0], means, images], list(rows.values()))
+    common.save(args, figure, rows=rows, curve=curve)
     return rows
 
 
-def picture(path: Path, sets: list[Tensor], accuracies: list[float]) -> None:
+def picture(sets: list[Tensor], accuracies: list[float]) -> Figure:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     axes = figure.subplots(3, 10)
     titles = ("a real image", "mean images", "learned images")
@@ -130,21 +115,8 @@ def picture(path: Path, sets: list[Tensor], accuracies: list[float]) -> None:
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(f"{title}\n{value:.1%}", fontsize=9)
     figure.suptitle("Ten images that a classifier is trained on, and its accuracy on real digits")
-    figure.savefig(path, dpi=100)
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Learn one training image for each digit by implicit gradients",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--iterations", type=int, default=800, help="outer steps")
-    add("--lr", type=float, default=0.05, help="of Adam on the pixels")
-    add("--seed", type=int, default=0, help="of the split and the start")
-    add("--out", type=Path, default=Path("out/dataset_distillation"), help="folder for results")
-    return parser
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

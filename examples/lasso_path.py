@@ -18,22 +18,16 @@ Lasso-type models for hyperparameter optimization, 2020, arXiv 2002.08943.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-
+import common
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from sklearn.datasets import load_diabetes
+from datasets import diabetes_folds, stack
 from sklearn.linear_model import LassoCV
-from sklearn.model_selection import PredefinedSplit
 from torch.func import vmap
 from tqdm import tqdm
 
 import hyperfunc as hf
 
-FOLDS, POOL = 5, 330  # rows for training and validation; the other 112 are for the test
 STEP = 0.2  # times the largest curvature, about 4, is below 1
 
 
@@ -68,30 +62,6 @@ def cross_validation(h, folds):
     return grads.mean(0), values.mean(0)
 
 
-def least_squares_of(X, y, X_val, y_val):
-    """Gram matrix and moments of centred rows, and other rows shifted by the same means."""
-    X, X_val, y, y_val = X - X.mean(0), X_val - X.mean(0), y - y.mean(), y_val - y.mean()
-    return {"H": X.T @ X / len(y), "c": X.T @ y / len(y), "X_val": X_val, "y_val": y_val}
-
-
-def split(seed):
-    """One split: its folds, its pool against its test rows, and the pool itself."""
-    X, y = (torch.tensor(array, dtype=torch.float64) for array in load_diabetes(return_X_y=True))
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    X, y = X[order], y[order] / y.std()
-    X = (X - X[:POOL].mean(0)) / X[:POOL].std(0)
-    fold_of = torch.arange(POOL) % FOLDS
-    parts = [(fold_of != k, fold_of == k) for k in range(FOLDS)]
-    pool, target = X[:POOL], y[:POOL]
-    folds = [least_squares_of(pool[a], target[a], pool[b], target[b]) for a, b in parts]
-    whole = least_squares_of(pool, target, X[POOL:], y[POOL:])
-    return stack(folds), whole, (pool.numpy(), target.numpy(), PredefinedSplit(fold_of.numpy()))
-
-
-def stack(trees):
-    return {key: torch.stack([tree[key] for tree in trees]) for key in trees[0]}
-
-
 def tune(title, h, folds, iterations, lr):
     """Adam on the cross-validation loss of each split; returns the best h met, and the curves."""
     h = h.clone()
@@ -110,10 +80,15 @@ def tune(title, h, folds, iterations, lr):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # the matrices are small
-    splits = [split(args.seed + i) for i in range(args.splits)]
+    args = common.options(
+        argv,
+        __doc__,
+        "lasso_path",
+        splits=(10, "random splits into 330 rows and 112 for the test"),
+        iterations=(40, "outer iterations"),
+        seed=(0, "of the first split"),
+    )
+    splits = [diabetes_folds(args.seed + i) for i in range(args.splits)]
     folds, whole = stack([s[0] for s in splits]), stack([s[1] for s in splits])
     by_grid = [
         LassoCV(alphas=np.geomspace(1e-3, 1, 100), cv=cv, tol=1e-8, max_iter=10**5).fit(X, y)
@@ -123,43 +98,37 @@ def main(argv: list[str] | None = None) -> None:
     one = tune("lasso", torch.full_like(grid_h, -2.0), folds, args.iterations, 0.1)
     many = tune("weighted", one[0][:, None].repeat(1, 10), folds, args.iterations, 0.05)
 
-    w, rows = {"least squares": torch.linalg.solve(whole["H"], whole["c"])}, {}
-    w["LassoCV, a grid of 100"] = torch.tensor(np.stack([model.coef_ for model in by_grid]))
-    w["lasso, by hypergradient"] = vmap(solve)(one[0], whole)
-    w["weighted lasso, by hypergradient"] = vmap(solve)(many[0], whole)
+    w = {
+        "least squares": torch.linalg.solve(whole["H"], whole["c"]),
+        "LassoCV, a grid of 100": torch.tensor(np.stack([model.coef_ for model in by_grid])),
+        "lasso, by hypergradient": vmap(solve)(one[0], whole),
+        "weighted lasso, by hypergradient": vmap(solve)(many[0], whole),
+    }
     cv_losses = [None, torch.tensor([m.mse_path_.mean(1).min() for m in by_grid]), one[1], many[1]]
     reference = vmap(validation_loss)(w["LassoCV, a grid of 100"], grid_h, whole)
-    print(f"\nmeans over {args.splits} splits; squared errors, of targets with variance 1")
-    print(f"{'':34s}CV loss  test error  against LassoCV   features")
+    columns = {"cv_loss": ".4f", "test_error": ".4f", "against_LassoCV": "+.4f"}
+    columns |= {"standard_error": ".4f", "features": ".1f"}
+    rows = {}
     for (title, coefficients), cv in zip(w.items(), cv_losses, strict=True):
         test = vmap(validation_loss)(coefficients, grid_h, whole)
-        change = test - reference
-        rows[title] = {
-            "cv_loss": None if cv is None else cv.mean().item(),
-            "test_error": test.mean().item(),
-            "against_LassoCV": change.mean().item(),
-            "standard_error": (change.std() / len(change) ** 0.5).item(),
-            "features": (coefficients != 0).sum(1).double().mean().item(),
-        }
-        first = " " * 7 if cv is None else f"{rows[title]['cv_loss']:7.4f}"
-        print(
-            f"{title:34s}{first}{rows[title]['test_error']:12.4f}"
-            f"{rows[title]['against_LassoCV']:+10.4f} ± {rows[title]['standard_error']:.4f}"
-            f"{rows[title]['features']:9.1f}"
-        )
-    results = {"rows": rows, "settings": vars(args) | {"out": None}}
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    picture(args.out / "picture.png", splits[0], grid_h[0], one, many, cv_losses[1])
+        change, count = test - reference, (coefficients != 0).sum(1)
+        spread = change.std() / len(change) ** 0.5
+        values = [t.double().mean().item() for t in (test, change, spread, count)]
+        rows[title] = [None if cv is None else cv.mean().item(), *values]
+    print(f"\nmeans over {args.splits} splits; squared errors, of targets with variance 1")
+    common.table("", columns, rows)
+    rows = {title: dict(zip(columns, values, strict=True)) for title, values in rows.items()}
+    common.save(args, picture(splits[0], grid_h[0], one, many, cv_losses[1]), rows=rows)
 
 
-def picture(path, first, grid_h, one, many, grid_losses):
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    coefficients, curve, descent = figure.subplots(1, 3)
+def picture(first, grid_h, one, many, grid_losses):
+    figure, (coefficients, curve, descent) = common.panels(3, (13, 3.8))
     along = torch.linspace(-6.5, 0, 120, dtype=torch.float64)
     coefficients.plot(along, vmap(solve, in_dims=(0, None))(along, first[1]))
     coefficients.axvline(grid_h, color="black", ls="--", label="LassoCV")
     coefficients.axvline(one[0][0], color="C3", ls=":", label="by hypergradient")
     coefficients.set(title="the path of the lasso, first split", ylabel="coefficient")
+    coefficients.legend(fontsize=8)
     curve.plot(along, vmap(cross_validation, in_dims=(0, None))(along, first[0])[1], color="C7")
     for h, values, grads in one[2][::5]:
         dx = torch.tensor([-0.25, 0.25])
@@ -169,26 +138,13 @@ def picture(path, first, grid_h, one, many, grid_losses):
     curve.set(title="its cross-validation loss, with hypergradients as slopes")
     for axis in (coefficients, curve):
         axis.set(xlabel="logarithm of the regulariser")
-    coefficients.legend(fontsize=8)
-    for title, (_, _, trace) in {"lasso": one, "weighted lasso": many}.items():
-        descent.plot([values.mean() for _, values, _ in trace], label=f"{title}, by hypergradient")
     descent.axhline(grid_losses.mean(), color="black", ls="--", label="LassoCV")
-    descent.set(title="cross-validation loss, mean over splits", xlabel="outer iteration")
-    descent.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--splits", type=int, default=10, help="random splits into 330 rows and 112 for the test")
-    add("--iterations", type=int, default=40, help="outer iterations")
-    add("--seed", type=int, default=0, help="of the first split")
-    add("--out", type=Path, default=Path("out/lasso_path"), help="folder for results")
-    return parser
+    traces = {"lasso, by hypergradient": one[2], "weighted lasso, by hypergradient": many[2]}
+    means = {title: [values.mean() for _, values, _ in trace] for title, trace in traces.items()}
+    common.curves(descent, means, title="cross-validation loss, mean over splits")
+    descent.set(xlabel="outer iteration")
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

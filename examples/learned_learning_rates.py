@@ -23,19 +23,12 @@ hyperparameter optimization, 2017, arXiv 1703.01785.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import common
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from datasets import stratified_digits
 from tqdm import tqdm
 
 import hyperfunc as hf
@@ -44,11 +37,17 @@ RATES, MOMENTA = [0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2], [0.0, 0.5, 0.8, 0.9, 0.95
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    torch.set_num_threads(1)  # the matrices are small
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = common.options(
+        argv,
+        __doc__,
+        "learned_learning_rates",
+        steps=(50, "T, the steps of training"),
+        iterations=(150, "outer iterations"),
+        outer_lr=(0.05, "of Adam on the outer variables"),
+        seed=(0, "of the split and the network"),
+    )
     torch.manual_seed(args.seed)
-    train, val, test = digits(args.seed)
+    train, val, test = stratified_digits(500, 500, seed=args.seed)
     net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Tanh(), torch.nn.Linear(32, 10))
     apply, start = hf.functional(net)
     layers = list(start)  # the weights and biases of both layers
@@ -110,59 +109,32 @@ def main(argv: list[str] | None = None) -> None:
     schedule = settings(*best, args.steps)
     all_steps = learn("a rate for each step and layer (Reverse)", schedule, by_step, hf.Reverse())
 
-    print(f"\n{'after ' + str(args.steps) + ' steps':44s}validation loss  test loss  test accuracy")
-    for title, (validation, held_out, accuracy) in rows.items():
-        print(f"{title:44s}{validation:15.4f}{held_out:11.4f}{accuracy:15.1%}")
+    columns = {"validation loss": ".4f", "test loss": ".4f", "test accuracy": ".1%"}
+    common.table(f"after {args.steps} steps", columns, rows)
     print(f"(best constant: rate {best[0]}, momentum {best[1]})")
-    numbers = {"rows": rows, "best_constant": best, "settings": vars(args) | {"out": None}}
-    (args.out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    picture(args.out / "picture.png", layers, best, one_each, all_steps, rows)
+    figure = picture(layers, best, one_each, all_steps, rows)
+    common.save(args, figure, rows=rows, best_constant=best)
 
 
-def digits(seed):
-    """Rows of scikit-learn's digits for training, validation and test: 500, 500 and 797."""
-    x, y = load_digits(return_X_y=True)
-    x, y = torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)
-    rest, test = train_test_split(range(len(y)), train_size=1000, stratify=y, random_state=seed)
-    train, val = train_test_split(rest, train_size=500, stratify=y[rest], random_state=seed)
-    return [(x[rows], y[rows]) for rows in (train, val, test)]
-
-
-def picture(path, layers, best, one_each, all_steps, rows):
-    figure, (rates, momentum, curves) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+def picture(layers, best, one_each, all_steps, rows):
+    figure, (rates, momentum, curves) = common.panels(3, (13, 3.8))
     names = [f"{'first' if k[0] == '0' else 'second'} layer, {k[2:]}" for k in layers]
-    for index, name in enumerate(names):
-        (line,) = rates.plot(all_steps[0]["log_rate"][:, index].exp(), label=name)
-        rates.axhline(one_each[0]["log_rate"][0, index].exp(), color=line.get_color(), ls=":")
+    for index, rate in enumerate(one_each[0]["log_rate"][0].exp()):
+        rates.axhline(rate, color=f"C{index}", ls=":")
     rates.axhline(best[0], color="black", ls="--", label="best constant")
-    rates.set(title="learned rates (dotted: one for all steps)", xlabel="step", yscale="log")
-    rates.legend(fontsize=8)
-    momentum.plot(all_steps[0]["momentum"].sigmoid(), label="each step")
+    learned = dict(zip(names, all_steps[0]["log_rate"].exp().T, strict=True))
+    title = "learned rates (dotted: one for all steps)"
+    common.curves(rates, learned, title=title, xlabel="step", yscale="log")
     momentum.axhline(one_each[0]["momentum"][0].sigmoid(), color="C0", ls=":", label="one")
     momentum.axhline(best[1], color="black", ls="--", label="best constant")
-    momentum.set(title="learned momentum", xlabel="step", ylim=(0, 1))
-    momentum.legend(fontsize=8)
-    for (title, _), (_, curve) in zip(list(rows.items())[1:], (one_each, all_steps), strict=True):
-        curves.plot(curve, label=title)
+    learned = {"each step": all_steps[0]["momentum"].sigmoid()}
+    common.curves(momentum, learned, title="learned momentum", xlabel="step", ylim=(0, 1))
     curves.axhline(next(iter(rows.values()))[0], color="black", ls="--", label="best constant")
-    curves.set(title="validation loss after the steps", xlabel="outer iteration", yscale="log")
-    curves.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-def parser():
-    parser = argparse.ArgumentParser(
-        description="Learn learning rates and momentum by hypergradients",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--steps", type=int, default=50, help="T, the steps of training")
-    add("--iterations", type=int, default=150, help="outer iterations")
-    add("--outer-lr", type=float, default=0.05, help="of Adam on the outer variables")
-    add("--seed", type=int, default=0, help="of the split and the network")
-    add("--out", type=Path, default=Path("out/learned_learning_rates"), help="folder for results")
-    return parser
+    losses = dict(zip(list(rows)[1:], (one_each[1], all_steps[1]), strict=True))
+    title = "validation loss after the steps"
+    common.curves(curves, losses, title=title, xlabel="outer iteration", yscale="log")
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

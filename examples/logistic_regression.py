@@ -18,14 +18,12 @@ computation, 2020, arXiv 2006.16218, section 4.1.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from pathlib import Path
 
+import common
 import torch
 import torch.nn.functional as F
-from datasets import Rows
+from datasets import Rows, classes_from
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -58,9 +56,16 @@ def solver(steps: int) -> hf.inner_solvers.IterativeSolver:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parser().parse_args(argv)
-    torch.set_num_threads(1)  # the matrices are small
-    train, validation, test = data(args.seed)
+    args = common.options(
+        argv,
+        __doc__,
+        "logistic_regression",
+        steps=(10, "inner steps and CG steps in an outer step"),
+        iterations=(1000, "outer steps"),
+        outer_lr=(0.02, "of Adam on h"),
+        seed=(0, "of the split"),
+    )
+    train, validation, test = classes_from(INFORMATIVE, FEATURES, seed=args.seed)
     zeros = torch.zeros(train.x.shape[1], dtype=train.x.dtype)
 
     def outer_loss(w: Tensor, h: Tensor, *_) -> Tensor:
@@ -84,9 +89,8 @@ def main(argv: list[str] | None = None) -> dict:
             error = hypergradient(h, train, zeros) - exact
             errors[name].append((error.norm() / exact.norm()).item())
 
-    print(f"\n{'relative error after k steps':30s}" + "".join(f"{name:>14s}" for name in METHODS))
-    for place, k in enumerate(COUNTS):
-        print(f"{k:30d}" + "".join(f"{errors[name][place]:14.1e}" for name in METHODS))
+    by_count = {str(k): [errors[name][i] for name in METHODS] for i, k in enumerate(COUNTS)}
+    common.table("relative error after k steps", dict.fromkeys(METHODS, ".1e"), by_count)
 
     grid = {value: torch.full_like(h, value) for value in torch.arange(-9.0, 1.0).tolist()}
     single = min(grid, key=lambda value: scores(grid[value])[0])
@@ -107,24 +111,10 @@ def main(argv: list[str] | None = None) -> dict:
         f"one, the best of {len(grid)}": scores(grid[single]),
         "one a feature, learned": scores(learned),
     }
-    print(f"\n{'L2 regulariser':30s}{'validation loss':>16s}{'test loss':>12s}{'accuracy':>10s}")
-    for title, (value, loss, hits) in rows.items():
-        print(f"{title:30s}{value:16.4f}{loss:12.4f}{hits:10.1%}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = {"rows": rows, "errors": errors, "curve": curve, "settings": vars(args)}
-    (args.out / "results.json").write_text(json.dumps(results, default=str, indent=1) + "\n")
-    picture(args.out / "picture.png", errors, curve, learned)
+    columns = {"validation loss": ".4f", "test loss": ".4f", "accuracy": ".1%"}
+    common.table("L2 regulariser", columns, rows)
+    common.save(args, picture(errors, curve, learned), rows=rows, errors=errors, curve=curve)
     return {"rows": rows, "errors": errors}
-
-
-def data(seed: int) -> list[Rows]:
-    """150 rows for training, 1000 for validation, 2000 for the test, scaled to curvature 1."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(3150, FEATURES, generator=generator, dtype=torch.float64)
-    noise = torch.randn(3150, generator=generator, dtype=torch.float64)
-    y = (x[:, :INFORMATIVE].sum(1) + noise > 0).double()
-    x = x / (torch.linalg.matrix_norm(x[:150], 2) / (4 * 150) ** 0.5)
-    return [Rows(x[part], y[part]) for part in torch.arange(3150).split([150, 1000, 2000])]
 
 
 def newton(h: Tensor, train: Rows) -> Tensor:
@@ -137,36 +127,19 @@ def newton(h: Tensor, train: Rows) -> Tensor:
     return w
 
 
-def picture(path: Path, errors: dict, curve: list[float], learned: Tensor) -> None:
-    figure = Figure(figsize=(12.5, 3.8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for name, values in errors.items():
-        left.loglog(COUNTS, values, marker=".", label=name)
-    left.set(title="relative error of the hypergradient", xlabel="k (inner steps, solver steps)")
-    left.legend(frameon=False)
-    middle.plot(curve)
-    middle.set(title="validation loss", xlabel="outer step")
+def picture(errors: dict, curve: list[float], learned: Tensor) -> Figure:
+    figure, (left, middle, right) = common.panels(3, (12.5, 3.8))
+    common.curves(left, errors, ".-", COUNTS, xscale="log", yscale="log")
+    title = "relative error of the hypergradient"
+    left.set(title=title, xlabel="k (inner steps, solver steps)")
+    common.curves(middle, {"learned": curve}, title="validation loss", xlabel="outer step")
     log10 = (learned / math.log(10)).tolist()
     kinds = [log10[:INFORMATIVE], log10[INFORMATIVE:]]
     right.hist(kinds, bins=20, stacked=True, label=["informative features", "others"])
-    right.set(title="learned regularisers", xlabel="log10")
+    right.set(title="learned regularisers", xlabel="log10 of a regulariser", ylabel="features")
     right.legend(frameon=False)
-    figure.savefig(path, dpi=100)
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Compare approximate hypergradients, and learn a regulariser a feature",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--steps", type=int, default=10, help="inner steps and CG steps in an outer step")
-    add("--iterations", type=int, default=1000, help="outer steps")
-    add("--outer-lr", type=float, default=0.02, help="of Adam on h")
-    add("--seed", type=int, default=0, help="of the split")
-    add("--out", type=Path, default=Path("out/logistic_regression"), help="folder for results")
-    return parser
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

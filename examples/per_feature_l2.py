@@ -20,11 +20,9 @@ computation, 2020, arXiv 2006.16218, section 4.2.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from pathlib import Path
 
+import common
 import torch
 import torch.nn.functional as F
 from datasets import Rows, docstrings, newsgroups
@@ -48,8 +46,19 @@ def outer_loss(W: Tensor, h: Tensor, train: Rows, validation: Rows, start: Tenso
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parser().parse_args(argv)
-    torch.set_num_threads(1)  # the matrices are small
+    args = common.options(
+        argv,
+        __doc__,
+        "per_feature_l2",
+        data=(("docstrings", "newsgroups"), "the texts"),
+        root=(None, "scikit-learn's data folder that holds the 20 newsgroups"),
+        steps=(10, "T = K, steps of heavy ball and of CG"),
+        lr=(20.0, "of heavy ball"),
+        baseline_steps=(300, "steps for a single L2"),
+        iterations=(500, "outer steps"),
+        outer_lr=(0.03, "of Adam on the log L2"),
+        seed=(0, "of the split"),
+    )
     shares = (0.1, 0.5, 0.15, 0.25)
     if args.data == "newsgroups":
         parts, words = newsgroups(args.root, *shares, seed=args.seed)
@@ -109,56 +118,32 @@ def main(argv: list[str] | None = None) -> dict:
         "one L2 a feature, not stopped": history[-1],
         "one L2, validation part trained on": best_on_grid(both, "stop")[1],
     }
-    print(f"\n{'cross-entropy (accuracy)':38s}" + "".join(f"{name:>18s}" for name in PARTS[1:]))
-    for title, row in rows.items():
-        cells = (f"{row[name][0]:9.3f} ({row[name][1]:6.1%})" for name in PARTS[1:])
-        print(f"{title:38s}" + "".join(cells))
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = {"rows": rows, "history": history, "best_l2": l2, "log_l2": best[1].tolist()}
-    results["settings"] = vars(args)
-    (args.out / "results.json").write_text(json.dumps(results, default=str) + "\n")
-    picture(args.out / "picture.png", history, baseline, best[1], words)
+    cells = {
+        title: [f"{loss:.3f} ({hits:6.1%})" for loss, hits in (row[name] for name in PARTS[1:])]
+        for title, row in rows.items()
+    }
+    common.table("cross-entropy (accuracy)", dict.fromkeys(PARTS[1:], "s"), cells)
+    figure = picture(history, baseline, best[1], words)
+    found = {"best_l2": l2, "log_l2": best[1].tolist()}
+    common.save(args, figure, rows=rows, history=history, **found)
     return rows
 
 
-def picture(path: Path, history: list, baseline: dict, h: Tensor, words: list[str]) -> None:
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    curves, learned = figure.subplots(1, 2, width_ratios=(1, 1.2))
-    for name, color in zip(PARTS[1:], ("#d1495b", "#edae49", "#30638e"), strict=True):
-        curves.plot([entry[name][0] for entry in history], color=color, label=name)
-        curves.axhline(baseline[name][0], color=color, ls=":")
-    curves.set(
-        title="cross-entropy (dotted: the best single L2)", xlabel="outer step", yscale="log"
-    )
-    curves.legend(frameon=False)
+def picture(history: list, baseline: dict, h: Tensor, words: list[str]) -> Figure:
+    figure, (curves, learned) = common.panels(2, (12, 4.2), width_ratios=(1, 1.2))
+    for index, name in enumerate(PARTS[1:]):
+        curves.axhline(baseline[name][0], color=f"C{index}", ls=":")
+    losses = {name: [entry[name][0] for entry in history] for name in PARTS[1:]}
+    title = "cross-entropy (dotted: the best single L2)"
+    common.curves(curves, losses, title=title, xlabel="outer step", yscale="log")
     order = h.argsort()
-    learned.plot(h[order] / math.log(10), color="#30638e")
-    for ranks, side in ((range(8), "left"), (range(len(h) - 8, len(h)), "right")):
+    learned.plot(h[order] / math.log(10))
+    for ranks, x, side in ((range(8), 0.03, "left"), (range(-8, 0), 0.97, "right")):
         text = "\n".join(words[order[rank]] for rank in ranks)
-        x, y, va = (0.03, 0.5, "center") if side == "left" else (0.97, 0.5, "center")
-        learned.text(x, y, text, transform=learned.transAxes, ha=side, va=va, fontsize=8)
+        learned.text(x, 0.5, text, transform=learned.transAxes, ha=side, va="center", fontsize=8)
     learned.set(title="learned L2 (log10), with the words at both ends", xlabel="features in order")
-    figure.savefig(path, dpi=110)
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Tune one L2 regulariser a feature by hypergradients",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--data", choices=("docstrings", "newsgroups"), default="docstrings", help="the texts")
-    add("--root", help="scikit-learn's data folder that holds the 20 newsgroups")
-    add("--steps", type=int, default=10, help="T = K, steps of heavy ball and of CG")
-    add("--lr", type=float, default=20.0, help="of heavy ball")
-    add("--baseline-steps", type=int, default=300, help="steps for a single L2")
-    add("--iterations", type=int, default=500, help="outer steps")
-    add("--outer-lr", type=float, default=0.03, help="of Adam on the log L2")
-    add("--seed", type=int, default=0, help="of the split")
-    add("--out", type=Path, default=Path("out/per_feature_l2"), help="folder for results")
-    return parser
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

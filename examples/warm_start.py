@@ -11,15 +11,13 @@ start, from each of the two and from both, and counts gradients and products.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import common
 import torch
 import torch.nn.functional as F
+from datasets import Rows, centred_digits
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,6 +31,9 @@ RUNS = {
     "warm params and adjoint": (True, True),
 }
 TOLERANCE = 1e-4  # of the inner gradient and of the linear solve, relative
+
+
+History = dict[str, list[float]]
 
 
 class State(NamedTuple):
@@ -72,20 +73,8 @@ class InnerSolver:
         return ahead
 
 
-def load(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """Training images and labels, then those held out."""
-    images, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    X = torch.tensor(images / 16, dtype=dtype)[order]
-    y = torch.tensor(labels)[order]
-    X = X - X.mean(0)
-    return X[:600], y[:600], X[600:], y[600:]
-
-
-def run(
-    data: tuple[Tensor, ...], warm_params: bool, warm_adjoint: bool, steps: range | tqdm
-) -> dict[str, list[float]]:
-    X, y, X_val, y_val = data
+def run(data: list[Rows], warm_params: bool, warm_adjoint: bool, steps: tqdm) -> History:
+    (X, y), (X_val, y_val) = data
     solver = InnerSolver()
     hypergrad = hf.hypergrad_and_solution(
         solver,
@@ -97,7 +86,7 @@ def run(
     reg = torch.full((X.shape[1],), -4.0, dtype=X.dtype)
     zeros = torch.zeros(X.shape[1], 10, dtype=X.dtype)
     state = State(reg, optimizer.init(reg), params=zeros, adjoint=zeros)
-    history: dict[str, list[float]] = {"gradients": [], "products": [], "value": []}
+    history: History = {"gradients": [], "products": [], "value": []}
     products = 0
     for step in steps:
         adjoint_init = state.adjoint if warm_adjoint and step else None
@@ -113,60 +102,40 @@ def run(
     return history
 
 
-def draw(histories: dict[str, dict[str, list[float]]], path: Path) -> None:
+def picture(histories: dict[str, History]) -> Figure:
     """Cold against warm; what one warm start saves, it saves whether or not the other is used."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure, axes = common.panels(2, (10, 4))
     titles = {"gradients": "inner gradients", "products": "Hessian-vector products"}
-    for axis, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
         cold, warm = (histories[name][key] for name in ("cold", "warm params and adjoint"))
         steps = range(1, len(cold) + 1)
-        axis.plot(steps, cold, color="#4c566a", label="from a cold start")
-        axis.plot(steps, warm, color="#d1495b", label="from the last solution")
-        axis.fill_between(steps, warm, cold, color="#d1495b", alpha=0.12, linewidth=0)
-        axis.set(xlabel="outer step", title=f"{title}: {1 - warm[-1] / cold[-1]:.0%} saved")
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+        lines = {"from a cold start": cold, "from the last solution": warm}
+        saved = f"{title}: {1 - warm[-1] / cold[-1]:.0%} saved"
+        common.curves(axis, lines, x=steps, xlabel="outer step", title=saved)
+        axis.fill_between(steps, warm, cold, color="C1", alpha=0.12, linewidth=0)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=60, help="outer steps")
-    parser.add_argument("--out", type=Path, default=Path("out/warm_start"), help="for the results")
-    args = parser.parse_args(argv)
-    if args.steps < 1:
-        parser.error(f"--steps is {args.steps}; expected 1 or more")
-
-    torch.set_num_threads(1)  # the matrices are small
-    data = load()
+    args = common.options(argv, __doc__, "warm_start", steps=(60, "outer steps"))
+    data = centred_digits(600, 1197)
     histories = {
         name: run(data, *warm, tqdm(range(args.steps), desc=name, unit="step"))
         for name, warm in RUNS.items()
     }
-    cold = histories["cold"]
-    rows = {}
-    print(
-        f"{'start':>24} {'gradients':>10} {'saved':>6} {'products':>10} {'saved':>6} {'value':>9}"
-    )
+    cold, rows = histories["cold"], {}
     for name, history in histories.items():
-        row = {"value": history["value"][-1]}
+        rows[name] = {}
         for key in ("gradients", "products"):
-            row[key] = history[key][-1]
-            row[f"{key}_saved"] = 1 - row[key] / cold[key][-1]
-        rows[name] = row
-        print(
-            f"{name:>24} {row['gradients']:>10} {row['gradients_saved']:>6.0%} "
-            f"{row['products']:>10} {row['products_saved']:>6.0%} {row['value']:>9.6f}"
-        )
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = {"steps": args.steps, "tolerance": TOLERANCE, "runs": rows, "histories": histories}
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(histories, args.out / "picture.png")
-    print(f"numbers and picture are in {args.out}")
+            rows[name][key] = history[key][-1]
+            rows[name][f"{key} saved"] = 1 - history[key][-1] / cold[key][-1]
+        rows[name]["value"] = history["value"][-1]
+    formats = ("d", ".0%", "d", ".0%", ".6f")
+    columns = dict(zip(rows["cold"], formats, strict=True))
+    common.table("start", columns, {name: row.values() for name, row in rows.items()})
+    common.save(args, picture(histories), runs=rows, histories=histories, tolerance=TOLERANCE)
     return rows
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

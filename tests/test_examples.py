@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import equilibrium
 import fewshot
 import implicit_graph
@@ -60,7 +61,7 @@ def test_weighted_lasso_lowers_the_loss_that_both_lassos_are_tuned_on(tmp_path, 
 
 def test_the_lasso_is_tuned_on_the_loss_of_cross_validation():
     """Solutions and the loss over the folds are those of scikit-learn's path."""
-    folds, _, (X, y, cv) = lasso_path.split(0)
+    folds, _, (X, y, cv) = datasets.diabetes_folds(0)
     alphas = [0.1, 0.01]
     model = lasso_path.LassoCV(alphas=alphas, cv=cv, tol=1e-10, max_iter=10**5).fit(X, y)
     h = torch.tensor(alphas, dtype=torch.float64).log()
@@ -80,7 +81,7 @@ def test_the_implicit_network_uses_the_graph(tmp_path, capsys):
 
 
 def test_the_citations_of_cora(data_dir):
-    graph = implicit_graph.cora(data_dir)
+    graph = datasets.cora(data_dir)
     assert graph.X.shape == (2708, 1433)
     assert [len(part) for part in graph.parts] == [140, 500, 1000]
     assert len(set(torch.cat(graph.parts).tolist())) == 1640
