@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from hyperfunc import _tree
 from hyperfunc._types import Leaves
+from hyperfunc._wrapped import WrappedFunction
 
 _BUDGET = 2**22
 _SMALLEST_BATCH = 6
@@ -85,19 +85,30 @@ def task_map(
         raise ValueError(
             f"task_map: randomness is {randomness!r}; expected one of {', '.join(_RANDOMNESS)}"
         )
+    return _Mapped(fn, in_dims, chunk_size, randomness)
 
-    @functools.wraps(fn)
-    def mapped(*args: Any) -> Any:
+
+class _Mapped(WrappedFunction):
+    """What `task_map` returns."""
+
+    maker = "task_map"
+
+    def __init__(self, fn: Callable[..., Any], in_dims: Any, chunk_size: Any, randomness: Any):
+        super().__init__(fn)
+        self._fn = fn
+        self._in_dims = in_dims
+        self._chunk_size = chunk_size
+        self._randomness = randomness
+
+    def __call__(self, *args: Any) -> Any:
         leaves, spec = _tree.flatten(args, none_is_leaf=True)
-        dims = _flat_dims(in_dims, args, leaves, spec)
+        dims = _flat_dims(self._in_dims, args, leaves, spec)
         num_tasks = _num_tasks(leaves, dims, spec)
-        size = num_tasks if chunk_size is None else chunk_size
+        size = num_tasks if self._chunk_size is None else self._chunk_size
         if size == "auto":
             size = _best_size(num_tasks, leaves, dims)
-        call = _Call(fn, spec, dims, randomness)
+        call = _Call(self._fn, spec, dims, self._randomness)
         return call.one_by_one(leaves) if size == 1 else call.in_chunks(leaves, num_tasks, size)
-
-    return mapped
 
 
 class _Call:

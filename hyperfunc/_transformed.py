@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from hyperfunc._types import TensorTree
+from hyperfunc._wrapped import Wrapped
 from hyperfunc.iterative import ReverseUnroll
 
 
-class Transformed:
+class Transformed(Wrapped):
     """A transformed inner solver: a callable with the solver's name and doc, and its own repr."""
 
     def __init__(
@@ -23,7 +22,7 @@ class Transformed:
         method: Any,
         call: Callable[..., Any],
     ) -> None:
-        functools.update_wrapper(self, inner_solver, updated=())
+        super().__init__(inner_solver)
         self._transform = transform
         self._inner_solver = inner_solver
         self._method = method
@@ -44,13 +43,6 @@ class Transformed:
             with torch.inference_mode(False), torch.no_grad():
                 return call(hparams, *args, **keywords)
         return call(hparams, *args, **keywords)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # what stands under the name of the solver, as after decoration, is pickled as that name
-        found: Any = sys.modules.get(getattr(self, "__module__", ""))
-        for part in getattr(self, "__qualname__", "").split("."):
-            found = getattr(found, part, None)
-        return self.__qualname__ if found is self else super().__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
         solver = self._inner_solver

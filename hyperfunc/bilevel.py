@@ -26,6 +26,7 @@ Step sizes are numbers, or functions of the step (a 0-d int64 tensor, counted fr
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -35,6 +36,7 @@ from torch import Tensor
 from hyperfunc import _ad, _tree
 from hyperfunc._conditions import check_scalar
 from hyperfunc._types import Leaves, Loss, TensorTree
+from hyperfunc._wrapped import picklable
 
 __all__ = ["Loop", "Memory", "State", "StepSize", "amigo", "power_decay", "saba", "soba", "stocbio"]
 
@@ -91,6 +93,7 @@ class Loop(NamedTuple):
     update: Callable[..., State]
 
 
+@picklable
 def soba(
     inner_loss: Loss,
     outer_loss: Loss,
@@ -153,6 +156,7 @@ def soba(
     return Loop(settings.init, update)
 
 
+@picklable
 def saba(
     inner_loss: Loss,
     outer_loss: Loss,
@@ -269,6 +273,7 @@ def saba(
     return Loop(init, update)
 
 
+@picklable
 def stocbio(
     inner_loss: Loss,
     outer_loss: Loss,
@@ -340,6 +345,7 @@ def stocbio(
     return _two_loops("stocbio", settings, neumann, num_inner_steps, num_adjoint_steps)
 
 
+@picklable
 def amigo(
     inner_loss: Loss,
     outer_loss: Loss,
@@ -431,13 +437,13 @@ def power_decay(initial: float, exponent: float) -> Callable[[int | Tensor], flo
         raise ValueError(f"power_decay: initial is {initial!r}; expected a number > 0")
     if not exponent >= 0:
         raise ValueError(f"power_decay: exponent is {exponent!r}; expected a number >= 0")
+    return functools.partial(_decayed, initial, exponent)
 
-    def rate(step: int | Tensor) -> float | Tensor:
-        # float32 counts to 16 million only
-        count = step.to(torch.float64) if isinstance(step, Tensor) else float(step)
-        return initial / (1.0 + count) ** exponent
 
-    return rate
+def _decayed(initial: float, exponent: float, step: int | Tensor) -> float | Tensor:
+    # float32 counts to 16 million only
+    count = step.to(torch.float64) if isinstance(step, Tensor) else float(step)
+    return initial / (1.0 + count) ** exponent
 
 
 class _Terms(NamedTuple):

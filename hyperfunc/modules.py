@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, TypeAlias, cast, final, get_args
@@ -164,11 +165,7 @@ def module_map(
             "functional(cell, buffers='update') once, at the solution"
         )
     apply, weights = functional(cell, buffers=buffers)
-
-    def fixed_point(state: TensorTree, weights: dict[str, Tensor], /, *inputs: Any) -> Any:
-        return apply(weights, state, *inputs)
-
-    return fixed_point, weights
+    return _ModuleMap(apply), weights
 
 
 def assign_grads(
@@ -369,6 +366,16 @@ class FunctionalModule:
                 f"its place. Read it as self.name of the layer that registers it, or make it a "
                 f"constant by requires_grad_(False)"
             )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ModuleMap:
+    """``(state, weights, *inputs) -> state`` of a cell."""
+
+    apply: FunctionalModule
+
+    def __call__(self, state: TensorTree, weights: dict[str, Tensor], /, *inputs: Any) -> Any:
+        return self.apply(weights, state, *inputs)
 
 
 _MAPPED = {

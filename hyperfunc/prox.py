@@ -296,7 +296,7 @@ def non_negative() -> Prox:
         >>> hf.prox.non_negative()(torch.tensor([1.0, -2.0]))
         tensor([1., 0.])
     """
-    return Prox("non_negative", lambda leaf, dims, lr: torch.clamp(leaf, min=0))
+    return Prox("non_negative", _positive_part)
 
 
 def box(lower: Coefficient = 0.0, upper: Coefficient = 1.0) -> Prox:
@@ -410,7 +410,7 @@ def identity() -> Prox:
         >>> hf.prox.identity()(torch.tensor([3.0, -4.0]))
         tensor([ 3., -4.])
     """
-    return Prox("identity", lambda leaf, dims, lr: leaf)
+    return Prox("identity", _unchanged)
 
 
 def joint(prox: Callable[..., TensorTree]) -> Callable[..., TensorTree]:
@@ -514,6 +514,14 @@ def _soft_threshold(w: Tensor, dims: Any, lr: Tensor, weight: Tensor) -> Tensor:
     threshold = lr * weight
     # at |w| = threshold = 0 the derivative is that of the identity; NaN is not below anything
     return torch.where(w.abs() < threshold, 0.0, w - w.sign() * threshold)
+
+
+def _positive_part(w: Tensor, dims: Any, lr: Tensor) -> Tensor:
+    return torch.clamp(w, min=0)
+
+
+def _unchanged(w: Tensor, dims: Any, lr: Tensor) -> Tensor:
+    return w
 
 
 def _elastic_net(w: Tensor, dims: Any, lr: Tensor, l1: Tensor, l2: Tensor) -> Tensor:

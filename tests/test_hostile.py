@@ -1,15 +1,12 @@
-"""Calls from surroundings that are not the plain ones: modes, odd tensors, pickles, compilation."""
+"""Calls from surroundings that are not the plain ones: modes, odd tensors, compilation."""
 
 import contextlib
-import copy
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import optree
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,15 +34,6 @@ def outer_loss(w: Tensor, h: Tensor, A: Tensor) -> Tensor:
 
 def start(h: Tensor, A: Tensor) -> Tensor:
     return torch.zeros_like(h)
-
-
-def solve(h: Tensor, A: Tensor) -> Tensor:
-    return torch.linalg.solve(A, h)
-
-
-@hf.hypergrad(outer_loss=outer_loss, inner_loss=inner_loss)
-def decorated(h: Tensor, A: Tensor) -> Tensor:
-    return torch.linalg.solve(A, h)
 
 
 SOLVER = hf.iterate(fixed_point, 60, init=start)
@@ -284,81 +272,6 @@ def test_compiled_by_the_default_backend() -> None:
     for name in ("cg", "reverse"):
         compiled = torch.compile(COMPILED["a function around it"](make(name)))
         torch.testing.assert_close(compiled(H, A), make(name)(H, A), rtol=1e-9, atol=1e-11)
-
-
-# Pickles and copies -------------------------------------------------------------------------------
-
-OPTIMIZERS = {
-    "sgd": hf.optim.sgd(0.1, momentum=0.9),
-    "heavy_ball": hf.optim.heavy_ball(0.1, 0.5),
-    "adam": hf.optim.adam(0.1),
-    "adamw": hf.optim.adamw(0.1),
-    "rmsprop": hf.optim.rmsprop(0.1),
-    "adagrad": hf.optim.adagrad(0.1),
-    "from_torch": hf.optim.from_torch(torch.optim.Adadelta, lr=0.1),
-    "clipped": hf.optim.clip_grad_norm(hf.optim.clip_grad_value(hf.optim.sgd(0.1), 1.0), 1.0),
-}
-TRANSFORMS = (hf.hypergrad, hf.hypergrad_and_value, hf.hypergrad_and_solution)
-FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    **{
-        f"{transform.__name__} {name}": transform(
-            SOLVER, outer_loss, inner_loss=inner_loss, method=method
-        )
-        for transform in TRANSFORMS
-        for name, method in ALL.items()
-    },
-    **{
-        f"minimize {name}": hf.minimize(inner_loss, optimizer, 5, init=start)
-        for name, optimizer in OPTIMIZERS.items()
-    },
-    "implicit_diff": hf.implicit_diff(solve, inner_loss=inner_loss),
-    "decorated": decorated,
-    "compiled": hf.hypergrad(
-        SOLVER,
-        outer_loss,
-        inner_loss=inner_loss,
-        method=hf.CG(maxiter=3, rtol=0),
-        compile="eager",
-    ),
-    "iterate": SOLVER,
-}
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_are_pickled_and_copied(name: str) -> None:
-    fn = FUNCTIONS[name]
-    expected = optree.tree_leaves(fn(H, A))
-    for twin in (pickle.loads(pickle.dumps(fn)), copy.deepcopy(fn), copy.copy(fn)):
-        for got, leaf in zip(optree.tree_leaves(twin(H, A)), expected, strict=True):
-            assert torch.equal(got, leaf)
-
-
-VALUES: dict[str, Callable[[], Any]] = {
-    **{f"state of {k}": lambda v=v: v.init({"w": [H]}) for k, v in OPTIMIZERS.items()},
-    "Solution": lambda: hf.hypergrad_and_solution(
-        solve, outer_loss, inner_loss=inner_loss, error_bound=True
-    )(H, A)[1],
-    "check": lambda: hf.check_hypergrad(solve, outer_loss, H, A, inner_loss=inner_loss),
-    "diagnosis": lambda: hf.diagnose(H, H, A, inner_loss=inner_loss),
-    "result": lambda: hf.RESULTS.breakdown,
-    "error": lambda: hf.HypergradError("text"),
-    "bound": lambda: hf.ErrorBound(contraction=0.9),
-}
-
-
-@pytest.mark.parametrize("name", VALUES)
-def test_values_are_pickled_and_copied(name: str) -> None:
-    value = VALUES[name]()
-    for twin in (pickle.loads(pickle.dumps(value)), copy.deepcopy(value)):
-        assert type(twin) is type(value)
-        assert str(twin) == str(value)
-
-
-def test_a_decorated_function_is_pickled_by_its_name() -> None:
-    assert pickle.loads(pickle.dumps(decorated)) is copy.deepcopy(decorated) is decorated
-    assert b"decorated" in pickle.dumps(decorated)
-    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
-        pickle.dumps(hf.hypergrad(lambda h, A: h, outer_loss, inner_loss=inner_loss))
 
 
 # The interpreter ----------------------------------------------------------------------------------

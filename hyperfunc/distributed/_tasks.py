@@ -14,6 +14,7 @@ from torch import Tensor
 from hyperfunc import _ad, _sharding, _tree
 from hyperfunc._results import Solution
 from hyperfunc._types import Leaves, TensorTree
+from hyperfunc._wrapped import WrappedFunction
 from hyperfunc.distributed._ranks import Ranks, checksum
 
 Reduction: TypeAlias = Literal["mean", "sum"]
@@ -107,16 +108,37 @@ def task_parallel(
         raise ValueError(
             f"task_parallel: chunk_size is {chunk_size!r}; expected an integer >= 1, or None"
         )
+    return _TaskParallel(fn, group, reduce, chunk_size)
 
-    def call(hparams: TensorTree, tasks: TensorTree, *args: Any) -> Any:
+
+class _TaskParallel(WrappedFunction):
+    """What `task_parallel` returns."""
+
+    maker = "task_parallel"
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        group: dist.ProcessGroup | None,
+        reduce: Reduction | None,
+        chunk_size: int | None,
+    ) -> None:
+        super().__init__(fn)
+        self._fn = fn
+        self._group = group
+        self._reduce = reduce
+        self._chunk_size = chunk_size
+
+    def __call__(self, hparams: TensorTree, tasks: TensorTree, *args: Any) -> Any:
         if _ad.transforms_active():
             raise ValueError(
                 "task_parallel was called inside a torch.func transform, which cannot see what "
                 "other processes do. Put it into fn, as in fn = torch.func.vmap(adapt, "
                 "in_dims=(None, 0))"
             )
-        ranks = Ranks(group)
-        share = _Share(fn, reduce, hparams, tasks, args)
+        reduce, chunk_size = self._reduce, self._chunk_size
+        ranks = Ranks(self._group)
+        share = _Share(self._fn, reduce, hparams, tasks, args)
         counts = share.agree_on_inputs(ranks, (reduce, chunk_size))
         total = _Total(share.zeros())
         if chunk_size is None:
@@ -145,8 +167,6 @@ def task_parallel(
         if rest_spec is None:
             return hypergradients
         return hypergradients, share.with_own(_tree.unflatten(rest_spec, gathered))
-
-    return call
 
 
 def local_tasks(tasks: TensorTree, *, group: dist.ProcessGroup | None = None) -> TensorTree:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from hyperfunc import _ad, _tree
 from hyperfunc._closures import refuse_captured_tensors
 from hyperfunc._conditions import captured_message
 from hyperfunc._types import Leaves
+from hyperfunc._wrapped import WrappedFunction
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -69,9 +69,20 @@ def checkpoint(fn: F) -> F:
     """
     if not callable(fn):
         raise TypeError(f"fn is {fn!r} of type {type(fn).__name__}; expected a function")
+    return cast(F, _Checkpointed(fn))
 
-    @functools.wraps(fn)
-    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+
+class _Checkpointed(WrappedFunction):
+    """What `checkpoint` returns."""
+
+    maker = "checkpoint"
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__(fn)
+        self._fn = fn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        fn = self._fn
         leaves, spec = _tree.flatten((args, kwargs))
         tensors, constants = _separate(leaves)
         if not tensors or not _ad.is_tracked(tensors):
@@ -92,8 +103,6 @@ def checkpoint(fn: F) -> F:
         outputs = Recorded.apply(segment, *operands)
         outputs_spec, output_constants = result
         return _tree.unflatten(outputs_spec, _merge(output_constants, outputs))
-
-    return checkpointed  # type: ignore[return-value]
 
 
 class Operation(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import TypeGuard
@@ -45,8 +46,8 @@ class LinearOperator:
     def from_matrix(matrix: Tensor) -> LinearOperator:
         """The operator of a square matrix, acting on a single leaf of shape ``(n,)``."""
         return LinearOperator(
-            lambda v: (matrix @ v[0],),
-            lambda v: (matrix.mT @ v[0],),
+            functools.partial(_matrix_product, matrix),
+            functools.partial(_matrix_product, matrix.mT),
             spec=_tree.flatten(matrix)[1],
         )
 
@@ -183,3 +184,7 @@ def _combine(alpha: float, x: Leaves, beta: float | Tensor, y: Leaves) -> Leaves
     if beta == 1:
         return _tree.axpy(alpha, x, y)
     return _tree.axpy(alpha, x, _tree.scale(beta, y))
+
+
+def _matrix_product(matrix: Tensor, v: Leaves) -> Leaves:
+    return (matrix @ v[0],)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hyperfunc import _tree
 from hyperfunc._types import Leaves, TensorTree
-
-P = ParamSpec("P")
 
 Coefficient: TypeAlias = float | TensorTree | Callable[[Any], Any]
 """A number, a tensor, a tree of them (see the top of this page), or a function of hparams."""
@@ -54,42 +51,6 @@ class State(NamedTuple):
 
     step: Tensor
     slots: Any
-
-
-class _Part:
-    """One of the functions of an optimiser, which pickles as the call that makes them anew."""
-
-    def __init__(self, name: str, optimizer: Optimizer, recipe: tuple[Any, ...]) -> None:
-        self._name = name
-        self._fn = getattr(optimizer, name)
-        self._recipe = recipe
-
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        return self._fn(*args, **keywords)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self._name, *self._recipe)
-
-    def __repr__(self) -> str:
-        factory, args, keywords = self._recipe
-        arguments = [repr(arg) for arg in args]
-        arguments += [f"{key}={value!r}" for key, value in keywords.items()]
-        return f"{factory.__name__}({', '.join(arguments)}).{self._name}"
-
-
-def _remake(name: str, factory: Callable[..., Optimizer], args: Any, keywords: Any) -> Any:
-    return getattr(factory(*args, **keywords), name)
-
-
-def picklable(factory: Callable[P, Optimizer]) -> Callable[P, Optimizer]:
-    """Make what a function returns picklable, if its arguments are."""
-
-    @functools.wraps(factory)
-    def make(*args: P.args, **keywords: P.kwargs) -> Optimizer:
-        made = factory(*args, **keywords)
-        return Optimizer(*(_Part(name, made, (make, args, keywords)) for name in Optimizer._fields))
-
-    return make
 
 
 def check_optimizer(optimizer: Any, caller: str) -> Optimizer:

@@ -8,6 +8,7 @@ import torch
 
 from hyperfunc import _tree
 from hyperfunc._types import TensorTree
+from hyperfunc._wrapped import picklable
 from hyperfunc.optim._base import (
     Coefficient,
     Optimizer,
@@ -17,7 +18,6 @@ from hyperfunc.optim._base import (
     check_single,
     evaluate,
     flatten_like_params,
-    picklable,
     values_by_leaf,
 )
 from hyperfunc.optim._leafwise import safe_root

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hyperfunc._types import Leaves, TensorTree
-from hyperfunc.optim._base import Coefficient, Optimizer, is_zero, picklable
+from hyperfunc._wrapped import picklable
+from hyperfunc.optim._base import Coefficient, Optimizer, is_zero
 from hyperfunc.optim._leafwise import (
     after_first,
     average_square,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hyperfunc import _tree
 from hyperfunc._types import Leaves, TensorTree
+from hyperfunc._wrapped import picklable
 from hyperfunc.optim._base import (
     Optimizer,
     State,
@@ -19,7 +20,6 @@ from hyperfunc.optim._base import (
     describe,
     evaluate,
     flatten_like_params,
-    picklable,
 )
 from hyperfunc.optim._leafwise import safe_root
 from hyperfunc.optim._rules import adagrad, adam, adamw, rmsprop, sgd
