@@ -73,6 +73,15 @@ def is_tracked(tensors: Sequence[Any]) -> bool:
     return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
+def may_overwrite(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing follows what these tensors hold: no derivative, transform or trace."""
+    return not (
+        transforms_active()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or any(type(tensor) is not Tensor or tensor.requires_grad for tensor in tensors)
+    )
+
+
 def is_differentiable(value: Any) -> bool:
     """Whether a value is a tensor that a derivative can be taken with respect to."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -7,7 +7,7 @@ import dis
 import functools
 import itertools
 import types
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -23,14 +23,14 @@ _MOST_ITEMS = 1000
 _YIELDED = (Tensor, str, int, float)
 
 
-def refuse_captured_tensors(fn: Callable[..., Any], name: str) -> None:
+def refuse_captured_tensors(fn: Any, name: str) -> None:
     """Raise if a function closes over a tensor that carries a derivative."""
     for tensor in captured_tensors(fn):
         if _ad.is_attached(tensor):
             raise ValueError(captured_message(name))
 
 
-def captured_tensors(fn: Callable[..., Any]) -> Iterator[Tensor]:
+def captured_tensors(fn: Any) -> Iterator[Tensor]:
     """The tensors that a function closes over.
 
     Looked through are its variables, globals, and default values, the attributes and methods of
@@ -40,7 +40,7 @@ def captured_tensors(fn: Callable[..., Any]) -> Iterator[Tensor]:
     return (value for value in _captured(fn, {}) if isinstance(value, Tensor))
 
 
-def captured_values(fn: Callable[..., Any]) -> Iterator[Tensor | str | float]:
+def captured_values(fn: Any) -> Iterator[Tensor | str | float]:
     """`captured_tensors`, and the numbers and strings beside them, for modules their mode."""
     return _captured(fn, {})
 

@@ -101,7 +101,8 @@ def accumulation_dtype(leaves: Leaves) -> torch.dtype:
     """The dtype of inner products: the widest of the leaves, and float32 at least."""
     dtype = torch.float32
     for leaf in leaves:
-        dtype = torch.promote_types(dtype, leaf.dtype)
+        if leaf.dtype is not dtype:
+            dtype = torch.promote_types(dtype, leaf.dtype)
     return dtype
 
 
@@ -141,8 +142,31 @@ def norm(a: Leaves) -> Tensor:
     return dot(a, a).sqrt()
 
 
-def axpy(alpha: Tensor | float, x: Leaves, y: Leaves) -> Leaves:
-    """``y + alpha x``, each leaf in its own dtype and on its own device."""
+def may_overwrite(*vectors: Leaves) -> bool:
+    """Whether vectors that the caller alone holds may be written to, and combined with each other.
+
+    They may not where a derivative of one of them can be asked for.
+    """
+    return _ad.may_overwrite([leaf for vector in vectors for leaf in vector])
+
+
+def reusable(x: Leaves, *others: Leaves) -> Leaves | None:
+    """``x``, a vector that the caller alone holds, if it `may_overwrite` it; else None."""
+    return x if may_overwrite(x, *others) else None
+
+
+def axpy(alpha: Tensor | float, x: Leaves, y: Leaves, out: Leaves | None = None) -> Leaves:
+    """``y + alpha x``, each leaf in its own dtype and on its own device.
+
+    ``out`` is x or y if that is to be overwritten; see `reusable`.
+    """
+    if out is not None:
+        for u, v, place in zip(x, y, out, strict=True):
+            if isinstance(alpha, Tensor):
+                torch.addcmul(v, _scalar_like(alpha, u), u, out=place)
+            else:
+                torch.add(v, u, alpha=alpha, out=place)
+        return out
     if isinstance(alpha, Tensor):
         return tuple(torch.addcmul(v, _scalar_like(alpha, u), u) for u, v in zip(x, y, strict=True))
     return tuple(torch.add(v, u, alpha=alpha) for u, v in zip(x, y, strict=True))
@@ -201,11 +225,16 @@ def _plain(spec: TreeSpec, leaves: Sequence[Any]) -> TreeSpec:
 
 def _dot(a: Leaves, b: Leaves) -> Tensor:
     dtype, device = accumulation_dtype(a), a[0].device
-    terms = [
-        _ad.dot(x.to(dtype).reshape(-1), y.to(dtype).reshape(-1)).to(device)
-        for x, y in zip(a, b, strict=True)
-    ]
-    return sum(terms[1:], terms[0])
+    total: Tensor | None = None
+    for x, y in zip(a, b, strict=True):
+        if x.dtype is not dtype or y.dtype is not dtype:
+            x, y = x.to(dtype), y.to(dtype)
+        term = _ad.dot(x.reshape(-1), y.reshape(-1))
+        if term.device != device:
+            term = term.to(device)
+        total = term if total is None else total + term
+    assert total is not None
+    return total
 
 
 def _held_dots(layout: _sharding.Layout, pairs: Sequence[tuple[Leaves, Leaves]]) -> Tensor:

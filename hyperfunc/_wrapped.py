@@ -56,6 +56,11 @@ class _Part:
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         return self._fn(*args, **keywords)
 
+    @property
+    def bind(self) -> Any:
+        """The function's own ``bind``, for one that can be given a part of its arguments."""
+        return getattr(self._fn, "bind", None)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _remake, (self._name, *self._recipe)
 

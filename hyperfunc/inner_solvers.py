@@ -12,11 +12,16 @@ from hyperfunc import _ad, _tree, optim
 from hyperfunc._compile import Compiler, applies, check_backend
 from hyperfunc._conditions import check_scalar
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
+from hyperfunc.optim._base import Pull
 from hyperfunc.prox import check_prox
 from hyperfunc.proximal import ProximalLoss
 
 Coefficient = float | Tensor | Callable[[TensorTree], Any]
 """A number, a 0-d tensor, or a function of the hparams that returns one of them."""
+
+
+FlatStep = Callable[[Leaves, Leaves, tuple[Any, ...]], tuple[Leaves, Leaves]]
+"""``(params, memory, further arguments) -> (next params, next memory)``, all of them leaves."""
 
 
 class Step(Protocol):
@@ -26,10 +31,14 @@ class Step(Protocol):
         """The memory before the first step."""
         ...
 
-    def __call__(
-        self, params: TensorTree, memory: TensorTree, hparams: TensorTree, /, *args: Any
-    ) -> tuple[TensorTree, TensorTree]:
-        """The next params and the next memory."""
+    def bind(
+        self,
+        specs: tuple[_tree.TreeSpec, _tree.TreeSpec],
+        like: Leaves,
+        hparams: TensorTree,
+        args: tuple[Any, ...],
+    ) -> FlatStep:
+        """The step at given arguments, for params and memory of given structures."""
         ...
 
 
@@ -61,14 +70,10 @@ class IterativeSolver:
     def __call__(self, hparams: TensorTree, /, *args: Any) -> TensorTree:
         """Run the steps; derivatives flow through every one of them."""
         steps = FlatSteps(self)
-
-        def advance(active: Tensor | None, state: Leaves, extra: tuple[Any, ...]) -> Leaves:
-            return steps.advance(active, state, hparams, (*args, *extra))
-
-        take: Callable[[Tensor | None, Leaves, Any], Leaves] = advance
         state = steps.start(hparams, args)
+        take = steps.bind(hparams, args)
         if self.compiler is not None:
-            take = _compiled(advance, self.compiler, steps, state, hparams, args)
+            take = _compiled(take, self.compiler, steps, state, hparams, args)
         return steps.params(steps.run(take, state, unbind(self.inputs, self.num_steps)))
 
 
@@ -294,36 +299,31 @@ class FlatSteps:
         """The params of a state."""
         return _tree.unflatten(self._params_spec, state[: self.num_params])
 
-    def advance(
-        self,
-        active: Tensor | None,
-        state: Leaves,
-        hparams: TensorTree,
-        args: tuple[Any, ...],
-    ) -> Leaves:
-        """The next state, then, where the solver can stop, the flag that it should.
+    def bind(
+        self, hparams: TensorTree, args: tuple[Any, ...]
+    ) -> Callable[[Tensor | None, Leaves, tuple[Any, ...]], Leaves]:
+        """A function ``(active, state, further arguments) -> next state`` for given arguments.
 
-        A task that is not ``active`` keeps its state.
+        A task that is not ``active`` keeps its state. After the state comes, where the solver can
+        stop, the flag that it should.
         """
-        old, memory = state[: self.num_params], state[self.num_params :]
-        outputs = self._step(
-            _tree.unflatten(self._params_spec, old),
-            _tree.unflatten(self._memory_spec, memory),
-            hparams,
-            *args,
-        )
-        new, spec = _tree.flatten(outputs[0])
-        _tree.check_like(new, spec, old, self._params_spec, "the step's result", "params")
-        new_memory, spec = _tree.flatten(outputs[1])
-        _tree.check_like(
-            new_memory, spec, memory, self._memory_spec, "the optimizer's new state", "state"
-        )
-        result = (*new, *new_memory)
-        if active is not None:
-            result = _tree.where(active, result, state)
-        if not self.can_stop:
-            return result
-        return (*result, self._is_small(_ad.detach(new), _ad.detach(old)))
+        step: FlatStep | None = None
+        n = self.num_params
+
+        def advance(active: Tensor | None, state: Leaves, extra: tuple[Any, ...]) -> Leaves:
+            nonlocal step
+            old = state[:n]
+            if step is None:
+                step = self._step.bind(self.structure, old, hparams, args)
+            new, memory = step(old, state[n:], extra)
+            result = (*new, *memory)
+            if active is not None:
+                result = _tree.where(active, result, state)
+            if not self.can_stop:
+                return result
+            return (*result, self._is_small(_ad.detach(new), _ad.detach(old)))
+
+        return advance
 
     def run(
         self,
@@ -378,7 +378,7 @@ def _compiled(
             hparams, args = _tree.unflatten(spec, filled)
             rest = _tree.unflatten(row_spec, operands[high:])
             old = operands[len(flags) : low]
-            return steps.advance(operands[0] if flags else None, old, hparams, (*args, *rest))
+            return steps.bind(hparams, args)(operands[0] if flags else None, old, rest)
 
         key = (len(flags), spec, constants, row_spec, *steps.structure)
         operands = (*flags, *state, *tensors, *row)
@@ -405,10 +405,18 @@ class _MapStep:
     def remember(self, params: TensorTree, /) -> TensorTree:
         return ()
 
-    def __call__(
-        self, params: TensorTree, memory: TensorTree, hparams: TensorTree, /, *args: Any
-    ) -> tuple[TensorTree, TensorTree]:
-        return self.fixed_point(params, hparams, *args), memory
+    def bind(
+        self,
+        specs: tuple[_tree.TreeSpec, _tree.TreeSpec],
+        like: Leaves,
+        hparams: TensorTree,
+        args: tuple[Any, ...],
+    ) -> FlatStep:
+        def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
+            params = self.fixed_point(_tree.unflatten(specs[0], leaves), hparams, *args, *extra)
+            return _checked(params, leaves, specs[0], "the step's result", "params"), memory
+
+        return step
 
 
 @dataclass(frozen=True, eq=False)
@@ -419,12 +427,61 @@ class _DescentStep:
     def remember(self, params: TensorTree, /) -> TensorTree:
         return self.optimizer.init(params)
 
-    def __call__(
-        self, params: TensorTree, memory: TensorTree, hparams: TensorTree, /, *args: Any
-    ) -> tuple[TensorTree, TensorTree]:
-        grads = _gradient(self.inner_loss, params, hparams, args)
-        new, new_memory = self.optimizer.update(grads, memory, params, hparams)
-        return new, new_memory
+    def bind(
+        self,
+        specs: tuple[_tree.TreeSpec, _tree.TreeSpec],
+        like: Leaves,
+        hparams: TensorTree,
+        args: tuple[Any, ...],
+    ) -> FlatStep:
+        loss, spec = self.inner_loss, specs[0]
+        pull = None
+        if isinstance(loss, ProximalLoss):
+            center = loss.center_at(hparams, like, spec)
+            pull = Pull(loss.weight_at(hparams), center)
+            loss = loss.loss
+        update = self._update(specs, like, hparams)
+        tracked = _ad.is_tracked(_tree.flatten((hparams, args))[0])
+
+        def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
+            def value(*flat: Tensor) -> Tensor:
+                result = loss(_tree.unflatten(spec, flat), hparams, *args, *extra)
+                return check_scalar(result, "inner_loss")
+
+            recorded = tracked or _ad.is_tracked((*leaves, *_tree.flatten(extra)[0]))
+            grads, _ = _ad.grad_and_value(value, leaves, create_graph=recorded)
+            return update(leaves, grads, memory, pull)
+
+        return step
+
+    def _update(
+        self, specs: tuple[_tree.TreeSpec, _tree.TreeSpec], like: Leaves, hparams: TensorTree
+    ) -> Callable[..., tuple[Leaves, Leaves]]:
+        bind = getattr(self.optimizer.update, "bind", None)
+        if bind is not None:
+            update: Callable[..., tuple[Leaves, Leaves]] = bind(like, specs[0], hparams)
+            return update
+
+        def by_trees(
+            leaves: Leaves, grads: Leaves, memory: Leaves, pull: Pull | None
+        ) -> tuple[Leaves, Leaves]:
+            if pull is not None:
+                grads = tuple(
+                    pull.add(grad, leaf, i)
+                    for i, (grad, leaf) in enumerate(zip(grads, leaves, strict=True))
+                )
+            params, state = self.optimizer.update(
+                _tree.unflatten(specs[0], grads),
+                _tree.unflatten(specs[1], memory),
+                _tree.unflatten(specs[0], leaves),
+                hparams,
+            )
+            return (
+                _checked(params, leaves, specs[0], "the step's result", "params"),
+                _checked(state, memory, specs[1], "the optimizer's new state", "state"),
+            )
+
+        return by_trees
 
 
 @dataclass(frozen=True, eq=False)
@@ -470,8 +527,17 @@ def _gradient(
     grads, _ = _ad.grad_and_value(value, leaves, create_graph=tracked)
     if isinstance(loss, ProximalLoss):
         offset = _tree.sub(leaves, loss.center_at(hparams, leaves, spec))
-        grads = _tree.axpy(loss.weight_at(hparams), offset, grads)
+        weight = loss.weight_at(hparams)
+        grads = _tree.axpy(weight, offset, grads, out=_tree.reusable(offset, grads))
     return _tree.unflatten(spec, grads)
+
+
+def _checked(
+    tree: TensorTree, like: Leaves, like_spec: _tree.TreeSpec, what: str, root: str
+) -> Leaves:
+    leaves, spec = _tree.flatten(tree)
+    _tree.check_like(leaves, spec, like, like_spec, what, root)
+    return tuple(leaves)
 
 
 def _build(

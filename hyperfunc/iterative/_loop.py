@@ -69,20 +69,25 @@ class Steps:
         return self.flat.start(hparams, tuple(args))
 
     def advance(self, active: Tensor | None, state: Leaves, fixed: Leaves, row: Leaves) -> Leaves:
-        """One step; see `FlatSteps.advance`."""
+        """One step; see `bind`."""
+        return self.bind(fixed)(active, state, row)
+
+    def bind(self, fixed: Leaves) -> Callable[[Tensor | None, Leaves, Leaves], Leaves]:
+        """The function that takes a step, of the active tasks, with a row of the inputs."""
         hparams, *args = self.arguments.unflatten(fixed[: self.num_theta])
-        if row:
-            args.append(_tree.unflatten(self.inputs_spec, row))
-        return self.flat.advance(active, state, hparams, tuple(args))
+        advance = self.flat.bind(hparams, tuple(args))
+
+        def with_row(active: Tensor | None, state: Leaves, row: Leaves) -> Leaves:
+            extra = (_tree.unflatten(self.inputs_spec, row),) if row else ()
+            return advance(active, state, extra)
+
+        return with_row
 
     def run(self, operands: Leaves) -> Leaves:
         """The state after all steps."""
         fixed, series = split(operands, self.num_fixed)
-        return self.flat.run(
-            lambda active, state, row: self.advance(active, state, fixed, row),
-            self.start(fixed),
-            self._rows(series),
-        )
+        start = self.start(fixed)
+        return self.flat.run(self.bind(fixed), start, self._rows(series))
 
     def chain(self, *operands: Tensor) -> Leaves:
         """The result by steps that are segments of their own, differentiable to every order."""

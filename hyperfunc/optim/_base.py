@@ -53,6 +53,18 @@ class State(NamedTuple):
     slots: Any
 
 
+class Pull(NamedTuple):
+    """A term ``weight (leaf - center)`` of the gradient, in closed form."""
+
+    weight: float | Tensor
+    center: Leaves
+
+    def add(self, grad: Tensor, leaf: Tensor, index: int) -> Tensor:
+        """The gradient of a leaf with this term."""
+        offset = (torch.sub(leaf, self.center[index]),)
+        return _tree.axpy(self.weight, offset, (grad,), out=_tree.reusable(offset, (grad,)))[0]
+
+
 def check_optimizer(optimizer: Any, caller: str) -> Optimizer:
     """Return an `Optimizer`, or raise an error that says how to get one.
 

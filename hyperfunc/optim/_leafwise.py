@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import (
     Coefficient,
     Optimizer,
+    Pull,
     State,
     cast,
     check_coefficient,
@@ -30,8 +32,13 @@ def leafwise(
     prepare: Callable[..., tuple[Any, ...]],
     step: Callable[..., tuple[Tensor, Leaves]],
     slots: dict[str, Any],
+    drawn: Callable[..., Tensor | None] = lambda *_: None,
 ) -> Optimizer:
-    """The optimiser that takes one step leaf by leaf; a slot starts as its value, or as params."""
+    """The optimiser that takes one step leaf by leaf; a slot starts as its value, or as params.
+
+    ``drawn(leaf, grad, weight, center, c)`` is the new leaf for the gradient
+    ``grad + weight (leaf - center)`` where that takes fewer passes than `step`, else None.
+    """
     for key, coefficient in coefficients.items():
         check_coefficient(name, key, coefficient)
     for start in slots.values():
@@ -54,37 +61,81 @@ def leafwise(
             )
         return State(torch.zeros((), dtype=torch.int64, device="cpu"), filled)
 
-    def update(
-        grads: TensorTree, state: State, params: TensorTree, hparams: Any = None
-    ) -> tuple[TensorTree, State]:
-        grad_leaves, leaves, spec = flatten_like_params(name, grads, params)
-        old = _flatten_slots(name, state, tuple(slots), spec)
-        rows = values_by_leaf(name, coefficients, hparams, params, leaves, spec)
-        t = _step_number(state.step)
-        new_leaves = []
-        new_slots = []
-        prepared_for: Any = None
-        for index, (leaf, grad, row) in enumerate(zip(leaves, grad_leaves, rows, strict=True)):
-            dtype = torch.promote_types(leaf.dtype, torch.float32)
-            if prepared_for != (id(row), dtype, leaf.device):
-                prepared_for = (id(row), dtype, leaf.device)
-                c = cast(prepare(t, *row), dtype, leaf.device)
-            before = tuple(slot[index] for slot in old)
-            if dtype is leaf.dtype:
-                new, after = step(leaf, grad, before, c)
-            else:
-                raised = tuple(slot.to(dtype) for slot in before)
-                new, after = step(leaf.to(dtype), grad.to(dtype), raised, c)
-                new, after = new.to(leaf.dtype), tuple(slot.to(leaf.dtype) for slot in after)
-            new_leaves.append(new)
-            new_slots.append(after)
-        filled = {
-            slot: _tree.unflatten(spec, values)
-            for slot, values in zip(slots, zip(*new_slots, strict=True), strict=True)
-        }
-        return _tree.unflatten(spec, new_leaves), State(state.step + 1, filled)
+    return Optimizer(init, Leafwise(name, coefficients, prepare, step, tuple(slots), drawn))
 
-    return Optimizer(init, update)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leafwise:
+    """The update of an optimiser that takes one step rule leaf by leaf."""
+
+    name: str
+    coefficients: dict[str, Coefficient]
+    prepare: Callable[..., tuple[Any, ...]]
+    step: Callable[..., tuple[Tensor, Leaves]]
+    slots: tuple[str, ...]
+    drawn: Callable[..., Tensor | None]
+
+    def __call__(
+        self, grads: TensorTree, state: State, params: TensorTree, hparams: Any = None
+    ) -> tuple[TensorTree, State]:
+        grad_leaves, leaves, spec = flatten_like_params(self.name, grads, params)
+        memory = _flatten_slots(self.name, state, sorted(self.slots), spec)
+        flat = tuple(leaf for slot in memory for leaf in slot)
+        update = self.bind(leaves, spec, hparams)
+        new, (step, *rest) = update(leaves, grad_leaves, (state.step, *flat), None)
+        n = len(leaves)
+        filled = {
+            slot: _tree.unflatten(spec, rest[index * n : (index + 1) * n])
+            for index, slot in enumerate(sorted(self.slots))
+        }
+        return _tree.unflatten(spec, new), State(step, filled)
+
+    def bind(
+        self, like: Leaves, spec: _tree.TreeSpec, hparams: Any
+    ) -> Callable[[Leaves, Leaves, Leaves, Pull | None], tuple[Leaves, Leaves]]:
+        """The update at given hparams, on leaves: ``(params, grads, state, pull) -> (new, state)``.
+
+        The state is the leaves of a `State`; a pull is one more term of the gradients.
+        """
+        params = _tree.unflatten(spec, like)
+        rows = values_by_leaf(self.name, self.coefficients, hparams, params, like, spec)
+        dtypes = [torch.promote_types(leaf.dtype, torch.float32) for leaf in like]
+        parts = zip(rows, dtypes, like, strict=True)
+        keys = [(id(row), dtype, leaf.device) for row, dtype, leaf in parts]
+        distinct = dict(zip(keys, rows, strict=True))
+        places = [1 + sorted(self.slots).index(slot) * len(like) for slot in self.slots]
+
+        def update(
+            leaves: Leaves, grads: Leaves, state: Leaves, pull: Pull | None
+        ) -> tuple[Leaves, Leaves]:
+            t = _step_number(state[0])
+            coefficients = {
+                key: cast(self.prepare(t, *row), *key[1:]) for key, row in distinct.items()
+            }
+            new_leaves = []
+            new_state = [state[0] + 1, *state[1:]]
+            for index, (leaf, grad, key) in enumerate(zip(leaves, grads, keys, strict=True)):
+                dtype, c = key[1], coefficients[key]
+                before = tuple(state[place + index] for place in places)
+                if pull is not None:
+                    if dtype is leaf.dtype:
+                        new = self.drawn(leaf, grad, pull.weight, pull.center[index], c)
+                        if new is not None:
+                            new_leaves.append(new)
+                            continue
+                    grad = pull.add(grad, leaf, index)
+                if dtype is leaf.dtype:
+                    new, after = self.step(leaf, grad, before, c)
+                else:
+                    raised = tuple(slot.to(dtype) for slot in before)
+                    new, after = self.step(leaf.to(dtype), grad.to(dtype), raised, c)
+                    new, after = new.to(leaf.dtype), tuple(slot.to(leaf.dtype) for slot in after)
+                new_leaves.append(new)
+                for place, slot in zip(places, after, strict=True):
+                    new_state[place + index] = slot
+            return tuple(new_leaves), tuple(new_state)
+
+        return update
 
 
 def axpy(alpha: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -152,9 +203,9 @@ def _step_number(step: Tensor) -> Any:
 
 
 def _flatten_slots(
-    name: str, state: Any, slots: tuple[str, ...], spec: _tree.TreeSpec
+    name: str, state: Any, slots: Sequence[str], spec: _tree.TreeSpec
 ) -> list[list[Tensor]]:
-    """The leaves of each slot, in the order of the rule."""
+    """The leaves of each slot, in the order of these names."""
     if not isinstance(state, State) or set(state.slots) != set(slots):
         got = f"slots {sorted(state.slots)}" if isinstance(state, State) else describe(state)
         raise TypeError(

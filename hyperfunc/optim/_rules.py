@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperfunc import _tree
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc._wrapped import picklable
 from hyperfunc.optim._base import Coefficient, Optimizer, is_zero
@@ -89,12 +90,22 @@ def sgd(
         direction = axpy(momentum, buffer, grad) if nesterov else buffer
         return axpy(rate, direction, leaf), (buffer,)
 
+    plain = not has_momentum and is_zero(weight_decay) and not maximize
+
+    def drawn(leaf: Tensor, grad: Tensor, weight: Any, center: Tensor, c: Any) -> Tensor | None:
+        rate = c[0]
+        if not plain or isinstance(rate, Tensor) or isinstance(weight, Tensor):
+            return None
+        moved = torch.lerp(leaf, center, -rate * weight)
+        return _tree.axpy(rate, (grad,), (moved,), out=_tree.reusable((moved,), (grad,)))[0]
+
     return leafwise(
         "sgd",
         {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay},
         prepare,
         step,
         {"momentum_buffer": 0.0} if has_momentum else {},
+        drawn,
     )
 
 
