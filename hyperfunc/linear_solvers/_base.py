@@ -72,8 +72,9 @@ class LinearOperator:
 
     def richardson(self, v: Leaves, b: Leaves, step_size: float) -> Leaves:
         """One step ``v + step_size (b - A v)``, with as few passes over the vectors as it takes."""
-        update = _combine(-step_size * self.scale, self.product(v), step_size, b)
-        return _combine(1.0, update, 1.0 - step_size * self.shift, v)
+        update = _combine(-self.scale, self.product(v), 1.0, b)
+        over = _tree.reusable(update, v)
+        return _combine(step_size, update, 1.0 - step_size * self.shift, v, over)
 
 
 class AbstractLinearSolver(abc.ABC):
@@ -174,16 +175,19 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _combine(alpha: float, x: Leaves, beta: float | Tensor, y: Leaves) -> Leaves:
+def _combine(
+    alpha: float, x: Leaves, beta: float | Tensor, y: Leaves, out: Leaves | None = None
+) -> Leaves:
+    """``alpha x + beta y``; ``out`` is x if that may be overwritten."""
     if isinstance(beta, Tensor):
-        return _tree.axpy(beta, y, x if alpha == 1 else _tree.scale(alpha, x))
+        return _tree.axpy(beta, y, x if alpha == 1 else _tree.scale(alpha, x), out)
     if beta == 0:
         return x if alpha == 1 else _tree.scale(alpha, x)
     if alpha == 1:
-        return _tree.axpy(beta, y, x)
+        return _tree.axpy(beta, y, x, out)
     if beta == 1:
-        return _tree.axpy(alpha, x, y)
-    return _tree.axpy(alpha, x, _tree.scale(beta, y))
+        return _tree.axpy(alpha, x, y, out)
+    return _tree.axpy(alpha, x, _tree.scale(beta, y), out)
 
 
 def _matrix_product(matrix: Tensor, v: Leaves) -> Leaves:

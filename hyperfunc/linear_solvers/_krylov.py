@@ -90,15 +90,16 @@ class CG(AbstractLinearSolver):
             active = active & _seems_symmetric(operator, b)
         p = z = r if precondition is None else precondition(r)
         rz = rs if precondition is None else _tree.dot(r, z)
-        for _ in range(self.maxiter):
+        own = False  # the first vectors are those of the caller
+        for step in range(self.maxiter):
             if bounds.adaptive and not _ad.any_true(active):
                 break
             Ap = operator.mv(p)
             alpha = rz / _tree.dot(p, Ap)
             active = active & (alpha > 0) & (alpha < torch.inf)
             alpha = torch.where(active, alpha, 0.0)
-            x = _tree.axpy(alpha, p, x)
-            r = _tree.axpy(-alpha, Ap, r)
+            x = _tree.axpy(alpha, p, x, out=x if own else None)
+            r = _tree.axpy(-alpha, Ap, r, out=r if own and operator.symmetric else None)
             num_steps = num_steps + active
             z_previous, z = z, r if precondition is None else precondition(r)
             others: tuple[Leaves, ...] = () if precondition is None else (z,)
@@ -109,8 +110,10 @@ class CG(AbstractLinearSolver):
             if not operator.symmetric:
                 overlap = products[-1].abs() / torch.maximum(rz, rz_previous)
                 active = active & ~((overlap > bounds.asymmetry) & bounds.open(rs) & (alpha > 0))
-            p = _tree.axpy(torch.where(active, rz / rz_previous, 0.0), p, z)
+            beta = torch.where(active, rz / rz_previous, 0.0)
+            p = _tree.axpy(beta, p, z, out=p if own else None)
             active = active & bounds.open(rs)
+            own = own or (step == 0 and _tree.may_overwrite(x, r, p))
         return x, bounds.stats(num_steps, rs, active)
 
 
@@ -152,6 +155,7 @@ class NormalCG(AbstractLinearSolver):
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         active = bounds.open(rs)
+        own = False  # the first vectors are those of the caller
         for step in range(self.maxiter):
             if bounds.adaptive and not _ad.any_true(active):
                 break
@@ -162,8 +166,8 @@ class NormalCG(AbstractLinearSolver):
             alpha = gamma / _tree.dot(q, q)
             active = active & (alpha > 0) & (alpha < torch.inf)
             alpha = torch.where(active, alpha, 0.0)
-            x = _tree.axpy(alpha, p, x)
-            r = _tree.axpy(-alpha, q, r)
+            x = _tree.axpy(alpha, p, x, out=x if own else None)
+            r = _tree.axpy(-alpha, q, r, out=r if own else None)
             num_steps = num_steps + active
             if step + 1 == self.maxiter:
                 rs = _tree.dot(r, r)
@@ -173,7 +177,9 @@ class NormalCG(AbstractLinearSolver):
             gamma_previous = gamma
             rs, gamma = _tree.dots((r, r), (s, s))
             active = active & bounds.open(rs)
-            p = _tree.axpy(torch.where(active, gamma / gamma_previous, 0.0), p, s)
+            beta = torch.where(active, gamma / gamma_previous, 0.0)
+            p = _tree.axpy(beta, p, s, out=p if own else None)
+            own = own or (step == 0 and _tree.may_overwrite(x, r, p))
         return x, bounds.stats(num_steps, rs, active)
 
 
