@@ -8,7 +8,6 @@ function is what is traced and compiled, and it runs outside of the level.
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -19,14 +18,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hyperfunc import _ad, _tree
 from hyperfunc._closures import captured_values
+from hyperfunc._comparison import difference
+from hyperfunc._graphs import prepare
 from hyperfunc._types import Leaves
 
 DEFAULT_BACKEND = "inductor"
 
 # Signatures after which something seems to change that was not meant to.
 _MANY = 16
-
-_SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
 
 
 class Variables(NamedTuple):
@@ -112,7 +111,7 @@ class Compiler:
                     f"{self.name}: {type(error).__name__}: {reason} ... Leave compile out, or "
                     f"name another backend"
                 ) from error
-            self._compare(outputs, tuple(graph(*operands)))
+            self._compare(call, outputs, operands, graph)
             if len(self.entries) == _MANY:
                 warnings.warn(
                     f"compile: {self.name} is compiled for the {_MANY + 1}th time, as shapes, "
@@ -141,25 +140,33 @@ class Compiler:
                     f"({node.target}), which compiled code draws differently. Draw them outside "
                     f"and pass them in *args, or leave compile out"
                 )
-        _spell_out_scaled_sums(graph)
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
+        prepare(graph, self.backend)
         return graph
 
-    def _compare(self, outputs: Leaves, expected: Leaves) -> None:
-        """Raise if compiled code gives other numbers than the same code uncompiled."""
-        size = gap = eps = 0.0
-        for output, value in zip(outputs, expected, strict=True):
-            if value.is_floating_point():
-                size = math.hypot(size, float(value.double().norm()))
-                gap = math.hypot(gap, float((output.double() - value.double()).norm()))
-                eps = max(eps, torch.finfo(value.dtype).eps)
-        if math.isfinite(size) and not gap <= eps ** (1 / 3) * size:
-            raise RuntimeError(
-                f"compile: what {self.backend!r} compiled of {self.name} gives other numbers than "
-                f"uncompiled code: off by {gap:.1e} from a norm of {size:.1e}. Rounding grows so "
-                f"much in ill-conditioned systems only. Leave compile out, or name another backend"
-            )
+    def _compare(
+        self, call: _Call, outputs: Leaves, operands: Leaves, graph: torch.fx.GraphModule
+    ) -> None:
+        """Raise if compiled code gives other numbers than the function uncompiled."""
+        found = difference(
+            outputs,
+            call.fn(*operands),
+            call.fn,
+            operands,
+            levels=call.levels,
+            dtypes=_low_precision(graph),
+        )
+        if found is None:
+            return
+        spec, constants = call.layout
+        paths = _tree.paths(spec, "output")
+        path = [path for path, leaf in zip(paths, constants, strict=True) if leaf is None]
+        tasks = f", for {found.wrong} of {found.tasks} tasks" if call.levels else ""
+        raise RuntimeError(
+            f"compile: what {self.backend!r} compiled of {self.name} gives other numbers than "
+            f"uncompiled code{tasks}: {path[found.position]} is off by {found.gap:.1e} where its "
+            f"largest entry is {found.size:.1e}, more than perturbed arguments explain. Leave "
+            f"compile out, or name another backend"
+        )
 
 
 def applies(tensors: Sequence[Any]) -> bool:
@@ -200,6 +207,7 @@ class _Call:
     key: Hashable
     captured: tuple[Any, ...]
     layout: list[Any]
+    levels: int = 0
 
 
 class _Outside(torch.autograd.Function):
@@ -223,24 +231,21 @@ class _Outside(torch.autograd.Function):
             call,
             fn=torch.func.vmap(call.fn, dims, randomness=info.randomness),
             key=(call.key, dims, info.batch_size, info.randomness),
+            levels=call.levels + 1,
         )
         outputs: Leaves = _Outside.apply(batched, *operands)
         return outputs, 0
 
 
-def _spell_out_scaled_sums(graph: torch.fx.GraphModule) -> None:
-    """Write ``add(x, y, alpha)`` as ``x + alpha y``.
-
-    Inductor fuses a sum with a product of matrices, and forgets the factor (seen in torch 2.13).
-    """
-    for node in list(graph.graph.nodes):
-        alpha = node.kwargs.get("alpha", 1)
-        if node.target not in _SUMS or alpha == 1:
-            continue
-        x, y = node.args
-        with graph.graph.inserting_before(node):
-            scaled = graph.graph.call_function(torch.ops.aten.mul.Tensor, (y, alpha))
-        node.args, node.kwargs = (x, scaled), {}
+def _low_precision(graph: torch.fx.GraphModule) -> list[torch.dtype]:
+    """The dtypes of half precision that a graph casts to."""
+    dtypes = {
+        value
+        for node in graph.graph.nodes
+        for value in (*node.args, *node.kwargs.values())
+        if isinstance(value, torch.dtype)
+    }
+    return [dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes]
 
 
 def _describe(tensor: Tensor) -> Hashable:

@@ -1,0 +1,116 @@
+"""Whether two evaluations of one function differ by more than rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyperfunc._types import Leaves
+
+# Rounding errors of one evaluation, in units of eps and for a root of the entries that are summed.
+_UNITS = 32.0
+# The relative size of the perturbations, in eps, and how much more than they do may be rounding.
+_PERTURBATION = 4.0
+_DRAWS = 4
+_MARGIN = 8.0
+
+
+class Difference(NamedTuple):
+    """The output that differs most, by its position, and in how many tasks outputs differ."""
+
+    position: int
+    gap: float
+    size: float
+    wrong: int
+    tasks: int
+
+
+def difference(
+    outputs: Leaves,
+    expected: Leaves,
+    function: Callable[..., Sequence[Tensor]],
+    operands: Leaves,
+    *,
+    levels: int = 0,
+    dtypes: Sequence[torch.dtype] = (),
+) -> Difference | None:
+    """The greatest difference between outputs and what ``function(*operands)`` gave, if any counts.
+
+    Each output is looked at by itself, and each of its tasks, which the first ``levels``
+    dimensions count. Entries may differ by ``tol`` times the largest of the task, with
+    ``tol = 32 eps sqrt(n)`` and ``n`` the most entries of any one tensor, at most the cube root of
+    ``eps``. Where they differ by more, the function itself is evaluated at slightly perturbed
+    operands, for it may be ill-conditioned, or have kinks: entries may differ by 8 times as much as
+    perturbations of 4 ``eps`` change them.
+
+    ``dtypes`` names those of intermediate values; the coarsest of all gives ``eps``.
+    """
+    outputs, expected = _real(outputs), _real(expected)
+    found = {tensor.dtype for tensor in (*operands, *expected) if tensor.is_floating_point()}
+    eps = max((torch.finfo(dtype).eps for dtype in {*found, *dtypes}), default=0.0)
+    entries = max((tensor.numel() for tensor in (*operands, *expected)), default=1)
+    tolerance = min(_UNITS * eps * math.sqrt(entries), eps ** (1 / 3))
+    gaps = [_gap(a, b, levels) for a, b in zip(outputs, expected, strict=True)]
+    sizes = [_largest(value.double().abs().nan_to_num(0, 0), levels) for value in expected]
+    allowed = [tolerance * size for size in sizes]
+    if _all_within(gaps, allowed):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_DRAWS):
+        near = (_perturb(leaf, _PERTURBATION * eps, generator) for leaf in operands)
+        nearby = _real(function(*near))
+        noise = [_gap(a, b, levels) for a, b in zip(nearby, expected, strict=True)]
+        allowed = [
+            torch.maximum(a, _MARGIN * b.nan_to_num(math.inf))
+            for a, b in zip(allowed, noise, strict=True)
+        ]
+    wrong = [~(gap <= limit) for gap, limit in zip(gaps, allowed, strict=True)]
+    if not any(bool(flag.any()) for flag in wrong):
+        return None
+
+    def ratio(index: int) -> float:
+        shares = torch.where(wrong[index], gaps[index] / sizes[index], 0)
+        return float(shares.nan_to_num(math.inf, math.inf).max())
+
+    index = max(range(len(wrong)), key=ratio)
+    task = int(torch.where(wrong[index], gaps[index].nan_to_num(math.inf), -1).argmax())
+    return Difference(
+        index,
+        float(gaps[index][task]),
+        float(sizes[index][task]),
+        int(torch.stack(wrong).any(0).sum()),
+        len(wrong[index]),
+    )
+
+
+def _real(leaves: Sequence[Tensor]) -> Leaves:
+    return tuple(torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves)
+
+
+def _all_within(gaps: Sequence[Tensor], limits: Sequence[Tensor]) -> bool:
+    return all(bool((a <= b).all()) for a, b in zip(gaps, limits, strict=True))
+
+
+def _gap(output: Tensor, expected: Tensor, levels: int) -> Tensor:
+    """The largest difference of entries in each task; none where both are NaN or infinite."""
+    a, b = output.double(), expected.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    return _largest(torch.where(same, 0.0, (a - b).abs()), levels)
+
+
+def _largest(values: Tensor, levels: int) -> Tensor:
+    tasks = math.prod(values.shape[:levels])
+    if values.numel() == 0:
+        return values.new_zeros(tasks)
+    return values.reshape(tasks, -1).amax(1)
+
+
+def _perturb(tensor: Tensor, size: float, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    signs = torch.randint(2, tensor.shape, generator=generator).to(tensor)
+    return tensor * (1 + size * (2 * signs - 1)).to(tensor.dtype)

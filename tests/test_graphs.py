@@ -1,0 +1,105 @@
+"""Traced graphs as they are handed to a backend: the same numbers by other operators."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from hyperfunc import _graphs
+
+F32, F64 = torch.float32, torch.float64
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
+)
+
+
+def matrix(rows: int, columns: int, by_rows: bool = True, dtype: torch.dtype = F32) -> Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    if by_rows:
+        return torch.randn(rows, columns, generator=generator).to(dtype)
+    return torch.randn(columns, rows, generator=generator).to(dtype).t()
+
+
+def changed(fn: Any, *operands: Tensor) -> tuple[torch.fx.GraphModule, int]:
+    """The graph of a function after the change, and how many products it hands to oneDNN."""
+    graph = make_fx(fn)(*operands)
+    _graphs.use_onednn(graph)
+    graph.recompile()
+    targets = [node.target for node in graph.graph.nodes]
+    return graph, targets.count(torch.ops.hyperfunc.mm.default)
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "shape", [(100, 110, 120), (400, 200, 15), (15, 400, 200), (1000, 1, 1000)]
+)
+def test_large_products_of_any_layout(shape: tuple[int, int, int]) -> None:
+    rows, inner, columns = shape
+    for by_rows in ((True, True), (True, False), (False, True), (False, False)):
+        a, b = matrix(rows, inner, by_rows[0]), matrix(inner, columns, by_rows[1])
+        bias = matrix(1, columns)[0]
+        for fn, operands in (
+            (lambda a, b: (a @ b).sin(), (a, b)),
+            (lambda a, b, bias: torch.addmm(bias, a, b), (a, b, bias)),
+            (lambda a, b: a[:, :inner] @ b[:inner], (torch.cat([a, a], 1), torch.cat([b, b]))),
+        ):
+            graph, count = changed(fn, *operands)
+            assert count == 1
+            got = graph(*operands)
+            expected = fn(*(leaf.double() for leaf in operands))
+            torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-4)
+            assert got.is_contiguous()
+            compiled = torch.compile(graph.forward, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(*operands), got, rtol=0, atol=0)
+            torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("fn", "operands"),
+    [
+        (torch.mm, (matrix(30, 30), matrix(30, 30))),
+        (torch.mm, (matrix(200, 200, dtype=F64), matrix(200, 200, dtype=F64))),
+        (torch.mm, (matrix(200, 200, dtype=torch.bfloat16),) * 2),
+        (torch.addmm, (matrix(200, 200), matrix(200, 200), matrix(200, 200))),
+        (lambda c, a: torch.addmm(c, a, a, beta=2), (matrix(1, 200)[0], matrix(200, 200))),
+        (torch.bmm, (torch.ones(2, 200, 200), torch.ones(2, 200, 200))),
+    ],
+    ids=["small", "float64", "bfloat16", "no bias", "scaled", "batched"],
+)
+def test_other_products_stay(fn: Any, operands: tuple[Tensor, ...]) -> None:
+    graph, count = changed(fn, *operands)
+    assert count == 0
+    torch.testing.assert_close(graph(*operands), fn(*operands), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "expected"),
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("GenuineIntel", "AVX512", False),
+        ("AuthenticAMD", "AVX2", False),
+        ("", "AVX512", False),
+    ],
+)
+def test_the_rule(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, capability: str, expected: bool
+) -> None:
+    monkeypatch.setattr(_graphs, "_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert _graphs.prefers_onednn.__wrapped__() is expected
+
+
+@needs_onednn
+def test_only_the_default_backend_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_graphs, "prefers_onednn", lambda: True)
+    counts = []
+    for backend in ("inductor", "eager"):
+        graph = make_fx(torch.mm)(matrix(200, 200), matrix(200, 200))
+        _graphs.prepare(graph, backend)
+        targets = [node.target for node in graph.graph.nodes]
+        counts.append(targets.count(torch.ops.hyperfunc.mm.default))
+    assert counts == [1, 0]
