@@ -19,7 +19,7 @@ from torch._functorch.pyfunctorch import (
     temporarily_pop_interpreter_stack,
 )
 
-from hyperfunc import _sharding
+from hyperfunc import _levels, _sharding
 from hyperfunc._types import Leaves
 
 LeavesFunction = Callable[..., Leaves]
@@ -74,12 +74,35 @@ def is_tracked(tensors: Sequence[Any]) -> bool:
 
 
 def may_overwrite(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing follows what these tensors hold: no derivative, transform or trace."""
-    return not (
-        transforms_active()
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-        or any(type(tensor) is not Tensor or tensor.requires_grad for tensor in tensors)
+    """Whether nothing follows what these tensors hold: no derivative, trace, or transform but vmap.
+
+    Under vmap each must have every batch dimension, so that the result of any of them fits.
+    """
+    levels = _levels.vmap_levels()
+    if (not levels and transforms_active()) or _levels.is_traced():
+        return False
+    return all(
+        type(tensor) is Tensor and not _requires_grad(tensor) and _levels.is_batched(tensor, levels)
+        for tensor in tensors
     )
+
+
+def write_sum(alpha: Tensor | float, x: Leaves, y: Leaves, out: Leaves) -> None:
+    """Write ``y + alpha x`` over x or y, which `may_overwrite` has to allow for both."""
+    levels = _levels.vmap_levels()
+    for u, v, place in zip(x, y, out, strict=True):
+        factor: Any = alpha
+        if isinstance(alpha, Tensor) and (alpha.dtype != u.dtype or alpha.device != u.device):
+            factor = alpha.to(device=u.device, dtype=u.dtype)
+        if levels:  # vmap has no rule for out=
+            if isinstance(factor, Tensor):
+                factor = _levels.lower(factor, levels)
+                factor = factor.reshape(*factor.shape, *[1] * u.ndim)
+            u, v, place = (_levels.lower(leaf, levels) for leaf in (u, v, place))
+        if isinstance(factor, Tensor):
+            torch.addcmul(v, factor, u, out=place)
+        else:
+            torch.add(v, u, alpha=factor, out=place)
 
 
 def is_differentiable(value: Any) -> bool:

@@ -158,14 +158,10 @@ def reusable(x: Leaves, *others: Leaves) -> Leaves | None:
 def axpy(alpha: Tensor | float, x: Leaves, y: Leaves, out: Leaves | None = None) -> Leaves:
     """``y + alpha x``, each leaf in its own dtype and on its own device.
 
-    ``out`` is x or y if that is to be overwritten; see `reusable`.
+    ``out`` is x or y if that is to be overwritten, where alpha allows it too; see `reusable`.
     """
-    if out is not None:
-        for u, v, place in zip(x, y, out, strict=True):
-            if isinstance(alpha, Tensor):
-                torch.addcmul(v, _scalar_like(alpha, u), u, out=place)
-            else:
-                torch.add(v, u, alpha=alpha, out=place)
+    if out is not None and not (isinstance(alpha, Tensor) and _ad.is_tracked((alpha,))):
+        _ad.write_sum(alpha, x, y, out)
         return out
     if isinstance(alpha, Tensor):
         return tuple(torch.addcmul(v, _scalar_like(alpha, u), u) for u, v in zip(x, y, strict=True))

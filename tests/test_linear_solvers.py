@@ -391,6 +391,38 @@ def test_fused_steps(shift: float, scale: float, step_size: float) -> None:
 # Layouts and dtypes -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("batched", ["single", "vmap", "nested vmap"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_vectors_of_the_caller_are_not_written_to(name: str, symmetric: bool, batched: str) -> None:
+    """Not even where the operator returns what it is given, and with a start."""
+    A = torch.stack([diag(1, 1, 1), SPD, 0.5 * SPD, SPD + 0.1 * diag(1, 2, 3)]).reshape(2, 2, 3, 3)
+    b, x0 = torch.stack([B, 2 * B]), tensor(0.1, 0.2, 0.3)
+    kept = A.clone(), b.clone(), x0.clone()
+
+    def run(A: Tensor, b: Tensor, own: bool = False) -> Tensor:
+        def product(v: Any) -> Any:
+            return v if own else (A @ v[0],)
+
+        operator = LinearOperator(product, product, symmetric=symmetric)
+        (x,), _ = SOLVERS[name].solve(operator, (b,), (x0,))
+        return x
+
+    if batched == "single":
+        result = torch.stack(
+            [torch.stack([run(A[i, j], b[j]) for j in range(2)]) for i in range(2)]
+        )
+        torch.testing.assert_close(run(A[0, 0], b[0], own=True), b[0])
+    elif batched == "vmap":
+        result = torch.stack([vmap(run)(A[i], b) for i in range(2)])
+    else:
+        result = vmap(vmap(run), (0, None))(A, b)
+    expected = torch.linalg.solve(A, b.expand(2, 2, 3))
+    torch.testing.assert_close(result, expected, rtol=1e-8, atol=1e-8)
+    for before, after in zip(kept, (A, b, x0), strict=True):
+        assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision(name: str, dtype: torch.dtype) -> None:

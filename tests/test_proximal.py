@@ -90,6 +90,41 @@ def test_value_and_gradient_are_those_of_the_loss_by_hand(hparams):
     assert (in_closed_form(w, hparams) - by_hand(w, hparams)).abs() < 1e-12
 
 
+def linear(w, h):
+    return (w["a"] * h["m"].detach()).sum() + w["b"]
+
+
+@pytest.mark.parametrize(
+    "optimizer", [hf.optim.sgd(0.05), hf.optim.sgd(0.05, 0.5), hf.optim.adam()]
+)
+@pytest.mark.parametrize("loss", [base, linear])
+@pytest.mark.parametrize("weight", [0.7, weight])
+@pytest.mark.parametrize("center", [center, lambda h: {"a": torch.ones_like(X[0]), "b": X[0, 0]}])
+def test_gradient_steps_are_those_of_the_loss_by_hand(center, weight, loss, optimizer, hparams):
+    in_closed_form = hf.proximal(loss, weight, center)
+
+    def by_hand(w, h):
+        return in_closed_form(w, h)
+
+    starts = {key: value.clone() for key, value in center(hparams).items()}
+    start = {key: value + 1 for key, value in starts.items()}
+    kept = {key: value.clone() for key, value in start.items()}
+    values = []
+    for inner_loss in (by_hand, in_closed_form):
+        solver = hf.minimize(inner_loss, optimizer, 5, init=lambda h: start)
+        derived = hf.hypergrad(solver, outer, method="reverse_unroll")
+        batch = {key: torch.stack([value, value + 0.1]) for key, value in hparams.items()}
+        tracked = {key: value.clone().requires_grad_() for key, value in hparams.items()}
+        through = solver(tracked)
+        grads = torch.autograd.grad(
+            outer(through, tracked), tracked.values(), allow_unused=True, materialize_grads=True
+        )
+        batched = vmap(solver)(batch), vmap(derived)(batch)
+        values.append((solver(hparams), derived(hparams), list(grads), *batched))
+    assert difference(*values) < 1e-12
+    assert difference(start, kept) == 0
+
+
 def fits(w, meta, X):
     return torch.nn.functional.softplus(X @ w).sum()
 
