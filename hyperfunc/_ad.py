@@ -132,7 +132,7 @@ def versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """How often each tensor was written to in place, where torch counts it."""
     if torch.compiler.is_compiling():
         return ()
-    return tuple(0 if leaf.is_inference() else leaf._version for leaf in map(_innermost, tensors))
+    return tuple(0 if leaf.is_inference() else leaf._version for leaf in map(innermost, tensors))
 
 
 class Linearization:
@@ -565,7 +565,7 @@ def _make_engine(
     return _FunctionalEngine(fn, primals, groups, tracked)
 
 
-def _innermost(tensor: Tensor) -> Tensor:
+def innermost(tensor: Tensor) -> Tensor:
     """The tensor below all levels of transforms."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -41,35 +42,43 @@ F64 = torch.float64
 # A regulariser for each weight of a linear model with three outputs -------------------------------
 
 
-def _inner_loss(params: Any, reg: Any, x: Tensor, y: Tensor) -> Tensor:
+def _inner_loss(params: Any, reg: Any, x: Tensor, y: Tensor, start: Any) -> Tensor:
     residual = x @ params["weight"] + params["bias"] - y
     penalty = sum((reg[name].exp() * params[name] ** 2).sum() for name in params)
     return 0.5 * (residual**2).sum() / 27 + 0.5 * penalty
 
 
-def _step(params: Any, reg: Any, x: Tensor, y: Tensor) -> Any:
-    grads = torch.func.grad(_inner_loss)(params, reg, x, y)
+def _step(params: Any, reg: Any, *args: Any) -> Any:
+    grads = torch.func.grad(_inner_loss)(params, reg, *args)
     return {name: params[name] - 0.3 * grads[name] for name in params}
 
 
-def _outer_loss(params: Any, reg: Any, x: Tensor, y: Tensor) -> Tensor:
-    return (torch.tanh(x @ params["weight"]) ** 2).sum() / 27 + (params["bias"] ** 3).sum()
+def _outer_loss(params: Any, reg: Any, x: Tensor, y: Tensor, start: Any) -> Tensor:
+    fit = (torch.tanh(x @ params["weight"]) ** 2).sum() / 27
+    return fit + (params["bias"] ** 3).sum() + (reg["weight"] * params["weight"]).sum()
 
 
-def _start(reg: Any, x: Tensor, y: Tensor) -> Any:
-    return {name: torch.zeros_like(leaf) for name, leaf in reg.items()}
+SOLVER = hf.iterate(_step, 6, init=lambda reg, x, y, start: start)
 
 
-SOLVER = hf.iterate(_step, 6, init=_start)
+# size: rows and columns of the weights, and samples; on two ranks, some have one more of them
+SIZES = {"uneven": (7, 3, 9), "even": (8, 4, 10)}
 
 
-def _arguments() -> tuple[Any, Tensor, Tensor]:
+def _arguments(size: str = "uneven") -> tuple[Any, Tensor, Tensor, Any]:
     generator = torch.Generator().manual_seed(0)
+    rows, columns, samples = SIZES[size]
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=F64)
 
-    return {"weight": 0.3 * randn(7, 3), "bias": randn(3)}, randn(9, 7), randn(9, 3)
+    reg = {"weight": 0.3 * randn(rows, columns), "bias": randn(columns)}
+    start = {name: 0.1 * randn(*leaf.shape) for name, leaf in reg.items()}
+    return reg, randn(samples, rows), randn(samples, columns), start
+
+
+def _three_rows(step: int, x: Tensor, y: Tensor, start: Any) -> tuple[Tensor, Tensor, Any]:
+    return x[step : step + 3], y[step : step + 3], start
 
 
 CONDITIONS = {"inner_loss": _inner_loss, "fixed_point": _step}
@@ -96,45 +105,61 @@ METHODS: dict[str, tuple[Any, str]] = {
     "damped": (hf.Damped(hf.CG(), damping=0.1), "inner_loss"),
     "unrolled": (hf.ReverseUnroll(), ""),
     "replayed": (hf.Reverse(), ""),
+    "replayed, every second": (hf.Reverse(checkpoint=2), ""),
     "replayed, sqrt": (hf.Reverse(checkpoint="sqrt"), ""),
+    "replayed, binomial": (hf.Reverse(checkpoint="binomial", slots=2), ""),
+    "replayed, the last": (hf.Reverse(last=3), ""),
+    "dense": (hf.Dense(), "inner_loss"),
+    "anderson": (hf.AndersonFixedPoint(), "fixed_point"),
+    "nystrom": (hf.Nystrom(rank=24), "inner_loss"),
+    "auto": (hf.Auto(), "inner_loss"),
+    "minibatches": (hf.StochasticAID(num_steps=5, sampler=_three_rows), "fixed_point"),
 }
 
-# layout: how weight, bias, x and y lie on a mesh; numbers are dimensions to shard, None replicates
+WHOLE_ONLY = ("dense", "anderson", "nystrom", "auto")
+WHERE_SHARDED = [name for name in METHODS if name not in WHOLE_ONLY]
+
+# layout: how weights and biases of reg, x, y, and weights and biases of params lie on a mesh;
+# numbers are dimensions to shard, None replicates
 LAYOUTS: dict[str, Any] = {
-    "rows of the weights": ((0,), (None,), (None,), (None,)),
-    "columns of the weights": ((1,), (None,), (None,), (None,)),
-    "data": ((None,), (None,), (0,), (0,)),
-    "all": ((0,), (0,), (1,), (1,)),
-    "nothing": ((None,), (None,), (None,), (None,)),
+    "params": ((None,), (None,), (None,), (None,), (0,), (0,)),
+    "hparams": ((1,), (0,), (None,), (None,), (None,), (None,)),
+    "args": ((None,), (None,), (0,), (0,), (None,), (None,)),
+    "all": ((0,), (0,), (1,), (1,), (0,), (0,)),
+    "otherwise": ((0,), (None,), (None,), (1,), (1,), (0,)),
+    "nothing": ((None,), (None,), (None,), (None,), (None,), (None,)),
 }
 LAYOUTS_2D: dict[str, Any] = {
-    "weights both ways": ((0, 1), (None, None), (None, None), (None, None)),
-    "weights and data": ((None, 0), (None, None), (0, None), (0, None)),
-    "twice": ((0, 0), (0, 0), (None, None), (None, None)),
-    "one way": ((1, None), (None, None), (None, None), (None, None)),
+    "weights both ways": ((0, 1), (None, None), (None, None), (None, None), (0, 1), (None, None)),
+    "weights and data": ((None, 0), (None, None), (0, None), (0, None), (None, 0), (None, None)),
+    "twice": ((0, 0), (0, 0), (None, None), (None, None), (0, 0), (0, 0)),
+    "one way": ((1, None), (None, None), (None, None), (None, None), (1, None), (None, None)),
+    "each its own": ((0, None), (None, 0), (None, 1), (0, None), (None, 1), (0, None)),
 }
 
 
-def _distribute(mesh: Any, layout: Any) -> tuple[Any, Tensor, Tensor]:
-    reg, x, y = _arguments()
-    weight, bias, x, y = (
+def _distribute(mesh: Any, layout: Any, size: str = "uneven") -> tuple[Any, Tensor, Tensor, Any]:
+    reg, x, y, start = _arguments(size)
+    weight, bias, x, y, *params = (
         distribute_tensor(t, mesh, [Replicate() if d is None else Shard(d) for d in dims])
-        for t, dims in zip((reg["weight"], reg["bias"], x, y), layout, strict=True)
+        for t, dims in zip((*reg.values(), x, y, *start.values()), layout, strict=True)
     )
-    return {"weight": weight, "bias": bias}, x, y
+    return {"weight": weight, "bias": bias}, x, y, dict(zip(start, params, strict=True))
 
 
 def _full(tree: Any) -> list[Tensor]:
     return [t.full_tensor() if isinstance(t, DTensor) else t for t in tree.values()]
 
 
-def _compare_with_one_process(method: str, shape: tuple[int, ...], layout: Any) -> Any:
+def _compare_with_one_process(
+    method: str, shape: tuple[int, ...], layout: Any, size: str = "uneven"
+) -> Any:
     """Hypergradients, value and adjoint by a method, against the same with ordinary tensors."""
     rule, condition = METHODS[method]
     keywords = {name: fn for name, fn in CONDITIONS.items() if name == condition}
     fn = hf.hypergrad_and_solution(SOLVER, _outer_loss, method=rule, **keywords)
-    expected, reference = fn(*_arguments())
-    arguments = _distribute(mesh_of(*shape), layout)
+    expected, reference = fn(*_arguments(size))
+    arguments = _distribute(mesh_of(*shape), layout, size)
     grads, solution = fn(*arguments)
     for name, grad in grads.items():
         assert grad.placements == arguments[0][name].placements
@@ -152,6 +177,7 @@ def _compare_with_one_process(method: str, shape: tuple[int, ...], layout: Any) 
     return [float(field) for field in solution.stats]
 
 
+# Of these, every kind of argument is sharded by itself; of the others, all at once.
 EVERYWHERE = ("cg", "pipelined cg", "normal cg", "gmres", "bicgstab", "fixed point", "neumann")
 EVERYWHERE += ("stochastic", "unrolled", "replayed")
 
@@ -160,7 +186,7 @@ EVERYWHERE += ("stochastic", "unrolled", "replayed")
     ("method", "layout"),
     [
         pytest.param(m, layout, marks=newer_dtensors if "replayed" in m else ())
-        for m in METHODS
+        for m in WHERE_SHARDED
         for layout in LAYOUTS
         if m in EVERYWHERE or layout == "all"
     ],
@@ -168,8 +194,9 @@ EVERYWHERE += ("stochastic", "unrolled", "replayed")
 def test_dtensors_give_the_numbers_of_one_process(
     pair: ranks.Ranks, method: str, layout: str
 ) -> None:
-    first, second = pair.run(_compare_with_one_process, method, (2,), LAYOUTS[layout])
-    assert first == second
+    for size in SIZES:
+        first, second = pair.run(_compare_with_one_process, method, (2,), LAYOUTS[layout], size)
+        assert first == second
 
 
 @newer_dtensors
@@ -188,16 +215,16 @@ def test_meshes_of_two_dimensions(
 @pytest.mark.slow
 @newer_dtensors
 @pytest.mark.parametrize("layout", LAYOUTS_2D)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WHERE_SHARDED)
 def test_four_ranks_in_a_square(four: ranks.Ranks, method: str, layout: str) -> None:
     results = four.run(_compare_with_one_process, method, (2, 2), LAYOUTS_2D[layout])
     assert results[1:] == results[:-1]
 
 
 def _inner_products(shape: tuple[int, ...], layout: Any) -> None:
-    reg, x, y = _arguments()
+    reg, x, y, _ = _arguments()
     plain = (reg["weight"], reg["bias"], x, y)
-    distributed, x_, y_ = _distribute(mesh_of(*shape), layout)
+    distributed, x_, y_, _ = _distribute(mesh_of(*shape), layout)
     vectors = (distributed["weight"], distributed["bias"], x_, y_)
     other = _tree.scale(2.0, _tree.add(vectors, vectors))
     moved = tuple(leaf.redistribute(placements=[Replicate()] * len(shape)) for leaf in other)
@@ -232,7 +259,7 @@ def test_inner_products_on_four_ranks(four: ranks.Ranks, layout: str) -> None:
 
 def _under_transforms(name: str, dims: tuple[int | None, ...]) -> None:
     transform = TRANSFORMS[name]
-    x, y = _arguments()[1:]
+    _, x, y, _ = _arguments()
     keywords: dict[str, Any] = {"inner_loss": _ridge_loss, "method": hf.CG()}
     solver = hf.iterate(_ridge_step, 6, init=lambda reg, x, y: torch.zeros_like(reg))
     fn = hf.hypergrad(solver, _ridge_outer, **keywords)
@@ -328,15 +355,116 @@ def test_some_leaves_sharded_and_some_not(pair: ranks.Ranks) -> None:
     pair.run(_mixed)
 
 
+KINDS = ("plain", "replicated", "sharded")
+
+
+def _placed(t: Tensor, kind: str, dim: int = 0) -> Tensor:
+    place = [Shard(dim) if kind == "sharded" else Replicate()]
+    return t.clone() if kind == "plain" else distribute_tensor(t.clone(), mesh_of(2), place)
+
+
+def _combinations(transform: str) -> dict[tuple[str, str, str], str]:
+    """What comes of each combination of kinds of params, hparams and args: "", or an error."""
+    reg, x, y, start = (t["weight"][:, 0] if isinstance(t, dict) else t for t in _arguments())
+    y = y[:, 0].contiguous()
+    w = start
+    for _ in range(40):
+        w = _ridge_step(w, reg, x, y)
+
+    def call(w: Tensor, reg: Tensor, x: Tensor, y: Tensor) -> Any:
+        keywords: dict[str, Any] = {"inner_loss": _ridge_loss, "method": hf.CG()}
+        if transform == "hypergrad":
+            return hf.hypergrad(lambda *_: w, _ridge_outer, **keywords)(reg, x, y)
+        solution = hf.implicit_diff(lambda *_: w, **keywords)
+        return torch.func.grad(lambda reg: (solution(reg, x, y) ** 3).sum())(reg)
+
+    expected = call(w, reg, x, y)
+    outcomes = {}
+    for kinds in itertools.product(KINDS, repeat=3):
+        params, hparams, args = kinds
+        y_kind = "replicated" if args == "sharded" else args  # x by its columns
+        placed = _placed(w, params), _placed(reg, hparams), _placed(x, args, 1), _placed(y, y_kind)
+        try:
+            grads = call(*placed)
+        except ValueError as error:
+            outcomes[kinds] = str(error)
+            continue
+        assert type(grads) is type(placed[1])
+        if transform == "hypergrad":  # autograd leaves sums over ranks for later
+            assert getattr(grads, "placements", ()) == getattr(placed[1], "placements", ())
+        grads = grads.full_tensor() if isinstance(grads, DTensor) else grads
+        torch.testing.assert_close(grads, expected, rtol=1e-12, atol=1e-14)
+        outcomes[kinds] = ""
+    return outcomes
+
+
+@newer_dtensors
+@pytest.mark.parametrize("transform", ["hypergrad", "implicit_diff"])
+def test_each_combination_of_kinds_works_or_is_refused_with_the_remedy(
+    pair: ranks.Ranks, transform: str
+) -> None:
+    outcomes, others = pair.run(_combinations, transform)
+    assert outcomes == others
+    assert len(outcomes) == 27
+    for (params, hparams, args), outcome in outcomes.items():
+        plain = [kind == "plain" for kind in (params, hparams, args)]
+        if all(plain) or not any(plain):
+            assert outcome == "", (params, hparams, args)
+            continue
+        assert "an operation got ordinary tensors and DTensors together" in outcome
+        names = (["hparams"] if plain[1] else []) + (["args[0], args[1]"] if plain[2] else [])
+        named = ", ".join(names) or "one that the inner solver returned or your functions made"
+        assert f"The ordinary ones: {named}. Write distribute_tensor(x, " in outcome
+        if not plain[1]:
+            assert "hparams.device_mesh" in outcome or "args[1].device_mesh" in outcome
+
+
+def _part_of_the_ranks(dims: str, method: str, layout: Any) -> list[float]:
+    """Each row of a square of ranks on a problem of its own, or one rank of each with itself."""
+    rule, condition = METHODS[method]
+    keywords = {name: fn for name, fn in CONDITIONS.items() if name == condition}
+    fn = hf.hypergrad_and_solution(SOLVER, _outer_loss, method=rule, **keywords)
+    whole = mesh_of(*((2, 2) if dist.get_world_size() == 4 else (2, 1)))
+    size = "even" if whole.get_coordinate()[0] else "uneven"
+    expected, _ = fn(*_arguments(size))
+    grads, solution = fn(*_distribute(whole[dims], layout, size))
+    torch.testing.assert_close(_full(grads), _full(expected), rtol=1e-12, atol=1e-13)
+    return [float(field) for field in solution.stats or ()]
+
+
+@newer_dtensors
+@pytest.mark.parametrize("method", ["cg", "pipelined cg", "replayed"])
+def test_meshes_of_a_part_of_the_ranks(pair: ranks.Ranks, method: str) -> None:
+    pair.run(_part_of_the_ranks, "b", method, LAYOUTS["all"])
+
+
+@pytest.mark.slow
+@newer_dtensors
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", WHERE_SHARDED)
+def test_two_meshes_of_two_ranks_each(four: ranks.Ranks, method: str, layout: str) -> None:
+    results = four.run(_part_of_the_ranks, "b", method, LAYOUTS[layout])
+    assert results[0] == results[1]
+    assert results[2] == results[3]
+
+
+@newer_dtensors
+@pytest.mark.parametrize("method", WHOLE_ONLY)
+def test_what_is_refused_where_sharded_works_where_replicated(
+    pair: ranks.Ranks, method: str
+) -> None:
+    pair.run(_compare_with_one_process, method, (2,), LAYOUTS["nothing"])
+
+
 def _refusals() -> dict[str, str]:
-    reg, x, y = _distribute(mesh_of(2), LAYOUTS["rows of the weights"])
+    reg, x, y, start = _distribute(mesh_of(2), LAYOUTS["all"])
     other = init_device_mesh("cpu", (2, 1), mesh_dim_names=("c", "d"))
     meshes = {"weight": reg["weight"], "bias": distribute_tensor(_arguments()[0]["bias"], other)}
     messages = {}
     for name, method in REFUSED.items():
         fn = hf.hypergrad(SOLVER, _outer_loss, fixed_point=_step, method=method)
         with pytest.raises(ValueError, match=r"Use") as error:
-            fn(reg, x, y)
+            fn(reg, x, y, start)
         messages[name] = str(error.value)
     with pytest.raises(ValueError, match="mesh") as error:
         hf.linear_solvers.CG().solve(
@@ -344,7 +472,7 @@ def _refusals() -> dict[str, str]:
         )
     messages["two meshes"] = str(error.value)
     with pytest.raises(ValueError, match="Use") as error:
-        hf.fixed_point_solvers.Anderson()(_step, _start(reg, x, y), reg, x, y)
+        hf.fixed_point_solvers.Anderson()(_step, start, reg, x, y, start)
     messages["fixed-point solver"] = str(error.value)
     return messages
 
@@ -368,7 +496,7 @@ def test_what_no_rank_can_do_alone_is_refused(pair: ranks.Ranks) -> None:
         assert "placements=[Replicate()]" in messages[name]
     assert "torch has no forward mode. Use method=hf.Reverse()" in messages["forward"]
     assert "two device meshes" in messages["two meshes"]
-    assert "init['weight'] is a DTensor that is sharded" in messages["fixed-point solver"]
+    assert "init['bias'] is a DTensor that is sharded" in messages["fixed-point solver"]
 
 
 def test_what_nobody_uses_is_not_imported() -> None:
@@ -438,6 +566,9 @@ def test_scalars_of_a_step_are_summed_together(pair: ranks.Ranks, name: str) -> 
 # Modules ------------------------------------------------------------------------------------------
 
 
+MODULE_METHODS = (hf.GMRES(maxiter=4, rtol=0), hf.NormalCG(maxiter=3, rtol=0))
+
+
 def _net() -> torch.nn.Module:
     layers = torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)
     net = torch.nn.Sequential(*layers).double()
@@ -448,7 +579,9 @@ def _net() -> torch.nn.Module:
     return net
 
 
-def _module_hypergrad(net: Any, x: Tensor, y: Tensor, place: Any = lambda leaf: leaf) -> Any:
+def _module_hypergrad(
+    net: Any, x: Tensor, y: Tensor, place: Any = lambda leaf: leaf, method: Any = None
+) -> Any:
     apply, params = hf.functional(net)
     params = {name: place(leaf) for name, leaf in params.items()}
     hparams = {name: torch.full_like(leaf, 0.5) for name, leaf in params.items()}
@@ -472,28 +605,31 @@ def _module_hypergrad(net: Any, x: Tensor, y: Tensor, place: Any = lambda leaf: 
             }
         return w
 
-    method = hf.GMRES(maxiter=4, rtol=0)
     return hf.hypergrad(solve, outer_loss, inner_loss=inner_loss, method=method)(hparams, x, y)
 
 
 def _module(way: str) -> str:
-    mesh, (_, x, y) = mesh_of(2), _arguments()
-    net, x = _net(), x[:, :5]
-    expected = _module_hypergrad(net, x, y)
+    mesh, (_, x, y, _) = mesh_of(2), _arguments()
+    x = x[:, :5]
     everywhere = tuple(distribute_tensor(t.contiguous(), mesh, [Replicate()]) for t in (x, y))
-    if way == "distribute_tensor":
-        shard = functools.partial(distribute_tensor, device_mesh=mesh, placements=[Shard(0)])
-        actual = _module_hypergrad(net, *everywhere, shard)
-    elif way == "distribute_module":
-        actual = _module_hypergrad(distribute_module(net, mesh), *everywhere)
-    elif way == "parallelize_module":
-        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-        actual = _module_hypergrad(parallelize_module(net, mesh, plan), x, y)
-    else:
+    if way.startswith("fully_shard"):
+        net = _net()
+        fully_shard(net[0] if way.endswith("a layer") else net, mesh=mesh)
         with pytest.raises(TypeError) as error:
-            hf.functional(fully_shard(net, mesh=mesh))
+            hf.functional(net)
         return str(error.value)
-    torch.testing.assert_close(_full(actual), _full(expected), rtol=1e-11, atol=1e-13)
+    for method in MODULE_METHODS:
+        compute = functools.partial(_module_hypergrad, method=method)
+        expected = compute(_net(), x, y)
+        if way == "distribute_tensor":
+            shard = functools.partial(distribute_tensor, device_mesh=mesh, placements=[Shard(0)])
+            actual = compute(_net(), *everywhere, shard)
+        elif way == "distribute_module":
+            actual = compute(distribute_module(_net(), mesh), *everywhere)
+        else:
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            actual = compute(parallelize_module(_net(), mesh, plan), x, y)
+        torch.testing.assert_close(_full(actual), _full(expected), rtol=1e-11, atol=1e-13)
     return ""
 
 
@@ -509,7 +645,8 @@ def test_modules_of_dtensors(pair: ranks.Ranks, way: str) -> None:
     pair.run(_module, way)
 
 
-def test_modules_by_fully_shard_are_refused(pair: ranks.Ranks) -> None:
-    for message in pair.run(_module, "fully_shard"):
+@pytest.mark.parametrize("way", ["fully_shard", "fully_shard of a layer"])
+def test_modules_by_fully_shard_are_refused(pair: ranks.Ranks, way: str) -> None:
+    for message in pair.run(_module, way):
         assert "hooks gather the parameters that it holds" in message
         assert "torch.distributed.tensor.distribute_tensor(p, mesh, [Shard(0)])" in message

@@ -31,7 +31,9 @@ class Ranks:
 
     def global_ranks(self) -> list[int]:
         """The ranks of the group as numbered among all."""
-        return [0] if self._alone else dist.get_process_group_ranks(self._group)
+        if self._group is None:
+            return list(range(self.size))
+        return dist.get_process_group_ranks(self._group)
 
     def barrier(self) -> None:
         """Wait for all."""
