@@ -16,6 +16,9 @@ from hyperfunc.optim._base import Pull
 from hyperfunc.prox import check_prox
 from hyperfunc.proximal import ProximalLoss
 
+# Steps that are compiled as one, at most: the time of compiling grows with them.
+_LONGEST_BLOCK = 8
+
 Coefficient = float | Tensor | Callable[[TensorTree], Any]
 """A number, a 0-d tensor, or a function of the hparams that returns one of them."""
 
@@ -71,10 +74,12 @@ class IterativeSolver:
         """Run the steps; derivatives flow through every one of them."""
         steps = FlatSteps(self)
         state = steps.start(hparams, args)
-        take = steps.bind(hparams, args)
-        if self.compiler is not None:
-            take = _compiled(take, self.compiler, steps, state, hparams, args)
-        return steps.params(steps.run(take, state, unbind(self.inputs, self.num_steps)))
+        rows = unbind(self.inputs, self.num_steps)
+        compiled = _compiled(self.compiler, steps, state, hparams, args) if self.compiler else None
+        if compiled is None:
+            return steps.params(steps.run(steps.bind(hparams, args), state, rows))
+        size = 1 if steps.can_stop else _block_size(self.num_steps)
+        return steps.params(steps.run(compiled, state, zip(*[iter(rows)] * size, strict=True)))
 
 
 def iterate(
@@ -351,24 +356,28 @@ class FlatSteps:
         return change <= self._atol + self._rtol * _tree.norm(new)
 
 
+def _block_size(num_steps: int) -> int:
+    """How many steps are compiled as one: a call of compiled code costs as much as a small step."""
+    return max(size for size in range(1, _LONGEST_BLOCK + 1) if num_steps % size == 0)
+
+
 def _compiled(
-    advance: Callable[[Tensor | None, Leaves, Any], Leaves],
     compiler: Compiler,
     steps: FlatSteps,
     state: Leaves,
     hparams: TensorTree,
     args: tuple[Any, ...],
-) -> Callable[[Tensor | None, Leaves, Any], Leaves]:
-    """The function that takes a step by compiled code, or ``advance`` where it cannot."""
+) -> Callable[[Tensor | None, Leaves, Any], Leaves] | None:
+    """The function that takes some steps by compiled code, or None where it cannot."""
     leaves, spec = _tree.flatten((hparams, args))
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
     constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     if not applies((*tensors, *state)):
-        return advance
+        return None
     variables = compiler.read()
 
-    def step(active: Tensor | None, state: Leaves, extra: Any) -> Leaves:
-        row, row_spec = _tree.flatten(extra)
+    def take(active: Tensor | None, state: Leaves, block: Any) -> Leaves:
+        row, row_spec = _tree.flatten(block)
         flags = () if active is None else (active,)
         low, high = len(flags) + len(state), len(flags) + len(state) + len(tensors)
 
@@ -376,16 +385,19 @@ def _compiled(
             held = iter(operands[low:high])
             filled = [next(held) if leaf is None else leaf for leaf in constants]
             hparams, args = _tree.unflatten(spec, filled)
-            rest = _tree.unflatten(row_spec, operands[high:])
-            old = operands[len(flags) : low]
-            return steps.bind(hparams, args)(operands[0] if flags else None, old, rest)
+            advance = steps.bind(hparams, args)
+            outputs = operands[len(flags) : low]
+            for extra in _tree.unflatten(row_spec, operands[high:]):
+                active = operands[0] if flags else None
+                outputs = advance(active, outputs[: len(state)], extra)
+            return outputs
 
         key = (len(flags), spec, constants, row_spec, *steps.structure)
         operands = (*flags, *state, *tensors, *row)
         result: Leaves = compiler.call(compute, key, variables, operands)
         return result
 
-    return step
+    return take
 
 
 def unbind(inputs: TensorTree, num_steps: int) -> Iterable[tuple[Any, ...]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import hyperfunc as hf
+from hyperfunc._compile import Compiler
 
 F64 = torch.float64
 
@@ -145,6 +146,34 @@ def test_derivatives_run_uncompiled() -> None:
         close(grads[1][0], grads[0][0])
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "calls"), [(0, 0), (1, 1), (7, 1), (8, 1), (11, 11), (16, 2), (30, 5)]
+)
+def test_blocks_of_steps(num_steps: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    run = Compiler.run
+
+    def counting(self: Compiler, *args: Any) -> Any:
+        counted.append(1)
+        return run(self, *args)
+
+    monkeypatch.setattr(Compiler, "run", counting)
+    rows = torch.linspace(0, 1, num_steps, dtype=F64)
+    solvers = [
+        hf.iterate(
+            lambda w, h, row: 0.5 * w + h * row,
+            num_steps,
+            init=lambda h: h,
+            inputs=rows,
+            compile=compile,
+        )
+        for compile in (BACKEND, False)
+    ]
+    h = torch.tensor(3.0, dtype=F64)
+    close(solvers[0](h), solvers[1](h))
+    assert len(counted) == calls
+
+
 def test_early_stop_inputs_and_iterate() -> None:
     x = torch.tensor([1.0, 5.0], dtype=F64)
     for options in (
@@ -176,8 +205,8 @@ def test_a_signature_is_compiled_once_and_changes_are_seen() -> None:
     solver = hf.iterate(phi, 60, init=lambda h, *flags: torch.zeros_like(h), compile=BACKEND)
     h = torch.ones(3, dtype=F64)
     close(solver(h), torch.full((3,), 2.0, dtype=F64))
-    count = len(traces)  # traced, and run uncompiled to compare
-    assert count == 2
+    count = len(traces)  # a block of steps, traced, and run uncompiled to compare
+    assert count == 2 * 6
     for _ in range(3):
         close(solver(h), torch.full((3,), 2.0, dtype=F64))
     assert len(traces) == count
