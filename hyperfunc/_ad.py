@@ -8,6 +8,7 @@ Both give the same numbers, and neither leaves a trace on the tensors that were 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import (
     retrieve_current_functorch_interpreter,
+    temporarily_clear_interpreter_stack,
     temporarily_pop_interpreter_stack,
 )
 
@@ -382,6 +384,31 @@ def outside_idle_vmaps(tensors: Sequence[Any]) -> Iterator[None]:
         yield
 
 
+def innermost(tensor: Tensor) -> Tensor:
+    """The tensor below all levels of transforms."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is not sparse, of which torch 2.4 does not tell inside a transform."""
+    below = tensor if torch.compiler.is_compiling() else innermost(tensor)
+    return below.layout is torch.strided
+
+
+def loses_gradients() -> bool:
+    """Whether an enclosing transform makes zeros of gradients, as torch 2.4 in inference mode."""
+    return (
+        torch.is_inference_mode_enabled()
+        and any(
+            interpreter.key() == _functorch.TransformType.Grad
+            for interpreter in _functorch.get_interpreter_stack() or ()
+        )
+        and not _records_in_inference_mode()
+    )
+
+
 def has_level(value: Any, level: int | None = None) -> bool:
     """Whether a tensor belongs to this level of the transforms, or to any level."""
     if not isinstance(value, Tensor):
@@ -411,6 +438,12 @@ def is_attached(value: Any) -> bool:
         if _functorch.maybe_get_level(value) == interpreter.level():
             value = _functorch.get_unwrapped(value)
         return is_attached(value)
+
+
+@functools.lru_cache(maxsize=1)
+def _records_in_inference_mode() -> bool:
+    with temporarily_clear_interpreter_stack(), torch.inference_mode():
+        return bool(torch.func.grad(torch.sin)(torch.zeros((), device="cpu")) == 1)
 
 
 def _in_vmap() -> bool:
@@ -563,13 +596,6 @@ def _make_engine(
     if not transforms_active():
         return _GraphEngine(fn, primals, groups, tracked)
     return _FunctionalEngine(fn, primals, groups, tracked)
-
-
-def innermost(tensor: Tensor) -> Tensor:
-    """The tensor below all levels of transforms."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
-    return tensor
 
 
 def _replace(items: Sequence[Any], indices: Sequence[int], new: Sequence[Any]) -> list[Any]:

@@ -8,6 +8,7 @@ function is what is traced and compiled, and it runs outside of the level.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +27,10 @@ DEFAULT_BACKEND = "inductor"
 
 # Signatures after which something seems to change that was not meant to.
 _MANY = 16
+
+# Held while something is compiled or compiled code runs: torch keeps one note for all threads that
+# it is tracing, and refuses compiled functions meanwhile.
+_ONE_THREAD = threading.RLock()
 
 
 class Variables(NamedTuple):
@@ -93,7 +98,7 @@ class Compiler:
         """The compiled call where no transform is active."""
         operands = _ad.detach(operands)
         signature = (call.key, _circumstances(operands), tuple(map(_describe, operands)))
-        with torch.no_grad():
+        with _ONE_THREAD, torch.no_grad():
             entry = self.entries.get(signature)
             if entry is not None:
                 call.layout[:] = entry.layout

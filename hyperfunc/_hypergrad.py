@@ -124,7 +124,8 @@ def hypergrad(
             ``vmap`` too. For implicit methods of a fixed number of steps (``rtol=0, atol=0``) and
             functions without random numbers; where derivatives of the hypergradient are asked for,
             it runs uncompiled. Variables of your functions are read when they change, but not what
-            further objects hold. For the inner solver see `minimize`.
+            further objects hold. Threads run compiled code one at a time. For the inner solver see
+            `minimize`.
 
     Returns:
         ``fn(hparams, *args, adjoint_init=None)``, which returns a tree like ``hparams``, or

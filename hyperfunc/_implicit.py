@@ -11,6 +11,7 @@ other, and that is what makes every order of derivative right whatever the linea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -27,6 +28,7 @@ from hyperfunc._conditions import (
     captured_message,
     escaped_message,
 )
+from hyperfunc._limits import explained
 from hyperfunc._minibatches import SECOND_DERIVATIVE, MinibatchLinearization
 from hyperfunc._results import RESULTS, SolveStats
 from hyperfunc._types import Leaves
@@ -110,6 +112,11 @@ class ImplicitProblem:
         *u, num_steps, residual_norm, result = _LinearSolution.apply(system, *w, *theta, *b, *start)
         return tuple(u), SolveStats(num_steps, residual_norm, result)
 
+    def explained(self, theta: Leaves) -> contextlib.AbstractContextManager[None]:
+        """Where errors of torch name the argument that they are due to."""
+        name = "the derivative of the inner solution"
+        return explained(name, lambda: self.arguments.unflatten(theta))
+
     def _refuse_written(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
         """Raise if the inner solver has changed hparams, at which the derivative is taken."""
         if before == after:
@@ -152,9 +159,10 @@ class _ImplicitSolution(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         w, theta = _split(_ad.saved_tensors(ctx), ctx.num_params)
         wrt = _wanted(ctx.needs_input_grad[1:], theta)
-        linearization = ctx.problem.linearize(w, theta, wrt)
-        u, _ = ctx.problem.adjoint(linearization, w, theta, cotangents)
-        cross = cross_term(ctx.problem, linearization, w, theta, wrt, u)
+        with ctx.problem.explained(theta):
+            linearization = ctx.problem.linearize(w, theta, wrt)
+            u, _ = ctx.problem.adjoint(linearization, w, theta, cotangents)
+            cross = cross_term(ctx.problem, linearization, w, theta, wrt, u)
         return (None, *_scatter(cross, wrt, len(theta)))
 
     @staticmethod
@@ -257,12 +265,13 @@ class _LinearSolution(torch.autograd.Function):
         w, theta = _split(point, system.num_params)
         cotangent = cotangents[: system.num_params]
         wrt = _wanted(ctx.needs_input_grad[1 : 1 + len(point)], point)
-        products = _ad.Linearization(lambda *leaves: system.product(u, leaves), point, (wrt,))
-        linearization = system.problem.linearize(w, theta, ())
-        s, _ = system.problem.adjoint(
-            linearization, w, theta, cotangent, transposed=not system.transposed
-        )
-        grads = _tree.neg(products.pull(s))
+        with system.problem.explained(theta):
+            products = _ad.Linearization(lambda *leaves: system.product(u, leaves), point, (wrt,))
+            linearization = system.problem.linearize(w, theta, ())
+            s, _ = system.problem.adjoint(
+                linearization, w, theta, cotangent, transposed=not system.transposed
+            )
+            grads = _tree.neg(products.pull(s))
         rest = ctx.num_inputs - 1 - len(point) - system.num_params
         return (None, *_scatter(grads, wrt, len(point)), *s, *[None] * rest)
 

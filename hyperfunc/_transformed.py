@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc import _ad, _sharding, _tree
+from hyperfunc._limits import explained
 from hyperfunc._types import TensorTree
 from hyperfunc._wrapped import Wrapped
 from hyperfunc.iterative import ReverseUnroll
@@ -37,21 +38,30 @@ class Transformed(Wrapped):
                     f"{self!r} got the keyword argument {name!r}; pass hparams and *args by "
                     f"position"
                 )
-        call = self._explained
+        run = self._run
         if torch.compiler.is_compiling():
-            call = self._call
-            if not self._is_traceable():
-                call = torch.compiler.disable(call)
-        if torch.is_inference_mode_enabled():
-            # in that mode no graph is recorded, of which older versions of torch make zeros
-            with torch.inference_mode(False), torch.no_grad():
-                return call(hparams, *args, **keywords)
-        return call(hparams, *args, **keywords)
+            if self._is_traceable():
+                return self._call(hparams, *args, **keywords)
+            run = torch.compiler.disable(run)
+        return run(hparams, *args, **keywords)
 
     def __repr__(self) -> str:
         solver = self._inner_solver
         name = getattr(solver, "__qualname__", None) or repr(solver)
         return f"{self._transform}({name}, method={self._method!r})"
+
+    def _run(self, hparams: TensorTree, *args: Any, **keywords: Any) -> Any:
+        if _ad.loses_gradients():
+            raise RuntimeError(
+                f"{self!r} is differentiated in inference mode, where this version of torch makes "
+                f"zeros of all gradients. Use torch.no_grad() in place of torch.inference_mode()"
+            )
+        with explained(self, lambda: (hparams, *args)):
+            if torch.is_inference_mode_enabled():
+                # in that mode no graph is recorded, of which older versions of torch make zeros
+                with torch.inference_mode(False), torch.no_grad():
+                    return self._explained(hparams, *args, **keywords)
+            return self._explained(hparams, *args, **keywords)
 
     def _explained(self, hparams: TensorTree, *args: Any, **keywords: Any) -> Any:
         try:

@@ -49,7 +49,7 @@ def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:
             f"{root} is an empty tree ({tree!r}); expected at least one floating-point tensor"
         )
     for index, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout is torch.strided:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and _ad.is_dense(leaf):
             continue
         path = paths(spec, root)[index]
         if not isinstance(leaf, Tensor):
@@ -67,7 +67,7 @@ def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:
                 f"Convert it (.float() or .double()) or pass it through *args"
             )
         raise TypeError(
-            f"{path} has layout {leaf.layout}; expected a dense (strided) tensor. "
+            f"{path} has layout {_ad.innermost(leaf).layout}; expected a dense (strided) tensor. "
             f"Call .to_dense(), or pass sparse data through *args"
         )
     return tuple(leaves), spec

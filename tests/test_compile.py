@@ -1,6 +1,7 @@
 """Compiled solves and steps: the numbers of plain ones, plain and under transforms."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -448,3 +449,29 @@ def test_inductor() -> None:
             torch.func.vmap(compiled, (None, 0, 0))(meta, x, y),
             torch.func.vmap(plain, (None, 0, 0))(meta, x, y),
         )
+
+
+def test_threads_share_compiled_functions() -> None:
+    """One of them compiles each signature, while the others run what is compiled already."""
+
+    def make(compile: bool | str) -> Any:
+        return hf.hypergrad(
+            lambda h, A: torch.linalg.solve(A, h),
+            lambda w, h, A: (w**2).sum(),
+            inner_loss=lambda w, h, A: 0.5 * w @ (A @ w) - h @ w,
+            method=hf.CG(maxiter=3, rtol=0),
+            compile=compile,
+        )
+
+    def work(task: tuple[int, Any]) -> Any:
+        n, fn = task
+        h, A = torch.ones(n, dtype=F64), 2 * torch.eye(n, dtype=F64)
+        return fn(h, A), torch.func.vmap(fn, (0, None))(torch.stack([h, 2 * h]), A)
+
+    plain, first, second = make(False), make("eager"), make("aot_eager")
+    tasks = [(1 + i % 3, first if i % 2 else second) for i in range(32)]
+    with ThreadPoolExecutor(8) as pool:
+        for (n, _), got in zip(tasks, pool.map(work, tasks), strict=True):
+            close(got, work((n, plain)))
+    for fn in (first, second):  # three shapes, each plain and under vmap
+        assert len(fn._call.args[0].compiler.entries) == 6

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
 from hyperfunc._methods import METHODS
@@ -183,6 +183,11 @@ def test_parameters_that_are_params_and_hparams(name: str) -> None:
 # Odd tensors --------------------------------------------------------------------------------------
 
 EYE = torch.eye(3, dtype=F64)
+SPARSE = (
+    r"^(hypergrad|implicit_diff|diagnose|the derivative of).*: args\[0\] has layout "
+    r"torch.LAYOUT, for which torch lacks .*[sS]parse.*\. Write args\[0\].to_dense\(\)\. .*"
+    r"hf.task_map\(fn, in_dims, chunk_size=1\) maps tasks in a loop$"
+)
 ODD: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "sparse COO": lambda: (EYE.to_sparse(), torch.ones(3, dtype=F64)),
     "complex": lambda: ((1 + 1j) / 2**0.5 * EYE, torch.ones(3, dtype=torch.complex128)),
@@ -209,7 +214,7 @@ def test_odd_tensors_among_the_arguments(kind: str, name: str) -> None:
     solver = hf.iterate(phi, 60, init=lambda h, X, y: torch.zeros(3, dtype=F64))
     fn = hf.hypergrad(solver, lambda w, h, X, y: (w**2).sum(), inner_loss=loss, method=name)
     if (kind, name) == ("sparse COO", "forward"):
-        with pytest.raises(RuntimeError, match="unsupported for Sparse tensors"):
+        with pytest.raises(NotImplementedError, match=SPARSE.replace("LAYOUT", "sparse_coo")):
             fn(torch.zeros((), dtype=F64), X, y)
         return
     for h in (torch.zeros((), dtype=F64), torch.zeros((), dtype=F64, requires_grad=True)):
@@ -217,6 +222,94 @@ def test_odd_tensors_among_the_arguments(kind: str, name: str) -> None:
         torch.testing.assert_close(
             fn(h, X, y).detach(), torch.tensor(-0.75 * c**2, dtype=F64), rtol=1e-7, atol=0
         )
+
+
+def predict(w: Tensor, h: Tensor, X: Tensor) -> Tensor:
+    return (X @ w[:, None])[:, 0]
+
+
+def ridge(w: Tensor, h: Tensor, X: Tensor) -> Tensor:
+    return 0.5 * ((predict(w, h, X) - 1) ** 2).sum() + 0.5 * h.exp() * (w**2).sum()
+
+
+def shrunken(h: Tensor, X: Tensor) -> Tensor:
+    return torch.ones(3, dtype=F64) / (1 + h.exp())
+
+
+MAPPED: dict[str, Callable[[Any, Any, Tensor, Tensor], Any]] = {
+    "vmap": lambda fn, solution, h, X: vmap(fn, (0, None))(h, X),
+    "nested vmap": lambda fn, solution, h, X: vmap(vmap(fn, (0, None)), (0, None))(h[None], X),
+    "vmap of grad": lambda fn, solution, h, X: vmap(grad(lambda h: solution(h, X).sum()))(h),
+    "jacfwd": lambda fn, solution, h, X: jacfwd(lambda h: fn(h, X))(h[0]),
+    "jacrev": lambda fn, solution, h, X: jacrev(lambda h: fn(h, X))(h[0]),
+    "diagnose": lambda fn, solution, h, X: vmap(
+        lambda h: hf.diagnose(torch.ones(3, dtype=F64), h, X, inner_loss=ridge).eig_min.value
+    )(h),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta state")
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "sparse_csc"])
+@pytest.mark.parametrize("name", ["cg", "gmres", "dense", hf.FixedPoint(step_size=0.4)], ids=str)
+def test_sparse_data_are_named_where_torch_cannot_map_them(name: Any, layout: str) -> None:
+    X = EYE.to_sparse(layout=getattr(torch, layout))
+    h = torch.zeros(2, dtype=F64)
+    fn = hf.hypergrad(shrunken, lambda w, h, X: (w**2).sum(), inner_loss=ridge, method=name)
+    solution = hf.implicit_diff(shrunken, inner_loss=ridge, method=name)
+    for call in MAPPED.values():
+        with pytest.raises(NotImplementedError, match=SPARSE.replace("LAYOUT", layout)):
+            call(fn, solution, h, X)
+    looped = hf.task_map(fn, in_dims=(0, None), chunk_size=1)(h, X)
+    torch.testing.assert_close(looped, torch.full_like(h, -0.75), rtol=1e-7, atol=0)
+    torch.testing.assert_close(vmap(fn, (0, None))(h, X.to_dense()), looped)
+
+
+def test_errors_of_other_kinds_stay_as_they_are_beside_sparse_data() -> None:
+    def broken(h: Tensor, X: Tensor) -> Tensor:
+        raise RuntimeError("of the user's own")
+
+    with pytest.raises(RuntimeError, match=r"^of the user's own$"):
+        hf.hypergrad(broken, outer_loss, inner_loss=ridge)(H[0], EYE.to_sparse())
+
+
+NO_TASKS: dict[str, Callable[[Any], Any]] = {
+    "vmap": lambda fn: vmap(fn, (0, None))(torch.zeros(0, 3, dtype=F64), A),
+    "inner of two": lambda fn: vmap(vmap(fn, (0, None)), (0, None))(
+        torch.zeros(2, 0, 3, dtype=F64), A
+    ),
+    "data": lambda fn: vmap(fn, (None, 0))(H, torch.zeros(0, 3, 3, dtype=F64)),
+}
+
+
+@pytest.mark.parametrize("call", NO_TASKS)
+@pytest.mark.parametrize("name", ALL)
+def test_a_batch_without_tasks(name: str, call: str) -> None:
+    """Empty where torch has all operations for it, as torch.vmap itself; else the error says so."""
+    with pytest.raises(IndexError):  # of torch, for a 0-d tensor of each task times a vector
+        vmap(lambda h: h.sum() * h)(torch.zeros(0, 3))
+    if name in ("reverse_unroll", "reverse") and call != "data":
+        assert NO_TASKS[call](make(name)).numel() == 0
+        return
+    path = r"args\[0\]" if call == "data" else "hparams"
+    with pytest.raises(ValueError, match=rf"^hypergrad\(.*: {path} is mapped over no tasks, by a "):
+        NO_TASKS[call](make(name))
+
+
+def test_a_batch_without_tasks_in_other_calls() -> None:
+    empty = torch.zeros(0, 3, dtype=F64)
+    solution = hf.implicit_diff(SOLVER, inner_loss=inner_loss)
+    assert vmap(SOLVER, (0, None))(empty, A).shape == (0, 3)
+    for call in (
+        lambda h: solution(h, A),
+        lambda h: hf.diagnose(h, h, A, inner_loss=inner_loss),
+        grad(lambda h: solution(h, A).sum()),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^(implicit_diff|diagnose|the deriv).*: hparams is mapped over no"
+        ):
+            vmap(call)(empty)
+    with pytest.raises(ValueError, match="got numbers of tasks 0"):
+        hf.task_map(solution, (0, None))(empty, A)
 
 
 # Compilation --------------------------------------------------------------------------------------
@@ -243,6 +336,8 @@ def test_compiled(form: str, name: str) -> None:
         torch.testing.assert_close(compiled(h, A), fn(h, A), rtol=1e-12, atol=1e-12)
 
 
+# torch 2.4 says of each graph break at a tree that there is one
+@pytest.mark.filterwarnings("ignore:Graph break due to unsupported builtin optree")
 # torch looks at .grad of tensors that are no leaves where a compiled function goes on after a break
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("name", ["cg", "dense", "reverse_unroll", "reverse"])

@@ -639,6 +639,7 @@ def test_sparse_inputs_with_updated_buffers() -> None:
     close(nth(buffers, 0), once)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 5), reason="torch.compile of 2.4 cannot trace vars()")
 @pytest.mark.parametrize("mode", ["batch", "frozen", "update"])
 def test_apply_compiles_without_graph_breaks(mode: Any) -> None:
     module, x = conv2d(nn.BatchNorm2d(4)), torch.randn(BATCH, *IMAGE)

@@ -183,6 +183,8 @@ def test_projections_are_idempotent_and_ignore_the_step(case):
         assert not torch.allclose(case.operator(w, h, 2 * LR), once)
 
 
+# of gradcheck itself, in torch 2.4
+@pytest.mark.filterwarnings("ignore:Please use `torch.vmap`:FutureWarning")
 @every_case
 def test_derivatives_are_those_of_finite_differences(case):
     w, h = sample(case)

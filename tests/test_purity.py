@@ -51,7 +51,7 @@ def surroundings() -> tuple[Any, ...]:
     return (
         hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
         torch.get_default_dtype(),
-        torch.get_default_device(),
+        torch.empty(()).device,  # torch.get_default_device fails in torch 2.4 once it was set
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_anomaly_enabled(),

@@ -14,6 +14,7 @@ from hyperfunc import _ad, _tree
 from hyperfunc._conditions import Arguments, BoundCondition, Condition, make_condition
 from hyperfunc._hypergrad import hypergrad_and_solution
 from hyperfunc._implicit import HypergradError
+from hyperfunc._limits import explained
 from hyperfunc._methods import is_implicit, resolve_method
 from hyperfunc._results import RESULTS
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
@@ -305,7 +306,8 @@ def check_hypergrad(
         hparams,
         args,
     )
-    report = _check(problem, rtol, num_directions, max_dense, unroll, generator)
+    with explained("check_hypergrad", lambda: (hparams, *args)):
+        report = _check(problem, rtol, num_directions, max_dense, unroll, generator)
     if throw:
         report.raise_if_failed()
     return report
