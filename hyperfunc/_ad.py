@@ -487,17 +487,19 @@ def reaches_foreign_leaf(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> bo
     """Whether the graph of the outputs ends in a leaf variable that is not among the inputs."""
     known = {id(leaf) for leaf in inputs if _requires_grad(leaf)}
     stop = {leaf.grad_fn for leaf in inputs if _requires_grad(leaf) and leaf.grad_fn is not None}
-    stack = [out.grad_fn for out in outputs if out.grad_fn is not None]
-    seen = set(stop)
+    stack: list[Any] = list({out.grad_fn for out in outputs} - stop - {None})
+    seen = {None, *stop, *stack}
     while stack:
         node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in known and not hasattr(variable, _OWN):
-            return True
-        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+        parents = node.next_functions
+        for parent, _ in parents:
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+        if not parents:  # only the end of a graph holds a variable, and asking others takes long
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) not in known and not hasattr(variable, _OWN):
+                return True
     return False
 
 

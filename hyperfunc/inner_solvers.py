@@ -478,8 +478,9 @@ class _DescentStep:
             leaves: Leaves, grads: Leaves, memory: Leaves, pull: Pull | None
         ) -> tuple[Leaves, Leaves]:
             if pull is not None:
+                reuse = pull.may_overwrite(leaves, grads)
                 grads = tuple(
-                    pull.add(grad, leaf, i)
+                    pull.add(grad, leaf, i, reuse)
                     for i, (grad, leaf) in enumerate(zip(grads, leaves, strict=True))
                 )
             params, state = self.optimizer.update(

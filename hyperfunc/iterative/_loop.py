@@ -181,13 +181,14 @@ class Loop:
         hold = 0 if keep else trace.num_steps
         lengths = active = None
         last: Mark | None = None
+        advance = self._bind(operands)
         for step in range(trace.num_steps):
             if step == hold:
                 hold = self._mark(trace, step, state, trace.num_steps, first=True)
             elif keep and (self.steps.flat.can_stop or step == trace.num_steps - 1):
                 last = Mark(step, state, self.circumstances.read(trace.marks[-1].streams))
             with check if step == 0 else contextlib.nullcontext():
-                outputs = self._advance(active, len(state), *state, *self._at(operands, step))
+                outputs = advance(active, state, self._at(operands, step))
             state = outputs[: len(state)]
             if self.steps.flat.can_stop:
                 if lengths is None:
@@ -223,6 +224,7 @@ class Loop:
         num_fixed = self.steps.num_fixed
         totals: dict[int, Tensor] = {}
         rows: dict[int, dict[int, Tensor]] = {i: {} for i in wrt if i >= num_fixed}
+        advance = self._bind(operands)
         end = trace.num_steps
         while end > 0:
             step, state, streams = trace.marks[-1]
@@ -230,7 +232,7 @@ class Loop:
             self.circumstances.write(streams)
             hold = step + self._gap(trace, step, end)
             while step < end - 1:
-                outputs = self._advance(trace.active(step), size, *state, *self._at(operands, step))
+                outputs = advance(trace.active(step), state, self._at(operands, step))
                 state, step = outputs[:size], step + 1
                 if step == hold:
                     hold = self._mark(trace, step, state, end)
@@ -355,6 +357,16 @@ class Loop:
 
     def _advance(self, active: Tensor | None, size: int, *tensors: Tensor) -> Leaves:
         return self._batched_advance(active, *split(tensors, size, self.steps.num_fixed))
+
+    def _bind(self, operands: Leaves) -> Callable[[Tensor | None, Leaves, Leaves], Leaves]:
+        """The function that takes a step of given operands, without a derivative of it."""
+        num_fixed = self.steps.num_fixed
+        fixed = tuple(operands[:num_fixed])
+        if self.levels:
+            advance = self._batched_advance
+            return lambda active, state, seen: advance(active, state, fixed, seen[num_fixed:])
+        bound = self.steps.bind(fixed)
+        return lambda active, state, seen: bound(active, state, seen[num_fixed:])
 
     @functools.cached_property
     def _batched_advance(self) -> Callable[..., Leaves]:

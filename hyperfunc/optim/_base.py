@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc import _tree
+from hyperfunc._ad import is_tracked
 from hyperfunc._types import Leaves, TensorTree
 
 Coefficient: TypeAlias = float | TensorTree | Callable[[Any], Any]
@@ -59,10 +60,14 @@ class Pull(NamedTuple):
     weight: float | Tensor
     center: Leaves
 
-    def add(self, grad: Tensor, leaf: Tensor, index: int) -> Tensor:
-        """The gradient of a leaf with this term."""
+    def add(self, grad: Tensor, leaf: Tensor, index: int, reuse: bool) -> Tensor:
+        """The gradient of a leaf with this term; ``reuse`` if what `may_overwrite` says holds."""
         offset = (torch.sub(leaf, self.center[index]),)
-        return _tree.axpy(self.weight, offset, (grad,), out=_tree.reusable(offset, (grad,)))[0]
+        return _tree.axpy(self.weight, offset, (grad,), out=offset if reuse else None)[0]
+
+    def may_overwrite(self, leaves: Leaves, grads: Leaves) -> bool:
+        """Whether what is made from these and the centre may be written over."""
+        return not is_tracked(self.center) and _tree.may_overwrite(leaves, grads)
 
 
 def check_optimizer(optimizer: Any, caller: str) -> Optimizer:

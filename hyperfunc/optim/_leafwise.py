@@ -36,8 +36,9 @@ def leafwise(
 ) -> Optimizer:
     """The optimiser that takes one step leaf by leaf; a slot starts as its value, or as params.
 
-    ``drawn(leaf, grad, weight, center, c)`` is the new leaf for the gradient
-    ``grad + weight (leaf - center)`` where that takes fewer passes than `step`, else None.
+    ``drawn(leaf, grad, weight, center, c, reuse)`` is the new leaf for the gradient
+    ``grad + weight (leaf - center)`` where that takes fewer passes than `step`, else None; with
+    ``reuse`` it may write over what it makes.
     """
     for key, coefficient in coefficients.items():
         check_coefficient(name, key, coefficient)
@@ -112,6 +113,7 @@ class Leafwise:
             coefficients = {
                 key: cast(self.prepare(t, *row), *key[1:]) for key, row in distinct.items()
             }
+            reuse = pull is not None and pull.may_overwrite(leaves, grads)
             new_leaves = []
             new_state = [state[0] + 1, *state[1:]]
             for index, (leaf, grad, key) in enumerate(zip(leaves, grads, keys, strict=True)):
@@ -119,11 +121,12 @@ class Leafwise:
                 before = tuple(state[place + index] for place in places)
                 if pull is not None:
                     if dtype is leaf.dtype:
-                        new = self.drawn(leaf, grad, pull.weight, pull.center[index], c)
+                        center = pull.center[index]
+                        new = self.drawn(leaf, grad, pull.weight, center, c, reuse)
                         if new is not None:
                             new_leaves.append(new)
                             continue
-                    grad = pull.add(grad, leaf, index)
+                    grad = pull.add(grad, leaf, index, reuse)
                 if dtype is leaf.dtype:
                     new, after = self.step(leaf, grad, before, c)
                 else:

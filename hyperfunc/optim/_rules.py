@@ -92,12 +92,14 @@ def sgd(
 
     plain = not has_momentum and is_zero(weight_decay) and not maximize
 
-    def drawn(leaf: Tensor, grad: Tensor, weight: Any, center: Tensor, c: Any) -> Tensor | None:
+    def drawn(
+        leaf: Tensor, grad: Tensor, weight: Any, center: Tensor, c: Any, reuse: bool
+    ) -> Tensor | None:
         rate = c[0]
         if not plain or isinstance(rate, Tensor) or isinstance(weight, Tensor):
             return None
-        moved = torch.lerp(leaf, center, -rate * weight)
-        return _tree.axpy(rate, (grad,), (moved,), out=_tree.reusable((moved,), (grad,)))[0]
+        moved = (torch.lerp(leaf, center, -rate * weight),)
+        return _tree.axpy(rate, (grad,), moved, out=moved if reuse else None)[0]
 
     return leafwise(
         "sgd",
