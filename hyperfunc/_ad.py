@@ -188,6 +188,14 @@ class Linearization:
             return tuple(torch.zeros_like(leaf) for leaf in self._unused[group])
         return self._engine.pull(cotangents, group)
 
+    def pull_used(self, cotangents: Leaves, group: int) -> tuple[Tensor | None, ...]:
+        """`pull`, with None for the primals that the function is known not to use."""
+        if group in self._unused:
+            return (None,) * len(self._unused[group])
+        if isinstance(self._engine, _GraphEngine):
+            return self._engine.pull_used(cotangents, group)
+        return self._engine.pull(cotangents, group)
+
     def push(self, tangents: Leaves, group: int = 0) -> Leaves:
         """The product with the Jacobian, as the transpose of the transposed product."""
         if group not in self._pushes:
@@ -537,8 +545,15 @@ class _GraphEngine:
 
     def pull(self, cotangents: Leaves, group: int) -> Leaves:
         inputs = self._inputs[group]
+        return tuple(
+            torch.zeros_like(leaf) if grad is None else grad
+            for grad, leaf in zip(self.pull_used(cotangents, group), inputs, strict=True)
+        )
+
+    def pull_used(self, cotangents: Leaves, group: int) -> tuple[Tensor | None, ...]:
+        inputs = self._inputs[group]
         if not self._live or not inputs:
-            return tuple(torch.zeros_like(leaf) for leaf in inputs)
+            return (None,) * len(inputs)
         selected = [cotangents[index] for index in self._live]
         create_graph = torch.is_grad_enabled() and (
             self._tracked or any(cotangent.requires_grad for cotangent in selected)
@@ -551,7 +566,7 @@ class _GraphEngine:
             create_graph=create_graph,
             allow_unused=True,
         )
-        return _fill(grads, inputs)
+        return _sharding.align(grads, inputs)
 
 
 class _FunctionalEngine:

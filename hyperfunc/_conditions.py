@@ -149,6 +149,16 @@ class BoundCondition:
             (tuple(n + i for i in wrt),),
         )
 
+    def center_weight(self, w: Leaves, theta: Leaves) -> float | None:
+        """``mu`` where the regulariser is ``mu/2 ||w - hparams||^2`` with a number mu, or None."""
+        proximal = self.proximal
+        if proximal is None or proximal.center is not None:
+            return None
+        hparams = self.arguments.unflatten(theta)[0]
+        proximal.center_at(hparams, w, self.params_spec)  # which are like params, or else it raises
+        weight = proximal.weight_at(hparams)
+        return None if isinstance(weight, Tensor) else weight
+
     def residual(self, w: Leaves, theta: Leaves, value: Leaves) -> Leaves:
         """The residual at a point, from the value ``P(w, theta)`` there."""
         if self.condition.kind == "fixed_point":

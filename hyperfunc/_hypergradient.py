@@ -147,7 +147,7 @@ class Hypergradient:
         wrt = tuple(range(problem.arguments.num_hparams))
         linearization = problem.linearize(w, theta, wrt)
         u, stats = problem.adjoint(linearization, w, theta, dw, x0)
-        grads = _tree.add(dh, cross_term(problem, linearization, w, theta, wrt, u))
+        grads = cross_term(problem, linearization, w, theta, wrt, u, start=dh)
         return value, aux, u, stats, grads
 
     def _differentiate_compiled(

@@ -306,12 +306,31 @@ def cross_term(
     theta: Leaves,
     wrt: Sequence[int],
     u: Leaves,
+    start: Leaves | None = None,
 ) -> Leaves:
-    """``-(dr/dtheta)^T u`` for the tensors of theta at wrt, group 1 of the linearization."""
-    assert problem.bound is not None
-    term = _tree.scale(-problem.condition.scale, linearization.pull(u, 1))
-    regulariser = problem.bound.regulariser(w, theta, wrt)
-    return term if regulariser is None else _tree.sub(term, regulariser.pull(u))
+    """``start - (dr/dtheta)^T u`` for the tensors of theta at wrt, group 1 of the linearization."""
+    bound = problem.bound
+    assert bound is not None
+    total: list[Tensor | None] = [None] * len(wrt) if start is None else list(start)
+
+    def add(factor: float, terms: Sequence[Tensor | None]) -> None:
+        for i, (term, sum_) in enumerate(zip(terms, total, strict=True)):
+            if term is not None and sum_ is None:
+                (total[i],) = _tree.scale(factor, (term,))
+            elif term is not None and sum_ is not None:
+                (total[i],) = _tree.axpy(factor, (term,), (sum_,))
+
+    add(-problem.condition.scale, linearization.pull_used(u, 1))
+    weight = bound.center_weight(w, theta)
+    if weight is not None:
+        size = problem.arguments.num_hparams
+        add(weight, [u[i] if i < size else None for i in wrt])
+    elif (regulariser := bound.regulariser(w, theta, wrt)) is not None:
+        add(-1.0, regulariser.pull_used(u, 0))
+    return tuple(
+        torch.zeros_like(theta[i]) if term is None else term
+        for i, term in zip(wrt, total, strict=True)
+    )
 
 
 def flatten_params(params: Any) -> tuple[Leaves, _tree.TreeSpec]:
@@ -373,6 +392,8 @@ def of_tasks(failed: Tensor, what: str = "tasks") -> str:
 
 def _where_not_finite(leaves: Leaves, spec: _tree.TreeSpec, name: str) -> tuple[str, str] | None:
     """The path of the first leaf that is not finite, and the tasks where some leaf is not."""
+    if _ad.all_true(_tree.sum_is_finite(leaves)):
+        return None
     finite = _tree.all_finite(leaves)
     if _ad.all_true(finite):
         return None

@@ -41,6 +41,10 @@ class MinibatchLinearization:
         self._refuse_replaced(self.wrt)
         return self._mean("pull", cotangents, group)
 
+    def pull_used(self, cotangents: Leaves, group: int) -> Leaves:
+        """`pull`, as of a function that uses all of theta."""
+        return self.pull(cotangents, group)
+
     def push(self, tangents: Leaves, group: int) -> Leaves:
         """The mean product with the Jacobian with respect to theta."""
         # forward mode fills in zeros for the tensors that it is not asked about

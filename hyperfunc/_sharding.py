@@ -60,8 +60,8 @@ def layout_of(leaves: Leaves) -> Layout | None:
     return Layout(mesh, tuple(_settled(leaf) if is_dtensor(leaf) else None for leaf in leaves))
 
 
-def align(values: Leaves, like: Sequence[Any]) -> Leaves:
-    """The same values, each laid out on the ranks as its counterpart."""
+def align(values: tuple[Any, ...], like: Sequence[Any]) -> tuple[Any, ...]:
+    """The same values, each tensor laid out on the ranks as its counterpart."""
     if all(type(value) in _PLAIN for value in values):
         return values
     return tuple(

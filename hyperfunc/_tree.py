@@ -201,6 +201,16 @@ def zeros_like(x: Leaves) -> Leaves:
     return tuple(torch.zeros_like(u) for u in x)
 
 
+def sum_is_finite(x: Leaves) -> Tensor:
+    """A 0-d bool tensor that shows `all_finite` in one pass where it holds; a sum may overflow."""
+    if _sharding.layout_of(x) is not None:
+        return all_finite(x)
+    flag = torch.isfinite(x[0].sum())
+    for leaf in x[1:]:
+        flag = flag & torch.isfinite(leaf.sum()).to(flag.device)
+    return flag
+
+
 def all_finite(x: Leaves) -> Tensor:
     """A 0-d bool tensor: whether every entry of every leaf is finite."""
     layout = _sharding.layout_of(x)
