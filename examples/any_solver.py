@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> dict:
     figure, (left, right) = common.panels(2, (10, 3.8))
     for index, (name, grad) in enumerate(by_class.items()):
         common.curves(left, {name: grad}, ".", [k + 0.15 * index for k in range(classes)])
-    left.set(title="hypergradient for the class weights, by inner solver", xlabel="class")
+    left.set(title="hypergradient for the class weights", xlabel="class", xticks=range(classes))
     common.curves(right, curve, title="cross-entropy, scikit-learn inside", xlabel="outer step")
     common.save(args, figure, rows=rows, curve=curve)
     return {"rows": rows, "curve": curve}

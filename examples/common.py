@@ -108,7 +108,7 @@ def curves(
     for title, line in values.items():
         axis.plot(range(len(line)) if x is None else x, line, style, label=title)
     axis.set(**settings)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(fontsize=8, framealpha=0.8, edgecolor="none")
 
 
 def images(

@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         axis.axhline(val, color="black", ls=style, label=title)
     title = f"validation accuracy on {graph.name}"
     common.curves(axis, lines, x=epochs, title=title, xlabel="epoch")
+    axis.legend(fontsize=8, loc="lower right")
     common.save(args, figure, graph=graph.name, rows=rows, runs=runs)
 
 

@@ -138,9 +138,10 @@ def picture(history: list, baseline: dict, h: Tensor, words: list[str]) -> Figur
     common.curves(curves, losses, title=title, xlabel="outer step", yscale="log")
     order = h.argsort()
     learned.plot(h[order] / math.log(10))
-    for ranks, x, side in ((range(8), 0.03, "left"), (range(-8, 0), 0.97, "right")):
+    ends = (range(8), 0.05, "left", "top"), (range(-8, 0), 0.95, "right", "bottom")
+    for ranks, at, ha, va in ends:
         text = "\n".join(words[order[rank]] for rank in ranks)
-        learned.text(x, 0.5, text, transform=learned.transAxes, ha=side, va="center", fontsize=8)
+        learned.text(at, 1 - at, text, transform=learned.transAxes, fontsize=8, ha=ha, va=va)
     learned.set(title="learned L2 (log10), with the words at both ends", xlabel="features in order")
     return figure
 
