@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,34 @@ _MANY = 16
 _ONE_THREAD = threading.RLock()
 
 
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What ``torch.compile`` is asked for: a backend, or a mode or options of the default one."""
+
+    name: str = DEFAULT_BACKEND
+    mode: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function compiled."""
+        options = dict(self.options) or None
+        compiled: Callable[..., Any] = torch.compile(
+            function,
+            fullgraph=True,
+            dynamic=False,
+            backend=self.name,
+            mode=self.mode,
+            options=options,
+        )
+        return _copying(compiled) if self.captures_cuda_graphs else compiled
+
+    @property
+    def captures_cuda_graphs(self) -> bool:
+        """Whether results lie in memory that the next call writes to."""
+        asked = torch._inductor.list_mode_options().get(self.mode or "", {}) | dict(self.options)
+        return bool(asked.get("triton.cudagraphs"))
+
+
 class Variables(NamedTuple):
     """What functions close over: what tells it apart, and the values themselves."""
 
@@ -43,11 +71,11 @@ class Variables(NamedTuple):
 class Compiler:
     """Compiles the functions of one transform or solver, and keeps them.
 
-    ``backend`` is one of ``torch.compile``; ``name`` says in errors what was to be compiled, and
+    ``backend`` compiles a graph; ``name`` says in errors what was to be compiled, and
     ``functions`` are those of the user that take part, whose variables belong to the signature.
     """
 
-    def __init__(self, backend: str, name: str, functions: tuple[Any, ...]) -> None:
+    def __init__(self, backend: Backend, name: str, functions: tuple[Any, ...]) -> None:
         self.backend = backend
         self.name = name
         self.functions = functions
@@ -104,15 +132,13 @@ class Compiler:
                 call.layout[:] = entry.layout
                 return tuple(entry.compiled(*operands))
             graph = self._trace(call.fn, operands)
-            compiled: Callable[..., Any] = torch.compile(
-                graph.forward, fullgraph=True, dynamic=False, backend=self.backend
-            )
+            compiled = self.backend(graph.forward)
             try:
                 outputs = tuple(compiled(*operands))
             except Exception as error:
                 reason = " ".join(str(error).split())[:300]
                 raise RuntimeError(
-                    f"compile: the backend {self.backend!r} of torch.compile failed on "
+                    f"compile: the backend {self.backend.name!r} of torch.compile failed on "
                     f"{self.name}: {type(error).__name__}: {reason} ... Leave compile out, or "
                     f"name another backend"
                 ) from error
@@ -145,7 +171,7 @@ class Compiler:
                     f"({node.target}), which compiled code draws differently. Draw them outside "
                     f"and pass them in *args, or leave compile out"
                 )
-        prepare(graph, self.backend)
+        prepare(graph, self.backend.name)
         return graph
 
     def _compare(
@@ -167,7 +193,7 @@ class Compiler:
         path = [path for path, leaf in zip(paths, constants, strict=True) if leaf is None]
         tasks = f", for {found.wrong} of {found.tasks} tasks" if call.levels else ""
         raise RuntimeError(
-            f"compile: what {self.backend!r} compiled of {self.name} gives other numbers than "
+            f"compile: what {self.backend.name!r} compiled of {self.name} gives other numbers than "
             f"uncompiled code{tasks}: {path[found.position]} is off by {found.gap:.1e} where its "
             f"largest entry is {found.size:.1e}, more than perturbed arguments explain. Leave "
             f"compile out, or name another backend"
@@ -180,17 +206,30 @@ def applies(tensors: Sequence[Any]) -> bool:
     return not (torch.compiler.is_compiling() or tracing is not None or _ad.is_tracked(tensors))
 
 
-def check_backend(value: bool | str) -> str | None:
-    """The backend that a ``compile=`` argument stands for, or None for no compilation."""
+def check_backend(value: bool | str | Mapping[str, Any]) -> Backend | None:
+    """What a ``compile=`` argument stands for, or None for no compilation."""
     if value is False:
         return None
     if value is True:
-        return DEFAULT_BACKEND
+        return Backend()
+    if isinstance(value, Mapping):
+        known = torch._inductor.list_options()
+        for name in value:
+            if name not in known:
+                raise ValueError(
+                    f"compile holds {name!r}, which is no option of torch.compile's default "
+                    f"backend; torch._inductor.list_options() lists them"
+                )
+        return Backend(options=tuple(value.items()))
+    modes = sorted(set(torch._inductor.list_mode_options()) - {"default"})
+    if isinstance(value, str) and value in modes:
+        return Backend(mode=value)
     if isinstance(value, str) and value in torch.compiler.list_backends(exclude_tags=None):
-        return value
+        return Backend(value)
     raise ValueError(
-        f"compile is {value!r}; expected True, False, or the name of a backend of torch.compile: "
-        f"{', '.join(torch.compiler.list_backends())}"
+        f"compile is {value!r}; expected True, False, the name of a backend of torch.compile "
+        f"({', '.join(torch.compiler.list_backends())}), a mode of it ({', '.join(modes)}), or a "
+        f"dictionary of its options"
     )
 
 
@@ -240,6 +279,10 @@ class _Outside(torch.autograd.Function):
         )
         outputs: Leaves = _Outside.apply(batched, *operands)
         return outputs, 0
+
+
+def _copying(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *operands: tuple(output.clone() for output in function(*operands))
 
 
 def _low_precision(graph: torch.fx.GraphModule) -> list[torch.dtype]:

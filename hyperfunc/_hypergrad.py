@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, overload
 
 from torch import Tensor
@@ -84,7 +84,7 @@ def hypergrad(
     method: Any = "cg",
     has_aux: bool = False,
     throw: bool = True,
-    compile: bool | str = False,
+    compile: bool | str | Mapping[str, Any] = False,
 ) -> Any:
     r"""Turn an inner solver and an outer loss into a function that returns hypergradients.
 
@@ -119,7 +119,9 @@ def hypergrad(
         throw: whether non-finite values, breakdown and divergence raise. With ``throw=False`` the
             numbers come back as they are; `hypergrad_and_solution` returns the codes.
         compile: whether to compile the outer gradient, the linear solve and the cross term by
-            ``torch.compile``, or a backend of it by name. The first call with arguments of a shape
+            ``torch.compile``: True, or a backend of it by name, a mode such as
+            ``"reduce-overhead"`` (CUDA graphs), or a dictionary of options of its default backend.
+            The first call with arguments of a shape
             takes long (the more, the more steps the solver takes), all others are faster, under
             ``vmap`` too. For implicit methods of a fixed number of steps (``rtol=0, atol=0``) and
             functions without random numbers; where derivatives of the hypergradient are asked for,
@@ -222,7 +224,7 @@ def hypergrad_and_value(
     method: Any = "cg",
     has_aux: bool = False,
     throw: bool = True,
-    compile: bool | str = False,
+    compile: bool | str | Mapping[str, Any] = False,
 ) -> Any:
     """Like `hypergrad`, returning the value of the outer loss too.
 
@@ -294,7 +296,7 @@ def hypergrad_and_solution(
     method: Any = "cg",
     has_aux: bool = False,
     throw: bool = True,
-    compile: bool | str = False,
+    compile: bool | str | Mapping[str, Any] = False,
     error_bound: bool | ErrorBound = False,
 ) -> Any:
     """Like `hypergrad`, returning the whole `hyperfunc.Solution` too.
@@ -433,7 +435,7 @@ class _Transform:
         method: Any,
         has_aux: bool,
         throw: bool,
-        compile: bool | str,
+        compile: bool | str | Mapping[str, Any],
         error_bound: bool | ErrorBound = False,
     ) -> None:
         self.name = name

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, TypeVar
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 H_contra = TypeVar("H_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
@@ -61,4 +61,4 @@ class RuleOptions(TypedDict, total=False):
 class HypergradOptions(RuleOptions, total=False):
     """The keywords of `hypergrad` that say how it is computed."""
 
-    compile: bool | str
+    compile: bool | str | Mapping[str, Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,7 +90,7 @@ def iterate(
     inputs: TensorTree = None,
     rtol: float | None = None,
     atol: float | None = None,
-    compile: bool | str = False,
+    compile: bool | str | Mapping[str, Any] = False,
 ) -> IterativeSolver:
     r"""An inner solver that repeats a fixed-point map.
 
@@ -112,7 +112,7 @@ def iterate(
         rtol: stop once $\lVert w_{t+1} - w_t \rVert \le$ ``atol + rtol`` $\lVert w_{t+1} \rVert$.
             Under ``vmap`` each task stops by itself.
         atol: the absolute part of that tolerance.
-        compile: whether to compile the step by ``torch.compile``, or a backend of it by name. The
+        compile: whether to compile steps by ``torch.compile``; see `hypergrad`. The
             first call with arguments of a shape takes long, all others are faster, under ``vmap``
             too. Where derivatives of the solution are asked for, as by `ReverseUnroll`, steps run
             uncompiled. Not for steps that draw random numbers.
@@ -149,7 +149,7 @@ def minimize(
     inputs: TensorTree = None,
     rtol: float | None = None,
     atol: float | None = None,
-    compile: bool | str = False,
+    compile: bool | str | Mapping[str, Any] = False,
 ) -> IterativeSolver:
     r"""An inner solver that minimises a loss with an optimiser of `hyperfunc.optim`.
 
@@ -168,7 +168,7 @@ def minimize(
         rtol: stop once $\lVert w_{t+1} - w_t \rVert \le$ ``atol + rtol`` $\lVert w_{t+1} \rVert$.
             Under ``vmap`` each task stops by itself.
         atol: the absolute part of that tolerance.
-        compile: whether to compile the step by ``torch.compile``, or a backend of it by name. The
+        compile: whether to compile steps by ``torch.compile``; see `hypergrad`. The
             first call with arguments of a shape takes long, all others are faster, under ``vmap``
             too. Where derivatives of the solution are asked for, as by `ReverseUnroll`, steps run
             uncompiled. Not for steps that draw random numbers.
@@ -561,7 +561,7 @@ def _build(
     rtol: float | None,
     atol: float | None,
     condition: tuple[str, Callable[..., Any]] | None,
-    compile: bool | str,
+    compile: bool | str | Mapping[str, Any],
 ) -> IterativeSolver:
     if not isinstance(num_steps, int) or isinstance(num_steps, bool):
         raise TypeError(f"num_steps is {num_steps!r}; expected an integer, 0 or more")

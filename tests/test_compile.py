@@ -301,7 +301,11 @@ def branching() -> Any:
         ),
         (
             lambda: hf.iterate(lambda w, h: w, 2, init=lambda h: h, compile="nonsense"),
-            r"compile is 'nonsense'; expected True, False, or the name of a backend",
+            r"compile is 'nonsense'; expected True, False, the name .*a mode of it \(.*reduce",
+        ),
+        (
+            lambda: hf.iterate(lambda w, h: w, 2, init=lambda h: h, compile={"max_autotoon": True}),
+            r"compile holds 'max_autotoon', which is no option .*list_options\(\) lists them",
         ),
         (
             lambda: hf.iterate(lambda w, h, s: w, 2, init=lambda h, s: h, compile=BACKEND)(
@@ -314,6 +318,45 @@ def branching() -> Any:
 def test_errors(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("compile", "passed", "copied"),
+    [
+        (True, {"backend": "inductor", "mode": None, "options": None}, False),
+        ("aot_eager", {"backend": "aot_eager", "mode": None, "options": None}, False),
+        ("reduce-overhead", {"backend": "inductor", "mode": "reduce-overhead"}, True),
+        ({"max_autotune": True}, {"backend": "inductor", "options": {"max_autotune": True}}, False),
+        ({"triton.cudagraphs": True}, {"options": {"triton.cudagraphs": True}}, True),
+    ],
+    ids=str,
+)
+def test_modes_and_options_are_passed_on(
+    compile: Any, passed: dict[str, Any], copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    memory = torch.zeros(3, dtype=F64)
+
+    def fake(function: Any, **options: Any) -> Any:
+        calls.append(options)
+
+        def run(*operands: Tensor) -> Any:  # as a CUDA graph, into the same memory in each call
+            (output,) = function(*operands)
+            return (memory.copy_(output),)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", fake)
+    solver = hf.iterate(lambda w, h: 0.5 * w + h, 8, init=lambda h: h, compile=compile)
+    h = torch.ones(3, dtype=F64)
+    first = solver(h)
+    assert len(calls) == 1
+    assert passed.items() <= calls[0].items()
+    assert calls[0]["fullgraph"] is True
+    if copied:
+        solver(2 * h)
+    close(first, hf.iterate(lambda w, h: 0.5 * w + h, 8, init=lambda h: h)(h))
+    assert (first.data_ptr() != memory.data_ptr()) is copied
 
 
 def test_a_backend_that_fails_is_named() -> None:
