@@ -9,13 +9,13 @@ from torch import Tensor
 import hyperfunc as hf
 
 # Few steps: beyond what bfloat16 can resolve, an exact count goes on with noise, and breaks down.
-FIXED: dict[str, Any] = {"maxiter": 4, "rtol": 0, "atol": 0}
+FIXED: dict[str, Any] = {"maxiter": 6, "rtol": 0, "atol": 0}
 METHODS: dict[str, Any] = {
     "cg": hf.CG(**FIXED),
     "normal_cg": hf.NormalCG(**FIXED),
     "bicgstab": hf.BiCGStab(**FIXED),
     "gmres": hf.GMRES(**FIXED),
-    "pipelined_cg": hf.PipelinedCG(**FIXED),
+    "pipelined_cg": hf.PipelinedCG(maxiter=4, rtol=0, atol=0),
     "fixed_point": hf.FixedPoint(maxiter=60, rtol=0, atol=0, step_size=0.3),
     "neumann": hf.Neumann(maxiter=60, rtol=0, atol=0, step_size=0.3),
     "nystrom": hf.Nystrom(rank=8, rho=1e-3),
@@ -74,16 +74,16 @@ def test_bfloat16_products_with_float32_vectors(name: str, device: torch.device)
         assert all(leaf.dtype == torch.float32 for leaf in tree.values())
     error = (flat(grads) - flat(expected)).norm() / flat(expected).norm()
     assert 0 < error < 0.02
-    # the solver adds up in float32: its residual is that of many steps, not of bfloat16's eps
+    # the solver adds up in float32: its residual goes below what bfloat16 rounds off, 4e-3
     if isinstance(METHODS[name], (hf.CG, hf.GMRES)):
-        assert solution.stats.residual_norm < 1e-2 * flat(solution.adjoint).norm()
+        assert solution.stats.residual_norm < 4e-3 * flat(solution.adjoint).norm()
 
 
 def test_under_vmap_and_compiled(device: torch.device) -> None:
     expected, *_ = problem(device, METHODS["cg"], half=False)
     for compile in (False, "aot_eager"):
         fn, meta, x, v = problem(device, METHODS["cg"], half=True, compile=compile)
-        tasks = torch.stack([x, 2 * x]), torch.stack([v, v])
+        tasks = torch.stack([x, 0.5 * x]), torch.stack([v, v])
         dims = (None, 0, 0)
         got = torch.func.vmap(fn, dims)(meta, *tasks)[0]
         close = torch.func.vmap(expected, dims)(meta, *tasks)[0]
