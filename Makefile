@@ -19,7 +19,7 @@ BENCH_READY := .venv/.bench-ready
 .PHONY: help setup demo test test-all lint format bench bench-memory bench-scaling bench-distributed examples docs dist clean distclean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(DEV_READY) ## Install the package and its development tools into .venv
 
@@ -76,6 +76,7 @@ distclean: clean ## Remove .venv too
 	rm -rf .venv
 
 $(TORCH_READY):
+	@echo "Installing $(TORCH) into .venv, which takes a minute or two the first time"
 	$(PYTHON) -m venv .venv
 	$(PIP)
 	@touch $@

@@ -74,7 +74,7 @@ def table(corner: str, columns: Mapping[str, str], rows: Mapping[str, Iterable[A
     print()
     for title, cells in {corner: list(columns), **lines}.items():
         padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-        print("  ".join([title.ljust(first), *padded]))
+        print("  ".join([title.ljust(first), *padded]).rstrip())
 
 
 def lbfgs(loss: Callable[[Tensor], Tensor], start: Tensor, **settings: Any) -> Tensor:

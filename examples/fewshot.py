@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -495,9 +496,10 @@ class Run:
     def _exit(self, message: str) -> None:
         if is_first_process():
             words = [word for word in sys.argv if word != "--resume"]
-            launcher = "python"
+            launcher = _program("python")
             if dist.is_torchelastic_launched():
-                launcher = f"torchrun --standalone --nproc-per-node {dist.get_world_size()}"
+                ranks = dist.get_world_size()
+                launcher = f"{_program('torchrun')} --standalone --nproc-per-node {ranks}"
             print(f"\n{message} Go on with:\n  {launcher} {shlex.join([*words, '--resume'])}")
         raise SystemExit(130)
 
@@ -572,6 +574,15 @@ def _shrink(content: bytes) -> Tensor:
     """A drawing, black on white, as bytes with ink 255 at the final size."""
     image = Image.open(io.BytesIO(content)).convert("L")
     return 255 - torch.from_numpy(np.array(image.resize((SIZE, SIZE), Image.Resampling.BOX)))
+
+
+def _program(name: str) -> str:
+    """How to call a program that is installed beside this Python."""
+    path = Path(sys.executable).with_name(name)
+    if shutil.which(name) == str(path):
+        return name
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 def _share(items: Any, divisor: int) -> int:

@@ -62,7 +62,7 @@ def test_table(capsys):
     assert capsys.readouterr().out.split("\n") == [
         "",
         "title       share  a count",
-        "first       50.0%         ",
+        "first       50.0%",
         "the second  25.0%       12",
         "",
     ]
