@@ -36,7 +36,18 @@ class ErrorBound:
         + \lVert \partial_\lambda r \rVert \frac{\lVert \rho \rVert}{\gamma},
         \qquad L(w, \lambda) = E(w, \lambda) - u^\top r(w, \lambda).
 
-    This is the bound for approximate implicit differentiation of Grazzi et al., with what was
+    To see it, note that the computed hypergradient is :math:`g = \partial_\lambda L(w, \lambda)`
+    with :math:`u` held fixed. At the solution :math:`r` vanishes, so that the exact one is
+    :math:`g^* = \partial_\lambda L(w^*, \lambda) + (\partial_\lambda r)^\top (u - u^*)`, with
+    :math:`u - u^* = -A^{-\top} \partial_w L(w^*, \lambda)`, as
+    :math:`\partial_w L = \partial_w E - A^\top u`. The first part differs from :math:`g` by at most
+    :math:`\lVert \partial^2_{\lambda w} L \rVert \lVert w - w^* \rVert`. In the second,
+    :math:`\lVert A^{-1} \rVert \le 1 / \gamma`, and :math:`\partial_w L(w^*, \lambda)` differs from
+    :math:`\rho = \partial_w L(w, \lambda)` by at most
+    :math:`\lVert \partial^2_{ww} L \rVert \lVert w - w^* \rVert`. With
+    :math:`\lVert w - w^* \rVert \le \lVert r \rVert / \gamma` the sum is the bound.
+
+    It is the analysis of approximate implicit differentiation of Grazzi et al., with what was
     measured in place of the a-priori rates :math:`\rho_\lambda(t)` and :math:`\sigma_\lambda(k)` of
     the two solvers. There the two second-order norms are bounded by the Lipschitz constants of the
     parts, :math:`\eta_2 + \nu_2 \lVert u \rVert` and :math:`\eta_1 + \nu_1 \lVert u \rVert` with

@@ -1,5 +1,6 @@
 """The public functions' types, as mypy and pyright see them."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -27,3 +28,14 @@ def test_errors_are_found_where_they_are_and_nowhere_else(checker):
     found = re.findall(rf"{SAMPLES.name}:(\d+)(?::\d+)?(?: -|:) error", run.stdout)
     assert {int(number) for number in found} == wrong, run.stdout + run.stderr
     assert len(wrong) == 4
+
+
+@pytest.mark.parametrize("folder", ["hyperfunc", "tests", "examples"])
+def test_the_syntax_is_that_of_python_3_10(folder):
+    """Newer modules and methods are found by mypy, which takes this version for its own."""
+    for path in (ROOT / folder).rglob("*.py"):
+        ast.parse(path.read_text(), str(path), feature_version=(3, 10))
+    settings = (ROOT / "pyproject.toml").read_text()
+    assert 'requires-python = ">=3.10"' in settings
+    assert 'target-version = "py310"' in settings
+    assert 'python_version = "3.10"' in settings

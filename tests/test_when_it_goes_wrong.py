@@ -1,0 +1,89 @@
+"""The page "When it goes wrong" knows every result code and every family of errors."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hyperfunc as hf
+
+ROOT = Path(__file__).parent.parent
+SOURCES = {path: path.read_text() for path in (ROOT / "hyperfunc").rglob("*.py")}
+PAGE = (ROOT / "README.md").read_text().split("## When it goes wrong\n")[1].split("\n## ")[0]
+FAMILIES = ("HypergradError", "NotImplementedError", "RuntimeError")
+
+
+def rows() -> list[tuple[str, ...]]:
+    lines = [line for line in PAGE.splitlines() if line.startswith("| ")][2:]
+    return [tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in lines]
+
+
+def phrases() -> list[str]:
+    return [
+        p
+        for first, *_ in rows()
+        for p in re.findall(r'"([^"]+)"', first)
+        if p != "... expected ..."
+    ]
+
+
+def constants() -> dict[str, str]:
+    """The texts that modules keep under a name in capitals."""
+    found: dict[str, str] = {}
+    for text in SOURCES.values():
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                found[node.targets[0].id] = literals(node.value)
+    return found
+
+
+def literals(node: ast.AST) -> str:
+    parts = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant))
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+def raised() -> list[tuple[str, str]]:
+    """Where errors of these families are raised, and the fixed parts of their texts."""
+    known, found = constants(), []
+    for path, text in SOURCES.items():
+        for node in ast.walk(ast.parse(text)):
+            call = node.exc if isinstance(node, ast.Raise) else None
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in FAMILIES:
+                named = "".join(
+                    known.get(n.id, "") for n in ast.walk(call) if isinstance(n, ast.Name)
+                )
+                if "{advice}" in (ast.get_source_segment(text, call) or ""):
+                    named += known["_ADVICE"]
+                found.append((f"{path.name}:{node.lineno}", literals(call) + named))
+    return found
+
+
+def covers(phrase: str, text: str) -> bool:
+    return all(part.strip() in text for part in phrase.replace("torch.sparse_coo", "").split("..."))
+
+
+@pytest.mark.parametrize("code", [code for code in hf.RESULTS if code is not hf.RESULTS.success])
+def test_every_result_code_has_a_row_and_an_example(code: hf.RESULTS) -> None:
+    assert any(first.startswith(f"`{code.name}`") for first, *_ in rows())
+    example = (
+        f"'{code.name}'" if not code.failed else code.message.split(":")[0].split(" (")[0][:20]
+    )
+    assert example in PAGE.split("```python")[1]
+
+
+def test_every_row_has_a_cause_and_a_fix() -> None:
+    assert len(rows()) > 20
+    assert all(len(row) == 3 and all(row) for row in rows())
+
+
+def test_every_error_has_a_row() -> None:
+    assert len(raised()) > 12
+    missing = [place for place, text in raised() if not any(covers(p, text) for p in phrases())]
+    assert not missing
+
+
+def test_every_phrase_is_in_the_library() -> None:
+    everything: Any = "".join(literals(ast.parse(text)) for text in SOURCES.values())
+    assert not [phrase for phrase in phrases() if not covers(phrase, everything)]
