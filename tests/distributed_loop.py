@@ -120,7 +120,7 @@ class KilledWhileSaving:
 
     def __call__(self, *args: Any) -> None:
         self.calls += 1
-        if self.calls == 2:
+        if self.calls == 1:
             kill(self._args, self.number, "saving")
         self._barrier(*args)
 

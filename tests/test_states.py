@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import hyperfunc as hf
 from tests import ranks
-from tests.ranks import DTensor, Shard, distribute_tensor, mesh_of
+from tests.ranks import OLD, DTensor, Shard, distribute_tensor, mesh_of
 
 F64 = torch.float64
 
@@ -88,6 +89,104 @@ def _load_on_two(folder: Path, weight: Any) -> None:
     assert (state["hparams"]["weight"].full_tensor().numpy() == weight).all()
 
 
+OPTIMIZERS: dict[str, Any] = {
+    "adam": functools.partial(torch.optim.Adam, lr=0.1, amsgrad=True),
+    "adamw": functools.partial(torch.optim.AdamW, lr=0.1),
+    "momentum": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "without a state": functools.partial(torch.optim.SGD, lr=0.1),
+    "rmsprop": functools.partial(torch.optim.RMSprop, lr=0.1, centered=True),
+}
+
+
+def _fresh(name: str) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
+    """Parameters, some of them sharded where there are ranks, and an optimizer without steps."""
+    w, scale = torch.linspace(-1, 1, 5, dtype=F64), torch.tensor(2.0, dtype=F64)
+    if dist.is_initialized():
+        w = distribute_tensor(w, mesh_of(2), [Shard(0)])
+    params = {"w": w.requires_grad_(), "scale": scale.requires_grad_()}
+    return params, OPTIMIZERS[name](list(params.values()), foreach=False)
+
+
+def _descend(params: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        for leaf in params.values():
+            leaf.grad = (2 * leaf**3 - leaf).detach()
+        optimizer.step()
+
+
+def _stop_and_go_on(name: str, folder: Path) -> list[float]:
+    """Five steps, of which the last two by a new optimizer that has loaded the state."""
+    params, optimizer = _fresh(name)
+    _descend(params, optimizer, 3)
+    hf.distributed.save_state({"params": params, "optimizer": optimizer}, folder, 3)
+    params, optimizer = _fresh(name)
+    with torch.no_grad():
+        found = hf.distributed.load_state({"params": params, "optimizer": optimizer}, folder)
+    assert found is not None
+    for key, leaf in params.items():
+        leaf.data.copy_(found[0]["params"][key])
+    optimizer.load_state_dict(found[0]["optimizer"])
+    _descend(params, optimizer, 2)
+    return _values(params)
+
+
+def _values(params: dict[str, Tensor]) -> list[float]:
+    full = [t.full_tensor() if isinstance(t, DTensor) else t for t in params.values()]
+    return torch.cat([t.detach().reshape(-1) for t in full]).tolist()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_that_has_taken_no_step_goes_on(
+    pair: ranks.Ranks, tmp_path: Path, name: str
+) -> None:
+    params, optimizer = _fresh(name)
+    _descend(params, optimizer, 5)
+    expected = _values(params)
+    assert _stop_and_go_on(name, tmp_path / "one") == expected
+    if not OLD:
+        assert pair.run(_stop_and_go_on, name, tmp_path / "two") == [expected] * 2
+
+
+def _amiss(case: str, folder: Path) -> str:
+    """A state that one rank cannot save, or wants otherwise."""
+    state: dict[str, Any] = {"a": torch.ones(3), "b": 1}
+    rank = dist.get_rank()
+    save = functools.partial(hf.distributed.save_state, step=1)
+    (folder / "file").touch()
+    save(state, folder / "saved")
+    like = state | {"a": torch.ones(4) if rank else torch.ones(3)}
+    call = {
+        "no leaf": lambda: save(state | ({"a": object} if rank else {}), folder / "states"),
+        "no folder": lambda: save(state, folder / "file"),
+        "other shape": lambda: hf.distributed.load_state(like, folder / "saved"),
+    }[case]
+    with pytest.raises(hf.HypergradError) as error:
+        call()
+    total = torch.ones(())
+    dist.all_reduce(total)
+    assert total == 2  # the group still works
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("no leaf", "save_state failed on rank 1 of 2: ValueError: state['a'] is <class 'object'>"),
+        ("no folder", "save_state failed on rank 0 of 2: FileExistsError"),
+        (
+            "other shape",
+            "load_state failed on rank 1 of 2: ValueError: load_state: state['a'] has ",
+        ),
+    ],
+)
+def test_what_one_rank_cannot_save_or_load_ends_the_call_on_all(
+    pair: ranks.Ranks, tmp_path: Path, case: str, message: str
+) -> None:
+    first, second = pair.run(_amiss, case, tmp_path)
+    assert first == second
+    assert message in first
+
+
 def _bad_states(folder: Path) -> list[str]:
     save, load = hf.distributed.save_state, hf.distributed.load_state
     save({"a": torch.ones(3)}, folder, 1)
@@ -97,6 +196,8 @@ def _bad_states(folder: Path) -> list[str]:
         lambda: save({"a": torch.ones(3)}, folder, 2, background=True),
         lambda: load({"b": torch.ones(3)}, folder),
         lambda: load({"a": torch.ones(4)}, folder),
+        lambda: load({"a": torch.ones(3, dtype=F64)}, folder),
+        lambda: load({}, folder),
         lambda: load({"a": torch.ones(3)}, folder, step=5),
         lambda: save({"g": object}, folder, 2),
         lambda: save({"a": torch.ones(3)}, folder, -1),
@@ -119,6 +220,8 @@ def test_states_that_cannot_be_saved_or_loaded(pair: ranks.Ranks, tmp_path: Path
             'group = torch.distributed.new_group(backend="gloo")',
             "state['b'] was not saved in",
             "state['a'] has shape (4,), but (3,) was saved",
+            "state['a'] has dtype torch.float64, but torch.float32 was saved",
+            "state['a'] was saved in",
             "no state of step 5; expected one of ['step-00000001']",
             "Put generator.get_state() for a generator",
             "step is -1; expected an integer >= 0",

@@ -11,7 +11,7 @@ import shutil
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hyperfunc import _sharding, _tree
 from hyperfunc._types import TensorTree
+from hyperfunc.distributed._ranks import Ranks, checksum
 
 _NAME = re.compile(r"step-(\d+)")
 # Ordinary tensors up to this size are compared between ranks before they are saved.
@@ -46,9 +47,9 @@ def save_state(
 
     Args:
         state: a tree of tensors and numbers: hparams, params and adjoint to start from, the state
-            of an `hyperfunc.optim` optimiser or the ``state_dict()`` of one of ``torch.optim``,
-            the random state (``torch.get_rng_state()``, or a generator's), the position in the
-            data.
+            of an `hyperfunc.optim` optimiser, or an optimiser of ``torch.optim`` itself, of which
+            the ``state_dict()`` is saved, the random state (``torch.get_rng_state()``, or a
+            generator's), the position in the data.
         folder: where the states are kept, as ``folder/step-00000012``; one that all ranks see.
         step: the number of the outer step that comes next, >= 0; what `load_state` returns.
         keep: how many states to keep, >= 1. Older ones are removed.
@@ -64,6 +65,8 @@ def save_state(
     Raises:
         ValueError: for a step or a number to keep out of range, leaves that cannot be saved, small
             ordinary tensors that differ between ranks, or ``background`` without a group.
+        HypergradError: on every rank, naming the first, where some of them met such an error, or
+            could not write.
 
     Example:
         >>> import tempfile
@@ -76,17 +79,14 @@ def save_state(
         >>> state["hparams"], state["epoch"], step
         (tensor([1., 1., 1.]), 4, 10)
     """
-    for name, value, least in (("step", step, 0), ("keep", keep, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"save_state: {name} is {value!r}; expected an integer >= {least}")
-    if background and group is None and _num_ranks(group) > 1:
-        raise ValueError(
-            "save_state: background=True sends from a thread, which takes a group of its own. "
-            'Make one at the start, group = torch.distributed.new_group(backend="gloo"), and pass '
-            "group=group"
-        )
-    named = _named_leaves(state)
-    _check_equal(named, group)
+    ranks, named, error = Ranks(group), {}, None
+    try:
+        _check_settings(step, keep, background and group is None and ranks.size > 1)
+        named = _named_leaves(_expanded(state))
+    except ValueError as problem:
+        error = problem
+    ranks.agree("save_state", error)
+    _check_equal(named, ranks)
     if background:
         named = {
             name: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
@@ -96,7 +96,7 @@ def save_state(
 
     def write() -> None:
         try:
-            _write(named, Path(folder), step, keep, group)
+            _write(named, Path(folder), step, keep, ranks, group)
         except BaseException as error:
             future.set_exception(error)
             if not background:
@@ -123,47 +123,61 @@ def load_state(
     Args:
         like: a tree of the structure, shapes and dtypes that were saved, such as the state at the
             start of a run. Its DTensors say how each rank wants its shards, on any mesh; what it
-            holds is left alone.
+            holds is left alone. An optimiser of ``torch.optim`` need not have taken a step: what
+            is saved for its parameters is laid out as they are.
         folder: the folder given to `save_state`.
         step: which state; by default the last.
         group: the ranks that take part; by default all.
 
     Returns:
         ``(state, step)``, a tree like ``like`` of new tensors, or None where the folder holds no
-        state yet.
+        state yet. In place of an optimiser of ``torch.optim`` comes the dict for its
+        ``load_state_dict``.
 
     Raises:
-        ValueError: for a step that is not there, or a tree of another structure than was saved,
-            naming the leaf.
+        ValueError: for a step that is not there, or a tree of another structure, shape or dtype
+            than was saved, naming the leaf.
+        HypergradError: on every rank, naming the first, where some of them met such an error.
+
+    Example:
+        >>> def start():
+        ...     weight = torch.zeros(2, requires_grad=True)
+        ...     return weight, torch.optim.Adam([weight])
+        >>> weight, optimizer = start()
+        >>> (weight - 1).square().sum().backward()
+        >>> optimizer.step()
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> future = hf.distributed.save_state({"opt": optimizer}, folder, step=1)
+        >>> weight, optimizer = start()
+        >>> state, step = hf.distributed.load_state({"opt": optimizer}, folder)
+        >>> optimizer.load_state_dict(state["opt"])
+        >>> optimizer.state[weight]["exp_avg"]
+        tensor([-0.2000, -0.2000])
     """
-    folder, dcp = Path(folder), _checkpoint()
-    names = _from_first([f"step-{number:08d}" for number in _steps(folder)], group)
-    if step is not None and f"step-{step:08d}" not in names:
-        raise ValueError(
-            f"load_state: {folder} has no state of step {step}; expected one of {names}"
-        )
-    if not names:
+    folder, dcp, ranks = Path(folder), _checkpoint(), Ranks(group)
+    names = ranks.from_rank(0, [f"step-{number:08d}" for number in _steps(folder)])
+    if not names and step is None:
         return None
-    name = names[-1] if step is None else f"step-{step:08d}"
-    leaves, spec = _tree.flatten(like)
-    wanted = _named_leaves(like)
-    saved = dcp.FileSystemReader(folder / name).read_metadata().state_dict_metadata
-    for path, leaf in wanted.items():
-        if path not in saved:
+    error = None
+    try:
+        name = names[-1] if step is None else f"step-{step:08d}"
+        if name not in names:
             raise ValueError(
-                f"load_state: {path} was not saved in {folder / name}, which has {sorted(saved)}. "
-                f"Pass a tree of the structure that was saved"
+                f"load_state: {folder} has no state of step {step}; expected one of {names}"
             )
-        size = getattr(saved[path], "size", None)
-        if isinstance(leaf, Tensor) and size is not None and leaf.shape != size:
-            raise ValueError(
-                f"load_state: {path} has shape {tuple(leaf.shape)}, but {tuple(size)} was saved"
-            )
+        saved = dcp.FileSystemReader(folder / name).read_metadata().state_dict_metadata
+        leaves, spec = _tree.flatten(_expanded(like, saved))
+        wanted = _named_leaves(_tree.unflatten(spec, leaves))
+        _check_saved(wanted, saved, folder / name)
+    except Exception as problem:
+        error = problem
+    ranks.agree("load_state", error)
     loaded = {
         path: torch.empty_like(leaf.detach()) if isinstance(leaf, Tensor) else leaf
         for path, leaf in wanted.items()
     }
-    with _without_warning_of_one_process():
+    with _without_warnings():
         dcp.load(loaded, checkpoint_id=folder / name, process_group=group)
     result = [
         loaded[path].requires_grad_(leaf.requires_grad)
@@ -174,22 +188,36 @@ def load_state(
     return _tree.unflatten(spec, result), int(name.removeprefix("step-"))
 
 
+def _check_settings(step: int, keep: int, needs_group: bool) -> None:
+    for name, value, least in (("step", step, 0), ("keep", keep, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"save_state: {name} is {value!r}; expected an integer >= {least}")
+    if needs_group:
+        raise ValueError(
+            "save_state: background=True sends from a thread, which takes a group of its own. "
+            'Make one at the start, group = torch.distributed.new_group(backend="gloo"), and pass '
+            "group=group"
+        )
+
+
 def _write(
-    named: dict[str, Any], folder: Path, step: int, keep: int, group: dist.ProcessGroup | None
+    named: dict[str, Any],
+    folder: Path,
+    step: int,
+    keep: int,
+    ranks: Ranks,
+    group: dist.ProcessGroup | None,
 ) -> None:
     dcp = _checkpoint()
     target = folder / f"step-{step:08d}"
     partial = folder / f".step-{step:08d}.partial"
-    first = _rank(group) == 0
-    if first:
+
+    def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".step-*"):  # by runs that were killed
             shutil.rmtree(left, ignore_errors=True)
-    _barrier(group)
-    with _without_warning_of_one_process():
-        dcp.save(dict(named), checkpoint_id=partial, process_group=group)
-    _barrier(group)
-    if first:
+
+    def finish() -> None:
         if target.exists():
             target.rename(folder / f".step-{step:08d}.replaced")
         partial.rename(target)
@@ -197,7 +225,23 @@ def _write(
         for number in _steps(folder)[:-keep]:
             shutil.rmtree(folder / f"step-{number:08d}", ignore_errors=True)
         shutil.rmtree(folder / f".step-{step:08d}.replaced", ignore_errors=True)
-    _barrier(group)
+
+    _on_first(prepare, ranks)
+    with _without_warnings():
+        dcp.save(dict(named), checkpoint_id=partial, process_group=group)
+    ranks.barrier()
+    _on_first(finish, ranks)
+
+
+def _on_first(action: Callable[[], None], ranks: Ranks) -> None:
+    """Have the first rank do something on the disk, and the others wait, or raise as it does."""
+    error = None
+    if ranks.rank == 0:
+        try:
+            action()
+        except OSError as problem:
+            error = problem
+    ranks.agree("save_state", error)
 
 
 def _checkpoint() -> Any:
@@ -212,34 +256,101 @@ def _named_leaves(state: TensorTree) -> dict[str, Any]:
         if not isinstance(leaf, Tensor | int | float | str | bool):
             raise ValueError(
                 f"{path} is {leaf!r} of type {type(leaf).__name__}; expected a tensor, a number or "
-                f"a string. Put generator.get_state() for a generator, optimizer.state_dict() for "
-                f"an optimizer"
+                f"a string. Put generator.get_state() for a generator"
             )
     return named
 
 
-def _check_equal(named: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+def _expanded(tree: TensorTree, saved: dict[str, Any] | None = None) -> TensorTree:
+    """A tree with the states of optimizers in their place: their own, or of what was saved."""
+    leaves, spec = _tree.flatten(tree)
+    for index, path in enumerate(_tree.paths(spec, "state")):
+        optimizer: Any = leaves[index]
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            continue
+        leaves[index] = state = optimizer.state_dict()
+        if saved is not None:
+            state["state"] = _optimizer_state(optimizer, f"{path}['state']", saved)
+    return _tree.unflatten(spec, leaves)
+
+
+def _optimizer_state(
+    optimizer: torch.optim.Optimizer, path: str, saved: dict[str, Any]
+) -> dict[int, dict[str, Any]]:
+    """Room for what was saved for each parameter, laid out like it where the shape is the same."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    pattern = re.compile(re.escape(path) + r"\[(\d+)\]\['(\w+)'\]")
+    state: dict[int, dict[str, Any]] = {}
+    for name, entry in saved.items():
+        match = pattern.fullmatch(name)
+        if match is None or int(match[1]) >= len(params):
+            continue
+        param, key = params[int(match[1])].detach(), match[2]
+        room: Any = 0
+        if hasattr(entry, "size"):
+            dtype = entry.properties.dtype
+            own = key != "step" and entry.size == param.shape
+            room = (
+                torch.empty_like(param, dtype=dtype)
+                if own
+                else torch.empty(entry.size, dtype=dtype)
+            )
+        state.setdefault(int(match[1]), {})[key] = room
+    return state
+
+
+def _check_saved(wanted: dict[str, Any], saved: dict[str, Any], folder: Path) -> None:
+    """Raise unless a tree has the paths, shapes and dtypes that were saved."""
+    for path, leaf in wanted.items():
+        if path not in saved:
+            raise ValueError(
+                f"load_state: {path} was not saved in {folder}, which has {sorted(saved)}. "
+                f"Pass a tree of the structure that was saved"
+            )
+        size = getattr(saved[path], "size", None)
+        if not isinstance(leaf, Tensor) or size is None:
+            continue
+        if leaf.shape != size:
+            raise ValueError(
+                f"load_state: {path} has shape {tuple(leaf.shape)}, but {tuple(size)} was saved"
+            )
+        if leaf.dtype != saved[path].properties.dtype:
+            raise ValueError(
+                f"load_state: {path} has dtype {leaf.dtype}, but {saved[path].properties.dtype} "
+                f"was saved"
+            )
+    left = [path for path in saved if path not in wanted]
+    if left:
+        raise ValueError(
+            f"load_state: {left[0]} was saved in {folder}, but is not in the tree to load. "
+            f"Pass a tree of the structure that was saved. The state_dict() of an optimizer of "
+            f"torch.optim that has not taken a step is empty: pass the optimizer itself"
+        )
+
+
+def _check_equal(named: dict[str, Any], ranks: Ranks) -> None:
     """Raise if a small leaf that is saved once differs between the ranks."""
-    if _num_ranks(group) == 1:
+    if ranks.size == 1:
         return
     sums = {}
     for path, leaf in named.items():
         if not isinstance(leaf, Tensor):
-            sums[path] = zlib.crc32(repr(leaf).encode())
+            sums[path] = checksum(repr(leaf))
         elif not _sharding.is_dtensor(leaf) and leaf.nbytes <= _COMPARED_BYTES:
             data = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             sums[path] = zlib.crc32(ctypes.string_at(data.data_ptr(), data.numel()))
-    everywhere: list[Any] = [None] * _num_ranks(group)
-    dist.all_gather_object(everywhere, sums, group=group)
-    for rank, others in enumerate(everywhere):
-        for path, value in others.items():
-            if everywhere[0].get(path) != value:
-                raise ValueError(
-                    f"save_state: {path} on rank {rank} is not what it is on rank 0; expected the "
-                    f"same on all ranks, as it is saved once. Make what differs a DTensor, or "
-                    f"derive it from the step and the rank, as in "
-                    f"torch.Generator().manual_seed(hash((seed, step, rank)))"
-                )
+    rows = ranks.exchange([checksum(repr(sums))])
+    for rank in range(1, ranks.size):
+        if rows[rank] == rows[0]:
+            continue
+        theirs, ours = ranks.from_rank(rank, sums), ranks.from_rank(0, sums)
+        path = next(p for p in {**ours, **theirs} if ours.get(p) != theirs.get(p))
+        raise ValueError(
+            f"save_state: {path} on rank {rank} is not what it is on rank 0; expected the "
+            f"same on all ranks, as it is saved once. Make what differs a DTensor, or "
+            f"derive it from the step and the rank, as in "
+            f"torch.Generator().manual_seed(hash((seed, step, rank)))"
+        )
 
 
 def _steps(folder: Path) -> list[int]:
@@ -258,34 +369,12 @@ def _sync(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _without_warning_of_one_process() -> Iterator[None]:
-    """Without the warning that there is no process group, where none was meant."""
+def _without_warnings() -> Iterator[None]:
+    """Without the warnings that there is no process group, where none was meant."""
     if dist.is_initialized():
         yield
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process")
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch 2.4
         yield
-
-
-def _num_ranks(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size(group) if dist.is_initialized() else 1
-
-
-def _rank(group: dist.ProcessGroup | None) -> int:
-    return dist.get_rank(group) if dist.is_initialized() else 0
-
-
-def _barrier(group: dist.ProcessGroup | None) -> None:
-    if dist.is_initialized():
-        dist.barrier(group)
-
-
-def _from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
-    """What the first rank has, since the disk may look otherwise to the others."""
-    if _num_ranks(group) == 1:
-        return value
-    message = [value]
-    source = 0 if group is None else dist.get_global_rank(group, 0)
-    dist.broadcast_object_list(message, source, group=group)
-    return message[0]
