@@ -103,11 +103,11 @@ def test_equilibrium_methods_agree_and_their_gradients_converge(monkeypatch, tmp
 
 
 def test_a_regulariser_for_each_feature_beats_a_common_one_on_any_number_of_ranks(tmp_path):
-    options = ["--features=8192", "--ranks", "1", "2", "--iterations=5", f"--out={tmp_path}"]
+    options = ["--features=8192", "--ranks", "1", "2", "--iterations=6", f"--out={tmp_path}"]
     sharded_hyperparameters.main(options)
     one, two = json.loads((tmp_path / "results.json").read_text())
     assert (one["ranks"], two["ranks"], one["features"]) == (1, 2, 8192)
-    assert one["own"]["test"] < 0.7 * one["common"]["test"]
+    assert one["own"][1] < 0.7 * one["common"][1]
     assert two["own"] == pytest.approx(one["own"], rel=1e-3)
     assert two["curve"] == pytest.approx(one["curve"], rel=1e-3)
     assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from tqdm import tqdm
 
 import hyperfunc as hf
 from tests import ranks
@@ -43,12 +46,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/bench-distributed"))
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"solvers": count_solvers(), "tasks": measure_tasks(args.ranks)}
-    results["projection"] = project()
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    picture(args.out / "picture.png", results)
+    path = args.out / "results.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if args.resume and path.exists() else {}
+    stages: dict[str, Callable[[], Any]] = {"solvers": count_solvers}
+    stages |= {f"tasks on {n}": functools.partial(measure_tasks, n) for n in args.ranks}
+    stages["projection"] = project
+    bar = tqdm(stages.items(), unit="part")
+    try:
+        for name, stage in bar:
+            bar.set_description(name)
+            if name not in results:
+                results[name] = stage()
+                path.write_text(json.dumps(results, indent=1) + "\n")
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nStopped; --resume goes on from what is in {path}") from None
+    report(results, args.ranks)
+    picture(args.out / "picture.png", results, args.ranks)
 
 
 # 1. What a step sends -----------------------------------------------------------------------------
@@ -65,16 +81,12 @@ FORMULAS: dict[str, tuple[Any, float, float]] = {
 
 
 def count_solvers() -> dict[str, dict[str, float]]:
-    print("A step of a solver on two ranks, of an operator that sends nothing itself; float64")
-    print(f"{'':12s}{'all-reduces':>12s}{'formula':>9s}{'bytes':>9s}{'formula':>9s}")
     counted = {}
     with ranks.running(2) as two:
-        for name, (_, collectives, numbers) in FORMULAS.items():
+        for name in FORMULAS:
             none, ten = (two.run(_count, name, steps)[0] for steps in (2, 12))
             calls, size = ((b - a) / 10 for a, b in zip(none, ten, strict=True))
             counted[name] = {"all_reduces": calls, "bytes": size}
-            row = f"{calls:12.1f}{collectives:9.1f}{size:9.1f}{8 * numbers:9.1f}"
-            print(f"{name:12s}{row}", flush=True)
     return counted
 
 
@@ -104,24 +116,20 @@ def _count(name: str, steps: int) -> tuple[int, int]:
 TASKS, WIDTH, STEPS, PRODUCTS = 32, 512, 5, 5
 
 
-def measure_tasks(numbers: list[int]) -> list[dict[str, float]]:
-    cores = os.cpu_count()
-    print(f"\nSeconds for the hypergradient of {TASKS} tasks in all, and of {TASKS} on each rank,")
-    print(f"by an MLP of width {WIDTH}, on {cores} cores, one thread a rank")
-    print(f"{'ranks':>5s}{'strong':>10s}{'speedup':>9s}{'weak':>10s}{'KB sent':>9s}")
-    rows = []
-    for number in numbers:
-        with ranks.running(number) as group:
-            strong = max(seconds for seconds, _ in group.run(_time, TASKS))
-            weak, sent = group.run(_time, TASKS * number)[0]
-        rows.append({"ranks": number, "strong": strong, "weak": weak, "bytes": sent})
-        speedup = rows[0]["strong"] / strong
-        print(f"{number:5d}{strong:10.3f}{speedup:9.2f}{weak:10.3f}{sent / 1e3:9.1f}", flush=True)
-    return rows
+def measure_tasks(number: int) -> dict[str, float]:
+    with ranks.running(number) as group:
+        strong = max(seconds for seconds, _ in group.run(_time, TASKS))
+        weak = group.run(_time, TASKS * number)
+    return {
+        "ranks": number,
+        "strong": strong,
+        "weak": max(seconds for seconds, _ in weak),
+        "bytes": weak[0][1],
+    }
 
 
 def _time(num_tasks: int) -> tuple[float, int]:
-    """Seconds of the fastest of three calls, and the bytes that a rank puts into collectives."""
+    """Seconds of the fastest of three calls, and the bytes that a rank puts into one, counted."""
     generator = torch.Generator().manual_seed(0)
     net = torch.nn.Sequential(
         torch.nn.Linear(32, WIDTH), torch.nn.Tanh(), torch.nn.Linear(WIDTH, 5)
@@ -162,8 +170,33 @@ def _time(num_tasks: int) -> tuple[float, int]:
         start = time.perf_counter()
         call(meta, mine)
         seconds.append(time.perf_counter() - start)
-    status, values = 4 * 8, 4 * math.ceil(num_tasks / dist.get_world_size())
-    return min(seconds), sum(leaf.nbytes for leaf in meta.values()) + status + values
+    return min(seconds), _sent(lambda: call(meta, mine))
+
+
+def _sent(call: Callable[[], Any]) -> int:
+    sizes: list[int] = []
+    all_reduce, all_gather = dist.all_reduce, dist.all_gather
+
+    def reducing(values: Tensor, **keywords: Any) -> Any:
+        sizes.append(values.nbytes)
+        return all_reduce(values, **keywords)
+
+    def gathering(out: Any, values: Tensor, **keywords: Any) -> Any:
+        sizes.append(values.nbytes)
+        return all_gather(out, values, **keywords)
+
+    dist.all_reduce, dist.all_gather = reducing, gathering
+    try:
+        call()
+    finally:
+        dist.all_reduce, dist.all_gather = all_reduce, all_gather
+    return sum(sizes)
+
+
+def _formula(tasks: int) -> int:
+    """Bytes of a call: hypergradient and flag, eleven integers, and a rank's losses."""
+    params = 32 * WIDTH + WIDTH + WIDTH * 5 + 5
+    return 4 * (params + 1) + 8 * (7 + 4) + 4 * tasks
 
 
 # 3. Projection ------------------------------------------------------------------------------------
@@ -208,50 +241,73 @@ def task_efficiency(machine: Machine, params: float, tasks: int, devices: int) -
     return tasks / devices / math.ceil(tasks / devices) * busy / (busy + sent)
 
 
+SIZES, PARAMS = (1e7, 1e8, 1e9, 1e10), (1e5, 1e6, 1e7, 1e8)
+
+
 def project() -> dict[str, Any]:
     machine = Machine()
-    print(f"\nProjected, not measured: {machine}")
-    print("microseconds for a step of a linear solver, and where PipelinedCG is the faster")
-    header = "".join(f"{f'p = {p}':>12s}" for p in DEVICES)
-    print(f"{'entries':>8s}  {'':12s}{header}{'crossover':>12s}")
-    sizes: dict[str, Any] = {}
-    for size in (1e7, 1e8, 1e9, 1e10):
-        first = next(
-            (
-                p
-                for p in range(2, 4097)
-                if step_seconds(machine, "PipelinedCG", size, p)
-                < step_seconds(machine, "CG", size, p)
-            ),
-            None,
-        )
-        sizes[f"{size:.0e}"] = {"crossover": first}
-        for solver in PASSES:
-            times = [step_seconds(machine, solver, size, p) for p in DEVICES]
-            sizes[f"{size:.0e}"][solver] = times
-            shown = "".join(f"{1e6 * t:12.1f}" for t in times)
-            end = f"{first or '> 4096'!s:>12s}" if solver == "PipelinedCG" else ""
-            print(f"{size:8.0e}  {solver:12s}{shown}{end}")
-    print("\nshare of the time that devices compute, for 4096 tasks")
-    print(f"{'params':>8s}  {'':12s}{header}")
-    efficiencies = {}
-    for params in (1e5, 1e6, 1e7, 1e8):
-        shares = [task_efficiency(machine, params, 4096, p) for p in DEVICES]
-        efficiencies[f"{params:.0e}"] = shares
-        print(f"{params:8.0e}  {'':12s}" + "".join(f"{share:12.1%}" for share in shares))
+    steps: dict[str, Any] = {}
+    for size in SIZES:
+        seconds = {s: [step_seconds(machine, s, size, p) for p in DEVICES] for s in PASSES}
+        first = next((p for p in range(2, 4097) if _pays(machine, size, p)), None)
+        steps[f"{size:.0e}"] = {"crossover": first, **seconds}
+    shares = {
+        f"{params:.0e}": [task_efficiency(machine, params, 4096, p) for p in DEVICES]
+        for params in PARAMS
+    }
     return {
         "machine": dataclasses.asdict(machine),
         "devices": DEVICES,
-        "solver_step_seconds": sizes,
-        "task_efficiency": efficiencies,
+        "solver_step_seconds": steps,
+        "task_efficiency": shares,
     }
 
 
-def picture(path: Path, results: dict[str, Any]) -> None:
+def _pays(machine: Machine, size: float, devices: int) -> bool:
+    pipelined, plain = (step_seconds(machine, s, size, devices) for s in ("PipelinedCG", "CG"))
+    return pipelined < plain
+
+
+# Tables and pictures ------------------------------------------------------------------------------
+
+
+def report(results: dict[str, Any], numbers: list[int]) -> None:
+    print("\nA step of a solver on two ranks, of an operator that sends nothing itself; float64")
+    print(f"{'':12s}{'all-reduces':>12s}{'formula':>9s}{'bytes':>9s}{'formula':>9s}")
+    for name, (_, collectives, size) in FORMULAS.items():
+        counted = results["solvers"][name]
+        row = f"{counted['all_reduces']:12.1f}{collectives:9.1f}{counted['bytes']:9.1f}"
+        print(f"{name:12s}{row}{8 * size:9.1f}")
+    rows = [results[f"tasks on {n}"] for n in numbers]
+    print(f"\nSeconds for the hypergradient of {TASKS} tasks in all, and of {TASKS} on each rank,")
+    print(f"by an MLP of width {WIDTH}, on {os.cpu_count()} cores, one thread a rank")
+    header = f"{'ranks':>5s}{'strong':>9s}{'speedup':>9s}{'weak':>9s}{'efficiency':>12s}"
+    print(header + f"{'bytes':>9s}{'formula':>9s}")
+    for row in rows:
+        speedup, efficiency = rows[0]["strong"] / row["strong"], rows[0]["weak"] / row["weak"]
+        line = f"{row['ranks']:5d}{row['strong']:9.3f}{speedup:9.2f}{row['weak']:9.3f}"
+        line += f"{efficiency:12.0%}{row['bytes']:9d}"
+        print(line + f"{_formula(TASKS):9d}")
+    projection = results["projection"]
+    print(f"\nProjected, not measured: {Machine(**projection['machine'])}")
+    print("microseconds for a step of a linear solver, and where PipelinedCG is the faster")
+    devices = "".join(f"{f'p = {p}':>12s}" for p in projection["devices"])
+    print(f"{'entries':>8s}  {'':12s}{devices}{'crossover':>12s}")
+    for size, entry in projection["solver_step_seconds"].items():
+        for solver in PASSES:
+            shown = "".join(f"{1e6 * t:12.1f}" for t in entry[solver])
+            first = f"{entry['crossover'] or '> 4096'!s:>12s}" if solver == "PipelinedCG" else ""
+            print(f"{size:>8s}  {solver:12s}{shown}{first}")
+    print("\nshare of the time that devices compute, for 4096 tasks")
+    print(f"{'params':>8s}  {'':12s}{devices}")
+    for params, shares in projection["task_efficiency"].items():
+        print(f"{params:>8s}  {'':12s}" + "".join(f"{share:12.1%}" for share in shares))
+
+
+def picture(path: Path, results: dict[str, Any], numbers: list[int]) -> None:
     machine = Machine()
     figure, (tasks, solvers, share) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    rows = results["tasks"]
-    numbers = [row["ranks"] for row in rows]
+    rows = [results[f"tasks on {n}"] for n in numbers]
     for key in ("strong", "weak"):
         tasks.plot(numbers, [row[key] for row in rows], "o-", label=f"{key} scaling")
     tasks.set(title=f"measured, {os.cpu_count()} cores", xlabel="ranks", xticks=numbers)
