@@ -90,7 +90,7 @@ class CG(AbstractLinearSolver):
             active = active & _seems_symmetric(operator, b)
         p = z = r if precondition is None else precondition(r)
         rz = rs if precondition is None else _tree.dot(r, z)
-        own = False  # the first vectors are those of the caller
+        own = False  # the first residual and direction are those of the caller
         for step in range(self.maxiter):
             if bounds.adaptive and not _ad.any_true(active):
                 break
@@ -98,7 +98,8 @@ class CG(AbstractLinearSolver):
             alpha = rz / _tree.dot(p, Ap)
             active = active & (alpha > 0) & (alpha < torch.inf)
             alpha = torch.where(active, alpha, 0.0)
-            x = _tree.axpy(alpha, p, x, out=x if own else None)
+            fresh = own or (x0 is None and _tree.may_overwrite(x, p, Ap))
+            x = _tree.axpy(alpha, p, x, out=x if fresh else None)
             r = _tree.axpy(-alpha, Ap, r, out=r if own and operator.symmetric else None)
             num_steps = num_steps + active
             z_previous, z = z, r if precondition is None else precondition(r)
