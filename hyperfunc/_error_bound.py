@@ -125,7 +125,7 @@ class ErrorBound:
 class HypergradBound(NamedTuple):
     """A bound on the Euclidean norm of a hypergradient's error over all leaves; 0-d tensors.
 
-    What is of type `hyperfunc.diagnostics.Estimate` is an estimate, with a ``value`` and its
+    What is of type ``Estimate`` is an estimate, with a ``value`` and its
     ``uncertainty``; the bound is computed from the unfavourable end of each. See
     `hyperfunc.ErrorBound` for the formula.
 

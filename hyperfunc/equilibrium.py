@@ -38,7 +38,7 @@ class EquilibriumLayer(nn.Module):
     with Dropout in training mode it has none.
 
     The layer stands in the cell's place: it has the cell's parameters, buffers and submodules
-    under the names that they have there, so that a ``state_dict`` of one loads into the other.
+    under the names that they have there, so that a state dictionary of one loads into the other.
     The cell itself, which shares them, is ``layer.cell``, and the other settings are attributes
     too, which may be replaced; what the cell itself calls by such a name comes first.
 

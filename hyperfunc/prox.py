@@ -45,8 +45,8 @@ Kuhn and Tucker, with params and multipliers as one tree. For :math:`\min_w \ell
         [-0.5000,  0.5000]]))
 
 The matrix :math:`\begin{pmatrix} H & C^\top \\ C & 0 \end{pmatrix}` of such a system is symmetric
-but indefinite, so `CG` does not apply, and `BiCGStab` may break down on the block of zeros: use
-`GMRES` or `NormalCG`. An inequality
+but indefinite, so `hyperfunc.CG` does not apply, and `hyperfunc.BiCGStab` may break down on the
+block of zeros: use `hyperfunc.GMRES` or `hyperfunc.NormalCG`. An inequality
 :math:`c(w) \le 0` enters as :math:`\mu\, c(w) = 0`, whose matrix is not symmetric, and which is
 singular where a constraint is active with multiplier zero: the solution has a kink there.
 

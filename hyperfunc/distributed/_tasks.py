@@ -53,7 +53,8 @@ def task_parallel(
             of a batch of tasks: all tensors of ``tasks``, of the hypergradients, which form a tree
             like ``hparams``, and of ``rest`` have a first dimension that counts them. That is what
             ``torch.func.vmap(adapt, in_dims=(None, 0))`` is for an ``adapt`` made by
-            `hyperfunc.hypergrad`, `hypergrad_and_value` or `hypergrad_and_solution`.
+            `hyperfunc.hypergrad`, `hyperfunc.hypergrad_and_value` or
+            `hyperfunc.hypergrad_and_solution`.
         group: the ranks that take part; by default all. Each of them has to make the call, with
             the same ``hparams`` and ``args``.
         reduce: ``"mean"`` or ``"sum"`` of the hypergradients over all tasks, or None for those of
