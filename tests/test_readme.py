@@ -100,3 +100,11 @@ def test_the_newest_entry_of_the_changelog_is_this_version() -> None:
     assert version
     assert newest
     assert newest[1] == version[1]
+
+
+def test_every_paper_is_among_the_references() -> None:
+    references = README[README.index("## References") :]
+    for folder in ("hyperfunc", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for number in re.findall(r"\b\d{4}\.\d{5}\b", path.read_text()):
+                assert number in references, f"{path}: arXiv {number}"

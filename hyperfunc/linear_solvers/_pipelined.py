@@ -66,7 +66,7 @@ class PipelinedCG(AbstractLinearSolver):
     References:
         Ghysels and Vanroose, Hiding global synchronization latency in the preconditioned conjugate
         gradient algorithm, 2014, algorithm 4; replacement: Cools, Yetkin, Agullo, Giraud and
-        Vanroose, arXiv 1706.05988.
+        Vanroose, arXiv 1601.07068.
     """
 
     maxiter: int = 1000
