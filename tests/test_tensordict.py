@@ -188,6 +188,17 @@ def test_round_trip(name: str) -> None:
     assert str(again.to_dict()) == str(dict(sorted(tree.to_dict().items())))
 
 
+def test_the_order_of_keys_is_no_structure() -> None:
+    h = TensorDict({"b": torch.ones(2), "a": torch.zeros(3)})
+    fn = hf.hypergrad(
+        lambda h: TensorDict({"b": h["b"] * 2, "a": h["a"] + 1}),
+        lambda w, h: (w["b"] ** 2).sum() + w["a"].sum(),
+        optimality=lambda w, h: TensorDict({"a": w["a"] - h["a"] - 1, "b": w["b"] - 2 * h["b"]}),
+        method="gmres",
+    )
+    assert_equal(fn(h), {"a": torch.ones(3), "b": torch.full((2,), 8.0)})
+
+
 BATCHES = {
     "a row": (lambda t: t[0], (4,)),
     "rows": (lambda t: t[:2], (2, 4)),
