@@ -6,11 +6,15 @@ import dataclasses
 import functools
 import itertools
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import optree
 from torch import Tensor
+
+_REGISTERED: set[str] = set()  # a cached function would not do: torch.compile looks into it
+_LOCK = threading.Lock()
 
 
 def register(namespace: str) -> None:
@@ -19,7 +23,7 @@ def register(namespace: str) -> None:
     Both are unflattened to a TensorDict.
     """
     module = _imported()
-    if module is not None:
+    if module is not None and namespace not in _REGISTERED:
         _register(module, namespace)
 
 
@@ -34,16 +38,19 @@ def _imported() -> Any:
     return module if hasattr(module, "TensorDictParams") else None  # None while it is half imported
 
 
-@functools.cache
 def _register(module: Any, namespace: str) -> None:
-    for cls in (module.TensorDict, module.TensorDictParams):
-        optree.register_pytree_node(
-            cls,
-            _flatten,
-            functools.partial(_unflatten, module),
-            path_entry_type=optree.MappingEntry,
-            namespace=namespace,
-        )
+    with _LOCK:
+        if namespace in _REGISTERED:
+            return
+        for cls in (module.TensorDict, module.TensorDictParams):
+            optree.register_pytree_node(
+                cls,
+                _flatten,
+                functools.partial(_unflatten, module),
+                path_entry_type=optree.MappingEntry,
+                namespace=namespace,
+            )
+        _REGISTERED.add(namespace)
 
 
 @dataclasses.dataclass(frozen=True)
