@@ -324,6 +324,11 @@ COMPILED: dict[str, Callable[[Any], Callable[[Tensor, Tensor], Tensor]]] = {
 }
 
 
+# torch 2.15 says so of the vmap that tensordict, once imported, puts in place of torch's
+NO_TRACE = pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
+
+
+@NO_TRACE
 @pytest.mark.parametrize("form", COMPILED)
 @pytest.mark.parametrize(
     "name", ["cg", "normal_cg", "dense", "reverse_unroll", "reverse", "forward"]
@@ -336,6 +341,7 @@ def test_compiled(form: str, name: str) -> None:
         torch.testing.assert_close(compiled(h, A), fn(h, A), rtol=1e-12, atol=1e-12)
 
 
+@NO_TRACE
 # torch 2.4 says of each graph break at a tree that there is one
 @pytest.mark.filterwarnings("ignore:Graph break due to unsupported builtin optree")
 # torch looks at .grad of tensors that are no leaves where a compiled function goes on after a break
