@@ -17,7 +17,7 @@ from hyperfunc.prox import check_prox
 from hyperfunc.proximal import ProximalLoss
 
 # Steps that are compiled as one, at most: the time of compiling grows with them.
-_LONGEST_BLOCK = 8
+_LONGEST_BLOCK = 4
 
 Coefficient = float | Tensor | Callable[[TensorTree], Any]
 """A number, a 0-d tensor, or a function of the hparams that returns one of them."""
