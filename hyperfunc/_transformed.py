@@ -26,6 +26,8 @@ class Transformed(Wrapped):
         call: Callable[..., Any],
     ) -> None:
         super().__init__(inner_solver)
+        if not hasattr(self, "__name__"):  # as of a solver object; torch.func then asks no repr
+            self.__name__ = transform
         self._transform = transform
         self._inner_solver = inner_solver
         self._method = method

@@ -93,7 +93,10 @@ def test_an_example_is_short_and_says_what_it_is(path):
 def test_interrupted_without_a_traceback(tmp_path):
     script = EXAMPLES / "logistic_regression.py"
     command = [sys.executable, script, "--iterations=100000", f"--out={tmp_path}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    # a shell that runs the tests in the background has them ignore Ctrl-C
+    settings = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, **settings) as process:
         shown = b""
         while b"outer steps" not in shown:
             shown += process.stderr.read(1)
