@@ -47,7 +47,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing, for each problem")
-    parser.add_argument("--only", default="", help="entries whose name contains this, and floors")
+    parser.add_argument(
+        "--only", default="", help="entries with one of these, A|B, in their name, and floors"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
