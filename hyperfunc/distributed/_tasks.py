@@ -19,6 +19,8 @@ from hyperfunc.distributed._ranks import Ranks, checksum
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def task_parallel(
     fn: Callable[..., Any],
@@ -75,8 +77,9 @@ def task_parallel(
         ValueError: for a ``reduce`` or ``chunk_size`` not listed above; when called, inside a
             ``torch.func`` transform, with no tasks on any rank, with DTensors over ranks that have
             different tasks, or, on every rank, where one was called otherwise than another: with
-            another structure, dtype, or shape of ``hparams``, other arguments, or where ``fn``
-            returns something else beside the hypergradients.
+            another structure, dtype, shape, or value of ``hparams`` (of DTensors, what ranks hold
+            is not compared), other arguments, or where ``fn`` returns something else beside the
+            hypergradients.
         HypergradError: when called, on every rank and with the same text, if the arguments of one
             of them are of no use, or ``fn`` raised there, or returned a hypergradient that is not
             finite. The text names the rank and the task, which is found by calling ``fn`` with one
@@ -333,10 +336,11 @@ class _Share:
             described = {
                 "reduce and chunk_size": [repr(settings)],
                 "hparams": _describe(self.flat.like, self.flat.spec, "hparams", shapes=True),
+                "the values of hparams": _fingerprints(self.flat),
                 "further arguments": _describe(*_tree.flatten(self._args), "args"),
                 "tasks": _describe(*_tree.flatten(self._tasks), "tasks"),
             }
-        sums = [checksum(repr(lines)) for lines in described.values()] or [0] * 4
+        sums = [checksum(repr(lines)) for lines in described.values()] or [0] * 5
         rows = ranks.agree("task_parallel", self.error, (self.count, *sums))
         counts = [row[0] for row in rows]
         busy = [rank for rank, count in enumerate(counts) if count]
@@ -521,6 +525,24 @@ def _describe(
         shape = f" of shape {tuple(leaf.shape)}" if shapes else ""
         lines.append(f"{path} {kind}{shape}")
     return [*lines, f"structure {spec}"]
+
+
+def _fingerprints(flat: _Flat) -> list[str]:
+    """A line for each leaf with a number that tells values apart, from integer arithmetic alone.
+
+    Of DTensors, ranks hold different parts, of which nothing is said.
+    """
+    if flat.layout is not None:
+        return []
+    lines = []
+    for leaf, path in zip(flat.like, _tree.paths(flat.spec, "hparams"), strict=True):
+        numbers = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
+        numbers = numbers.reshape(-1) + 0.0  # zeros have one sign
+        bits = numbers.view(_BITS[numbers.element_size()]).to(torch.int64)
+        weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+        number = int(((bits ^ (bits >> 7)) * weights).sum())
+        lines.append(f"{path} with checksum {number & (2**64 - 1):016x}")
+    return lines
 
 
 def _count_tasks(tasks: TensorTree) -> int:

@@ -194,9 +194,9 @@ def _sent(call: Callable[[], Any]) -> int:
 
 
 def _formula(tasks: int) -> int:
-    """Bytes of a call: hypergradient and flag, eleven integers, and a rank's losses."""
+    """Bytes of a call: hypergradient and flag, twelve integers, and a rank's losses."""
     params = 32 * WIDTH + WIDTH + WIDTH * 5 + 5
-    return 4 * (params + 1) + 8 * (7 + 4) + 4 * tasks
+    return 4 * (params + 1) + 8 * (8 + 4) + 4 * tasks
 
 
 # 3. Projection ------------------------------------------------------------------------------------
