@@ -55,7 +55,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         key, threads = options.child
-        print(json.dumps(child(key, int(threads), options.seconds, options.only)))
+        try:
+            print(json.dumps(child(key, int(threads), options.seconds, options.only)))
+        except KeyboardInterrupt:
+            sys.exit(130)
         return
     chosen = [key for key in PROBLEMS if _is_chosen(key, options.problems)]
     if not chosen:
@@ -63,10 +66,15 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "bench.json"
     report = json.loads(path.read_text()) if path.exists() else {"results": {}}
-    for key in chosen:
+    print(f"{len(chosen)} problems, 1 to 5 minutes each and number of threads; results in {path}")
+    for number, key in enumerate(chosen):
         for threads in options.threads:
             print(f"{key}, {threads} thread{'s' * (threads > 1)}", flush=True)
-            result = run_child(key, threads, options)
+            try:
+                result = run_child(key, threads, options)
+            except KeyboardInterrupt:
+                rest = " ".join(chosen[number:])
+                sys.exit(f"Stopped. {path} has what was measured; go on with --problems {rest}")
             print("\n".join(table(result)) + "\n", flush=True)
             report["results"][f"{key}/{threads}"] = result
             report["machine"] = platform.processor() or platform.machine()
