@@ -1,7 +1,8 @@
 """Loops of a fixed length never wait for a value: they run on tensors that have none.
 
 On a GPU each look at a value waits for the device. On tensors without values it raises, so that
-what runs here queues all its work ahead, and can be captured in a CUDA graph.
+what runs here queues all its work ahead, and can be captured in a CUDA graph. Nor do they mix
+devices, but for numbers held as CPU tensors, which a GPU takes too.
 """
 
 from typing import Any
@@ -10,12 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import hyperfunc as hf
 
 FIXED: dict[str, Any] = {"maxiter": 3, "rtol": 0, "atol": 0}
 METHODS: dict[str, Any] = {
     "cg": hf.CG(**FIXED),
+    "cg, jacobi": hf.CG(**FIXED, preconditioner=hf.JacobiPreconditioner(2)),
+    "cg, nystrom": hf.CG(**FIXED, preconditioner=hf.NystromPreconditioner(2)),
+    "damped": hf.Damped(hf.CG(**FIXED), 0.1),
+    "nystrom": hf.Nystrom(2),
+    "anderson": hf.AndersonFixedPoint(**FIXED),
+    "dense": hf.Dense(),
+    "blockwise": hf.Blockwise(hf.CG(**FIXED), "leaves"),
+    "stoch_aid": hf.StochasticAID(3, hf.optim.sgd(0.1)),
     "pipelined_cg": hf.PipelinedCG(**FIXED),
     "normal_cg": hf.NormalCG(**FIXED),
     "bicgstab": hf.BiCGStab(**FIXED),
@@ -45,12 +55,24 @@ def transform(method: Any, loss: Any = inner_loss, optimizer: Any = None) -> Any
     return hf.hypergrad_and_solution(solver, outer_loss, method=method, throw=False)
 
 
+class OneDevice(TorchDispatchMode):
+    """Refuses what a GPU would: tensors, other than single numbers, of two devices."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        devices = {t.device for t in tensors if t.ndim or t.device.type != "cpu"}
+        if len(devices) > 1 and func is not torch.ops.aten._to_copy.default:
+            raise RuntimeError(f"{func} of tensors on {devices}")
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_no_loop_looks_at_a_value(name: str, mapped: bool) -> None:
     fn = transform(METHODS[name])
     h, x = torch.zeros(4, device="meta"), torch.ones(2, 3, 4, device="meta")
-    grads = torch.func.vmap(fn, (None, 0))(h, x)[0] if mapped else fn(h, x[0])[0]
+    with OneDevice():
+        grads = torch.func.vmap(fn, (None, 0))(h, x)[0] if mapped else fn(h, x[0])[0]
     assert grads.is_meta
     assert grads.shape == ((2, 4) if mapped else (4,))
 
