@@ -60,11 +60,13 @@ class Problem:
             table["cg"] = hf.CG(maxiter=60, rtol=rtol)
         return table
 
-    def tasks(self, dtype: torch.dtype = torch.float64) -> list[tuple[Any, tuple[Tensor, ...]]]:
+    def tasks(
+        self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+    ) -> list[tuple[Any, tuple[Tensor, ...]]]:
         """Hyperparameters and arguments for each of a few tasks."""
         generator = torch.Generator().manual_seed(1)
         samples = [self.sample(generator) for _ in range(TASKS)]
-        return [optree.tree_map(lambda t: t.to(dtype), sample) for sample in samples]
+        return [optree.tree_map(lambda t: t.to(device, dtype), sample) for sample in samples]
 
     def value(self, hparams: Any, *args: Tensor) -> Tensor:
         """The outer loss at the solution, by the formula."""
@@ -105,8 +107,14 @@ class Flat:
         a: the arguments of the first task; `A`: those of all tasks, stacked.
     """
 
-    def __init__(self, problem: Problem, method: Any, dtype: torch.dtype = torch.float64) -> None:
-        tasks = problem.tasks(dtype)
+    def __init__(
+        self,
+        problem: Problem,
+        method: Any,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        tasks = problem.tasks(dtype, device)
         self._unravel = unraveller(tasks[0][0])
         self._outer_loss = problem.outer_loss
         keywords = problem.keywords | {"method": method}
@@ -226,7 +234,7 @@ def biased_loss(params: Any, hparams: Any, X: Tensor, y: Tensor, target: Tensor)
 def biased_solution(hparams: Any, X: Tensor, y: Tensor, target: Tensor) -> Any:
     reg, center = hparams["reg"].exp(), hparams["center"]
     Z = torch.cat([X, 0.2 * torch.ones_like(X[:, :1])], dim=1)
-    A = Z.T @ Z + reg * torch.eye(3, dtype=X.dtype)
+    A = Z.T @ Z + reg * torch.eye(3).to(X)
     return unraveller(center)(torch.linalg.solve(A, Z.T @ y + reg * ravel(center)))
 
 
@@ -250,7 +258,7 @@ def linear_map(w: Tensor, hparams: Any, J: Tensor, target: Tensor) -> Tensor:
 
 def linear_map_solution(hparams: Any, J: Tensor, target: Tensor) -> Tensor:
     s, h = hparams
-    return torch.linalg.solve(torch.eye(3, dtype=J.dtype) - s.exp() * J, h.tanh())
+    return torch.linalg.solve(torch.eye(3).to(J) - s.exp() * J, h.tanh())
 
 
 def linear_map_outer(w: Tensor, hparams: Any, J: Tensor, target: Tensor) -> Tensor:
@@ -321,7 +329,7 @@ def logistic_newton(w: Tensor, hparams: Any, X: Tensor, y: Tensor) -> Tensor:
     s, weights, reg = y.sign(), hparams["weights"].exp(), hparams["reg"].exp()
     p = torch.sigmoid(-s * (X @ w))
     gradient = -X.T @ (weights * s * p) + reg * w
-    hessian = (X.T * (weights * p * (1 - p))) @ X + reg * torch.eye(2, dtype=X.dtype)
+    hessian = (X.T * (weights * p * (1 - p))) @ X + reg * torch.eye(2).to(X)
     return w - torch.linalg.solve(hessian, gradient)
 
 

@@ -49,11 +49,11 @@ METHODS: dict[str, tuple[Any, Problem, float]] = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_transform_of_every_method(name: str) -> None:
+def test_every_transform_of_every_method(name: str, device: torch.device) -> None:
     method, problem, tolerance = METHODS[name]
     for transform, (compute, expect) in (FIRST | SECOND | BATCHED_SECOND).items():
         torch.testing.assert_close(
-            compute(Flat(problem, method)),
+            compute(Flat(problem, method, device=device)).cpu(),
             expect(problem),
             rtol=tolerance,
             atol=tolerance,

@@ -62,7 +62,7 @@ def of_all(what: str) -> Callable[[Problem], Tensor]:
 
 def diagonal(J: Tensor) -> Tensor:
     """The blocks of a Jacobian of outputs of all tasks with respect to inputs of all tasks."""
-    assert not torch.einsum("tisj,ts->tisj", J, 1 - torch.eye(TASKS, dtype=J.dtype)).any()
+    assert not torch.einsum("tisj,ts->tisj", J, 1 - torch.eye(TASKS).to(J)).any()
     return torch.einsum("titj->tij", J)
 
 
@@ -179,13 +179,17 @@ def is_krylov(problem: Problem, method: str) -> bool:
     return method == ("cg" if problem.symmetric else "normal_cg")
 
 
-def check(problem: Problem, method: str, dtype: torch.dtype, row: Any) -> None:
+def check(
+    problem: Problem, method: str, dtype: torch.dtype, row: Any, device: torch.device
+) -> None:
     compute, expect = row
-    actual = compute(Flat(problem, problem.methods(dtype)[method], dtype))
+    actual = compute(Flat(problem, problem.methods(dtype)[method], dtype, device))
+    assert actual.device.type == device.type
     # torch's forward mode makes float64 of a 0-d float32 tensor times a number in a user's function
     assert actual.dtype in {dtype, torch.float64}
     tolerance = 1e-13 if dtype is torch.float64 else 1e-5
-    torch.testing.assert_close(actual.double(), expect(problem), rtol=tolerance, atol=tolerance)
+    actual = actual.double().cpu()
+    torch.testing.assert_close(actual, expect(problem), rtol=tolerance, atol=tolerance)
 
 
 # Neumann is the iteration of FixedPoint from another start.
@@ -196,8 +200,10 @@ SHORT = ["hypergrad", "vmap(hypergrad)", "jacrev", "jacfwd"]
     ("problem", "method", "dtype", "row"),
     cases(FIRST, DTYPES, lambda p, m, d, t: m != "neumann" or t in SHORT),
 )
-def test_first_derivatives(problem: Problem, method: str, dtype: torch.dtype, row: Any) -> None:
-    check(problem, method, dtype, row)
+def test_first_derivatives(
+    problem: Problem, method: str, dtype: torch.dtype, row: Any, device: torch.device
+) -> None:
+    check(problem, method, dtype, row, device)
 
 
 @pytest.mark.parametrize(
@@ -208,8 +214,10 @@ def test_first_derivatives(problem: Problem, method: str, dtype: torch.dtype, ro
         lambda p, m, d, t: is_krylov(p, m) or (m != "neumann" and d is torch.float64),
     ),
 )
-def test_second_derivatives(problem: Problem, method: str, dtype: torch.dtype, row: Any) -> None:
-    check(problem, method, dtype, row)
+def test_second_derivatives(
+    problem: Problem, method: str, dtype: torch.dtype, row: Any, device: torch.device
+) -> None:
+    check(problem, method, dtype, row, device)
 
 
 @pytest.mark.parametrize(
@@ -217,9 +225,9 @@ def test_second_derivatives(problem: Problem, method: str, dtype: torch.dtype, r
     cases(BATCHED_SECOND, [torch.float64], lambda p, m, d, t: is_krylov(p, m)),
 )
 def test_batched_second_derivatives(
-    problem: Problem, method: str, dtype: torch.dtype, row: Any
+    problem: Problem, method: str, dtype: torch.dtype, row: Any, device: torch.device
 ) -> None:
-    check(problem, method, dtype, row)
+    check(problem, method, dtype, row, device)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
