@@ -15,6 +15,7 @@ FLOOR, RAW, OURS, PEER = "floor", "raw torch", "hyperfunc", "peer"
 # Threads that wait for work keep spinning for a while; the next entry starts after that.
 _PAUSE = 0.005
 _LEAST_SECONDS = 0.01
+_LONG = 1.0
 
 
 class NotRun(Exception):
@@ -79,26 +80,32 @@ def measure(
                 functions[len(rows) - 1] = function
             else:
                 row["not_run"] = f"wrong: relative error {row['error']:.1e}"
-        log(f"  {entry.name}: {row.get('not_run', 'checked')}")
+        took = f"checked; the first call took {row.get('first_call', 0.0):.1f} s"
+        log(f"  {entry.name}: {row.get('not_run', took)}")
+    log(f"  timing {len(functions)} entries in turn, for {seconds:.0f} s or three rounds")
     for index, times in zip(functions, interleaved(list(functions.values()), seconds), strict=True):
         rows[index].update(seconds=statistics.median(times), fastest=min(times), repeats=len(times))
     return rows
 
 
 def interleaved(functions: Sequence[Callable[[], Any]], seconds: float) -> list[list[float]]:
-    """Times of the functions in turn, again and again, for so many seconds or three rounds."""
-    counts = []
-    for function in functions:  # a short call is repeated within one measurement
-        function()
-        counts.append(max(1, round(_LEAST_SECONDS / _time(function, 1))))
-    times: list[list[float]] = [[] for _ in functions]
+    """Times of the functions in turn, again and again, for so many seconds.
+
+    There are three rounds at least; a call that alone takes longer than those seconds is made once.
+    """
+    counts, times = [], []
+    for function in functions:
+        once = _time(function, 1)
+        if once < _LONG:  # it has warmed the processor's caches up, and is not counted
+            once = min(once, _time(function, 1))
+        counts.append(max(1, round(_LEAST_SECONDS / once)))  # short calls are timed many at once
+        times.append([once] if once >= _LONG else [])
     end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < 3 or time.perf_counter() < end:
-        rounds += 1
-        for function, count, samples in zip(functions, counts, times, strict=True):
+    repeated = [index for index, samples in enumerate(times) if not samples or samples[0] < seconds]
+    while repeated and (time.perf_counter() < end or len(times[repeated[-1]]) < 3):
+        for index in repeated:
             time.sleep(_PAUSE)
-            samples.append(_time(function, count))
+            times[index].append(_time(functions[index], counts[index]))
     return times
 
 
