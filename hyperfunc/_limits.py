@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _ad, _sharding, _tree
 
 
 @contextlib.contextmanager
@@ -23,7 +23,10 @@ def explained(caller: Any, arguments: Callable[[], tuple[Any, ...]]) -> Iterator
     except (IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         hparams, *args = arguments()
-        for path, leaf in (*_tensors("hparams", hparams), *_tensors("args", args)):
+        tensors = {**_tensors("hparams", hparams), **_tensors("args", args)}
+        if "mixed torch.Tensor and DTensor" in str(error):
+            raise ValueError(f"{caller}: {_mixed(tensors)}") from error
+        for path, leaf in tensors.items():
             below = _ad.innermost(leaf)
             if below.layout is not torch.strided and "sparse" in reason.lower():
                 raise NotImplementedError(
@@ -41,8 +44,20 @@ def explained(caller: Any, arguments: Callable[[], tuple[Any, ...]]) -> Iterator
         raise
 
 
-def _tensors(root: str, tree: Any) -> Iterator[tuple[str, Tensor]]:
+def _mixed(tensors: Mapping[str, Tensor]) -> str:
+    """What to say where torch was given an ordinary tensor beside a DTensor."""
+    sharded = {path for path, leaf in tensors.items() if _sharding.is_dtensor(_ad.innermost(leaf))}
+    mesh = next((f"{path}.device_mesh" for path in tensors if path in sharded), "mesh")
+    plain = ", ".join(path for path in tensors if path not in sharded)
+    return (
+        f"an operation got ordinary tensors and DTensors together, for which torch has no rule. "
+        f"The ordinary ones: {plain or 'one that the inner solver returned or your functions made'}"
+        f". Write distribute_tensor(x, {mesh}, [Replicate()]) around them, with one placement for "
+        f"each dimension of the mesh, or let your functions call .full_tensor() on the others"
+    )
+
+
+def _tensors(root: str, tree: Any) -> dict[str, Tensor]:
     leaves, spec = _tree.flatten(tree)
-    for path, leaf in zip(_tree.paths(spec, root), leaves, strict=True):
-        if isinstance(leaf, Tensor):
-            yield path, leaf
+    named = zip(_tree.paths(spec, root), leaves, strict=True)
+    return {path: leaf for path, leaf in named if isinstance(leaf, Tensor)}

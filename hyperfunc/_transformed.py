@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hyperfunc import _ad, _sharding, _tree
+from hyperfunc import _ad
 from hyperfunc._limits import explained
 from hyperfunc._types import TensorTree
 from hyperfunc._wrapped import Wrapped
@@ -62,41 +61,9 @@ class Transformed(Wrapped):
             if torch.is_inference_mode_enabled():
                 # in that mode no graph is recorded, of which older versions of torch make zeros
                 with torch.inference_mode(False), torch.no_grad():
-                    return self._explained(hparams, *args, **keywords)
-            return self._explained(hparams, *args, **keywords)
-
-    def _explained(self, hparams: TensorTree, *args: Any, **keywords: Any) -> Any:
-        try:
+                    return self._call(hparams, *args, **keywords)
             return self._call(hparams, *args, **keywords)
-        except RuntimeError as error:
-            message = _mixed_message(error, hparams, args)
-            if message is None:
-                raise
-            raise ValueError(f"{self._transform}: {message}") from error
 
     def _is_traceable(self) -> bool:
         """Whether this is the solver itself, and not a loop that stops by the values it sees."""
         return self._transform == "implicit_diff" and isinstance(self._method, ReverseUnroll)
-
-
-def _mixed_message(error: RuntimeError, hparams: TensorTree, args: Any) -> str | None:
-    """What to say where torch was given an ordinary tensor beside a DTensor."""
-    if "mixed torch.Tensor and DTensor" not in str(error):
-        return None
-    plain, mesh = [], "mesh"
-    for tree, root in ((hparams, "hparams"), (args, "args")):
-        leaves, spec = _tree.flatten(tree)
-        for leaf, path in zip(leaves, _tree.paths(spec, root), strict=True):
-            if not isinstance(leaf, Tensor):
-                continue
-            if _sharding.is_dtensor(_ad.innermost(leaf)):
-                mesh = f"{path}.device_mesh"
-            else:
-                plain.append(path)
-    named = ", ".join(plain) or "one that the inner solver returned or your functions made"
-    return (
-        f"an operation got ordinary tensors and DTensors together, for which torch has no rule. "
-        f"The ordinary ones: {named}. Write distribute_tensor(x, {mesh}, [Replicate()]) around "
-        f"them, with one placement for each dimension of the mesh, or let your functions call "
-        f".full_tensor() on the others"
-    )

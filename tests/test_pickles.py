@@ -12,32 +12,14 @@ from typing import Any
 import optree
 import pytest
 import torch
+from test_hostile import F64, A, H, fixed_point, inner_loss, outer_loss, start
 from torch import Tensor, nn
 
 import hyperfunc as hf
 from hyperfunc import linear_solvers
 from hyperfunc._methods import METHODS
 
-F64 = torch.float64
-A = torch.tensor([[1.0, 0.2, 0.0], [0.2, 0.9, 0.1], [0.0, 0.1, 1.1]], dtype=F64)
-H = torch.tensor([1.0, 2.0, -1.0], dtype=F64)
 TASKS = torch.stack([H, 2 * H])
-
-
-def fixed_point(w: Tensor, h: Tensor, A: Tensor) -> Tensor:
-    return w - 0.5 * (A @ w - h)
-
-
-def inner_loss(w: Tensor, h: Tensor, A: Tensor) -> Tensor:
-    return 0.5 * w @ (A @ w) - h @ w
-
-
-def outer_loss(w: Tensor, h: Tensor, A: Tensor) -> Tensor:
-    return (w**2).sum() + h.sum()
-
-
-def start(h: Tensor, A: Tensor) -> Tensor:
-    return torch.zeros_like(h)
 
 
 def solve(h: Tensor, A: Tensor) -> Tensor:
