@@ -45,6 +45,10 @@ class Work:
 
 
 def p4() -> Problem:
+    return _problem("P4", "MLP 784-128-10, 100 momentum steps, unrolled", mlp(100))
+
+
+def mlp(steps: int) -> Work:
     """MLP 784-128-10, 512 examples, for the rate and an L2 weight a layer."""
     generator = torch.Generator().manual_seed(0)
     data = [torch.randn(512, 784, generator=generator) for _ in range(2)]
@@ -77,7 +81,7 @@ def p4() -> Problem:
 
         return loss, outer_loss
 
-    work = Work(
+    return Work(
         loss,
         outer_loss,
         [torch.tensor(-3.0), torch.full((2,), -6.0)],
@@ -89,11 +93,10 @@ def p4() -> Problem:
         ],
         (data[0], labels[0]),
         (data[1], labels[1]),
-        steps=100,
+        steps=steps,
         momentum=0.9,
         jax_losses=jax_losses,
     )
-    return _problem("P4", "MLP 784-128-10, 100 momentum steps, unrolled", work)
 
 
 def p6() -> Problem:
