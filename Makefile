@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # Naming torch in every call keeps the version that was installed first.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)"
+# A process a core, each with whole files of tests;  make test WORKERS=  runs them in one process.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
 EXAMPLES = $(shell grep -l '^if __name__ == "__main__"' examples/*.py)
 
 # Touched after an installation has succeeded, so that an interrupted one is done again.
@@ -27,10 +29,10 @@ demo: $(DEMO_READY) ## Meta-learn glyph recognition with iMAML; results in out/i
 	$(BIN)/python examples/imaml.py --out out/imaml
 
 test: $(DEV_READY) ## Run the tests and doctests, but for those marked slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS) -m "not slow"
 
 test-all: $(DEV_READY) ## Run every test and doctest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS)
 
 lint: $(DEV_READY) ## Check style, formatting and types
 	$(BIN)/ruff check
@@ -45,7 +47,7 @@ bench: $(BENCH_READY) ## Compare speed with other libraries
 	$(BIN)/python -m tests.benchmarks.run
 
 bench-memory: $(DEV_READY) ## Measure peak memory
-	$(BIN)/python tests/benchmarks/memory.py
+	$(BIN)/python -m tests.benchmarks.memory
 
 bench-distributed: $(DEV_READY) ## Count and time what ranks send, and project it to many devices
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/benchmarks/distributed.py --out out/bench-distributed

@@ -4,6 +4,8 @@ pyproject.toml loads this file as a plugin, because a conftest.py here would not
 in hyperfunc/ and README.md.
 """
 
+import gc
+
 import pytest
 import torch
 
@@ -17,3 +19,9 @@ torch.set_num_threads(1)
 def _seed(doctest_namespace: dict[str, object]) -> None:
     torch.manual_seed(0)
     doctest_namespace.update(torch=torch, hf=hf)
+
+
+def pytest_collection_finish() -> None:
+    # thousands of tests stay until the end, and would be looked through for garbage all the time
+    gc.collect()
+    gc.freeze()

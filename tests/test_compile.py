@@ -44,17 +44,24 @@ def outer_loss(w: Meta, meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
     return (w["a"] ** 3).sum() + meta["rate"] * w["b"], {"twice": 2 * w["a"], "empty": ()}
 
 
-def make(compile: bool | str, method: Any = METHODS["cg"], optimizer: Any = None) -> Any:
+def make(
+    compile: bool | str,
+    method: Any = METHODS["cg"],
+    optimizer: Any = None,
+    steps: bool = True,
+    adjoint: bool = True,
+) -> Any:
+    """The compiled or plain transform; of the steps or of the adjoint alone, if one is False."""
     inner_loss = hf.proximal(loss, lambda meta: meta["rate"], center=lambda meta: meta["w"])
     solver = hf.minimize(
         inner_loss,
         optimizer or OPTIMIZERS["sgd"],
         8,
         init=lambda meta, x, y: meta["w"],
-        compile=compile,
+        compile=steps and compile,
     )
     return hf.hypergrad_and_solution(
-        solver, outer_loss, method=method, has_aux=True, compile=compile
+        solver, outer_loss, method=method, has_aux=True, compile=adjoint and compile
     )
 
 
@@ -78,7 +85,8 @@ def close(got: Any, expected: Any) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_the_numbers_are_those_of_plain_calls(name: str) -> None:
     meta, x, y = arguments()
-    compiled, plain = make(BACKEND, METHODS[name]), make(False, METHODS[name])
+    compiled = make(BACKEND, METHODS[name], steps=name == "cg")
+    plain = make(False, METHODS[name])
     for task in (0, 1, 0):
         close(compiled(meta, x[task], y[task]), plain(meta, x[task], y[task]))
     dims = (None, 0, 0)
@@ -89,7 +97,7 @@ def test_the_numbers_are_those_of_plain_calls(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_of_any_optimizer(name: str) -> None:
     meta, x, y = arguments()
-    compiled = make(BACKEND, optimizer=OPTIMIZERS[name])
+    compiled = make(BACKEND, optimizer=OPTIMIZERS[name], adjoint=False)
     plain = make(False, optimizer=OPTIMIZERS[name])
     close(compiled(meta, x[0], y[0]), plain(meta, x[0], y[0]))
     close(
@@ -512,9 +520,9 @@ def test_threads_share_compiled_functions() -> None:
         return fn(h, A), torch.func.vmap(fn, (0, None))(torch.stack([h, 2 * h]), A)
 
     plain, first, second = make(False), make("eager"), make("aot_eager")
-    tasks = [(1 + i % 3, first if i % 2 else second) for i in range(32)]
+    tasks = [(1 + i % 2, first if i % 3 else second) for i in range(24)]
     with ThreadPoolExecutor(8) as pool:
         for (n, _), got in zip(tasks, pool.map(work, tasks), strict=True):
             close(got, work((n, plain)))
-    for fn in (first, second):  # three shapes, each plain and under vmap
-        assert len(fn._call.args[0].compiler.entries) == 6
+    for fn in (first, second):  # two shapes, each plain and under vmap
+        assert len(fn._call.args[0].compiler.entries) == 4

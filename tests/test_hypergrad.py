@@ -444,7 +444,9 @@ def test_the_loop_ends_with_the_last_task(monkeypatch: pytest.MonkeyPatch, metho
 
 
 @pytest.mark.parametrize("K", [1, 2, 5])
-@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.condition == "fixed_point"], ids=str)
+@pytest.mark.parametrize(
+    "problem", [p for p in PROBLEMS if p.condition == "fixed_point"], ids=lambda p: p.name
+)
 def test_fixed_point_and_neumann_formulas(problem: Problem, K: int) -> None:
     """``v <- J^T v + b`` from ``v = 0``, K times; Neumann starts at ``v = b``."""
     hparams, args = problem.tasks()[0]
