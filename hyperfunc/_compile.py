@@ -25,11 +25,15 @@ from hyperfunc._types import Leaves
 
 DEFAULT_BACKEND = "inductor"
 
+# Values that are used twice are written to memory once, where by default those made of few others
+# are computed anew at each use: of params, all steps before would be.
+_OPTIONS: dict[str, Any] = {"realize_reads_threshold": 1}
+
 # Signatures after which something seems to change that was not meant to.
 _MANY = 16
 
-# Held while something is compiled or compiled code runs: torch keeps one note for all threads that
-# it is tracing, and refuses compiled functions meanwhile.
+# Held while something is compiled or what torch.compile made runs: torch keeps one note for all
+# threads that it is tracing, and refuses such functions meanwhile.
 _ONE_THREAD = threading.RLock()
 
 
@@ -41,18 +45,37 @@ class Backend:
     mode: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function compiled."""
-        options = dict(self.options) or None
-        compiled: Callable[..., Any] = torch.compile(
-            function,
+    def __call__(self, graph: torch.fx.GraphModule, operands: Leaves) -> Callable[..., Any]:
+        """A traced function compiled, for operands like these."""
+        compiled: Callable[..., Any]
+        if self.is_direct(operands):
+            for node in graph.graph.nodes:  # fake tensors of many modes, which inductor mistakes
+                node.meta.pop("val", None)
+            compiled = torch._inductor.compile(
+                graph, list(operands), options=_OPTIONS | dict(self.options)
+            )
+            return compiled
+        compiled = torch.compile(
+            graph.forward,
             fullgraph=True,
             dynamic=False,
             backend=self.name,
             mode=self.mode,
-            options=options,
+            options=dict(self.options) or None,
         )
         return _copying(compiled) if self.captures_cuda_graphs else compiled
+
+    def is_direct(self, operands: Leaves) -> bool:
+        """Whether the default backend is called without ``torch.compile``, and its guards.
+
+        What they would look at in each call is in the signature that code is kept for.
+        """
+        return (
+            self.name == DEFAULT_BACKEND
+            and self.mode is None
+            and not self.captures_cuda_graphs
+            and all(type(leaf) is Tensor and leaf.device.type == "cpu" for leaf in operands)
+        )
 
     @property
     def captures_cuda_graphs(self) -> bool:
@@ -126,14 +149,19 @@ class Compiler:
         """The compiled call where no transform is active."""
         operands = _ad.detach(operands)
         signature = (call.key, _circumstances(operands), tuple(map(_describe, operands)))
+        entry = self.entries.get(signature)
+        if entry is not None and entry.is_direct:
+            call.layout[:] = entry.layout
+            with torch.no_grad():
+                return tuple(entry.compiled(*operands))
         with _ONE_THREAD, torch.no_grad():
             entry = self.entries.get(signature)
             if entry is not None:
                 call.layout[:] = entry.layout
                 return tuple(entry.compiled(*operands))
             graph = self._trace(call.fn, operands)
-            compiled = self.backend(graph.forward)
             try:
+                compiled = self.backend(graph, operands)
                 outputs = tuple(compiled(*operands))
             except Exception as error:
                 reason = " ".join(str(error).split())[:300]
@@ -150,7 +178,8 @@ class Compiler:
                     f"change in *args",
                     stacklevel=2,
                 )
-            self.entries[signature] = _Entry(compiled, call.captured, tuple(call.layout))
+            direct = self.backend.is_direct(operands)
+            self.entries[signature] = _Entry(compiled, direct, call.captured, tuple(call.layout))
         return outputs
 
     def _trace(self, fn: Callable[..., Leaves], operands: Leaves) -> torch.fx.GraphModule:
@@ -238,6 +267,7 @@ class _Entry:
     """A compiled function, and the tensors it closes over, held so that no other gets their id."""
 
     compiled: Callable[..., Any]
+    is_direct: bool
     captured: tuple[Any, ...]
     layout: tuple[Any, ...]
 
@@ -305,4 +335,5 @@ def _circumstances(operands: Leaves) -> Hashable:
     autocast = tuple(
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds
     )
-    return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return autocast, torch.get_default_dtype(), deterministic, torch.get_num_threads()

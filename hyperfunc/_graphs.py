@@ -45,11 +45,8 @@ def use_onednn(graph: GraphModule) -> None:
             _is_plain(bias.meta.get("val")) and bias.meta["val"].shape == right.shape[1:]
         ):
             continue
-        with graph.graph.inserting_before(node):
-            product = graph.graph.call_function(torch.ops.hyperfunc.mm.default, (a, b, bias))
-        product.meta = dict(node.meta)
-        node.replace_all_uses_with(product)
-        graph.graph.erase_node(node)
+        operands = (a, b, bias, bias is None and _is_better_turned(left, right))
+        _replace(node, torch.ops.hyperfunc.mm.default, operands)
 
 
 @functools.cache
@@ -79,6 +76,24 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.float32 and value.device.type == "cpu"
 
 
+def _is_better_turned(a: Tensor, b: Tensor) -> bool:
+    """Whether ``(b^T a^T)^T`` is faster than ``a b``.
+
+    oneDNN takes its second matrix in any order, and copies the first unless it goes by rows.
+    """
+    (rows, inner), columns = a.shape, b.shape[1]
+    flipped = 0 if b.stride(0) == 1 and b.stride(1) == inner else inner * columns
+    return not a.is_contiguous() and rows * columns + flipped < rows * inner
+
+
+def _replace(node: Node, target: Any, operands: tuple[Any, ...]) -> None:
+    with node.graph.inserting_before(node):
+        product = node.graph.call_function(target, operands)
+    product.meta = dict(node.meta)
+    node.replace_all_uses_with(product)
+    node.graph.erase_node(node)
+
+
 def _spell_out_scaled_sums(graph: GraphModule) -> None:
     """Write ``add(x, y, alpha)`` as ``x + alpha y``.
 
@@ -98,23 +113,23 @@ def _spell_out_scaled_sums(graph: GraphModule) -> None:
 
 _library = torch.library.Library("hyperfunc", "DEF")
 _library.define(
-    "mm(Tensor a, Tensor b, Tensor? bias=None) -> Tensor",
+    "mm(Tensor a, Tensor b, Tensor? bias=None, bool turned=False) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
 )
 
 
-def _mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    # oneDNN takes its second matrix in any order, and copies the first unless it goes by rows
-    (rows, inner), columns = a.shape, b.shape[1]
-    linear = torch.ops.mkldnn._linear_pointwise.default
-    flipped = 0 if b.stride(0) == 1 and b.stride(1) == inner else inner * columns
-    if bias is None and not a.is_contiguous() and rows * columns + flipped < rows * inner:
-        return linear(b.t(), a, None, "none", [], "").t().contiguous()  # type: ignore[no-any-return]
-    return linear(a, b.t(), bias, "none", [], "")  # type: ignore[no-any-return]
+def _mm(a: Tensor, b: Tensor, bias: Tensor | None = None, turned: bool = False) -> Tensor:
+    if turned:
+        return _linear(b.t(), a, bias, "none", [], "").t().contiguous()
+    return _linear(a, b.t(), bias, "none", [], "")
 
 
-def _mm_shape(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def _mm_shape(a: Tensor, b: Tensor, bias: Tensor | None = None, turned: bool = False) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
+
+
+def _linear(*operands: Any) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(*operands)  # type: ignore[no-any-return]
 
 
 _library.impl("mm", _mm, "CPU")

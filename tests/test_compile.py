@@ -331,10 +331,11 @@ def test_errors(call: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("compile", "passed", "copied"),
     [
-        (True, {"backend": "inductor", "mode": None, "options": None}, False),
+        (True, {"realize_reads_threshold": 1}, False),
         ("aot_eager", {"backend": "aot_eager", "mode": None, "options": None}, False),
         ("reduce-overhead", {"backend": "inductor", "mode": "reduce-overhead"}, True),
-        ({"max_autotune": True}, {"backend": "inductor", "options": {"max_autotune": True}}, False),
+        ({"max_autotune": True}, {"realize_reads_threshold": 1, "max_autotune": True}, False),
+        ({"realize_reads_threshold": 2}, {"realize_reads_threshold": 2}, False),
         ({"triton.cudagraphs": True}, {"options": {"triton.cudagraphs": True}}, True),
     ],
     ids=str,
@@ -354,7 +355,11 @@ def test_modes_and_options_are_passed_on(
 
         return run
 
+    def direct(function: Any, example: list[Tensor], options: dict[str, Any]) -> Any:
+        return fake(function, **options, fullgraph=True)
+
     monkeypatch.setattr(torch, "compile", fake)
+    monkeypatch.setattr(torch._inductor, "compile", direct)
     solver = hf.iterate(lambda w, h: 0.5 * w + h, 4, init=lambda h: h, compile=compile)
     h = torch.ones(3, dtype=F64)
     first = solver(h)
@@ -388,6 +393,18 @@ def test_it_warns_when_every_call_compiles_anew() -> None:
     data = torch.full((2,), 17.0)
     with pytest.warns(UserWarning, match=r"step is compiled for the 17th time.*in \*args"):
         solver(torch.ones(2))
+
+
+def test_another_number_of_threads_is_another_signature() -> None:
+    solver = hf.iterate(lambda w, h: 0.5 * w + h, 1, init=lambda h: h, compile=BACKEND)
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 1):
+            torch.set_num_threads(number)
+            close(solver(torch.ones(2, dtype=F64)), torch.full((2,), 1.5, dtype=F64))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(solver.compiler.entries) == 2
 
 
 def test_inference_mode() -> None:
@@ -492,6 +509,11 @@ def test_inductor() -> None:
         lambda w, h: torch.add(w @ h, h, alpha=2), 1, init=lambda h: h, compile=True
     )
     torch.testing.assert_close(scaled(h), h @ h + 2 * h)
+    offset = torch.zeros(8)
+    shifted = hf.iterate(lambda w, h: w + offset, 2, init=lambda h: h, compile=True)
+    torch.testing.assert_close(shifted(h), h)
+    offset.add_(1)  # in place: the compiled code reads it
+    torch.testing.assert_close(shifted(h), h + 2)
     meta, x, y = arguments(torch.float32)
     compiled, plain = make(True), make(False)
     for _ in range(2):
