@@ -78,7 +78,7 @@ class IterativeSolver:
         compiled = _compiled(self.compiler, steps, state, hparams, args) if self.compiler else None
         if compiled is None:
             return steps.params(steps.run(steps.bind(hparams, args), state, rows))
-        size = 1 if steps.can_stop else _block_size(self.num_steps)
+        size = 1 if steps.can_stop else block_size(self.num_steps)
         return steps.params(steps.run(compiled, state, zip(*[iter(rows)] * size, strict=True)))
 
 
@@ -356,7 +356,7 @@ class FlatSteps:
         return change <= self._atol + self._rtol * _tree.norm(new)
 
 
-def _block_size(num_steps: int) -> int:
+def block_size(num_steps: int) -> int:
     """How many steps are compiled as one: a call of compiled code costs as much as a small step."""
     return max(size for size in range(1, _LONGEST_BLOCK + 1) if num_steps % size == 0)
 

@@ -15,8 +15,10 @@ from hyperfunc import _ad, _sharding, _tree
 from hyperfunc._closures import refuse_captured_tensors
 from hyperfunc._conditions import Arguments
 from hyperfunc._types import InnerSolver, Leaves
-from hyperfunc.inner_solvers import FlatSteps, IterativeSolver
-from hyperfunc.iterative._loop import STEP, Loop, Schedule, Steps
+from hyperfunc.inner_solvers import FlatSteps, IterativeSolver, block_size
+from hyperfunc.iterative._compiled import Compiled
+from hyperfunc.iterative._loop import Loop, Schedule, Steps
+from hyperfunc.iterative._products import STEP
 from hyperfunc.iterative._segment import Circumstances, Recorded, lanes
 
 
@@ -206,8 +208,20 @@ def _solve(
     fixed = (*theta, *entry, *lanes())
     steps = Steps(flat, arguments, inputs_spec, num_steps, len(theta), len(entry), len(fixed))
     circumstances = Circumstances.capture((*theta, *inputs, *arguments.leaves))
-    loop = Loop(steps, schedule(num_steps), chunk, circumstances)
+    loop = Loop(steps, schedule(num_steps), chunk, circumstances, _compiled(solver, steps))
     return flat.params(Recorded.apply(loop, *fixed, *inputs))
+
+
+def _compiled(solver: IterativeSolver, steps: Steps) -> Compiled | None:
+    """What compiles the steps, if anything does."""
+    if solver.compiler is None or steps.flat.can_stop or not steps.num_steps:
+        return None
+    key = (
+        (steps.arguments.spec, steps.arguments.leaves, steps.arguments.num_hparams),
+        steps.inputs_spec,
+        (steps.num_theta, steps.num_entry, steps.num_fixed),
+    )
+    return Compiled(solver.compiler, solver.compiler.read(), block_size(steps.num_steps), key)
 
 
 def _check_solver(inner_solver: Any, method: Any) -> IterativeSolver:
