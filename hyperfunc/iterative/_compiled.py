@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from hyperfunc import _ad
 from hyperfunc._compile import Compiler, Variables
 from hyperfunc._types import Leaves
 from hyperfunc.iterative import _products
+from hyperfunc.iterative._partition import cut
 from hyperfunc.iterative._segment import split
 
 # A function of the leaves of a state, and of what the steps from there see.
@@ -23,13 +25,15 @@ class Compiled:
     """Compiles functions of ``size`` steps; ``key`` tells apart those of different layouts.
 
     Cotangents and tangents are given for each differentiable leaf of a state, so that no two blocks
-    differ in which there are.
+    differ in which there are. ``kept`` are the operands that derivatives are expected with respect
+    to, if the values that these take are to be kept from the forward pass; otherwise None.
     """
 
     compiler: Compiler
     variables: Variables
     size: int
     key: Hashable
+    kept: tuple[int, ...] | None = None
 
     def run(self, block: Block, key: Hashable, state: Leaves, seen: Leaves) -> Leaves:
         """The state after a block."""
@@ -48,27 +52,79 @@ class Compiled:
     ) -> dict[int, Tensor]:
         """The transposed product of a block, whose steps are taken again; see `_products.pull`."""
         live = differentiable_indices(state)
-        vectors = (
-            cotangents[i].contiguous() if i in cotangents else _zeros_like(state[i]) for i in live
+        vectors = _fill(state, cotangents)
+        compute = _joint(block, len(state), len(seen), live, wrt)
+        key = ("pull", self.key, key, len(state), tuple(wrt))
+        operands = (*state, *seen, *vectors)
+        grads: dict[int, Tensor] = self.compiler.call(
+            lambda *tensors: compute(*tensors)[1], key, self.variables, operands
         )
+        return grads
+
+    def record(
+        self, block: Block, key: Hashable, state: Leaves, seen: Leaves
+    ) -> tuple[Leaves, Leaves]:
+        """The state after a block, and what `pull_recorded` needs of it."""
         n, m = len(state), len(state) + len(seen)
+        halves = self._halves(block, state, seen)
+
+        def compute(*primals: Tensor) -> tuple[Leaves, Leaves]:
+            first, _, _ = halves(primals)
+            return split(first(*primals), n)
+
+        key = ("record", self.key, key, n, self.kept)
+        outputs, values = self.compiler.call(compute, key, self.variables, (*state, *seen))
+        return outputs, (*state, *values)
+
+    def pull_recorded(
+        self,
+        block: Block,
+        key: Hashable,
+        size: int,
+        values: Leaves,
+        seen: Leaves,
+        cotangents: dict[int, Tensor],
+    ) -> dict[int, Tensor]:
+        """`pull`, for a state of ``size`` leaves, from what was kept."""
+        state, values = split(values, size)
+        m = size + len(seen)
+        halves = self._halves(block, state, seen)
 
         def compute(*tensors: Tensor) -> dict[int, Tensor]:
-            primals, vectors = split(tensors, m)
-            grads = _products.pull(
-                block,
-                primals,
-                (*live, *(n + i for i in wrt)),
-                dict(zip(live, vectors, strict=True)),
-                batched=False,
-                check=True,
-            )
-            return {i: grad.contiguous() for i, grad in grads.items()}
+            values, primals, vectors = split(tensors, len(tensors) - m - len(live), m)
+            _, second, indices = halves(primals)
+            return dict(zip(indices, second(*values, *primals, *vectors), strict=True))
 
-        key = ("pull", self.key, key, n, tuple(wrt))
-        operands = (*state, *seen, *vectors)
-        result: dict[int, Tensor] = self.compiler.call(compute, key, self.variables, operands)
-        return result
+        live = differentiable_indices(state)
+        key = ("recorded", self.key, key, size, self.kept)
+        operands = (*values, *state, *seen, *_fill(state, cotangents))
+        grads: dict[int, Tensor] = self.compiler.call(compute, key, self.variables, operands)
+        return grads
+
+    def _halves(self, block: Block, state: Leaves, seen: Leaves) -> Callable[[Leaves], Any]:
+        """The two functions of `cut` at given primals, and which gradients the second returns."""
+        assert self.kept is not None
+        compute = _joint(
+            block, len(state), len(seen), differentiable_indices(state), self.kept
+        )
+        found: list[Any] = []
+
+        def halves(primals: Leaves) -> Any:
+            if found:
+                return found
+            indices: list[int] = []
+
+            def flat(*tensors: Tensor) -> Leaves:
+                outputs, grads = compute(*tensors)
+                indices[:] = grads
+                return (*outputs, *grads.values())
+
+            vectors = _fill(primals[: len(state)], {})
+            first, second = cut(flat, (*primals, *vectors), len(primals), len(state))
+            found[:] = first, second, indices
+            return found
+
+        return halves
 
     def push(
         self,
@@ -83,11 +139,9 @@ class Compiled:
         """The state after a block and its tangents; see `_products.push`."""
         lead = next(iter(tangents.values())).shape[:1] if batched else torch.Size()
         n, m = len(state), len(state) + len(seen)
-        dots = {
-            i: tangents[i].contiguous() if i in tangents else _zeros_like(state[i], lead)
-            for i in (*differentiable_indices(state), *(i for i in tangents if i >= n))
-        }
-        wrt = tuple(dots)
+        further = {i: dot.contiguous() for i, dot in tangents.items() if i >= n}
+        wrt = (*differentiable_indices(state), *further)
+        dots = (*_fill(state, tangents, lead), *further.values())
 
         def compute(*tensors: Tensor) -> tuple[Leaves, dict[int, Tensor]]:
             primals, vectors = split(tensors, m)
@@ -98,7 +152,7 @@ class Compiled:
             return outputs, {i: result.contiguous() for i, result in results.items()}
 
         key = ("push", self.key, key, n, wrt, batched)
-        operands = (*state, *seen, *dots.values())
+        operands = (*state, *seen, *dots)
         result: tuple[Leaves, dict[int, Tensor]] = self.compiler.call(
             compute, key, self.variables, operands
         )
@@ -109,5 +163,29 @@ def differentiable_indices(tensors: Leaves) -> tuple[int, ...]:
     return tuple(i for i, tensor in enumerate(tensors) if _ad.is_differentiable(tensor))
 
 
-def _zeros_like(leaf: Tensor, lead: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-    return leaf.new_zeros((*lead, *leaf.shape))
+def _fill(state: Leaves, vectors: dict[int, Tensor], lead: Sequence[int] = ()) -> Leaves:
+    """Contiguous vectors for the differentiable leaves of a state: zeros for those not given."""
+    return tuple(
+        vectors[i].contiguous() if i in vectors else state[i].new_zeros((*lead, *state[i].shape))
+        for i in differentiable_indices(state)
+    )
+
+
+def _joint(
+    block: Block, num_state: int, num_seen: int, live: Sequence[int], wrt: Sequence[int]
+) -> Callable[..., tuple[Leaves, dict[int, Tensor]]]:
+    """A block with its transposed product, as a function of primals and cotangents."""
+
+    def compute(*tensors: Tensor) -> tuple[Leaves, dict[int, Tensor]]:
+        primals, vectors = split(tensors, num_state + num_seen)
+        outputs, grads = _products.value_and_pull(
+            block,
+            primals,
+            (*live, *(num_state + i for i in wrt)),
+            dict(zip(live, vectors, strict=True)),
+            batched=False,
+            check=True,
+        )
+        return outputs, {i: grad.contiguous() for i, grad in grads.items()}
+
+    return compute

@@ -194,7 +194,14 @@ class Loop:
         lengths = active = None
         last: Mark | None = None
         advance = self._bind(operands)
+        recorded = self.compiled if keep and self._is_recorded else None
         for step in range(0, trace.num_steps, self._width):
+            if recorded is not None:
+                block, key = self._block(len(state))
+                with check if step == 0 else contextlib.nullcontext():
+                    state, kept = recorded.record(block, key, state, self._at(operands, step))
+                trace.marks.append(Mark(step, kept, ()))
+                continue
             if step >= hold:
                 hold = self._mark(trace, step, state, trace.num_steps, first=True)
             elif keep and (self.steps.flat.can_stop or step == trace.num_steps - self._width):
@@ -233,39 +240,20 @@ class Loop:
     ) -> dict[int, Tensor]:
         """Reverse mode: transposed products, with one step's graph at a time."""
         if batched and self.compiled is not None:
-            plain = dataclasses.replace(self, compiled=None)
-            return plain.gradients(operands, cotangents, wrt, batched=True)
+            loop = dataclasses.replace(self, compiled=None, memo=[])
+            return loop.gradients(operands, cotangents, wrt, batched=True)
+        if self.compiled is not None and self._is_recorded:
+            if not set(wrt) <= set(self.compiled.kept or ()):
+                again = dataclasses.replace(self.compiled, kept=None)
+                loop = dataclasses.replace(self, compiled=again, memo=[])
+                return loop.gradients(operands, cotangents, wrt, batched=False)
         trace = self._known_trace(operands, keep=True)
         num_fixed = self.steps.num_fixed
         totals: dict[int, Tensor] = {}
         rows: dict[int, dict[int, Tensor]] = {i: {} for i in wrt if i >= num_fixed}
-        advance = self._bind(operands)
         end = trace.num_steps
         while end > 0:
-            step, state, streams = trace.marks[-1]
-            size = len(state)
-            self.circumstances.write(streams)
-            hold = step + self._gap(trace, step, end)
-            while step < end - self._width:
-                outputs = advance(trace.active(step), state, self._at(operands, step))
-                state, step = outputs[:size], step + self._width
-                if step >= hold:
-                    hold = self._mark(trace, step, state, end)
-            if trace.marks[-1].step == step:
-                trace.marks.pop()
-            seen = self._at(operands, step)
-            if self.compiled is not None:
-                block, key = self._block(size)
-                grads = self.compiled.pull(block, key, state, seen, cotangents, wrt)
-            else:
-                grads = pull(
-                    functools.partial(self._advance, trace.active(step), size),
-                    (*state, *seen),
-                    (*differentiable_indices(state), *(size + i for i in wrt)),
-                    cotangents,
-                    batched=batched,
-                    check=end == trace.num_steps,
-                )
+            step, size, grads = self._pull_last(trace, end, operands, cotangents, wrt, batched)
             cotangents = {i: grad for i, grad in grads.items() if i < size}
             for index in wrt:
                 if (grad := grads.get(size + index)) is None:
@@ -290,6 +278,52 @@ class Loop:
             if by_step:
                 totals[index] = self._stack(index, by_step, batched)
         return totals
+
+    def _pull_last(
+        self,
+        trace: Trace,
+        end: int,
+        operands: Leaves,
+        cotangents: dict[int, Tensor],
+        wrt: tuple[int, ...],
+        batched: bool,
+    ) -> tuple[int, int, dict[int, Tensor]]:
+        """Where the last step (or block) before ``end`` begins, its leaves, and its product."""
+        if self.compiled is not None and self._is_recorded:
+            step, kept, _ = trace.marks.pop()
+            size = sum(spec.num_leaves for spec in self.steps.flat.structure)
+            block, key = self._block(size)
+            seen = self._at(operands, step)
+            return (
+                step,
+                size,
+                self.compiled.pull_recorded(block, key, size, kept, seen, cotangents),
+            )
+        step, state, streams = trace.marks[-1]
+        size = len(state)
+        self.circumstances.write(streams)
+        hold = step + self._gap(trace, step, end)
+        advance = self._bind(operands)
+        while step < end - self._width:
+            outputs = advance(trace.active(step), state, self._at(operands, step))
+            state, step = outputs[:size], step + self._width
+            if step >= hold:
+                hold = self._mark(trace, step, state, end)
+        if trace.marks[-1].step == step:
+            trace.marks.pop()
+        seen = self._at(operands, step)
+        if self.compiled is not None:
+            block, key = self._block(size)
+            return step, size, self.compiled.pull(block, key, state, seen, cotangents, wrt)
+        grads = pull(
+            functools.partial(self._advance, trace.active(step), size),
+            (*state, *seen),
+            (*differentiable_indices(state), *(size + i for i in wrt)),
+            cotangents,
+            batched=batched,
+            check=end == trace.num_steps,
+        )
+        return step, size, grads
 
     def tangents(
         self, operands: Leaves, tangents: dict[int, Tensor], *, batched: bool
@@ -405,6 +439,11 @@ class Loop:
     def _width(self) -> int:
         """How many steps are taken at a time."""
         return 1 if self.compiled is None else self.compiled.size
+
+    @property
+    def _is_recorded(self) -> bool:
+        """Whether the marks hold what the steps' products need, not iterates."""
+        return self.compiled is not None and self.compiled.kept is not None
 
     def _block(self, size: int) -> tuple[Callable[..., Leaves], Hashable]:
         """The steps of a block, as a function of a state of so many leaves and what they see."""

@@ -39,8 +39,11 @@ class ReverseUnroll:
     """
 
     def solution_map(self, inner_solver: InnerSolver) -> InnerSolver:
-        """The solver itself."""
-        return inner_solver
+        """The solver itself, or if its steps are compiled, one that keeps what these leave."""
+        solver = inner_solver
+        if not isinstance(solver, IterativeSolver) or solver.compiler is None or _can_stop(solver):
+            return solver
+        return functools.partial(_solve, solver, None, None, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Reverse:
     def solution_map(self, inner_solver: InnerSolver) -> InnerSolver:
         """The solver, with derivatives by replayed steps."""
         solver = _check_solver(inner_solver, self)
-        if self.last is not None and (solver.rtol > 0 or solver.atol > 0):
+        if self.last is not None and _can_stop(solver):
             raise ValueError(
                 f"last={self.last} needs a fixed number of steps, but the inner solver stops "
                 f"early. Drop rtol and atol from it, or last from {self!r}"
@@ -181,7 +184,7 @@ class ForwardMode:
 
 def _solve(
     solver: IterativeSolver,
-    schedule: Callable[[int], Schedule],
+    schedule: Callable[[int], Schedule] | None,
     chunk: int | None,
     last: int | None,
     hparams: Any,
@@ -208,13 +211,19 @@ def _solve(
     fixed = (*theta, *entry, *lanes())
     steps = Steps(flat, arguments, inputs_spec, num_steps, len(theta), len(entry), len(fixed))
     circumstances = Circumstances.capture((*theta, *inputs, *arguments.leaves))
-    loop = Loop(steps, schedule(num_steps), chunk, circumstances, _compiled(solver, steps))
-    return flat.params(Recorded.apply(loop, *fixed, *inputs))
+    operands = (*fixed, *inputs)
+    compiled = _compiled(solver, steps)
+    if compiled is not None and schedule is None:
+        attached = (i for i, leaf in enumerate(operands) if _ad.is_attached(leaf))
+        compiled = dataclasses.replace(compiled, kept=tuple(attached))
+    kept = Schedule(stride=1) if schedule is None else schedule(num_steps)
+    loop = Loop(steps, kept, chunk, circumstances, compiled)
+    return flat.params(Recorded.apply(loop, *operands))
 
 
 def _compiled(solver: IterativeSolver, steps: Steps) -> Compiled | None:
     """What compiles the steps, if anything does."""
-    if solver.compiler is None or steps.flat.can_stop or not steps.num_steps:
+    if solver.compiler is None or _can_stop(solver) or not steps.num_steps:
         return None
     key = (
         (steps.arguments.spec, steps.arguments.leaves, steps.arguments.num_hparams),
@@ -222,6 +231,11 @@ def _compiled(solver: IterativeSolver, steps: Steps) -> Compiled | None:
         (steps.num_theta, steps.num_entry, steps.num_fixed),
     )
     return Compiled(solver.compiler, solver.compiler.read(), block_size(steps.num_steps), key)
+
+
+def _can_stop(solver: IterativeSolver) -> bool:
+    """Whether a solver may take fewer steps than it is allowed."""
+    return solver.rtol > 0 or solver.atol > 0
 
 
 def _check_solver(inner_solver: Any, method: Any) -> IterativeSolver:

@@ -24,17 +24,31 @@ def pull(
     check: bool = False,
 ) -> dict[int, Tensor]:
     """Transposed products; zeros are left out."""
+    return value_and_pull(fn, primals, wrt, cotangents, batched=batched, check=check)[1]
+
+
+def value_and_pull(
+    fn: Callable[..., Leaves],
+    primals: Leaves,
+    wrt: Sequence[int],
+    cotangents: dict[int, Tensor],
+    *,
+    batched: bool,
+    check: bool = False,
+) -> tuple[Leaves, dict[int, Tensor]]:
+    """`pull`, and the value of the function."""
     inputs, outputs = _record(fn, primals, wrt, check)
+    values = _ad.detach(outputs)
     live = [i for i in cotangents if outputs[i].requires_grad]
     if not live or not wrt:
-        return {}
+        return values, {}
     grads = _grad(
         [outputs[i] for i in live],
         [inputs[i] for i in wrt],
         [cotangents[i] for i in live],
         batched=batched,
     )
-    return {i: grad for i, grad in zip(wrt, grads, strict=True) if grad is not None}
+    return values, {i: grad for i, grad in zip(wrt, grads, strict=True) if grad is not None}
 
 
 def push(
