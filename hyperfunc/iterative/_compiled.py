@@ -35,6 +35,10 @@ class Compiled:
     key: Hashable
     kept: tuple[int, ...] | None = None
 
+    def serves(self, wrt: Sequence[int]) -> bool:
+        """Whether what is kept is enough for products with respect to these operands."""
+        return self.kept is None or set(wrt) <= set(self.kept)
+
     def run(self, block: Block, key: Hashable, state: Leaves, seen: Leaves) -> Leaves:
         """The state after a block."""
         key = ("run", self.key, key, len(state))
@@ -65,12 +69,13 @@ class Compiled:
         self, block: Block, key: Hashable, state: Leaves, seen: Leaves
     ) -> tuple[Leaves, Leaves]:
         """The state after a block, and what `pull_recorded` needs of it."""
-        n, m = len(state), len(state) + len(seen)
+        n = len(state)
         halves = self._halves(block, state, seen)
 
         def compute(*primals: Tensor) -> tuple[Leaves, Leaves]:
             first, _, _ = halves(primals)
-            return split(first(*primals), n)
+            outputs, values = split(first(*primals), n)
+            return outputs, values
 
         key = ("record", self.key, key, n, self.kept)
         outputs, values = self.compiler.call(compute, key, self.variables, (*state, *seen))
@@ -104,9 +109,7 @@ class Compiled:
     def _halves(self, block: Block, state: Leaves, seen: Leaves) -> Callable[[Leaves], Any]:
         """The two functions of `cut` at given primals, and which gradients the second returns."""
         assert self.kept is not None
-        compute = _joint(
-            block, len(state), len(seen), differentiable_indices(state), self.kept
-        )
+        compute = _joint(block, len(state), len(seen), differentiable_indices(state), self.kept)
         found: list[Any] = []
 
         def halves(primals: Leaves) -> Any:
@@ -146,9 +149,7 @@ class Compiled:
         def compute(*tensors: Tensor) -> tuple[Leaves, dict[int, Tensor]]:
             primals, vectors = split(tensors, m)
             tangents = dict(zip(wrt, vectors, strict=True))
-            outputs, results = _products.push(
-                block, primals, tangents, batched=batched, check=True
-            )
+            outputs, results = _products.push(block, primals, tangents, batched=batched, check=True)
             return outputs, {i: result.contiguous() for i, result in results.items()}
 
         key = ("push", self.key, key, n, wrt, batched)

@@ -198,15 +198,14 @@ class Loop:
         for step in range(0, trace.num_steps, self._width):
             if recorded is not None:
                 block, key = self._block(len(state))
-                with check if step == 0 else contextlib.nullcontext():
-                    state, kept = recorded.record(block, key, state, self._at(operands, step))
+                state, kept = recorded.record(block, key, state, self._at(operands, step))
                 trace.marks.append(Mark(step, kept, ()))
                 continue
             if step >= hold:
                 hold = self._mark(trace, step, state, trace.num_steps, first=True)
             elif keep and (self.steps.flat.can_stop or step == trace.num_steps - self._width):
                 last = Mark(step, state, self.circumstances.read(trace.marks[-1].streams))
-            with check if step == 0 else contextlib.nullcontext():
+            with check if step == 0 and self.compiled is None else contextlib.nullcontext():
                 outputs = advance(active, state, self._at(operands, step))
             state = outputs[: len(state)]
             if self.steps.flat.can_stop:
@@ -239,14 +238,11 @@ class Loop:
         batched: bool,
     ) -> dict[int, Tensor]:
         """Reverse mode: transposed products, with one step's graph at a time."""
-        if batched and self.compiled is not None:
-            loop = dataclasses.replace(self, compiled=None, memo=[])
-            return loop.gradients(operands, cotangents, wrt, batched=True)
-        if self.compiled is not None and self._is_recorded:
-            if not set(wrt) <= set(self.compiled.kept or ()):
-                again = dataclasses.replace(self.compiled, kept=None)
-                loop = dataclasses.replace(self, compiled=again, memo=[])
-                return loop.gradients(operands, cotangents, wrt, batched=False)
+        compiled = self.compiled
+        if compiled is not None and (batched or not compiled.serves(wrt)):
+            compiled = None if batched else dataclasses.replace(compiled, kept=None)
+            loop = dataclasses.replace(self, compiled=compiled, memo=[])
+            return loop.gradients(operands, cotangents, wrt, batched=batched)
         trace = self._known_trace(operands, keep=True)
         num_fixed = self.steps.num_fixed
         totals: dict[int, Tensor] = {}
@@ -384,14 +380,15 @@ class Loop:
             spans: dict[int, slice] = {}
             for index, shape, numel, offset in zip(wrt, shapes, numels, offsets, strict=True):
                 low, high = max(begin, offset), min(begin + width, offset + numel)
-                if low >= high:
-                    continue
-                spans[index] = slice(low - begin, high - begin)
                 operand = operands[index]
                 basis = operand.new_zeros(width, numel)
-                basis[spans[index], low - offset : high - offset] = torch.eye(
-                    high - low, dtype=operand.dtype, device=operand.device
-                )
+                if low < high:
+                    spans[index] = slice(low - begin, high - begin)
+                    basis[spans[index], low - offset : high - offset] = torch.eye(
+                        high - low, dtype=operand.dtype, device=operand.device
+                    )
+                elif self.compiled is None:
+                    continue  # compiled code is for tangents of all operands
                 ones = [1] * self._num_levels(index)
                 tangents[index] = basis.reshape([width, *ones, *shape]).expand(
                     [width, *operand.shape]
@@ -453,7 +450,8 @@ class Loop:
             fn = _vmapped_advance(fn, level, self.steps.num_fixed)
 
         def block(*tensors: Tensor) -> Leaves:
-            return fn(None, *split(tensors, size, self.steps.num_fixed))
+            with self.circumstances.no_strangers(STEP):
+                return fn(None, *split(tensors, size, self.steps.num_fixed))
 
         return block, (self.levels, *self.steps.flat.structure)
 

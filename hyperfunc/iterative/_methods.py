@@ -27,7 +27,8 @@ class ReverseUnroll:
     """Plain differentiation through the inner solver, whatever its code: ``"reverse_unroll"``.
 
     The whole graph is kept, so memory grows with the number of steps; nothing is computed twice.
-    A solver that is a closed form gives the exact hypergradient.
+    A solver that is a closed form gives the exact hypergradient. If the solver compiles its steps
+    (``compile`` in `minimize` and `iterate`), what is kept is what the compiled products need.
 
     Example:
         >>> solver = hf.iterate(lambda w, h: h * w + 1, 50, init=lambda h: torch.zeros(()))
@@ -39,9 +40,9 @@ class ReverseUnroll:
     """
 
     def solution_map(self, inner_solver: InnerSolver) -> InnerSolver:
-        """The solver itself, or if its steps are compiled, one that keeps what these leave."""
+        """The solver itself; or with compiled steps, those, and what their products need."""
         solver = inner_solver
-        if not isinstance(solver, IterativeSolver) or solver.compiler is None or _can_stop(solver):
+        if not isinstance(solver, IterativeSolver) or solver.compiler is None or solver.can_stop:
             return solver
         return functools.partial(_solve, solver, None, None, None)
 
@@ -61,7 +62,10 @@ class Reverse:
     pass, and the random number streams are left as if nothing had been computed again. Module
     buffers (the statistics of a batch norm) would be advanced again: keep them out of the step.
 
-    Second derivatives replay each step too, but keep all iterates.
+    Second derivatives replay each step too, but keep all iterates. If the solver compiles its steps
+    (``compile`` in `minimize` and `iterate`), what is run, kept and differentiated are blocks of up
+    to four of them: of the iterates, only those between blocks are kept. ``last`` is then best a
+    multiple of 4, and the steps before those are not compiled.
 
     Args:
         checkpoint: which iterates are kept. An integer $k \ge 1$ keeps each $k$-th and, while
@@ -113,7 +117,7 @@ class Reverse:
     def solution_map(self, inner_solver: InnerSolver) -> InnerSolver:
         """The solver, with derivatives by replayed steps."""
         solver = _check_solver(inner_solver, self)
-        if self.last is not None and _can_stop(solver):
+        if self.last is not None and solver.can_stop:
             raise ValueError(
                 f"last={self.last} needs a fixed number of steps, but the inner solver stops "
                 f"early. Drop rtol and atol from it, or last from {self!r}"
@@ -223,7 +227,7 @@ def _solve(
 
 def _compiled(solver: IterativeSolver, steps: Steps) -> Compiled | None:
     """What compiles the steps, if anything does."""
-    if solver.compiler is None or _can_stop(solver) or not steps.num_steps:
+    if solver.compiler is None or solver.can_stop or not steps.num_steps:
         return None
     key = (
         (steps.arguments.spec, steps.arguments.leaves, steps.arguments.num_hparams),
@@ -231,11 +235,6 @@ def _compiled(solver: IterativeSolver, steps: Steps) -> Compiled | None:
         (steps.num_theta, steps.num_entry, steps.num_fixed),
     )
     return Compiled(solver.compiler, solver.compiler.read(), block_size(steps.num_steps), key)
-
-
-def _can_stop(solver: IterativeSolver) -> bool:
-    """Whether a solver may take fewer steps than it is allowed."""
-    return solver.rtol > 0 or solver.atol > 0
 
 
 def _check_solver(inner_solver: Any, method: Any) -> IterativeSolver:
