@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from hyperfunc import _tree
 from hyperfunc._types import Leaves
 from hyperfunc._wrapped import WrappedFunction
 
-_BUDGET = 2**22
+_BUDGET = 2**22  # bytes, for each intra-op thread
 _SMALLEST_BATCH = 6
 _RANDOMNESS = ("error", "same", "different")
 
@@ -27,18 +28,30 @@ def task_map(
 ) -> Callable[..., Any]:
     r"""Map a function over tasks, as `torch.func.vmap`, so many at a time as is fastest.
 
-    A batch saves calls; but once the vectors of all its tasks no longer fit into a processor's
-    cache, every pass over them costs more than the calls did, and a loop is faster. The rule, from
-    measurements of implicit and iterative hypergradients on several networks:
+    A batch saves calls, and keeps several intra-op threads at work; but once the vectors of all its
+    tasks no longer fit into a processor's cache, every pass over them costs more than the calls
+    did, and a loop is faster. The rule of ``"auto"``:
 
-    - on a GPU, all tasks are one batch;
+    - with an argument on a GPU, or on any device but the CPU, all tasks are one batch;
     - on a CPU, a task counts the bytes of its own slices and of all tensors that are not mapped
-      (meta-parameters, of which each task makes a version of its own), and as many tasks make a
-      chunk as fit into 4 MiB; fewer than six are taken one by one, without ``vmap``, which is
-      also the faster engine for derivatives.
+      (meta-parameters, of which each task makes a version of its own), and as many tasks fit as
+      make 4 MiB for each intra-op thread (`torch.get_num_threads`). Fewer than six are taken one by
+      one, without ``vmap``, which is also the faster engine for derivatives. Else there are as few
+      chunks as hold the tasks, and these are of one size, but for the last.
 
-    The rule looks at shapes alone, so that a call is repeated with the same numbers. Between two
-    chunk sizes results differ by rounding, as those of batched and single matrix products do.
+    Nothing is timed or remembered in a call: the constants were measured beforehand, on 1 and 2
+    threads, and the rule looks at shapes and the number of threads alone, so that a call is
+    repeated with the same numbers whatever else the machine does. Where it is wrong for a
+    processor or a function, give a number. Between two chunk sizes results differ by rounding, as
+    those of batched and single matrix products do.
+
+    Tasks are not run in threads, each with one intra-op thread. For 16 tasks of an MLP on two idle
+    processors that takes about as long as chunks with two intra-op threads do, since Python runs
+    one thread at a time between operators, and it needs functions that may run in several threads.
+    On busy processors, where intra-op threads wait for each other, it can be several times as fast.
+    The benchmark compares them, with a way to do it by hand::
+
+        python -m tests.benchmarks.run --problems P3a --threads 2 --only "task_map|threads over"
 
     Args:
         fn: ``(*args) -> tree of tensors``, for one task. It must be fit for ``vmap``: without
@@ -252,8 +265,12 @@ def _best_size(num_tasks: int, leaves: Sequence[Any], dims: Sequence[int | None]
         if leaf.device.type != "cpu":
             return num_tasks
         size += leaf.numel() * leaf.element_size() // (1 if dim is None else leaf.shape[dim])
-    fitting = _BUDGET // max(size, 1)
-    return 1 if fitting < _SMALLEST_BATCH else min(fitting, num_tasks)
+    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+    fitting = _BUDGET * threads // max(size, 1)
+    if fitting < _SMALLEST_BATCH:
+        return 1
+    num_chunks = math.ceil(num_tasks / fitting)
+    return math.ceil(num_tasks / num_chunks)
 
 
 def _name(fn: Callable[..., Any]) -> str:

@@ -129,21 +129,37 @@ def test_random_numbers(chunk_size: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entries", "num_tasks", "size"),
+    ("entries", "num_tasks", "threads", "size"),
     [
-        (10, 100, 100),
-        (2**16, 100, 16),
-        (2**17, 100, 8),
-        (2**18, 100, 1),
-        (10**6, 100, 1),
-        (2**16, 3, 3),
+        (10, 100, 1, 100),
+        (2**16, 100, 1, 15),
+        (2**16, 96, 1, 16),
+        (2**17, 100, 1, 8),
+        (2**18, 100, 1, 1),
+        (10**6, 100, 1, 1),
+        (2**16, 3, 1, 3),
+        (2**16, 17, 1, 9),
+        (2**16, 100, 2, 25),
+        (2**18, 16, 2, 8),
+        (2**18, 17, 2, 6),
+        (2**18 + 2**16, 16, 2, 6),
+        (2**19, 100, 2, 1),
+        (2**19, 100, 4, 8),
     ],
 )
-def test_the_rule(entries: int, num_tasks: int, size: int) -> None:
+def test_the_rule(
+    monkeypatch: pytest.MonkeyPatch, entries: int, num_tasks: int, threads: int, size: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     leaves = [torch.empty(num_tasks, entries // 4), torch.empty(entries - entries // 4)]
     assert _task_map._best_size(num_tasks, [*leaves, "text"], [0, None, None]) == size
     on_device = [leaf.to("meta") for leaf in leaves]
     assert _task_map._best_size(num_tasks, on_device, [0, None]) == num_tasks
+
+
+def test_within_torch_compile() -> None:
+    mapped = torch.compile(hf.task_map(torch.sin), backend="eager", fullgraph=True)
+    close(mapped(ONES), ONES.sin())
 
 
 ONES = torch.ones(3, 2)
