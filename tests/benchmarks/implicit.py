@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -125,10 +126,11 @@ def _problem(key: str, title: str, work: Work) -> Problem:
         entries[at:at] = [
             entry("hyperfunc, task_map", OURS, hyperfunc_task_map),
             entry("hyperfunc, vmap", OURS, hyperfunc_vmap),
+            entry("hyperfunc, threads over tasks", OURS, hyperfunc_threads),
         ]
         if work.batched_losses is not None:  # convolutions with many weights take minutes
             chunks = entry("hyperfunc, chunks of 16, compiled", OURS, hyperfunc_compiled)
-            entries.insert(at + 2, chunks)
+            entries.insert(at + 3, chunks)
         entries[-2:-1] = [
             entry(f"JAXopt, jit, {over} over tasks", PEER, functools.partial(jaxopt, over=over))
             for over in ("scan", "vmap")
@@ -494,6 +496,26 @@ def hyperfunc_loop(work: Work, compile: bool = False) -> Callable[[], Vector]:
 def hyperfunc_task_map(work: Work) -> Callable[[], Vector]:
     adapt = hf.task_map(_adapt(work), (None, *[0] * len(work.tasks)))
     return lambda: adapt(work.hparams, *work.tasks)
+
+
+def hyperfunc_threads(work: Work) -> Callable[[], Vector]:
+    """As many tasks at a time as there are intra-op threads, each in a thread with one of these.
+
+    What `hf.task_map` would have to beat for threads to be worth offering.
+    """
+    count = torch.get_num_threads()
+    if count == 1:
+        raise NotRun("one thread")
+    adapt = _adapt(work)
+
+    def run() -> Vector:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            tasks = map(work.task, range(work.num_tasks))
+            results = list(pool.map(lambda task: adapt(work.hparams, *task), tasks))
+        torch.set_num_threads(count)  # for threads to come; this one's number has not changed
+        return _stack(results)
+
+    return run
 
 
 def hyperfunc_vmap(work: Work) -> Callable[[], Vector]:
