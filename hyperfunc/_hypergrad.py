@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlia
 
 from torch import Tensor
 
-from hyperfunc._compile import Compiler, check_backend
+from hyperfunc._compile import Backend, Compiler, check_backend
 from hyperfunc._error_bound import ErrorBound
 from hyperfunc._hypergradient import Hypergradient, make_rule
 from hyperfunc._methods import is_implicit, resolve_method
@@ -23,6 +23,7 @@ from hyperfunc._types import (
     RuleOptions,
     TensorTree,
 )
+from hyperfunc.inner_solvers import IterativeSolver
 from hyperfunc.linear_solvers import StochasticAID
 
 if TYPE_CHECKING:
@@ -121,13 +122,14 @@ def hypergrad(
         compile: whether to compile the outer gradient, the linear solve and the cross term by
             ``torch.compile``: True, or a backend of it by name, a mode such as
             ``"reduce-overhead"`` (CUDA graphs), or a dictionary of options of its default backend.
-            The first call with arguments of a shape
-            takes long (the more, the more steps the solver takes), all others are faster, under
-            ``vmap`` too. For implicit methods of a fixed number of steps (``rtol=0, atol=0``) and
+            With an iterative method it is the inner solver's steps and their derivatives that are
+            compiled, as by the ``compile`` of `minimize`. The first call with arguments of a shape
+            takes long (the more, the more steps the linear solver takes), all others are faster,
+            under ``vmap`` too. For solvers of a fixed number of steps (``rtol=0, atol=0``) and
             functions without random numbers; where derivatives of the hypergradient are asked for,
             it runs uncompiled. Variables of your functions are read when they change, but not what
-            further objects hold. Threads run compiled code one at a time. For the inner solver see
-            `minimize`.
+            further objects hold. Threads run compiled code one at a time. With an implicit method,
+            for the inner solver see `minimize`.
 
     Returns:
         ``fn(hparams, *args, adjoint_init=None)``, which returns a tree like ``hparams``, or
@@ -447,11 +449,6 @@ class _Transform:
         self.throw = throw
         self.backend = check_backend(compile)
         self.bound = _check_error_bound(error_bound, self.method)
-        if self.backend is not None and not is_implicit(self.method):
-            raise ValueError(
-                f"{name}: compile={compile!r} compiles the adjoint's linear solve, and "
-                f"{self.method!r} has none. Leave compile out"
-            )
         if outer_loss is None or not callable(outer_loss):
             raise TypeError(
                 f"{name}: outer_loss is {outer_loss!r}; expected a function of (params, hparams, "
@@ -460,17 +457,34 @@ class _Transform:
             )
 
     def __call__(self, inner_solver: InnerSolver) -> Transformed:
-        rule = make_rule(inner_solver, self.conditions, self.method, self.throw)
+        solver, compiler = inner_solver, None
+        if self.backend is not None and not is_implicit(self.method):
+            solver = self._compile_steps(self.backend, inner_solver)
+        rule = make_rule(solver, self.conditions, self.method, self.throw)
         condition = rule.condition
         if self.bound is not None and condition is not None:
             self.bound.check(condition.kind)
-        compiler = None
-        if self.backend is not None:
+        if self.backend is not None and is_implicit(self.method):
             functions = (condition.fn if condition else None, self.outer_loss)
             compiler = Compiler(self.backend, "the adjoint", functions)
         compute = Hypergradient(rule, self.outer_loss, self.has_aux, self.bound, compiler)
         call = functools.partial(_call, compute, self.select)
         return Transformed(self.name, inner_solver, self.method, call)
+
+    def _compile_steps(self, backend: Backend, inner_solver: Any) -> IterativeSolver:
+        """The inner solver with compiled steps, which are all that an iterative method runs."""
+        if not isinstance(inner_solver, IterativeSolver):
+            raise ValueError(
+                f"{self.name}: with {self.method!r}, compile compiles the inner solver's steps, "
+                f"but {inner_solver!r} does not tell them. Make the solver with hf.iterate or "
+                f"hf.minimize, or leave compile out"
+            )
+        if inner_solver.can_stop:
+            raise ValueError(
+                f"{self.name}: with {self.method!r}, compile needs a fixed number of steps, but "
+                f"the inner solver stops early. Drop rtol and atol from it, or leave compile out"
+            )
+        return inner_solver.compiled(backend)
 
 
 class _ImplicitDiff:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from hyperfunc import _ad, _tree, optim
-from hyperfunc._compile import Compiler, applies, check_backend
+from hyperfunc._compile import Backend, Compiler, applies, check_backend
 from hyperfunc._conditions import check_scalar
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
 from hyperfunc.optim._base import Pull
@@ -70,6 +70,16 @@ class IterativeSolver:
     condition: tuple[str, Callable[..., Any]] | None
     compiler: Compiler | None = None
 
+    @property
+    def can_stop(self) -> bool:
+        """Whether there may be fewer steps than ``num_steps``."""
+        return self.rtol > 0 or self.atol > 0
+
+    def compiled(self, backend: Backend) -> IterativeSolver:
+        """The solver with its steps compiled, as it says itself or else by this backend."""
+        compiler = self.compiler or Compiler(backend, "the inner solver's step", (self.step,))
+        return replace(self, compiler=compiler)
+
     def __call__(self, hparams: TensorTree, /, *args: Any) -> TensorTree:
         """Run the steps; derivatives flow through every one of them."""
         steps = FlatSteps(self)
@@ -78,7 +88,7 @@ class IterativeSolver:
         compiled = _compiled(self.compiler, steps, state, hparams, args) if self.compiler else None
         if compiled is None:
             return steps.params(steps.run(steps.bind(hparams, args), state, rows))
-        size = 1 if steps.can_stop else _block_size(self.num_steps)
+        size = 1 if steps.can_stop else block_size(self.num_steps)
         return steps.params(steps.run(compiled, state, zip(*[iter(rows)] * size, strict=True)))
 
 
@@ -114,8 +124,10 @@ def iterate(
         atol: the absolute part of that tolerance.
         compile: whether to compile steps by ``torch.compile``; see `hypergrad`. The
             first call with arguments of a shape takes long, all others are faster, under ``vmap``
-            too. Where derivatives of the solution are asked for, as by `ReverseUnroll`, steps run
-            uncompiled. Not for steps that draw random numbers.
+            too. So are the derivatives by `Reverse`, `ReverseUnroll` and `ForwardMode` of the first
+            order, for blocks of steps whose products are compiled; those of higher order, or
+            through a solver that stops early or is called without a method, run uncompiled. Not
+            for steps that draw random numbers.
 
     Returns:
         The inner solver, ``(hparams, *args) -> params``.
@@ -170,8 +182,10 @@ def minimize(
         atol: the absolute part of that tolerance.
         compile: whether to compile steps by ``torch.compile``; see `hypergrad`. The
             first call with arguments of a shape takes long, all others are faster, under ``vmap``
-            too. Where derivatives of the solution are asked for, as by `ReverseUnroll`, steps run
-            uncompiled. Not for steps that draw random numbers.
+            too. So are the derivatives by `Reverse`, `ReverseUnroll` and `ForwardMode` of the first
+            order, for blocks of steps whose products are compiled; those of higher order, or
+            through a solver that stops early or is called without a method, run uncompiled. Not
+            for steps that draw random numbers.
 
     Returns:
         The inner solver, ``(hparams, *args) -> params``.
@@ -279,7 +293,7 @@ class FlatSteps:
         self._step = solver.step
         self._init = solver.init
         self._rtol, self._atol = solver.rtol, solver.atol
-        self.can_stop = solver.rtol > 0 or solver.atol > 0
+        self.can_stop = solver.can_stop
 
     def start(self, hparams: TensorTree, args: tuple[Any, ...]) -> Leaves:
         """The state before the first step."""
@@ -356,7 +370,7 @@ class FlatSteps:
         return change <= self._atol + self._rtol * _tree.norm(new)
 
 
-def _block_size(num_steps: int) -> int:
+def block_size(num_steps: int) -> int:
     """How many steps are compiled as one: a call of compiled code costs as much as a small step."""
     return max(size for size in range(1, _LONGEST_BLOCK + 1) if num_steps % size == 0)
 
@@ -574,10 +588,8 @@ def _build(
     if inputs is not None:
         _check_inputs(inputs, num_steps)
     backend = check_backend(compile)
-    compiler = None if backend is None else Compiler(backend, "the inner solver's step", (step,))
-    return IterativeSolver(
-        step, num_steps, init, inputs, rtol or 0.0, atol or 0.0, condition, compiler
-    )
+    solver = IterativeSolver(step, num_steps, init, inputs, rtol or 0.0, atol or 0.0, condition)
+    return solver if backend is None else solver.compiled(backend)
 
 
 def _check_callable(value: Any, name: str, signature: str) -> None:

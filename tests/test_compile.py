@@ -304,10 +304,6 @@ def branching() -> Any:
         (branching, r"the inner solver's step cannot be compiled.*an if or \.item\(\)"),
         (solve_random, r"the inner solver's step cannot be compiled, as it draws random numbers"),
         (
-            lambda: hf.hypergrad(lambda h: h, lambda w, h: w, method="reverse", compile=True),
-            r"compile=True compiles the adjoint's linear solve, and Reverse\(.*has none",
-        ),
-        (
             lambda: hf.iterate(lambda w, h: w, 2, init=lambda h: h, compile="nonsense"),
             r"compile is 'nonsense'; expected True, False, the name .*a mode of it \(.*reduce",
         ),

@@ -7,19 +7,20 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyperfunc import _ad, _tree
-from hyperfunc._conditions import Arguments, captured_message
+from hyperfunc._conditions import Arguments
 from hyperfunc._types import Leaves
 from hyperfunc.inner_solvers import FlatSteps
+from hyperfunc.iterative._compiled import Compiled, differentiable_indices
+from hyperfunc.iterative._products import STEP, pull, push
 from hyperfunc.iterative._segment import Circumstances, Recorded, Segment, lanes, split
 
-STEP = "the inner solver's step"
 _BLOCK = 16
 
 
@@ -83,11 +84,20 @@ class Steps:
 
         return with_row
 
+    def advance_block(
+        self, size: int, _: Tensor | None, state: Leaves, fixed: Leaves, rows: Leaves
+    ) -> Leaves:
+        """Some steps, with that many rows of the inputs."""
+        advance = self.bind(fixed)
+        for row in self._rows(rows, size):
+            state = advance(None, state, row)
+        return state
+
     def run(self, operands: Leaves) -> Leaves:
         """The state after all steps."""
         fixed, series = split(operands, self.num_fixed)
         start = self.start(fixed)
-        return self.flat.run(self.bind(fixed), start, self._rows(series))
+        return self.flat.run(self.bind(fixed), start, self._rows(series, self.num_steps))
 
     def chain(self, *operands: Tensor) -> Leaves:
         """The result by steps that are segments of their own, differentiable to every order."""
@@ -107,12 +117,12 @@ class Steps:
             outputs: Leaves = Recorded.apply(segment, *tensors)
             return outputs
 
-        state = self.flat.run(advance, self.start(fixed), self._rows(series))
+        state = self.flat.run(advance, self.start(fixed), self._rows(series, self.num_steps))
         return state[: self.flat.num_params]
 
-    def _rows(self, series: Leaves) -> Iterable[Leaves]:
+    def _rows(self, series: Leaves, num_steps: int) -> Iterable[Leaves]:
         if not series:
-            return [()] * self.num_steps
+            return [()] * num_steps
         return zip(*(leaf.unbind(0) for leaf in series), strict=True)
 
 
@@ -122,13 +132,15 @@ class Loop:
 
     ``chunk`` is how many tangents go along at a time in forward accumulation, None for reverse
     mode. ``levels`` are the enclosing vmaps, the innermost first; each adds its batch dimension in
-    front of those before it.
+    front of those before it. What is ``compiled`` are blocks of several steps, which are then all
+    that is looked at.
     """
 
     steps: Steps
     schedule: Schedule
     chunk: int | None
     circumstances: Circumstances
+    compiled: Compiled | None = None
     memo: list[Trace] = dataclasses.field(default_factory=list)
     levels: tuple[_Level, ...] = ()
 
@@ -182,12 +194,18 @@ class Loop:
         lengths = active = None
         last: Mark | None = None
         advance = self._bind(operands)
-        for step in range(trace.num_steps):
-            if step == hold:
+        recorded = self.compiled if keep and self._is_recorded else None
+        for step in range(0, trace.num_steps, self._width):
+            if recorded is not None:
+                block, key = self._block(len(state))
+                state, kept = recorded.record(block, key, state, self._at(operands, step))
+                trace.marks.append(Mark(step, kept, ()))
+                continue
+            if step >= hold:
                 hold = self._mark(trace, step, state, trace.num_steps, first=True)
-            elif keep and (self.steps.flat.can_stop or step == trace.num_steps - 1):
+            elif keep and (self.steps.flat.can_stop or step == trace.num_steps - self._width):
                 last = Mark(step, state, self.circumstances.read(trace.marks[-1].streams))
-            with check if step == 0 else contextlib.nullcontext():
+            with check if step == 0 and self.compiled is None else contextlib.nullcontext():
                 outputs = advance(active, state, self._at(operands, step))
             state = outputs[: len(state)]
             if self.steps.flat.can_stop:
@@ -220,32 +238,18 @@ class Loop:
         batched: bool,
     ) -> dict[int, Tensor]:
         """Reverse mode: transposed products, with one step's graph at a time."""
+        compiled = self.compiled
+        if compiled is not None and (batched or not compiled.serves(wrt)):
+            compiled = None if batched else dataclasses.replace(compiled, kept=None)
+            loop = dataclasses.replace(self, compiled=compiled, memo=[])
+            return loop.gradients(operands, cotangents, wrt, batched=batched)
         trace = self._known_trace(operands, keep=True)
         num_fixed = self.steps.num_fixed
         totals: dict[int, Tensor] = {}
         rows: dict[int, dict[int, Tensor]] = {i: {} for i in wrt if i >= num_fixed}
-        advance = self._bind(operands)
         end = trace.num_steps
         while end > 0:
-            step, state, streams = trace.marks[-1]
-            size = len(state)
-            self.circumstances.write(streams)
-            hold = step + self._gap(trace, step, end)
-            while step < end - 1:
-                outputs = advance(trace.active(step), state, self._at(operands, step))
-                state, step = outputs[:size], step + 1
-                if step == hold:
-                    hold = self._mark(trace, step, state, end)
-            if trace.marks[-1].step == step:
-                trace.marks.pop()
-            grads = _pull(
-                functools.partial(self._advance, trace.active(step), size),
-                (*state, *self._at(operands, step)),
-                (*_differentiable_indices(state), *(size + i for i in wrt)),
-                cotangents,
-                batched=batched,
-                check=end == trace.num_steps,
-            )
+            step, size, grads = self._pull_last(trace, end, operands, cotangents, wrt, batched)
             cotangents = {i: grad for i, grad in grads.items() if i < size}
             for index in wrt:
                 if (grad := grads.get(size + index)) is None:
@@ -257,7 +261,7 @@ class Loop:
             end = step
         trace.blocks.clear()
         self.circumstances.write(self.circumstances.states)
-        starts = _pull(
+        starts = pull(
             lambda *tensors: self._start(tensors),
             operands,
             [i for i in wrt if i < num_fixed],
@@ -271,6 +275,52 @@ class Loop:
                 totals[index] = self._stack(index, by_step, batched)
         return totals
 
+    def _pull_last(
+        self,
+        trace: Trace,
+        end: int,
+        operands: Leaves,
+        cotangents: dict[int, Tensor],
+        wrt: tuple[int, ...],
+        batched: bool,
+    ) -> tuple[int, int, dict[int, Tensor]]:
+        """Where the last step (or block) before ``end`` begins, its leaves, and its product."""
+        if self.compiled is not None and self._is_recorded:
+            step, kept, _ = trace.marks.pop()
+            size = sum(spec.num_leaves for spec in self.steps.flat.structure)
+            block, key = self._block(size)
+            seen = self._at(operands, step)
+            return (
+                step,
+                size,
+                self.compiled.pull_recorded(block, key, size, kept, seen, cotangents),
+            )
+        step, state, streams = trace.marks[-1]
+        size = len(state)
+        self.circumstances.write(streams)
+        hold = step + self._gap(trace, step, end)
+        advance = self._bind(operands)
+        while step < end - self._width:
+            outputs = advance(trace.active(step), state, self._at(operands, step))
+            state, step = outputs[:size], step + self._width
+            if step >= hold:
+                hold = self._mark(trace, step, state, end)
+        if trace.marks[-1].step == step:
+            trace.marks.pop()
+        seen = self._at(operands, step)
+        if self.compiled is not None:
+            block, key = self._block(size)
+            return step, size, self.compiled.pull(block, key, state, seen, cotangents, wrt)
+        grads = pull(
+            functools.partial(self._advance, trace.active(step), size),
+            (*state, *seen),
+            (*differentiable_indices(state), *(size + i for i in wrt)),
+            cotangents,
+            batched=batched,
+            check=end == trace.num_steps,
+        )
+        return step, size, grads
+
     def tangents(
         self, operands: Leaves, tangents: dict[int, Tensor], *, batched: bool
     ) -> tuple[dict[int, Tensor], Leaves]:
@@ -280,20 +330,25 @@ class Loop:
         if self.steps.flat.can_stop:
             trace = self._known_trace(operands, keep=False)
             self.circumstances.write(self.circumstances.states)
-        state, dots = _push(
+        state, dots = push(
             lambda *tensors: self._start(tensors), operands, tangents, batched=batched
         )
         size = len(state)
-        for step in range(trace.num_steps):
+        for step in range(0, trace.num_steps, self._width):
+            seen = self._at(operands, step)
             for index, tangent in tangents.items():
                 dots[size + index] = self._row(index, tangent, step, batched)
-            outputs, dots = _push(
-                functools.partial(self._advance, trace.active(step), size),
-                (*state, *self._at(operands, step)),
-                dots,
-                batched=batched,
-                check=step == 0,
-            )
+            if self.compiled is not None:
+                block, key = self._block(size)
+                outputs, dots = self.compiled.push(block, key, state, seen, dots, batched=batched)
+            else:
+                outputs, dots = push(
+                    functools.partial(self._advance, trace.active(step), size),
+                    (*state, *seen),
+                    dots,
+                    batched=batched,
+                    check=step == 0,
+                )
             state = outputs[:size]
         outputs = state[: self.num_outputs]
         return {i: dot for i, dot in dots.items() if i < len(outputs)}, outputs
@@ -325,14 +380,15 @@ class Loop:
             spans: dict[int, slice] = {}
             for index, shape, numel, offset in zip(wrt, shapes, numels, offsets, strict=True):
                 low, high = max(begin, offset), min(begin + width, offset + numel)
-                if low >= high:
-                    continue
-                spans[index] = slice(low - begin, high - begin)
                 operand = operands[index]
                 basis = operand.new_zeros(width, numel)
-                basis[spans[index], low - offset : high - offset] = torch.eye(
-                    high - low, dtype=operand.dtype, device=operand.device
-                )
+                if low < high:
+                    spans[index] = slice(low - begin, high - begin)
+                    basis[spans[index], low - offset : high - offset] = torch.eye(
+                        high - low, dtype=operand.dtype, device=operand.device
+                    )
+                elif self.compiled is None:
+                    continue  # compiled code is for tangents of all operands
                 ones = [1] * self._num_levels(index)
                 tangents[index] = basis.reshape([width, *ones, *shape]).expand(
                     [width, *operand.shape]
@@ -362,11 +418,42 @@ class Loop:
         """The function that takes a step of given operands, without a derivative of it."""
         num_fixed = self.steps.num_fixed
         fixed = tuple(operands[:num_fixed])
+        if self.compiled is not None:
+            compiled = self.compiled
+
+            def run(_: Tensor | None, state: Leaves, seen: Leaves) -> Leaves:
+                block, key = self._block(len(state))
+                return compiled.run(block, key, state, seen)
+
+            return run
         if self.levels:
             advance = self._batched_advance
             return lambda active, state, seen: advance(active, state, fixed, seen[num_fixed:])
         bound = self.steps.bind(fixed)
         return lambda active, state, seen: bound(active, state, seen[num_fixed:])
+
+    @property
+    def _width(self) -> int:
+        """How many steps are taken at a time."""
+        return 1 if self.compiled is None else self.compiled.size
+
+    @property
+    def _is_recorded(self) -> bool:
+        """Whether the marks hold what the steps' products need, not iterates."""
+        return self.compiled is not None and self.compiled.kept is not None
+
+    def _block(self, size: int) -> tuple[Callable[..., Leaves], Hashable]:
+        """The steps of a block, as a function of a state of so many leaves and what they see."""
+        assert self.compiled is not None
+        fn: Callable[..., Leaves] = functools.partial(self.steps.advance_block, self._width)
+        for level in self.levels:
+            fn = _vmapped_advance(fn, level, self.steps.num_fixed)
+
+        def block(*tensors: Tensor) -> Leaves:
+            with self.circumstances.no_strangers(STEP):
+                return fn(None, *split(tensors, size, self.steps.num_fixed))
+
+        return block, (self.levels, *self.steps.flat.structure)
 
     @functools.cached_property
     def _batched_advance(self) -> Callable[..., Leaves]:
@@ -376,7 +463,7 @@ class Loop:
         return fn
 
     def _at(self, operands: Leaves, step: int) -> Leaves:
-        """The operands as one step sees them."""
+        """The operands as one step (or block of steps) sees them."""
         fixed, series = split(operands, self.steps.num_fixed)
         if not series:
             return operands
@@ -386,12 +473,16 @@ class Loop:
     def _row(self, index: int, tensor: Tensor, step: int, batched: bool = False) -> Tensor:
         if index < self.steps.num_fixed:
             return tensor
-        return tensor.select(self._num_levels(index) + batched, step)
+        dim = self._num_levels(index) + batched
+        if self.compiled is not None:
+            return tensor.narrow(dim, step, self._width)
+        return tensor.select(dim, step)
 
     def _stack(self, index: int, by_step: dict[int, Tensor], batched: bool) -> Tensor:
         zeros = torch.zeros_like(next(iter(by_step.values())))
-        rows = [by_step.get(step, zeros) for step in range(self.steps.num_steps)]
-        return torch.stack(rows, self._num_levels(index) + batched)
+        rows = [by_step.get(step, zeros) for step in range(0, self.steps.num_steps, self._width)]
+        join = torch.stack if self.compiled is None else torch.cat
+        return join(rows, self._num_levels(index) + batched)
 
     def _mark(
         self, trace: Trace, step: int, state: Leaves, end: int, *, first: bool = False
@@ -585,98 +676,6 @@ def _best_split(length: int, slots: int) -> int:
     return min(before, max(1, length - after))
 
 
-def _pull(
-    fn: Callable[..., Leaves],
-    primals: Leaves,
-    wrt: Sequence[int],
-    cotangents: dict[int, Tensor],
-    *,
-    batched: bool,
-    check: bool = False,
-) -> dict[int, Tensor]:
-    """Transposed products of a function, where no transform is active; zeros are left out."""
-    inputs, outputs = _record(fn, primals, wrt, check)
-    live = [i for i in cotangents if outputs[i].requires_grad]
-    if not live or not wrt:
-        return {}
-    grads = _grad(
-        [outputs[i] for i in live],
-        [inputs[i] for i in wrt],
-        [cotangents[i] for i in live],
-        batched=batched,
-    )
-    return {i: grad for i, grad in zip(wrt, grads, strict=True) if grad is not None}
-
-
-def _push(
-    fn: Callable[..., Leaves],
-    primals: Leaves,
-    tangents: dict[int, Tensor],
-    *,
-    batched: bool,
-    check: bool = False,
-) -> tuple[Leaves, dict[int, Tensor]]:
-    """Outputs and their tangents, as the transpose of a transposed product; zeros are left out."""
-    inputs, outputs = _record(fn, primals, tangents, check)
-    live = [i for i, out in enumerate(outputs) if out.requires_grad]
-    if not live:
-        return outputs, {}
-    with torch.enable_grad():
-        dummies = [torch.zeros_like(outputs[i], requires_grad=True) for i in live]
-        grads = torch.autograd.grad(
-            [outputs[i] for i in live],
-            [inputs[i] for i in tangents],
-            dummies,
-            create_graph=True,
-            allow_unused=True,
-        )
-    pairs = [
-        (grad, tangent)
-        for grad, tangent in zip(grads, tangents.values(), strict=True)
-        if grad is not None and grad.requires_grad
-    ]
-    if not pairs:
-        return _ad.detach(outputs), {}
-    dots = _grad(
-        [grad for grad, _ in pairs],
-        dummies,
-        [tangent for _, tangent in pairs],
-        batched=batched,
-    )
-    return _ad.detach(outputs), {
-        i: dot for i, dot in zip(live, dots, strict=True) if dot is not None
-    }
-
-
-def _grad(
-    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], *, batched: bool
-) -> tuple[Tensor | None, ...]:
-    if batched and torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
-        raise RuntimeError(
-            "anomaly detection looks for NaN in each gradient, which torch cannot do where several "
-            "are taken at once, as here. Use torch.autograd.set_detect_anomaly(True, "
-            "check_nan=False), or under it method='reverse' in place of 'forward'"
-        )
-    return torch.autograd.grad(
-        outputs, inputs, cotangents, allow_unused=True, is_grads_batched=batched
-    )
-
-
-def _record(
-    fn: Callable[..., Leaves], primals: Leaves, wrt: Iterable[int], check: bool
-) -> tuple[Leaves, Leaves]:
-    """The graph of a function; looks for tensors that should have been arguments on ``check``."""
-    chosen = set(wrt)
-    with torch.enable_grad():
-        inputs = tuple(
-            primal.detach().requires_grad_(i in chosen) for i, primal in enumerate(primals)
-        )
-        outputs = tuple(fn(*inputs))
-    if check and _ad.reaches_foreign_leaf(outputs, inputs):
-        raise ValueError(captured_message(STEP))
-    return inputs, outputs
-
-
 def _vmapped_start(fn: Callable[..., Leaves], level: _Level, num_fixed: int) -> Any:
     dims = tuple(0 if batched else None for batched in level.batched[:num_fixed])
 
@@ -699,10 +698,6 @@ def _vmapped_advance(fn: Callable[..., Leaves], level: _Level, num_fixed: int) -
         return result
 
     return advance
-
-
-def _differentiable_indices(tensors: Leaves) -> tuple[int, ...]:
-    return tuple(i for i, tensor in enumerate(tensors) if _ad.is_differentiable(tensor))
 
 
 def _with_dim(tensor: Tensor, dim: int | None, target: int, size: int) -> Tensor:

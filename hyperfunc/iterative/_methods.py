@@ -15,8 +15,10 @@ from hyperfunc import _ad, _sharding, _tree
 from hyperfunc._closures import refuse_captured_tensors
 from hyperfunc._conditions import Arguments
 from hyperfunc._types import InnerSolver, Leaves
-from hyperfunc.inner_solvers import FlatSteps, IterativeSolver
-from hyperfunc.iterative._loop import STEP, Loop, Schedule, Steps
+from hyperfunc.inner_solvers import FlatSteps, IterativeSolver, block_size
+from hyperfunc.iterative._compiled import Compiled
+from hyperfunc.iterative._loop import Loop, Schedule, Steps
+from hyperfunc.iterative._products import STEP
 from hyperfunc.iterative._segment import Circumstances, Recorded, lanes
 
 
@@ -25,7 +27,8 @@ class ReverseUnroll:
     """Plain differentiation through the inner solver, whatever its code: ``"reverse_unroll"``.
 
     The whole graph is kept, so memory grows with the number of steps; nothing is computed twice.
-    A solver that is a closed form gives the exact hypergradient.
+    A solver that is a closed form gives the exact hypergradient. If the solver compiles its steps
+    (``compile`` in `minimize` and `iterate`), what is kept is what the compiled products need.
 
     Example:
         >>> solver = hf.iterate(lambda w, h: h * w + 1, 50, init=lambda h: torch.zeros(()))
@@ -37,8 +40,11 @@ class ReverseUnroll:
     """
 
     def solution_map(self, inner_solver: InnerSolver) -> InnerSolver:
-        """The solver itself."""
-        return inner_solver
+        """The solver itself; or with compiled steps, those, and what their products need."""
+        solver = inner_solver
+        if not isinstance(solver, IterativeSolver) or solver.compiler is None or solver.can_stop:
+            return solver
+        return functools.partial(_solve, solver, None, None, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +62,10 @@ class Reverse:
     pass, and the random number streams are left as if nothing had been computed again. Module
     buffers (the statistics of a batch norm) would be advanced again: keep them out of the step.
 
-    Second derivatives replay each step too, but keep all iterates.
+    Second derivatives replay each step too, but keep all iterates. If the solver compiles its steps
+    (``compile`` in `minimize` and `iterate`), what is run, kept and differentiated are blocks of up
+    to four of them: of the iterates, only those between blocks are kept. ``last`` is then best a
+    multiple of 4, and the steps before those are not compiled.
 
     Args:
         checkpoint: which iterates are kept. An integer $k \ge 1$ keeps each $k$-th and, while
@@ -108,7 +117,7 @@ class Reverse:
     def solution_map(self, inner_solver: InnerSolver) -> InnerSolver:
         """The solver, with derivatives by replayed steps."""
         solver = _check_solver(inner_solver, self)
-        if self.last is not None and (solver.rtol > 0 or solver.atol > 0):
+        if self.last is not None and solver.can_stop:
             raise ValueError(
                 f"last={self.last} needs a fixed number of steps, but the inner solver stops "
                 f"early. Drop rtol and atol from it, or last from {self!r}"
@@ -179,7 +188,7 @@ class ForwardMode:
 
 def _solve(
     solver: IterativeSolver,
-    schedule: Callable[[int], Schedule],
+    schedule: Callable[[int], Schedule] | None,
     chunk: int | None,
     last: int | None,
     hparams: Any,
@@ -206,8 +215,26 @@ def _solve(
     fixed = (*theta, *entry, *lanes())
     steps = Steps(flat, arguments, inputs_spec, num_steps, len(theta), len(entry), len(fixed))
     circumstances = Circumstances.capture((*theta, *inputs, *arguments.leaves))
-    loop = Loop(steps, schedule(num_steps), chunk, circumstances)
-    return flat.params(Recorded.apply(loop, *fixed, *inputs))
+    operands = (*fixed, *inputs)
+    compiled = _compiled(solver, steps)
+    if compiled is not None and schedule is None:
+        attached = (i for i, leaf in enumerate(operands) if _ad.is_attached(leaf))
+        compiled = dataclasses.replace(compiled, kept=tuple(attached))
+    kept = Schedule(stride=1) if schedule is None else schedule(num_steps)
+    loop = Loop(steps, kept, chunk, circumstances, compiled)
+    return flat.params(Recorded.apply(loop, *operands))
+
+
+def _compiled(solver: IterativeSolver, steps: Steps) -> Compiled | None:
+    """What compiles the steps, if anything does."""
+    if solver.compiler is None or solver.can_stop or not steps.num_steps:
+        return None
+    key = (
+        (steps.arguments.spec, steps.arguments.leaves, steps.arguments.num_hparams),
+        steps.inputs_spec,
+        (steps.num_theta, steps.num_entry, steps.num_fixed),
+    )
+    return Compiled(solver.compiler, solver.compiler.read(), block_size(steps.num_steps), key)
 
 
 def _check_solver(inner_solver: Any, method: Any) -> IterativeSolver:

@@ -34,19 +34,19 @@ ONE, BOTH = (1,), (1, 2)
 # The numbers of threads to measure by default, and about how many minutes each takes, with what is
 # to be compiled. Small problems leave a second thread idle.
 PROBLEMS: dict[str, tuple[tuple[int, ...], float]] = {
-    "P1": (BOTH, 0.8),
-    "P2": (BOTH, 0.8),
-    "P3a": (BOTH, 2),
-    "P3b": (ONE, 4),
-    "P4": (BOTH, 1),
-    "P5-1": (ONE, 1.5),
-    "P5-4": (ONE, 1.5),
-    "P5-16": (BOTH, 2),
-    "P5-64": (ONE, 1.5),
-    "P5-256": (ONE, 4),
-    "P6-cg": (ONE, 0.5),
-    "P6-reverse": (ONE, 0.5),
-    "P7": (BOTH, 0.4),
+    "P1": (BOTH, 0.6),
+    "P2": (BOTH, 0.6),
+    "P3a": (BOTH, 2.2),
+    "P3b": (ONE, 4.2),
+    "P4": (BOTH, 0.7),
+    "P5-1": (ONE, 0.6),
+    "P5-4": (ONE, 1.8),
+    "P5-16": (BOTH, 2.2),
+    "P5-64": (ONE, 1.4),
+    "P5-256": (ONE, 3.7),
+    "P6-cg": (ONE, 0.4),
+    "P6-reverse": (ONE, 0.4),
+    "P7": (BOTH, 0.2),
 }
 SAME = {"P5-16": "P3a"}  # one work under two names, measured once
 PEERS = ("higher", "jax", "jaxopt", "torchdeq", "torchopt")
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, nargs="+", help="by default 1, and 2 for problems that use them"
     )
-    parser.add_argument("--seconds", type=float, default=10.0, help="of timing, for each problem")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of timing, for each problem")
     parser.add_argument(
         "--only", default="", help="entries with one of these, A|B, in their name, and floors"
     )

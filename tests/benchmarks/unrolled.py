@@ -133,8 +133,8 @@ def _problem(key: str, title: str, work: Work) -> Problem:
     def entry(name: str, group: str, build: Callable[[Work], Callable[[], Any]]) -> Entry:
         return Entry(name, group, lambda: build(work))
 
-    def ours(name: str, method: Any) -> Entry:
-        return entry(f"hyperfunc, {name}", OURS, lambda work: hyperfunc(work, method))
+    def ours(name: str, method: Any, compile: bool = False) -> Entry:
+        return entry(f"hyperfunc, {name}", OURS, lambda work: hyperfunc(work, method, compile))
 
     entries = [
         entry("gradients and products", FLOOR, floor),
@@ -142,6 +142,8 @@ def _problem(key: str, title: str, work: Work) -> Problem:
         entry("by hand, nested torch.func.grad", RAW, nested_by_hand),
         ours("ReverseUnroll", hf.ReverseUnroll()),
         ours("Reverse", hf.Reverse()),
+        ours("ReverseUnroll, compiled", hf.ReverseUnroll(), compile=True),
+        ours("Reverse, compiled", hf.Reverse(), compile=True),
         entry("higher", PEER, higher),
         entry("TorchOpt", PEER, torchopt),
         entry("JAX, grad of lax.scan, jit", PEER, jax_scan),
@@ -193,7 +195,7 @@ def nested_by_hand(work: Work) -> Callable[[], Vector]:
     return lambda: torch.func.grad(objective)(work.hparams)
 
 
-def hyperfunc(work: Work, method: Any) -> Callable[[], Vector]:
+def hyperfunc(work: Work, method: Any, compile: bool) -> Callable[[], Vector]:
     def loss(w: Vector, h: Vector, x: Tensor, y: Tensor, *val: Tensor) -> Tensor:
         return work.loss(w, h, x, y)
 
@@ -202,7 +204,7 @@ def hyperfunc(work: Work, method: Any) -> Callable[[], Vector]:
 
     optimizer = hf.optim.sgd(lambda h: h[0].exp(), momentum=work.momentum)
     solver = hf.minimize(loss, optimizer, work.steps, init=lambda h, *args: work.initial)
-    transformed = hf.hypergrad(solver, outer_loss, method=method)
+    transformed = hf.hypergrad(solver, outer_loss, method=method, compile=compile)
     return lambda: transformed(work.hparams, *work.train, *work.val)
 
 
