@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks import harness, run
+from tests.benchmarks import harness, memory, run, unrolled
 
 Measured = list[tuple[str, int]]
 
@@ -198,3 +198,11 @@ def test_the_median_counts_and_a_long_call_is_made_once(monkeypatch: pytest.Monk
     problem = harness.Problem("P", "p", [entry], lambda: [torch.ones(1)])
     (row,) = harness.measure(problem, 1.0, lambda text: None)
     assert (row["seconds"], row["first_call"]) == (pytest.approx(0.4), pytest.approx(0.1))
+
+
+@pytest.mark.parametrize("name", [name for name in memory.BUILD if name not in memory.IMPORTS])
+def test_rows_of_memory_are_one_computation(name: str) -> None:
+    work = unrolled.mlp(3)
+    got = memory.BUILD[name](work)()
+    if name != "gradients and products":
+        torch.testing.assert_close(got, unrolled.by_hand(work)(), rtol=1e-3, atol=1e-5)

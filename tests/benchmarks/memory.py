@@ -48,7 +48,10 @@ METHODS: dict[str, Any] = {
 }
 UNROLL, JAX = "ReverseUnroll()", "JAX, grad of lax.scan, jit"
 BUILD: dict[str, Callable[[unrolled.Work], Callable[[], Any]]] = {
-    **{name: functools.partial(unrolled.hyperfunc, method=m) for name, m in METHODS.items()},
+    **{
+        name: functools.partial(unrolled.hyperfunc, method=method, compile=False)
+        for name, method in METHODS.items()
+    },
     "gradients and products": unrolled.floor,
     "by hand, create_graph": unrolled.by_hand,
     "by hand, nested torch.func.grad": unrolled.nested_by_hand,
