@@ -20,88 +20,98 @@ _Seen: TypeAlias = dict[Hashable, object]
 # A container with more items is a data set, not a tree of parameters.
 _MOST_ITEMS = 1000
 
-_YIELDED = (Tensor, str, int, float)
+_FOUND = (Tensor, str, int, float)
 
 
-def refuse_captured_tensors(fn: Any, name: str) -> None:
-    """Raise if a function closes over a tensor that carries a derivative."""
-    for tensor in captured_tensors(fn):
-        if _ad.is_attached(tensor):
+def refuse_captured_tensors(*named: tuple[Any, str]) -> None:
+    """Raise if one of some functions, each with its name, closes over what carries a derivative."""
+    seen: _Seen = {}
+    for fn, name in named:
+        if any(_ad.is_attached(value) for value in _captured(fn, seen)):
             raise ValueError(captured_message(name))
 
 
-def captured_tensors(fn: Any) -> Iterator[Tensor]:
+def captured_tensors(fn: Any) -> list[Tensor]:
     """The tensors that a function closes over.
 
     Looked through are its variables, globals, and default values, the attributes and methods of
     these that it names, dicts, lists and tuples, and the functions among all these. Modules are
     not: their parameters may be replaced by arguments in the call.
     """
-    return (value for value in _captured(fn, {}) if isinstance(value, Tensor))
+    return [value for value in _captured(fn, {}) if isinstance(value, Tensor)]
 
 
-def captured_values(fn: Any) -> Iterator[Tensor | str | float]:
+def captured_values(fn: Any) -> list[Tensor | str | float]:
     """`captured_tensors`, and the numbers and strings beside them, for modules their mode."""
     return _captured(fn, {})
 
 
-def _captured(fn: Any, seen: _Seen) -> Iterator[Any]:
+def _captured(fn: Any, seen: _Seen) -> list[Any]:
+    found: list[Any] = []
+    _look_into(fn, seen, found)
+    return found
+
+
+def _look_into(fn: Any, seen: _Seen, found: list[Any]) -> None:
+    """Add what a function closes over to what was found."""
     if isinstance(fn, functools.partial):
-        yield from _values((fn.func, fn.args, fn.keywords), (), seen)
+        for held in (fn.func, fn.args, fn.keywords):
+            _add(held, (), seen, found)
     elif isinstance(fn, types.MethodType):
         code = getattr(fn.__func__, "__code__", None)
-        yield from _attributes(fn.__self__, _all_names(code) if code else (), seen)
-        yield from _values(fn.__func__, (), seen)
+        _add_attributes(fn.__self__, _all_names(code) if code else (), seen, found)
+        _add(fn.__func__, (), seen, found)
     elif isinstance(fn, types.FunctionType):
         names = _all_names(fn.__code__)
-        held = (fn.__defaults__, fn.__kwdefaults__, list(_contents(fn.__closure__ or ())))
-        yield from _values(held, names, seen)
+        for held in (fn.__defaults__, fn.__kwdefaults__, *_contents(fn.__closure__ or ())):
+            _add(held, names, seen, found)
         for name in _global_names(fn.__code__):
             value = fn.__globals__.get(name)
             # the functions of other modules are libraries
             if getattr(value, "__globals__", fn.__globals__) is fn.__globals__:
-                yield from _values(value, names, seen)
+                _add(value, names, seen, found)
     elif dataclasses.is_dataclass(fn) and not isinstance(fn, type):
-        yield from _values([getattr(fn, field.name) for field in dataclasses.fields(fn)], (), seen)
+        for field in dataclasses.fields(fn):
+            _add(getattr(fn, field.name), (), seen, found)
     elif callable(fn) and isinstance(type(fn).__call__, types.FunctionType):
-        yield from _captured(types.MethodType(type(fn).__call__, fn), seen)
+        _look_into(types.MethodType(type(fn).__call__, fn), seen, found)
 
 
-def _values(value: Any, names: Iterable[str], seen: _Seen) -> Iterator[Any]:
-    """The values in what a function holds, whose code reads attributes of these names."""
-    if isinstance(value, _YIELDED):
-        yield value
+def _add(value: Any, names: tuple[str, ...], seen: _Seen, found: list[Any]) -> None:
+    """Add the values in what a function holds, whose code reads attributes of these names."""
+    if isinstance(value, _FOUND):
+        found.append(value)
         return
     if isinstance(value, nn.Module):
-        yield value.training
+        found.append(value.training)
         return
     if value is None or isinstance(value, type | types.ModuleType):
         return
     if isinstance(value, types.MethodType):
         key: Hashable = (id(value.__self__), id(value.__func__))
     else:
-        key = (id(value), tuple(names))
+        key = (id(value), names)
     if key in seen:
         return
     seen[key] = value  # held, so that no other object gets its id
     if isinstance(value, dict | list | tuple) or _tensordict.is_tensordict(value):
         items = value if isinstance(value, list | tuple) else value.values()
         for item in itertools.islice(items, _MOST_ITEMS):
-            yield from _values(item, names, seen)
+            _add(item, names, seen, found)
         return
-    yield from _attributes(value, names, seen)
+    _add_attributes(value, names, seen, found)
     if not str(getattr(value, "__module__", "")).startswith("torch."):
-        yield from _captured(value, seen)
+        _look_into(value, seen, found)
 
 
-def _attributes(value: Any, names: Iterable[str], seen: _Seen) -> Iterator[Any]:
-    """Those in the attributes of these names, and in what methods of these names use."""
+def _add_attributes(value: Any, names: tuple[str, ...], seen: _Seen, found: list[Any]) -> None:
+    """Add those in the attributes of these names, and in what methods of these names use."""
     attributes = getattr(value, "__dict__", {})
     for name in names:
         if name in attributes:
-            yield from _values(attributes[name], names, seen)
+            _add(attributes[name], names, seen, found)
         elif isinstance(method := getattr(type(value), name, None), types.FunctionType):
-            yield from _values(types.MethodType(method, value), (), seen)
+            _add(types.MethodType(method, value), (), seen, found)
 
 
 def _contents(cells: Iterable[types.CellType]) -> Iterator[Any]:

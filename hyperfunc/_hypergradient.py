@@ -40,11 +40,13 @@ class Rule:
 
     def make_problem(self, arguments: Arguments) -> ImplicitProblem:
         assert self.condition is not None
-        refuse_captured_tensors(self.inner_solver, "the inner solver")
-        refuse_captured_tensors(self.condition.fn, self.condition.kind)
+        named = [
+            (self.inner_solver, "the inner solver"),
+            (self.condition.fn, self.condition.kind),
+        ]
         if isinstance(self.method, StochasticAID):
-            for name in ("sampler", "outer_sampler"):
-                refuse_captured_tensors(getattr(self.method, name), name)
+            named += [(getattr(self.method, name), name) for name in ("sampler", "outer_sampler")]
+        refuse_captured_tensors(*named)
         return ImplicitProblem(
             self.inner_solver, self.condition, self.method, arguments, self.throw
         )
@@ -156,7 +158,7 @@ class Hypergradient:
         """`_differentiate`, compiled; where it fails is told afterwards."""
         assert self.compiler is not None
         assert problem.bound is not None
-        refuse_captured_tensors(self.outer_loss, "outer_loss")
+        refuse_captured_tensors((self.outer_loss, "outer_loss"))
         quiet = dataclasses.replace(problem, throw=False)
         n, m = len(w), len(theta)
 
@@ -195,7 +197,7 @@ class Hypergradient:
                 f"system. Leave it out, or use an implicit method such as method='cg'"
             )
         arguments, theta, hparams_spec = Arguments.flatten(hparams, args)
-        refuse_captured_tensors(self.rule.inner_solver, "the inner solver")
+        refuse_captured_tensors((self.rule.inner_solver, "the inner solver"))
         solution_map = self.rule.method.solution_map(self.rule.inner_solver)
         outer = OuterLoss(self.outer_loss, self.has_aux)
         params_specs: list[_tree.TreeSpec] = []

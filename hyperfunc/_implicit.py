@@ -62,7 +62,8 @@ class ImplicitProblem:
         """The inner solution as detached leaves that share no memory with the arguments."""
         hparams = theta[: self.arguments.num_hparams]
         versions = _ad.versions(hparams)
-        used = (*theta, *filter(_ad.has_level, captured_tensors(self.inner_solver)))
+        captured = captured_tensors(self.inner_solver) if _ad.transforms_active() else ()
+        used = (*theta, *filter(_ad.has_level, captured))
         try:
             with torch.enable_grad(), _ad.outside_idle_vmaps(used):
                 params = self.inner_solver(*self.arguments.unflatten(_ad.detach(theta)))

@@ -199,8 +199,7 @@ def _solve(
     inputs, inputs_spec = _tree.flatten(solver.inputs)
     if not _ad.is_tracked((*theta, *inputs)):
         return solver(hparams, *args)
-    refuse_captured_tensors(solver.step, STEP)
-    refuse_captured_tensors(solver.init, "init")
+    refuse_captured_tensors((solver.step, STEP), (solver.init, "init"))
     flat = FlatSteps(solver)
     num_steps = solver.num_steps if last is None else min(last, solver.num_steps)
     skipped = solver.num_steps - num_steps

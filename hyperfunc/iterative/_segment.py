@@ -88,7 +88,7 @@ class _Checkpointed(WrappedFunction):
         if not tensors or not _ad.is_tracked(tensors):
             return fn(*args, **kwargs)
         name = f"the checkpointed function {getattr(fn, '__name__', repr(fn))}"
-        refuse_captured_tensors(fn, name)
+        refuse_captured_tensors((fn, name))
         result: list[Any] = []
 
         def flat(*operands: Tensor) -> Leaves:
