@@ -83,15 +83,33 @@ def may_overwrite(tensors: Sequence[Tensor]) -> bool:
     levels = _levels.vmap_levels()
     if (not levels and transforms_active()) or _levels.is_traced():
         return False
-    return all(
-        type(tensor) is Tensor and not _requires_grad(tensor) and _levels.is_batched(tensor, levels)
-        for tensor in tensors
+    for tensor in tensors:
+        if type(tensor) is not Tensor or tensor.requires_grad:
+            return False
+        if levels and (_requires_grad(tensor) or not _levels.is_batched(tensor, levels)):
+            return False
+    return True
+
+
+def can_read(tensors: Sequence[Tensor]) -> bool:
+    """Whether the values of tensors that `may_overwrite` holds for can be read without waiting.
+
+    Numbers then do for scalars what 0-d tensors do, at a fraction of the overhead.
+    """
+    return (
+        not transforms_active()
+        and torch._C._get_tracing_state() is None
+        and all(tensor.device.type == "cpu" for tensor in tensors)
+        and may_overwrite(tensors)
     )
 
 
 def write_sum(alpha: Tensor | float, x: Leaves, y: Leaves, out: Leaves) -> None:
     """Write ``y + alpha x`` over x or y, which `may_overwrite` has to allow for both."""
     levels = _levels.vmap_levels()
+    if out is y and not levels and not isinstance(alpha, Tensor):
+        torch._foreach_add_(y, x, alpha=alpha)  # less than half the time where leaves are small
+        return
     for u, v, place in zip(x, y, out, strict=True):
         factor: Any = alpha
         if isinstance(alpha, Tensor) and (alpha.dtype != u.dtype or alpha.device != u.device):
@@ -238,24 +256,26 @@ class Linearization:
         return probing
 
 
-def grad_and_value(
+def gradient(
     fn: Callable[..., Tensor], primals: Leaves, *, create_graph: bool | None = None
-) -> tuple[Leaves, Tensor]:
-    """Gradient and value of a scalar function of flat tensors.
+) -> Leaves:
+    """Gradient of a scalar function of flat tensors.
 
     The result is differentiable whenever the primals are tracked (or ``create_graph`` says so).
     """
     if transforms_active():
-        grads, value = torch.func.grad_and_value(lambda leaves: fn(*leaves))(tuple(primals))
-        return tuple(grads), value
+        grads, _ = torch.func.grad_and_value(lambda leaves: fn(*leaves))(tuple(primals))
+        return tuple(grads)
     tracked = is_tracked(primals) if create_graph is None else create_graph
     with torch.enable_grad():
-        inputs = [_enter(leaf, tracked) for leaf in out_of_inference(primals)]
+        inputs = [
+            _enter(leaf.clone() if leaf.is_inference() else leaf, tracked) for leaf in primals
+        ]
         value = fn(*inputs)
         if not value.requires_grad:
-            return tuple(torch.zeros_like(leaf) for leaf in primals), value
+            return tuple(torch.zeros_like(leaf) for leaf in primals)
         grads = torch.autograd.grad(value, inputs, create_graph=tracked, allow_unused=True)
-    return _fill(grads, primals), value if tracked else value.detach()
+    return _fill(grads, primals)
 
 
 def count_true(flag: Tensor) -> int:
@@ -642,7 +662,9 @@ def _enter(leaf: Tensor, tracked: bool) -> Tensor:
 
 def _fill(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
     filled = tuple(
-        torch.zeros_like(leaf) if grad is None else grad
-        for grad, leaf in zip(grads, like, strict=True)
+        [
+            torch.zeros_like(leaf) if grad is None else grad
+            for grad, leaf in zip(grads, like, strict=True)
+        ]
     )
     return _sharding.align(filled, like)

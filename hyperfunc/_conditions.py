@@ -65,7 +65,7 @@ class Arguments:
         leaves, spec = _tree.flatten((hparams, *args))
         positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
         for i, leaf in enumerate(leaves):
-            if isinstance(leaf, Iterator):
+            if not isinstance(leaf, Tensor) and isinstance(leaf, Iterator):
                 raise TypeError(
                     f"{_tree.paths(spec, '(hparams, *args)')[i]} is {leaf!r}, which the first "
                     f"function to read it would use up. Pass list(...) of it"
@@ -97,12 +97,12 @@ class BoundCondition:
         hparams_and_args = self.arguments.unflatten(theta)
         if self.condition.kind == "inner_loss":
             loss = self.proximal.loss if self.proximal else self.condition.fn
-            return _ad.grad_and_value(
+            return _ad.gradient(
                 lambda *leaves: check_scalar(
                     loss(_tree.unflatten(self.params_spec, leaves), *hparams_and_args), "inner_loss"
                 ),
                 w,
-            )[0]
+            )
         name = self.condition.kind
         value = self.condition.fn(_tree.unflatten(self.params_spec, w), *hparams_and_args)
         leaves, spec = _tree.flatten(value)

@@ -223,7 +223,7 @@ class _Point:
                 point = (*chosen, *leaves[n + m :])
                 return outer(*point) - _tree.dot(residual(*point), u)
 
-            return _ad.grad_and_value(lagrangian, leaves[: n + m])[0]
+            return _ad.gradient(lagrangian, leaves[: n + m])
 
         inner, hparams = tuple(range(n)), tuple(range(n, n + m))
         first = _ad.Linearization(residual, (*w, *theta), (inner, hparams))

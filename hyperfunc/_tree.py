@@ -127,6 +127,11 @@ def dots(*pairs: tuple[Leaves, Leaves]) -> tuple[Tensor, ...]:
     return tuple(_dot(a, b) for a, b in pairs)
 
 
+def read_dots(*pairs: tuple[Leaves, Leaves]) -> tuple[float, ...]:
+    """`dots` as numbers, for vectors that `can_read` holds for."""
+    return tuple([_dot(a, b).item() for a, b in pairs])
+
+
 def start_dots(*pairs: tuple[Leaves, Leaves]) -> Callable[[], tuple[Tensor, ...]]:
     """`dots`, with the reduction over ranks under way until the returned function is called."""
     layout = _sharding.layout_of(pairs[0][0])
@@ -148,6 +153,11 @@ def may_overwrite(*vectors: Leaves) -> bool:
     They may not where a derivative of one of them can be asked for.
     """
     return _ad.may_overwrite([leaf for vector in vectors for leaf in vector])
+
+
+def can_read(*vectors: Leaves) -> bool:
+    """Whether scalars computed from vectors that the caller alone holds may be numbers."""
+    return _ad.can_read([leaf for vector in vectors for leaf in vector])
 
 
 def reusable(x: Leaves, *others: Leaves) -> Leaves | None:
@@ -205,10 +215,11 @@ def sum_is_finite(x: Leaves) -> Tensor:
     """A 0-d bool tensor that shows `all_finite` in one pass where it holds; a sum may overflow."""
     if _sharding.layout_of(x) is not None:
         return all_finite(x)
-    flag = torch.isfinite(x[0].sum())
+    total = x[0].sum()
     for leaf in x[1:]:
-        flag = flag & torch.isfinite(leaf.sum()).to(flag.device)
-    return flag
+        term = leaf.sum()
+        total = total + (term if term.device == total.device else term.to(total.device))
+    return torch.eq(total - total, 0)  # NaN where it is not finite
 
 
 def all_finite(x: Leaves) -> Tensor:
@@ -235,7 +246,7 @@ def _dot(a: Leaves, b: Leaves) -> Tensor:
     for x, y in zip(a, b, strict=True):
         if x.dtype is not dtype or y.dtype is not dtype:
             x, y = x.to(dtype), y.to(dtype)
-        term = _ad.dot(x.reshape(-1), y.reshape(-1))
+        term = _ad.dot(x, y) if x.ndim == 1 else _ad.dot(x.reshape(-1), y.reshape(-1))
         if term.device != device:
             term = term.to(device)
         total = term if total is None else total + term

@@ -544,7 +544,7 @@ class _Point:
         def loss(*leaves: Tensor) -> Tensor:
             return self._loss("outer_loss", leaves[:n], leaves[n:], batch)
 
-        gradient, _ = _ad.grad_and_value(loss, (*self.w, *self.h))
+        gradient = _ad.gradient(loss, (*self.w, *self.h))
         return gradient[:n], gradient[n:]
 
     def terms(self, inner_batch: tuple[Any, ...], outer_batch: tuple[Any, ...]) -> _Terms:
@@ -600,7 +600,7 @@ class _Point:
         def loss(*leaves: Tensor) -> Tensor:
             return self._loss("inner_loss", leaves, h, batch)
 
-        return _ad.grad_and_value(loss, w, create_graph=create_graph)[0]
+        return _ad.gradient(loss, w, create_graph=create_graph)
 
     def _loss(self, key: str, w: Leaves, h: Leaves, batch: tuple[Any, ...]) -> Tensor:
         value = getattr(self.settings, key)(

@@ -474,8 +474,9 @@ class _DescentStep:
                 result = loss(_tree.unflatten(spec, flat), hparams, *args, *extra)
                 return check_scalar(result, "inner_loss")
 
-            recorded = tracked or _ad.is_tracked((*leaves, *_tree.flatten(extra)[0]))
-            grads, _ = _ad.grad_and_value(value, leaves, create_graph=recorded)
+            row = _tree.flatten(extra)[0] if extra else ()
+            recorded = tracked or _ad.is_tracked((*leaves, *row))
+            grads = _ad.gradient(value, leaves, create_graph=recorded)
             return update(leaves, grads, memory, pull)
 
         return step
@@ -551,7 +552,7 @@ def _gradient(
         return check_scalar(result, "inner_loss")
 
     tracked = _ad.is_tracked(_tree.flatten((params, hparams, args))[0])
-    grads, _ = _ad.grad_and_value(value, leaves, create_graph=tracked)
+    grads = _ad.gradient(value, leaves, create_graph=tracked)
     if isinstance(loss, ProximalLoss):
         offset = _tree.sub(leaves, loss.center_at(hparams, leaves, spec))
         weight = loss.weight_at(hparams)

@@ -636,13 +636,13 @@ class _Tests:
     def _outer_gradient(self) -> Leaves:
         spec, n = _tree.flatten(self.params)[1], len(self.w)
         return _ad.detach(
-            _ad.grad_and_value(
+            _ad.gradient(
                 lambda *leaves: self.problem.outer(
                     _tree.unflatten(spec, leaves[:n]), self._tree(leaves[n:])
                 ),
                 (*self.w, *self.h),
                 create_graph=False,
-            )[0]
+            )
         )
 
     def _tree(self, h: Leaves) -> TensorTree:
@@ -666,7 +666,7 @@ def _linear_residual(problem: _Problem, local: _Local | None, solution: Any) -> 
     if local is None or not is_implicit(problem.method):
         return None
     spec = local.bound.params_spec
-    b, _ = _ad.grad_and_value(
+    b = _ad.gradient(
         lambda *leaves: problem.outer(_tree.unflatten(spec, leaves), problem.hparams),
         local.w,
         create_graph=False,

@@ -32,13 +32,15 @@ def leafwise(
     prepare: Callable[..., tuple[Any, ...]],
     step: Callable[..., tuple[Tensor, Leaves]],
     slots: dict[str, Any],
-    drawn: Callable[..., Tensor | None] = lambda *_: None,
+    drawn: Callable[..., Tensor | None] | None = None,
+    timed: bool = True,
 ) -> Optimizer:
     """The optimiser that takes one step leaf by leaf; a slot starts as its value, or as params.
 
     ``drawn(leaf, grad, weight, center, c, reuse)`` is the new leaf for the gradient
     ``grad + weight (leaf - center)`` where that takes fewer passes than `step`, else None; with
-    ``reuse`` it may write over what it makes.
+    ``reuse`` it may write over what it makes. ``timed`` says whether `prepare` depends on the
+    number of the step.
     """
     for key, coefficient in coefficients.items():
         check_coefficient(name, key, coefficient)
@@ -62,7 +64,7 @@ def leafwise(
             )
         return State(torch.zeros((), dtype=torch.int64, device="cpu"), filled)
 
-    return Optimizer(init, Leafwise(name, coefficients, prepare, step, tuple(slots), drawn))
+    return Optimizer(init, Leafwise(name, coefficients, prepare, step, tuple(slots), drawn, timed))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +76,8 @@ class Leafwise:
     prepare: Callable[..., tuple[Any, ...]]
     step: Callable[..., tuple[Tensor, Leaves]]
     slots: tuple[str, ...]
-    drawn: Callable[..., Tensor | None]
+    drawn: Callable[..., Tensor | None] | None
+    timed: bool
 
     def __call__(
         self, grads: TensorTree, state: State, params: TensorTree, hparams: Any = None
@@ -84,6 +87,7 @@ class Leafwise:
         flat = tuple(leaf for slot in memory for leaf in slot)
         update = self.bind(leaves, spec, hparams)
         new, (step, *rest) = update(leaves, grad_leaves, (state.step, *flat), None)
+        step = step if self.timed else step + 1
         n = len(leaves)
         filled = {
             slot: _tree.unflatten(spec, rest[index * n : (index + 1) * n])
@@ -96,7 +100,8 @@ class Leafwise:
     ) -> Callable[[Leaves, Leaves, Leaves, Pull | None], tuple[Leaves, Leaves]]:
         """The update at given hparams, on leaves: ``(params, grads, state, pull) -> (new, state)``.
 
-        The state is the leaves of a `State`; a pull is one more term of the gradients.
+        The state is the leaves of a `State`, whose step is not counted on where nothing depends on
+        it; a pull is one more term of the gradients.
         """
         params = _tree.unflatten(spec, like)
         rows = values_by_leaf(self.name, self.coefficients, hparams, params, like, spec)
@@ -106,27 +111,30 @@ class Leafwise:
         distinct = dict(zip(keys, rows, strict=True))
         places = [1 + sorted(self.slots).index(slot) * len(like) for slot in self.slots]
 
+        def prepared(t: Any) -> list[tuple[Any, ...]]:
+            values = {key: cast(self.prepare(t, *row), *key[1:]) for key, row in distinct.items()}
+            return [values[key] for key in keys]
+
+        constant = None if self.timed else prepared(1)
+
         def update(
             leaves: Leaves, grads: Leaves, state: Leaves, pull: Pull | None
         ) -> tuple[Leaves, Leaves]:
-            t = _step_number(state[0])
-            coefficients = {
-                key: cast(self.prepare(t, *row), *key[1:]) for key, row in distinct.items()
-            }
+            values = prepared(_step_number(state[0])) if constant is None else constant
             reuse = pull is not None and pull.may_overwrite(leaves, grads)
             new_leaves = []
-            new_state = [state[0] + 1, *state[1:]]
-            for index, (leaf, grad, key) in enumerate(zip(leaves, grads, keys, strict=True)):
-                dtype, c = key[1], coefficients[key]
-                before = tuple(state[place + index] for place in places)
+            new_state = [state[0] + 1 if self.timed else state[0], *state[1:]]
+            for index, (leaf, grad, c) in enumerate(zip(leaves, grads, values, strict=True)):
+                dtype = dtypes[index]
                 if pull is not None:
-                    if dtype is leaf.dtype:
+                    if self.drawn is not None and dtype is leaf.dtype:
                         center = pull.center[index]
                         new = self.drawn(leaf, grad, pull.weight, center, c, reuse)
                         if new is not None:
                             new_leaves.append(new)
                             continue
                     grad = pull.add(grad, leaf, index, reuse)
+                before = tuple([state[place + index] for place in places])
                 if dtype is leaf.dtype:
                     new, after = self.step(leaf, grad, before, c)
                 else:

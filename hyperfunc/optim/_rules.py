@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc._wrapped import picklable
 from hyperfunc.optim._base import Coefficient, Optimizer, is_zero
@@ -96,10 +95,10 @@ def sgd(
         leaf: Tensor, grad: Tensor, weight: Any, center: Tensor, c: Any, reuse: bool
     ) -> Tensor | None:
         rate = c[0]
-        if not plain or isinstance(rate, Tensor) or isinstance(weight, Tensor):
+        if isinstance(rate, Tensor) or isinstance(weight, Tensor):
             return None
-        moved = (torch.lerp(leaf, center, -rate * weight),)
-        return _tree.axpy(rate, (grad,), moved, out=moved if reuse else None)[0]
+        moved = torch.lerp(leaf, center, -rate * weight)
+        return moved.add_(grad, alpha=rate) if reuse else torch.add(moved, grad, alpha=rate)
 
     return leafwise(
         "sgd",
@@ -107,7 +106,8 @@ def sgd(
         prepare,
         step,
         {"momentum_buffer": 0.0} if has_momentum else {},
-        drawn,
+        drawn if plain else None,
+        timed=not is_zero(dampening),
     )
 
 
@@ -153,7 +153,9 @@ def heavy_ball(lr: Coefficient, beta: Coefficient) -> Optimizer:
         # One pass over the leaves: lerp goes from the previous iterate through this one and beyond.
         return axpy(rate, grad, torch.lerp(slots[0], leaf, reach)), (leaf,)
 
-    return leafwise("heavy_ball", {"lr": lr, "beta": beta}, prepare, step, {"previous": None})
+    return leafwise(
+        "heavy_ball", {"lr": lr, "beta": beta}, prepare, step, {"previous": None}, timed=False
+    )
 
 
 @picklable
@@ -340,7 +342,7 @@ def rmsprop(
         "weight_decay": weight_decay,
         "momentum": momentum,
     }
-    return leafwise("rmsprop", coefficients, prepare, step, dict.fromkeys(slots, 0.0))
+    return leafwise("rmsprop", coefficients, prepare, step, dict.fromkeys(slots, 0.0), timed=False)
 
 
 @picklable
@@ -411,6 +413,7 @@ def adagrad(
         prepare,
         step,
         {"sum": initial_accumulator_value},
+        timed=not is_zero(lr_decay),
     )
 
 
