@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -102,10 +102,13 @@ class AbstractLinearSolver(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The squared residual norms at which an iteration stops, and the verdict when it has."""
+    """The squared residual norms at which an iteration stops, and the verdict when it has.
 
-    converged: Tensor
-    diverged: Tensor
+    They are 0-d tensors, or numbers for an iteration whose scalars are numbers too.
+    """
+
+    converged: Any
+    diverged: Any
     asymmetry: float
     adaptive: bool
 
@@ -131,12 +134,26 @@ class Bounds:
             adaptive=bool(relative or atol),
         )
 
-    def open(self, rs: Tensor) -> Tensor:
+    def read(self) -> Bounds:
+        """The same bounds as numbers."""
+        return dataclasses.replace(
+            self, converged=self.converged.item(), diverged=self.diverged.item()
+        )
+
+    def open(self, rs: Any) -> Any:
         """Whether the iteration may go on: neither converged, nor diverged, nor NaN."""
         return (rs > self.converged) & (rs < self.diverged)
 
-    def stats(self, num_steps: Tensor, rs: Tensor, active: Tensor) -> SolveStats:
-        """Statistics at the end, where ``active`` tells an iteration that could have gone on."""
+    def stats(self, num_steps: Any, rs: Any, active: Any) -> SolveStats:
+        """Statistics at the end, where ``active`` tells an iteration that could have gone on.
+
+        Numbers will do, but the bounds must be tensors.
+        """
+        if not isinstance(rs, Tensor):
+            device = self.converged.device
+            num_steps = torch.tensor(num_steps, dtype=torch.int64, device=device)
+            active = torch.tensor(active, device=device)
+            rs = self.converged.new_tensor(rs)
         unfinished = RESULTS.max_steps if self.adaptive else RESULTS.success
         result = torch.where(active, int(unfinished), int(RESULTS.breakdown))
         result = torch.where(rs >= self.diverged, int(RESULTS.divergence), result)
@@ -152,6 +169,18 @@ def first_iterate(operator: LinearOperator, b: Leaves, x0: Leaves | None) -> tup
     r = operator.residual(x0, b)
     better = _tree.dot(r, r) < _tree.dot(b, b)
     return _tree.where(better, x0, _tree.zeros_like(b)), _tree.where(better, r, b)
+
+
+def ratio(a: Any, b: Any) -> Any:
+    """``a / b`` of 0-d tensors or numbers, where a number by zero is NaN."""
+    return a / b if isinstance(b, Tensor) or b else math.nan
+
+
+def where(mask: Any, a: Any, b: Any) -> Any:
+    """``a`` where the mask holds, else ``b``, of 0-d tensors or numbers."""
+    if isinstance(mask, Tensor):
+        return torch.where(mask, a, b)
+    return a if mask else b
 
 
 def check_settings(solver: object, maxiter: object, rtol: object, atol: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from hyperfunc.linear_solvers._base import (
     LinearOperator,
     check_settings,
     first_iterate,
+    ratio,
+    where,
 )
 from hyperfunc.linear_solvers._preconditioners import (
     Preconditioner,
@@ -90,14 +93,19 @@ class CG(AbstractLinearSolver):
             active = active & _seems_symmetric(operator, b)
         p = z = r if precondition is None else precondition(r)
         rz = rs if precondition is None else _tree.dot(r, z)
+        limits: Any = bounds
+        dots: Any = _tree.dots
         own = False  # the first residual and direction are those of the caller
         for step in range(self.maxiter):
             if bounds.adaptive and not _ad.any_true(active):
                 break
             Ap = operator.mv(p)
-            alpha = rz / _tree.dot(p, Ap)
+            if step == 0 and _tree.can_read(x, r, p, Ap):
+                rs, rz, num_steps, active = _read(rs, rz, num_steps, active)
+                limits, dots = bounds.read(), _tree.read_dots
+            alpha = ratio(rz, *dots((p, Ap)))
             active = active & (alpha > 0) & (alpha < torch.inf)
-            alpha = torch.where(active, alpha, 0.0)
+            alpha = where(active, alpha, 0.0)
             fresh = own or (x0 is None and _tree.may_overwrite(x, p, Ap))
             x = _tree.axpy(alpha, p, x, out=x if fresh else None)
             r = _tree.axpy(-alpha, Ap, r, out=r if own and operator.symmetric else None)
@@ -106,14 +114,15 @@ class CG(AbstractLinearSolver):
             others: tuple[Leaves, ...] = () if precondition is None else (z,)
             if not operator.symmetric:
                 others = (*others, z_previous)
-            rs, *products = _tree.dots((r, r), *((r, other) for other in others))
+            rs, *products = dots((r, r), *((r, other) for other in others))
             rz_previous, rz = rz, rs if precondition is None else products[0]
             if not operator.symmetric:
-                overlap = products[-1].abs() / torch.maximum(rz, rz_previous)
-                active = active & ~((overlap > bounds.asymmetry) & bounds.open(rs) & (alpha > 0))
-            beta = torch.where(active, rz / rz_previous, 0.0)
+                overlap = ratio(abs(products[-1]), where(rz > rz_previous, rz, rz_previous))
+                skew = (overlap > bounds.asymmetry) & limits.open(rs) & (alpha > 0)
+                active = where(skew, False, active)
+            beta = where(active, ratio(rz, rz_previous), 0.0)
             p = _tree.axpy(beta, p, z, out=p if own else None)
-            active = active & bounds.open(rs)
+            active = active & limits.open(rs)
             own = own or (step == 0 and _tree.may_overwrite(x, r, p))
         return x, bounds.stats(num_steps, rs, active)
 
@@ -156,29 +165,34 @@ class NormalCG(AbstractLinearSolver):
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         active = bounds.open(rs)
+        limits: Any = bounds
+        dots: Any = _tree.dots
         own = False  # the first vectors are those of the caller
         for step in range(self.maxiter):
             if bounds.adaptive and not _ad.any_true(active):
                 break
             if step == 0:
                 p = s = transposed.mv(r)
-                gamma = _tree.dot(s, s)
+                gamma: Any = _tree.dot(s, s)
             q = operator.mv(p)
-            alpha = gamma / _tree.dot(q, q)
+            if step == 0 and _tree.can_read(x, r, p, q):
+                rs, gamma, num_steps, active = _read(rs, gamma, num_steps, active)
+                limits, dots = bounds.read(), _tree.read_dots
+            alpha = ratio(gamma, *dots((q, q)))
             active = active & (alpha > 0) & (alpha < torch.inf)
-            alpha = torch.where(active, alpha, 0.0)
+            alpha = where(active, alpha, 0.0)
             x = _tree.axpy(alpha, p, x, out=x if own else None)
             r = _tree.axpy(-alpha, q, r, out=r if own else None)
             num_steps = num_steps + active
             if step + 1 == self.maxiter:
-                rs = _tree.dot(r, r)
-                active = active & bounds.open(rs)
+                (rs,) = dots((r, r))
+                active = active & limits.open(rs)
                 break
             s = transposed.mv(r)
             gamma_previous = gamma
-            rs, gamma = _tree.dots((r, r), (s, s))
-            active = active & bounds.open(rs)
-            beta = torch.where(active, gamma / gamma_previous, 0.0)
+            rs, gamma = dots((r, r), (s, s))
+            active = active & limits.open(rs)
+            beta = where(active, ratio(gamma, gamma_previous), 0.0)
             p = _tree.axpy(beta, p, s, out=p if own else None)
             own = own or (step == 0 and _tree.may_overwrite(x, r, p))
         return x, bounds.stats(num_steps, rs, active)
@@ -311,6 +325,10 @@ class BiCGStab(AbstractLinearSolver):
             num_steps = num_steps + active
             active = stable & bounds.open(rs)
         return x, rs, num_steps, active, maxiter
+
+
+def _read(*scalars: Tensor) -> list[Any]:
+    return [scalar.item() for scalar in scalars]
 
 
 def _seems_symmetric(operator: LinearOperator, b: Leaves) -> Tensor:
