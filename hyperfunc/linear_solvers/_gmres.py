@@ -93,7 +93,8 @@ class GMRES(AbstractLinearSolver):
         active = bounds.open(rs)
         operator_norm = torch.zeros_like(rs)
         verdict = torch.full_like(rs, -1, dtype=torch.int64)
-        cycle = _Cycle(vectors, r, rs, active)
+        size = min(restart, self.maxiter) + 1
+        cycle = _Cycle(vectors, r, rs, active, size)
         for step in range(self.maxiter):
             if bounds.adaptive and not _ad.any_true(active):
                 break
@@ -110,7 +111,7 @@ class GMRES(AbstractLinearSolver):
                     verdict = torch.where(stalled, code, verdict)
                     active = active & ~stalled
                 before = rs
-                cycle = _Cycle(vectors, r, rs, active)
+                cycle = _Cycle(vectors, r, rs, active, size)
             z = precondition(unravel(cycle.basis[-1], b))
             made, norm = cycle.extend(operator.mv(z), active)
             rs = torch.where(made, cycle.residual_norm**2, rs)
@@ -191,10 +192,16 @@ class _Cycle:
     keep its later coefficients at zero.
     """
 
-    def __init__(self, vectors: _Vectors, r: Leaves, rs: Tensor, active: Tensor) -> None:
+    def __init__(self, vectors: _Vectors, r: Leaves, rs: Tensor, active: Tensor, size: int) -> None:
         self._vectors = vectors
         self.start = self.residual_norm = rs.sqrt()
         self.basis = torch.where(active, vectors.ravel(r) / self.start, 0.0)[None]
+        # room for the whole basis, where that may be written to
+        self._room: Tensor | None = None
+        if not _ad.transforms_active() and _tree.may_overwrite((self.basis,)):
+            self._room = self.basis.new_empty(size, self.basis.shape[1])
+            self._room[0] = self.basis[0]
+            self.basis = self._room[:1]
         self.columns: list[Tensor] = []
         # the last row of the orthogonal factor of H_k, all that Givens' rotations need of it
         self._row = torch.ones_like(self.start)[None]
@@ -222,8 +229,17 @@ class _Cycle:
         idle = torch.eye(len(column), dtype=w.dtype, device=w.device)[-1]
         self.columns.append(torch.where(made, column, idle))
         vector = torch.where(made & (below > 0), w / below, 0.0)
-        self.basis = torch.cat([self.basis, vector[None]])
+        self._append(vector)
         return made, norm
+
+    def _append(self, vector: Tensor) -> None:
+        count = len(self.basis)
+        if self._room is not None and _tree.may_overwrite((vector,)):
+            self._room[count] = vector
+            self.basis = self._room[: count + 1]
+        else:
+            self.basis = torch.cat([self.basis, vector[None]])
+            self._room = None
 
     def combination(self) -> Tensor:
         """The vector ``V_k y`` for which the residual is smallest."""

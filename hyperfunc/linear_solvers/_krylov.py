@@ -299,13 +299,15 @@ class BiCGStab(AbstractLinearSolver):
         rs = first_rs = rho = _tree.dot(r, r)
         rho_previous = alpha = omega = torch.ones_like(rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
+        own = False  # the first vectors are those of the caller
         while maxiter > 0:
             if bounds.adaptive and not _ad.any_true(active):
                 break
             maxiter -= 1
             active = active & (rho.abs() > eps * (first_rs * rs).sqrt())
             beta = torch.where(active, (rho / rho_previous) * (alpha / omega), 0.0)
-            p = _tree.axpy(beta, _tree.axpy(-omega, v, p), r)
+            p = _tree.axpy(-omega, v, p, out=p if own else None)
+            p = _tree.axpy(beta, p, r, out=p if own else None)
             p_hat = precondition(p)
             v = operator.mv(p_hat)
             alpha = rho / _tree.dot(first, v)
@@ -318,8 +320,10 @@ class BiCGStab(AbstractLinearSolver):
             # where s is zero, or the second half breaks down, only the first half is taken
             stable = active & (ts.abs() > eps * (tt * ss).sqrt())
             omega = torch.where(stable, ts / tt, 0.0)
-            x = _tree.axpy(omega, s_hat, _tree.axpy(alpha, p_hat, x))
-            r = _tree.axpy(-omega, t, s)
+            x = _tree.axpy(alpha, p_hat, x, out=x if own else None)
+            x = _tree.axpy(omega, s_hat, x, out=x if own else None)
+            r = _tree.axpy(-omega, t, s, out=s if own else None)
+            own = own or _tree.may_overwrite(x, p, r)
             rho_previous = rho
             rs, rho = _tree.dots((r, r), (first, r))
             num_steps = num_steps + active

@@ -92,6 +92,7 @@ class PipelinedCG(AbstractLinearSolver):
         vectors = _Vectors.start(x, r, operator, precondition)
         gamma_previous = alpha = torch.ones_like(rs)
         fresh, reached = torch.ones_like(active), rs
+        own = False  # the first vectors are those of the caller, or one and the same
         for step in range(self.maxiter):
             if step and step % self.replace == 0:
                 vectors = vectors.replaced(operator, precondition, b, active)
@@ -116,7 +117,8 @@ class PipelinedCG(AbstractLinearSolver):
             alpha = gamma / torch.where(fresh, delta, delta - beta * gamma / alpha)
             active = active & (alpha > 0) & (alpha < torch.inf)
             num_steps = num_steps + active
-            vectors = v.step(torch.where(active, alpha, 0.0), beta, m, n)
+            vectors = v.step(torch.where(active, alpha, 0.0), beta, m, n, own)
+            own = own or vectors.may_overwrite()
             gamma_previous, fresh = gamma, torch.zeros_like(fresh)
         r = operator.residual(vectors.x, b)
         true_rs = _tree.dot(r, r)
@@ -158,14 +160,22 @@ class _Vectors:
         zeros = _tree.zeros_like(x)
         return _Vectors(x, r, u, operator.mv(u), zeros, zeros, zeros, zeros)
 
-    def step(self, alpha: Tensor, beta: Tensor, m: Leaves, n: Leaves) -> _Vectors:
-        z, q = _tree.axpy(beta, self.z, n), _tree.axpy(beta, self.q, m)
-        s, p = _tree.axpy(beta, self.s, self.w), _tree.axpy(beta, self.p, self.u)
+    def may_overwrite(self) -> bool:
+        return _tree.may_overwrite(*(getattr(self, f.name) for f in dataclasses.fields(self)))
+
+    def step(self, alpha: Tensor, beta: Tensor, m: Leaves, n: Leaves, own: bool) -> _Vectors:
+        """The vectors after a step; ``own`` if these may be written over."""
+
+        def add(factor: Tensor, x: Leaves, y: Leaves, out: Leaves) -> Leaves:
+            return _tree.axpy(factor, x, y, out=out if own else None)
+
+        z, q = add(beta, self.z, n, self.z), add(beta, self.q, m, self.q)
+        s, p = add(beta, self.s, self.w, self.s), add(beta, self.p, self.u, self.p)
         return _Vectors(
-            _tree.axpy(alpha, p, self.x),
-            _tree.axpy(-alpha, s, self.r),
-            _tree.axpy(-alpha, q, self.u),
-            _tree.axpy(-alpha, z, self.w),
+            add(alpha, p, self.x, self.x),
+            add(-alpha, s, self.r, self.r),
+            add(-alpha, q, self.u, self.u),
+            add(-alpha, z, self.w, self.w),
             p,
             s,
             q,
