@@ -13,6 +13,7 @@ from hyperfunc._compile import Backend, Compiler, applies, check_backend
 from hyperfunc._conditions import check_scalar
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
 from hyperfunc.optim._base import Pull
+from hyperfunc.optim._leafwise import Leafwise
 from hyperfunc.prox import check_prox
 from hyperfunc.proximal import ProximalLoss
 
@@ -74,6 +75,16 @@ class IterativeSolver:
     def can_stop(self) -> bool:
         """Whether there may be fewer steps than ``num_steps``."""
         return self.rtol > 0 or self.atol > 0
+
+    @property
+    def makes_result(self) -> bool:
+        """Whether it is known that the params it returns share no memory with anything else."""
+        return (
+            self.num_steps > 0
+            and self.compiler is None
+            and isinstance(self.step, _DescentStep)
+            and isinstance(self.step.optimizer.update, Leafwise)
+        )
 
     def compiled(self, backend: Backend) -> IterativeSolver:
         """The solver with its steps compiled, as it says itself or else by this backend."""
