@@ -94,11 +94,13 @@ def may_overwrite(tensors: Sequence[Tensor]) -> bool:
 def can_read(tensors: Sequence[Tensor]) -> bool:
     """Whether the values of tensors that `may_overwrite` holds for can be read without waiting.
 
-    Numbers then do for scalars what 0-d tensors do, at a fraction of the overhead.
+    Numbers then do for scalars what 0-d tensors do, at a fraction of the overhead. Not where
+    something records what is computed, which is to hold for other values, and elsewhere, too.
     """
     return (
         not transforms_active()
         and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
         and all(tensor.device.type == "cpu" for tensor in tensors)
         and may_overwrite(tensors)
     )

@@ -314,3 +314,20 @@ def test_no_graph_is_kept_that_nobody_asked_for() -> None:
     X, y = ridge_data()
     w = minimize(ridge, hf.optim.sgd(0.2), 4, init=ridge_init)(H, X, y)
     assert not any(leaf.requires_grad for leaf in w.values())
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        minimize(lambda w, h: (w * h).sum(), hf.optim.sgd(0.0), 0, init=lambda h: h),
+        minimize(lambda w, h: (w * h).sum(), hf.optim.sgd(0.0), 2, init=lambda h: h),
+        minimize(lambda w, h: (w * h).sum(), hf.optim.heavy_ball(0.0, 0.0), 2, init=lambda h: h),
+        iterate(lambda w, h: h, 2, init=lambda h: h),
+    ],
+)
+def test_a_solution_shares_no_memory_with_the_hparams(solver: object) -> None:
+    h = torch.ones(2)
+    fn = hf.hypergrad_and_solution(solver, lambda w, h: w.sum(), method="one_step")
+    _, solution = fn(h)
+    assert torch.equal(solution.params, h)
+    assert solution.params.untyped_storage().data_ptr() != h.untyped_storage().data_ptr()

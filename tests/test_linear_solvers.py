@@ -24,6 +24,12 @@ SOLVERS: dict[str, Any] = {
     "dense": hf.Dense(),
     "auto": hf.Auto(),
 }
+OTHERS: dict[str, Any] = {
+    "gmres": hf.GMRES(),
+    "gmres, restarted": hf.GMRES(restart=2),
+    "bicgstab": hf.BiCGStab(),
+    "pipelined_cg, replaced": hf.PipelinedCG(replace=2),
+}
 ITERATIVE = [hf.CG, hf.PipelinedCG, hf.NormalCG, hf.FixedPoint, hf.Neumann]
 
 
@@ -388,12 +394,24 @@ def test_fused_steps(shift: float, scale: float, step_size: float) -> None:
     torch.testing.assert_close(step, v + step_size * (B - A @ v))
 
 
+@pytest.mark.parametrize("solver", [hf.CG, hf.NormalCG])
+def test_derivatives_through_a_solve(solver: Any) -> None:
+    """Where one is asked for, by the operator alone even, no scalar is a mere number."""
+    diagonal = tensor(1.0, 2.0, 4.0).requires_grad_()
+    operator = LinearOperator(
+        lambda v: (diagonal * v[0],), lambda v: (diagonal * v[0],), symmetric=True
+    )
+    (x,), _ = solver(maxiter=3, rtol=0, atol=0).solve(operator, (B,))
+    (grad,) = torch.autograd.grad(x.sum(), diagonal)
+    torch.testing.assert_close(grad, -B / diagonal.detach() ** 2)
+
+
 # Layouts and dtypes -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batched", ["single", "vmap", "nested vmap"])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", [*SOLVERS, *OTHERS])
 def test_vectors_of_the_caller_are_not_written_to(name: str, symmetric: bool, batched: str) -> None:
     """Not even where the operator returns what it is given, and with a start."""
     A = torch.stack([diag(1, 1, 1), SPD, 0.5 * SPD, SPD + 0.1 * diag(1, 2, 3)]).reshape(2, 2, 3, 3)
@@ -405,7 +423,7 @@ def test_vectors_of_the_caller_are_not_written_to(name: str, symmetric: bool, ba
             return v if own else (A @ v[0],)
 
         operator = LinearOperator(product, product, symmetric=symmetric)
-        (x,), _ = SOLVERS[name].solve(operator, (b,), (x0,))
+        (x,), _ = {**SOLVERS, **OTHERS}[name].solve(operator, (b,), (x0,))
         return x
 
     if batched == "single":
