@@ -157,6 +157,7 @@ def _richardson(
     num_steps = torch.full((), steps, dtype=torch.int64, device=bb.device)
     # from a given start even a small b says nothing of the residual
     active = bounds.open(rs) if x0 is None else torch.isfinite(bb)
+    uncounted = 0
     for step in range(steps, maxiter):
         if bounds.adaptive and not _ad.any_true(active):
             break
@@ -168,9 +169,10 @@ def _richardson(
         if step == 0:
             first = rs
             bounds = Bounds.make(solver.rtol, solver.atol, b, first)
-        num_steps = num_steps + active
+        uncounted += 1
         x = _tree.where(active, new, x) if bounds.adaptive else new
         if measured:
+            num_steps, uncounted = num_steps + uncounted * active, 0
             active = active & bounds.open(rs)
     stats = bounds.stats(num_steps, rs, active)
     # rounding noise around a converged start is not growth
