@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hyperfunc import _ad, _tree
@@ -51,9 +52,12 @@ class Backend:
         if self.is_direct(operands):
             for node in graph.graph.nodes:  # fake tensors of many modes, which inductor mistakes
                 node.meta.pop("val", None)
-            compiled = torch._inductor.compile(
-                graph, list(operands), options=_OPTIONS | dict(self.options)
-            )
+            from torch.fx.experimental.symbolic_shapes import ShapeEnv  # slow to import
+
+            fakes = FakeTensorMode(shape_env=ShapeEnv())  # without an environment nothing is cached
+            example: Any = [fakes.from_tensor(leaf, static_shapes=True) for leaf in operands]
+            options = _OPTIONS | dict(self.options)
+            compiled = torch._inductor.compile(graph, example, options=options)
             return compiled
         compiled = torch.compile(
             graph.forward,
@@ -290,7 +294,10 @@ class _Outside(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, *operands: Tensor) -> Leaves:
         outputs = call.compiler.run(call, operands)
-        return tuple(leaf.clone() if leaf._is_view() else leaf for leaf in outputs)
+        # expanded results too, which would make another signature of what follows
+        return tuple(
+            leaf.clone() if leaf._is_view() or 0 in leaf.stride() else leaf for leaf in outputs
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:

@@ -27,10 +27,10 @@ def prepare(graph: GraphModule, backend: str) -> None:
 
 
 def use_onednn(graph: GraphModule) -> None:
-    """Have oneDNN compute large float32 products of matrices on the CPU."""
+    """Have oneDNN compute large float32 products of matrices on the CPU, and batches of them."""
     for node in list(graph.graph.nodes):
         bias: Node | None = None
-        if node.target is _aten.mm.default:
+        if node.target in (_aten.mm.default, _aten.bmm.default):
             a, b = node.args
         elif node.target is _aten.addmm.default and not node.kwargs:
             bias, a, b = node.args
@@ -39,7 +39,10 @@ def use_onednn(graph: GraphModule) -> None:
         left, right = a.meta.get("val"), b.meta.get("val")
         if not (_is_plain(left) and _is_plain(right)):
             continue
-        if left.shape[0] * left.shape[1] * right.shape[1] < _LARGE:
+        if left.shape[-2] * left.shape[-1] * right.shape[-1] < _LARGE:
+            continue
+        if node.target is _aten.bmm.default:
+            _replace(node, torch.ops.hyperfunc.bmm.default, (a, b))
             continue
         if bias is not None and not (
             _is_plain(bias.meta.get("val")) and bias.meta["val"].shape == right.shape[1:]
@@ -109,13 +112,17 @@ def _spell_out_scaled_sums(graph: GraphModule) -> None:
         node.args, node.kwargs = (x, scaled), {}
 
 
-# The operator hyperfunc::mm, a b (+ bias), by oneDNN; its result is contiguous.
+# The operators hyperfunc::mm, a b (+ bias), and hyperfunc::bmm, a b for each of a batch, by oneDNN;
+# results are contiguous.
 
 _library = torch.library.Library("hyperfunc", "DEF")
-_library.define(
+for _signature in (
     "mm(Tensor a, Tensor b, Tensor? bias=None, bool turned=False) -> Tensor",
-    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
-)
+    "bmm(Tensor a, Tensor b) -> Tensor",
+):
+    _library.define(
+        _signature, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+    )
 
 
 def _mm(a: Tensor, b: Tensor, bias: Tensor | None = None, turned: bool = False) -> Tensor:
@@ -128,9 +135,23 @@ def _mm_shape(a: Tensor, b: Tensor, bias: Tensor | None = None, turned: bool = F
     return a.new_empty(a.shape[0], b.shape[1])
 
 
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    # each product is copied while it is in the cache: to stack them all at the end is slower
+    result = _bmm_shape(a, b)
+    for place, left, right in zip(result.unbind(), a.unbind(), b.unbind(), strict=True):
+        place.copy_(_linear(left, right.t(), None, "none", [], ""))
+    return result
+
+
+def _bmm_shape(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+
+
 def _linear(*operands: Any) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(*operands)  # type: ignore[no-any-return]
 
 
 _library.impl("mm", _mm, "CPU")
+_library.impl("bmm", _bmm, "CPU")
 torch.library.register_fake("hyperfunc::mm", _mm_shape, lib=_library)
+torch.library.register_fake("hyperfunc::bmm", _bmm_shape, lib=_library)

@@ -94,6 +94,25 @@ def test_the_numbers_are_those_of_plain_calls(name: str) -> None:
         close(torch.func.vmap(compiled, dims)(meta, x, y), torch.func.vmap(plain, dims)(meta, x, y))
 
 
+def test_under_vmap_all_blocks_but_the_first_are_one_signature() -> None:
+    # the step counter comes expanded from the first block, and is no view where inductor made it
+    @torch._dynamo.register_backend(name="expanding")
+    def expanding(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        def run(*tensors: Tensor) -> Any:
+            return [own(leaf) if leaf.stride() == (0,) else leaf for leaf in graph(*tensors)]
+
+        def own(leaf: Tensor) -> Tensor:
+            return torch.empty_like(leaf).set_(leaf[:1].clone(), 0, leaf.shape, (0,))
+
+        return run
+
+    solver = hf.minimize(
+        lambda w, h: (w**3).sum(), OPTIMIZERS["adam"], 12, init=lambda h: h, compile="expanding"
+    )
+    torch.func.vmap(solver)(torch.ones(3, 2, dtype=F64))
+    assert len(solver.compiler.entries) == 2
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_of_any_optimizer(name: str) -> None:
     meta, x, y = arguments()
