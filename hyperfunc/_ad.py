@@ -266,8 +266,7 @@ def gradient(
     The result is differentiable whenever the primals are tracked (or ``create_graph`` says so).
     """
     if transforms_active():
-        grads, _ = torch.func.grad_and_value(lambda leaves: fn(*leaves))(tuple(primals))
-        return tuple(grads)
+        return tuple(torch.func.grad(lambda leaves: fn(*leaves))(tuple(primals)))
     tracked = is_tracked(primals) if create_graph is None else create_graph
     with torch.enable_grad():
         inputs = [

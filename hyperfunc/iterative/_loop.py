@@ -247,9 +247,12 @@ class Loop:
         num_fixed = self.steps.num_fixed
         totals: dict[int, Tensor] = {}
         rows: dict[int, dict[int, Tensor]] = {i: {} for i in wrt if i >= num_fixed}
+        advance = self._bind(operands)
         end = trace.num_steps
         while end > 0:
-            step, size, grads = self._pull_last(trace, end, operands, cotangents, wrt, batched)
+            step, size, grads = self._pull_last(
+                trace, end, operands, advance, cotangents, wrt, batched
+            )
             cotangents = {i: grad for i, grad in grads.items() if i < size}
             for index in wrt:
                 if (grad := grads.get(size + index)) is None:
@@ -280,6 +283,7 @@ class Loop:
         trace: Trace,
         end: int,
         operands: Leaves,
+        advance: Callable[..., Leaves],
         cotangents: dict[int, Tensor],
         wrt: tuple[int, ...],
         batched: bool,
@@ -290,16 +294,12 @@ class Loop:
             size = sum(spec.num_leaves for spec in self.steps.flat.structure)
             block, key = self._block(size)
             seen = self._at(operands, step)
-            return (
-                step,
-                size,
-                self.compiled.pull_recorded(block, key, size, kept, seen, cotangents),
-            )
+            grads = self.compiled.pull_recorded(block, key, size, kept, seen, cotangents)
+            return step, size, grads
         step, state, streams = trace.marks[-1]
         size = len(state)
         self.circumstances.write(streams)
         hold = step + self._gap(trace, step, end)
-        advance = self._bind(operands)
         while step < end - self._width:
             outputs = advance(trace.active(step), state, self._at(operands, step))
             state, step = outputs[:size], step + self._width
