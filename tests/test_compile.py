@@ -1,5 +1,6 @@
 """Compiled solves and steps: the numbers of plain ones, plain and under transforms."""
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -563,3 +564,45 @@ def test_threads_share_compiled_functions() -> None:
             close(got, work((n, plain)))
     for fn in (first, second):  # two shapes, each plain and under vmap
         assert len(fn._call.args[0].compiler.entries) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_inductor_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two transforms of two signatures each, first called by two threads each at the same time."""
+    compilations: list[object] = []
+    inductor = torch._inductor.compile
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        compilations.append(args)
+        return inductor(*args, **kwargs)
+
+    monkeypatch.setattr(torch._inductor, "compile", counting)
+
+    def make(compile: bool) -> Any:
+        return hf.hypergrad(
+            lambda h, x: h / x,
+            lambda w, h, x: (w**2).sum(),
+            inner_loss=lambda w, h, x: (0.5 * x * w**2 - h * w).sum(),
+            method=hf.CG(maxiter=2, rtol=0),
+            compile=compile,
+        )
+
+    def calls(fn: Any, mapped: bool, seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        h = torch.randn(2, 1000, generator=generator, dtype=F64)
+        x = 1 + torch.rand(1000, generator=generator, dtype=F64)
+        call = torch.func.vmap(fn, (0, None)) if mapped else lambda h, x: fn(h[0], x)
+        return [call(k * h, x) for k in range(1, 101)]
+
+    def work(task: tuple[Any, bool, int]) -> list[Tensor]:
+        start.wait()
+        return calls(*task)
+
+    compiled, plain = [make(True), make(True)], make(False)
+    tasks = [(compiled[i % 2], i % 4 < 2, i) for i in range(8)]
+    start = threading.Barrier(len(tasks))
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        for (_, mapped, seed), got in zip(tasks, pool.map(work, tasks), strict=True):
+            close(got, calls(plain, mapped, seed))
+    assert len(compilations) == 4
