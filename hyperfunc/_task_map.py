@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import optree
@@ -14,8 +15,8 @@ from hyperfunc import _tree
 from hyperfunc._types import Leaves
 from hyperfunc._wrapped import WrappedFunction
 
-_BUDGET = 2**22  # bytes, for each intra-op thread
 _SMALLEST_BATCH = 6
+_SMALLEST_BUDGET = 2**22
 _RANDOMNESS = ("error", "same", "different")
 
 
@@ -35,15 +36,19 @@ def task_map(
     - with an argument on a GPU, or on any device but the CPU, all tasks are one batch;
     - on a CPU, a task counts the bytes of its own slices and of all tensors that are not mapped
       (meta-parameters, of which each task makes a version of its own), and as many tasks fit as
-      make 4 MiB for each intra-op thread (`torch.get_num_threads`). Fewer than six are taken one by
-      one, without ``vmap``, which is also the faster engine for derivatives. Else there are as few
-      chunks as hold the tasks, and these are of one size, but for the last.
+      make an eighth of the third-level cache for each intra-op thread (`torch.get_num_threads`),
+      but 4 MiB at least, as where the size of the cache is unknown, and 16 MiB at most. With a
+      tensor of four or more dimensions for a task, as convolutions have, which gain little from
+      batches, it is 4 MiB. Fewer than six are taken one by one, without ``vmap``, which is also the
+      faster engine for derivatives. Else there are as few chunks as hold the tasks, and these are
+      of one size, but for the last.
 
     Nothing is timed or remembered in a call: the constants were measured beforehand, on 1 and 2
-    threads, and the rule looks at shapes and the number of threads alone, so that a call is
-    repeated with the same numbers whatever else the machine does. Where it is wrong for a
-    processor or a function, give a number. Between two chunk sizes results differ by rounding, as
-    those of batched and single matrix products do.
+    threads of an AMD processor with 32 MiB of third-level cache and of an Intel one with 300 MiB,
+    and the rule looks at shapes, the number of threads and the size of the cache alone, so that a
+    call is repeated with the same numbers whatever else the machine does. Where it is wrong for a
+    processor or a function, give a number. Between two chunk sizes, and so between two machines,
+    results differ by rounding, as those of batched and single matrix products do.
 
     Tasks are not run in threads, each with one intra-op thread. For 16 tasks of an MLP on two idle
     processors that takes about as long as chunks with two intra-op threads do, since Python runs
@@ -99,6 +104,22 @@ def task_map(
             f"task_map: randomness is {randomness!r}; expected one of {', '.join(_RANDOMNESS)}"
         )
     return _Mapped(fn, in_dims, chunk_size, randomness)
+
+
+def _budget(cache: int) -> int:
+    """Bytes for each intra-op thread, on a processor with so many bytes of third-level cache."""
+    return min(max(cache // 8, _SMALLEST_BUDGET), 2**24)
+
+
+def _cache_size(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache/index3")) -> int:
+    """Bytes of third-level cache, as Linux tells, or 0."""
+    try:
+        return 1024 * int((folder / "size").read_text().strip().removesuffix("K"))
+    except (OSError, ValueError):
+        return 0
+
+
+_BUDGET = _budget(_cache_size())
 
 
 class _Mapped(WrappedFunction):
@@ -258,15 +279,17 @@ def _num_tasks(leaves: Sequence[Any], dims: Sequence[int | None], spec: _tree.Tr
 
 def _best_size(num_tasks: int, leaves: Sequence[Any], dims: Sequence[int | None]) -> int:
     """The rule that the docstring of `task_map` states."""
-    size = 0
+    size, budget = 0, _BUDGET
     for leaf, dim in zip(leaves, dims, strict=True):
         if not isinstance(leaf, Tensor):
             continue
         if leaf.device.type != "cpu":
             return num_tasks
+        if leaf.ndim - (dim is not None) >= 4:
+            budget = _SMALLEST_BUDGET
         size += leaf.numel() * leaf.element_size() // (1 if dim is None else leaf.shape[dim])
     threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
-    fitting = _BUDGET * threads // max(size, 1)
+    fitting = budget * threads // max(size, 1)
     if fitting < _SMALLEST_BATCH:
         return 1
     num_chunks = math.ceil(num_tasks / fitting)

@@ -1,5 +1,6 @@
 """``task_map``: the results of ``vmap``, whatever the size of the chunks."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -150,11 +151,34 @@ def test_random_numbers(chunk_size: Any) -> None:
 def test_the_rule(
     monkeypatch: pytest.MonkeyPatch, entries: int, num_tasks: int, threads: int, size: int
 ) -> None:
+    monkeypatch.setattr(_task_map, "_BUDGET", 2**22)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     leaves = [torch.empty(num_tasks, entries // 4), torch.empty(entries - entries // 4)]
     assert _task_map._best_size(num_tasks, [*leaves, "text"], [0, None, None]) == size
     on_device = [leaf.to("meta") for leaf in leaves]
     assert _task_map._best_size(num_tasks, on_device, [0, None]) == num_tasks
+
+
+@pytest.mark.parametrize(
+    ("cache", "size"),
+    [(0, 15), (2**20, 15), (2**25, 15), (2**26, 25), (2**27, 50), (300 * 2**20, 50)],
+)
+def test_the_rule_follows_the_cache(monkeypatch: pytest.MonkeyPatch, cache: int, size: int) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(_task_map, "_BUDGET", _task_map._budget(cache))
+    tasks, images = torch.empty(100, 2**14, 2, 2), torch.empty(2**14, 2, 2, 1)
+    assert _task_map._best_size(100, [tasks], [0]) == size
+    assert _task_map._best_size(100, [tasks[:, 0], images], [0, None]) == 15
+    assert _task_map._best_size(100, [tasks[..., None]], [0]) == 15
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("307200K\n", 300 * 2**20), ("32768K", 2**25), ("unknown", 0), (None, 0)]
+)
+def test_the_size_of_the_cache(tmp_path: Path, text: str | None, size: int) -> None:
+    if text is not None:
+        (tmp_path / "size").write_text(text)
+    assert _task_map._cache_size(tmp_path) == size
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 5), reason="torch.compile of 2.4 cannot trace optree")
