@@ -68,7 +68,7 @@ def inputs(batch: int = BATCH, seed: int = 0) -> Tensor:
 
 
 def objective(z: Tensor) -> Tensor:
-    return (torch.cos(torch.arange(z.numel()).reshape(z.shape)) * z).sin().sum()
+    return (torch.cos(torch.arange(z.numel(), device=z.device).reshape(z.shape)) * z).sin().sum()
 
 
 def gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
@@ -93,17 +93,19 @@ def check_close(a: Any, b: Any, tolerance: float = 1e-8) -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_are_those_of_unrolling_to_convergence(solver: str, method: str) -> None:
-    cell = Cell()
+def test_gradients_are_those_of_unrolling_to_convergence(
+    solver: str, method: str, device: torch.device
+) -> None:
+    cell, x = Cell().to(device), inputs().to(device)
     layer = hf.EquilibriumLayer(cell, SOLVERS[solver], METHODS[method])
-    check_close(gradients(layer, inputs()), unrolled(cell, inputs()))
+    check_close(gradients(layer, x), unrolled(cell, x))
     if solver != "newton":
         layer = hf.EquilibriumLayer(cell, SOLVERS[solver], "reverse_unroll")
-        check_close(gradients(layer, inputs()), unrolled(cell, inputs()))
+        check_close(gradients(layer, x), unrolled(cell, x))
 
 
-def test_truncated_gradients_are_their_formulas() -> None:
-    cell, x = Cell(), inputs()
+def test_truncated_gradients_are_their_formulas(device: torch.device) -> None:
+    cell, x = Cell().to(device), inputs().to(device)
     z = hf.EquilibriumLayer(cell, SOLVERS["anderson"])(x).detach()
     for method, steps in (
         ("one_step", 1),
@@ -139,8 +141,9 @@ def test_gradcheck_and_gradgradcheck(parametrised: bool) -> None:
     assert torch.autograd.gradgradcheck(function, (x, *parameters), atol=1e-4)
 
 
-def test_it_composes_with_the_transforms() -> None:
-    layer, x = hf.EquilibriumLayer(Cell(), SOLVERS["anderson"], METHODS["gmres"]), inputs(2)
+def test_it_composes_with_the_transforms(device: torch.device) -> None:
+    layer = hf.EquilibriumLayer(Cell().to(device), SOLVERS["anderson"], METHODS["gmres"])
+    x = inputs(2).to(device)
     function, parameters = as_function(layer)
     parameters = [p.detach() for p in parameters]
     f = lambda x: objective(layer(x))  # noqa: E731
@@ -157,12 +160,12 @@ def test_it_composes_with_the_transforms() -> None:
     check_close(vmap(function, (None, *[0] * len(stacked)))(x, *stacked), torch.stack(expected))
 
 
-def test_a_state_that_is_a_tree_and_inputs_of_all_kinds() -> None:
-    cell, index = Pair(), torch.tensor([0, 2])
+def test_a_state_that_is_a_tree_and_inputs_of_all_kinds(device: torch.device) -> None:
+    cell, index = Pair().to(device), torch.tensor([0, 2], device=device)
     layer = hf.EquilibriumLayer(
         cell, SOLVERS["anderson"], init=lambda x, *_: {"a": 0 * x, "b": torch.ones_like(x)}
     )
-    x = inputs(2).requires_grad_()
+    x = inputs(2).to(device).requires_grad_()
     z, stats = layer(x, index, 0.4, return_stats=True)
     check_close(cell(z, x, index, 0.4), z)
     assert stats.num_steps.shape == (2,)
@@ -415,14 +418,14 @@ def test_shared_weights_stay_shared() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["gmres", "fixed_point", "normal_cg", "one_step"])
-def test_autocast_and_half_precision(dtype: torch.dtype, method: str) -> None:
-    cell, x = Cell(0.6).float(), inputs().float()
+def test_autocast_and_half_precision(dtype: torch.dtype, method: str, device: torch.device) -> None:
+    cell, x = Cell(0.6).to(device, torch.float32), inputs().to(device, torch.float32)
     layer = hf.EquilibriumLayer(cell, method=method)
     expected, truth = layer(x), gradients(layer, x)
     eps = torch.finfo(dtype).eps ** 0.75
     dtypes = []
     cell.state.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device.type, dtype):
         z = layer(x)
     assert z.dtype is torch.float32
     assert set(dtypes) == {dtype}

@@ -127,15 +127,15 @@ COMMON = {
 NATIVE = [name for name in COMMON if name not in ("nadam", "radam")]
 
 
-def make_params(dtype=F64):
+def make_params(dtype=F64, device="cpu"):
     generator = torch.Generator().manual_seed(1)
     return {
         "layer": {
-            "weight": torch.randn(3, 2, generator=generator, dtype=F64).to(dtype),
-            "bias": torch.randn(3, generator=generator, dtype=F64).to(dtype),
+            "weight": torch.randn(3, 2, generator=generator, dtype=F64).to(device, dtype),
+            "bias": torch.randn(3, generator=generator, dtype=F64).to(device, dtype),
         },
         "none": (),
-        "scale": torch.tensor(0.7, dtype=dtype),
+        "scale": torch.tensor(0.7, dtype=dtype, device=device),
     }
 
 
@@ -190,9 +190,9 @@ def assert_close(got, expected, tol=1e-12):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name]["torch"]])
-def test_parity_with_torch_in_every_combination_of_options(name):
+def test_parity_with_torch_in_every_combination_of_options(name, device):
     case = CASES[name]
-    params = make_params()
+    params = make_params(device=device)
     combinations = list(products(case["options"], case.get("valid", lambda o: True)))
     assert len(combinations) >= 18
     for options in combinations:
@@ -272,10 +272,10 @@ def with_coefficient(name, fixed, key, index, coefficient):
 
 
 @pytest.mark.parametrize(("name", "fixed", "key", "index"), list(coefficient_cases()))
-def test_derivatives_in_each_coefficient(name, fixed, key, index):
-    params = make_params()
+def test_derivatives_in_each_coefficient(name, fixed, key, index, device):
+    params = make_params(device=device)
     value = CASES[name]["coefficients"][key]
-    at = torch.tensor(value if index is None else value[index], dtype=F64)
+    at = torch.tensor(value if index is None else value[index], dtype=F64, device=device)
     optimizer = with_coefficient(name, fixed, key, index, lambda hparams: hparams["c"])
 
     def objective(c):
@@ -302,9 +302,9 @@ def test_derivatives_in_each_coefficient(name, fixed, key, index):
 
 
 @pytest.mark.parametrize("name", COMMON)
-def test_derivatives_in_gradients_state_and_params(name):
+def test_derivatives_in_gradients_state_and_params(name, device):
     optimizer = COMMON[name]
-    params = make_params()
+    params = make_params(device=device)
     state = optimizer.init(params)
     for _ in range(2):
         params, state = optimizer.update(gradient(params), state, params)
@@ -316,7 +316,8 @@ def test_derivatives_in_gradients_state_and_params(name):
     generator = torch.Generator().manual_seed(2)
     # Factors near one keep what is positive so.
     directions = [
-        torch.randn(leaves[i].shape, generator=generator, dtype=F64) * leaves[i] for i in moving
+        torch.randn(leaves[i].shape, generator=generator, dtype=F64).to(device) * leaves[i]
+        for i in moving
     ]
 
     def step(t):
@@ -324,9 +325,9 @@ def test_derivatives_in_gradients_state_and_params(name):
         for i, direction in zip(moving, directions, strict=True):
             moved[i] = leaves[i] + t * direction
         new = optimizer.update(*optree.tree_unflatten(spec, moved))
-        return flat(optree.tree_map(lambda x: torch.sin(x.to(F64)), new)).sum()
+        return flat(optree.tree_map(lambda x: torch.sin(x.to(device, F64)), new)).sum()
 
-    at = torch.zeros((), dtype=F64)
+    at = torch.zeros((), dtype=F64, device=device)
     expected = difference(step, at)
     assert_close(grad(step)(at), expected, 1e-8)
     assert_close(jvp(step, (at,), (torch.ones_like(at),))[1], expected, 1e-8)
@@ -464,9 +465,9 @@ def test_a_schedule_is_one_rate_a_step():
 
 
 @pytest.mark.parametrize("name", COMMON)
-def test_vmap_is_a_loop(name):
+def test_vmap_is_a_loop(name, device):
     optimizer = COMMON[name]
-    params = make_params()
+    params = make_params(device=device)
     state = optimizer.init(params)
     batch = optree.tree_map(lambda w: torch.stack([w, 2 * w, -w]), gradient(params))
 
@@ -487,9 +488,9 @@ def test_vmap_is_a_loop(name):
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_tasks_may_be_at_different_steps(name):
+def test_tasks_may_be_at_different_steps(name, device):
     optimizer = COMMON[name]
-    w = torch.tensor([0.5, -1.0], dtype=F64)
+    w = torch.tensor([0.5, -1.0], dtype=F64, device=device)
     tasks = [(w, optimizer.init(w))]
     for _ in range(2):
         w, state = tasks[-1]
@@ -500,14 +501,14 @@ def test_tasks_may_be_at_different_steps(name):
     assert_close(got, torch.stack(expected))
 
 
-def test_classes_of_torch_may_be_at_different_steps():
-    test_tasks_may_be_at_different_steps("nadam")
-    test_tasks_may_be_at_different_steps("radam")
+def test_classes_of_torch_may_be_at_different_steps(device):
+    test_tasks_may_be_at_different_steps("nadam", device)
+    test_tasks_may_be_at_different_steps("radam", device)
 
 
 @pytest.mark.parametrize("name", [*CASES, "nadam"])
-def test_vmap_over_coefficients_and_derivatives(name):
-    params = make_params()
+def test_vmap_over_coefficients_and_derivatives(name, device):
+    params = make_params(device=device)
     make = (
         CASES[name]["make"]
         if name in CASES
@@ -515,7 +516,7 @@ def test_vmap_over_coefficients_and_derivatives(name):
     )
     others = {"heavy_ball": {"beta": 0.5}}.get(name, {})
     optimizer = make(lr=lambda lr: lr, **others)
-    rates = torch.tensor([0.1, 0.2, 0.05], dtype=F64)
+    rates = torch.tensor([0.1, 0.2, 0.05], dtype=F64, device=device)
 
     def objective(lr):
         return loss(run(optimizer, params, 3, lr))
@@ -534,9 +535,9 @@ def test_vmap_over_coefficients_and_derivatives(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NATIVE)
-def test_half_precision_is_float32_rounded_once(name, dtype):
+def test_half_precision_is_float32_rounded_once(name, dtype, device):
     optimizer = COMMON[name]
-    params = make_params(dtype)
+    params = make_params(dtype, device)
     single = optree.tree_map(lambda w: w.float(), params)
     grads, single_grads = gradient(params), optree.tree_map(lambda g: g.float(), gradient(params))
     new, state = optimizer.update(grads, optimizer.init(params), params)
@@ -655,8 +656,8 @@ def test_parameters_that_require_grad_keep_their_graph(name):
 
 
 @pytest.mark.parametrize("limit", [0.1, 1.0, 1e3])
-def test_clipping_is_that_of_torch(limit):
-    params = make_params()
+def test_clipping_is_that_of_torch(limit, device):
+    params = make_params(device=device)
     grads = gradient(params)
     leaves = optree.tree_leaves(params)
     for clip, torch_clip in (
@@ -744,14 +745,14 @@ RIGHT_COEFFICIENTS = {"NAdam": {"lr"}, "RAdam": {"lr"}} | {
 }
 
 
-def torch_params(name):
-    params = make_params()
+def torch_params(name, device="cpu"):
+    params = make_params(device=device)
     return params["layer"]["weight"] if name == "Muon" else params
 
 
 @pytest.mark.parametrize("name", sorted(set(TORCH_CLASSES) - UNSUPPORTED))
-def test_from_torch_takes_the_steps_of_the_class(name):
-    params = torch_params(name)
+def test_from_torch_takes_the_steps_of_the_class(name, device):
+    params = torch_params(name, device)
     for options in ({}, TORCH_OPTIONS.get(name, {})):
         optimizer = optim.from_torch(TORCH_CLASSES[name], **options)
         expected = run_torch(TORCH_CLASSES[name], params, 50, **options)

@@ -33,11 +33,12 @@ def transformed(method: Any = None) -> Any:
     return hf.hypergrad_and_solution(solver, query_loss, method=method or hf.CG())
 
 
-def batch(num_tasks: int = 5) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def batch(num_tasks: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(num_tasks, 6, 3, dtype=F64, generator=generator)
     y = torch.randn(6, num_tasks, dtype=F64, generator=generator)
-    return {"a": torch.zeros(3, dtype=F64), "b": torch.zeros((), dtype=F64)}, x, y
+    meta = {"a": torch.zeros(3, dtype=F64), "b": torch.zeros((), dtype=F64)}
+    return {name: leaf.to(device) for name, leaf in meta.items()}, x.to(device), y.to(device)
 
 
 def close(got: Any, expected: Any) -> None:
@@ -46,8 +47,8 @@ def close(got: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("chunk_size", SIZES)
 @pytest.mark.parametrize("method", [hf.CG(), hf.Reverse(), hf.CG(maxiter=3, rtol=0)])
-def test_results_are_those_of_vmap(chunk_size: Any, method: Any) -> None:
-    arguments, dims = batch(), (None, 0, 1)
+def test_results_are_those_of_vmap(chunk_size: Any, method: Any, device: torch.device) -> None:
+    arguments, dims = batch(5, device), (None, 0, 1)
     fn = transformed(method)
     grads, solution = hf.task_map(fn, dims, chunk_size)(*arguments)
     expected_grads, expected = torch.func.vmap(fn, dims)(*arguments)
@@ -90,8 +91,8 @@ def test_trees_and_values_that_are_no_tensors(chunk_size: Any) -> None:
 
 
 @pytest.mark.parametrize("chunk_size", SIZES)
-def test_it_composes(chunk_size: Any) -> None:
-    meta, x, y = batch(3)
+def test_it_composes(chunk_size: Any, device: torch.device) -> None:
+    meta, x, y = batch(3, device)
 
     def total(fn: Any, b: Tensor) -> Tensor:
         grads, _ = fn({"a": meta["a"], "b": b}, x, y)
@@ -99,10 +100,10 @@ def test_it_composes(chunk_size: Any) -> None:
 
     fn, dims = transformed(), (None, 0, 1)
     ours, reference = hf.task_map(fn, dims, chunk_size), torch.func.vmap(fn, dims)
-    b = torch.tensor(0.1, dtype=F64)
+    b = torch.tensor(0.1, dtype=F64, device=device)
     expected = torch.func.grad(lambda b: total(reference, b))(b)
     close(torch.func.grad(lambda b: total(ours, b))(b), expected)
-    bs = torch.tensor([0.1, 0.2], dtype=F64)
+    bs = torch.tensor([0.1, 0.2], dtype=F64, device=device)
     close(
         torch.func.vmap(lambda b: total(ours, b))(bs),
         torch.stack([total(reference, b) for b in bs]),
