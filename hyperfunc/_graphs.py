@@ -16,12 +16,18 @@ _SUMS = (_aten.add.Tensor, _aten.sub.Tensor)
 # Multiplications from which on a call of oneDNN, of some 12 microseconds, is paid for.
 _LARGE = 10**6
 
+# Columns of a matrix up to which, and entries of the other from which on, MKL is faster turned.
+_NARROW, _LONG = 40, 10**5
+
 
 def prepare(graph: GraphModule, backend: str) -> None:
     """Change a graph, in place, to what the backend compiles better."""
     _spell_out_scaled_sums(graph)
-    if backend == "inductor" and prefers_onednn():
-        use_onednn(graph)
+    if backend == "inductor":
+        if prefers_onednn():
+            use_onednn(graph)
+        elif prefers_turned():
+            turn_products(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
@@ -52,6 +58,37 @@ def use_onednn(graph: GraphModule) -> None:
         _replace(node, torch.ops.hyperfunc.mm.default, operands)
 
 
+def turn_products(graph: GraphModule) -> None:
+    """Have float32 ``x^T y`` computed as ``(y^T x)^T`` on the CPU, for large x and narrow y.
+
+    The gradients of linear models are such products. Results go by rows, as they did. In float64
+    the gain is small, and now and then a loss.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target is not _aten.mm.default:
+            continue
+        a, b = node.args
+        left, right = a.meta.get("val"), b.meta.get("val")
+        if not (_is_plain(left) and _is_plain(right)):
+            continue
+        if not (left.t().is_contiguous() and right.is_contiguous()):
+            continue
+        (rows, inner), columns = left.shape, right.shape[1]
+        if not (2 <= columns <= _NARROW and min(rows, inner) >= 8 * columns):
+            continue
+        if rows * inner < _LONG:
+            continue
+        with graph.graph.inserting_before(node):
+            turned = [graph.graph.call_function(_aten.t.default, (x,)) for x in (b, a)]
+            product = graph.graph.call_function(_aten.mm.default, tuple(turned))
+            back = graph.graph.call_function(_aten.t.default, (product,))
+            by_rows: dict[str, Any] = {"memory_format": torch.contiguous_format}
+            result = graph.graph.call_function(_aten.clone.default, (back,), by_rows)
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+        graph.graph.erase_node(node)
+
+
 @functools.cache
 def prefers_onednn() -> bool:
     """Whether torch's own products, by MKL, are slow here.
@@ -67,6 +104,16 @@ def prefers_onednn() -> bool:
     )
 
 
+@functools.cache
+def prefers_turned() -> bool:
+    """Whether MKL multiplies here, with AVX-512: elsewhere turned products were not measured."""
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and _vendor() == "GenuineIntel"
+    )
+
+
 def _vendor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -76,7 +123,12 @@ def _vendor() -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.float32 and value.device.type == "cpu"
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.dtype == torch.float32
+        and value.device.type == "cpu"
+    )
 
 
 def _is_better_turned(a: Tensor, b: Tensor) -> bool:

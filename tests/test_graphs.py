@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hyperfunc import _graphs
+from hyperfunc._compile import Backend
 
 F32, F64 = torch.float32, torch.float64
 needs_onednn = pytest.mark.skipif(
@@ -80,23 +81,105 @@ def test_other_products_stay(fn: Any, operands: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(graph(*operands), fn(*operands), rtol=0, atol=0)
 
 
+def turned(fn: Any, *operands: Tensor) -> tuple[torch.fx.GraphModule, int]:
+    """The graph of a function after the change, and how many products it computes turned."""
+    graph = make_fx(fn)(*operands)
+    _graphs.turn_products(graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    products = [node for node in graph.graph.nodes if node.target is torch.ops.aten.mm.default]
+    return graph, sum(
+        product.args[1].target is torch.ops.aten.t.default
+        and all(user.target is torch.ops.aten.t.default for user in product.users)
+        for product in products
+    )
+
+
+@pytest.mark.parametrize("shape", [(400, 300, 20), (700, 200, 2), (320, 320, 40)])
+def test_narrow_products_are_turned(shape: tuple[int, int, int]) -> None:
+    rows, inner, columns = shape
+    x, y = matrix(inner, rows), matrix(inner, columns)
+    for fn, operands in (
+        (torch.mm, (x.t(), y)),
+        (lambda x, y: x.t() @ y, (x, y)),
+        (lambda x, y: 2 * (x.t() @ y.sin()).cos(), (x, y)),
+    ):
+        graph, count = turned(fn, *operands)
+        assert count == 1
+        got, expected = graph(*operands), fn(*operands)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert got.stride() == expected.stride()
+
+
 @pytest.mark.parametrize(
-    ("vendor", "capability", "expected"),
+    "operands",
     [
-        ("AuthenticAMD", "AVX512", True),
-        ("GenuineIntel", "AVX512", False),
-        ("AuthenticAMD", "AVX2", False),
-        ("", "AVX512", False),
+        (matrix(400, 300), matrix(300, 20)),
+        (matrix(400, 300, False), matrix(300, 20, False)),
+        (matrix(400, 300, False), matrix(300, 1)),
+        (matrix(400, 400, False), matrix(400, 41)),
+        (matrix(150, 1000, False), matrix(1000, 20)),
+        (matrix(1000, 150, False), matrix(150, 20)),
+        (matrix(300, 300, False), matrix(300, 20)),
+        (matrix(301, 400, False)[:300], matrix(400, 20)),
+        (matrix(400, 300, False, F64), matrix(300, 20, dtype=F64)),
+    ],
+    ids=[
+        "by rows",
+        "both by columns",
+        "vector",
+        "wide",
+        "flat",
+        "short",
+        "small",
+        "part",
+        "float64",
+    ],
+)
+def test_other_products_are_not_turned(operands: tuple[Tensor, Tensor]) -> None:
+    graph, count = turned(torch.mm, *operands)
+    assert count == 0
+    torch.testing.assert_close(graph(*operands), torch.mm(*operands), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_turned_products_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_graphs, "prefers_onednn", lambda: False)
+    monkeypatch.setattr(_graphs, "prefers_turned", lambda: True)
+
+    def fn(w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        gradient = x.t() @ (x @ w).tanh()
+        return gradient, -gradient, w - gradient, x.t() @ (x @ gradient).tanh()
+
+    operands = (matrix(400, 20), matrix(300, 400))
+    graph = make_fx(fn)(*operands)
+    _graphs.prepare(graph, "inductor")
+    results = Backend()(graph, operands)(*operands)
+    for got, expected in zip(results, fn(*operands), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+        assert got.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "onednn", "turned"),
+    [
+        ("AuthenticAMD", "AVX512", True, False),
+        ("GenuineIntel", "AVX512", False, True),
+        ("GenuineIntel", "AVX2", False, False),
+        ("AuthenticAMD", "AVX2", False, False),
+        ("", "AVX512", False, False),
     ],
 )
 def test_the_rule(
-    monkeypatch: pytest.MonkeyPatch, vendor: str, capability: str, expected: bool
+    monkeypatch: pytest.MonkeyPatch, vendor: str, capability: str, onednn: bool, turned: bool
 ) -> None:
     monkeypatch.setattr(_graphs, "_vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert _graphs.prefers_onednn.__wrapped__() is expected
+    assert _graphs.prefers_onednn.__wrapped__() is onednn
+    assert _graphs.prefers_turned.__wrapped__() is turned
 
 
 @needs_onednn
@@ -109,3 +192,15 @@ def test_only_the_default_backend_gets_it(monkeypatch: pytest.MonkeyPatch) -> No
         targets = [node.target for node in graph.graph.nodes]
         counts.append(targets.count(torch.ops.hyperfunc.mm.default))
     assert counts == [1, 0]
+
+
+def test_only_the_default_backend_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_graphs, "prefers_onednn", lambda: False)
+    counts = []
+    for backend, prefers in (("inductor", True), ("inductor", False), ("eager", True)):
+        monkeypatch.setattr(_graphs, "prefers_turned", lambda prefers=prefers: prefers)
+        graph = make_fx(torch.mm)(matrix(400, 300, by_rows=False), matrix(300, 20))
+        _graphs.prepare(graph, backend)
+        targets = [node.target for node in graph.graph.nodes]
+        counts.append(targets.count(torch.ops.aten.t.default))
+    assert counts == [3, 0, 0]
