@@ -22,6 +22,7 @@ from hyperfunc import _ad, _tree
 from hyperfunc._closures import captured_values
 from hyperfunc._comparison import difference
 from hyperfunc._graphs import prepare
+from hyperfunc._pieces import compile_in_pieces
 from hyperfunc._types import Leaves
 
 DEFAULT_BACKEND = "inductor"
@@ -48,17 +49,8 @@ class Backend:
 
     def __call__(self, graph: torch.fx.GraphModule, operands: Leaves) -> Callable[..., Any]:
         """A traced function compiled, for operands like these."""
-        compiled: Callable[..., Any]
         if self.is_direct(operands):
-            for node in graph.graph.nodes:  # fake tensors of many modes, which inductor mistakes
-                node.meta.pop("val", None)
-            from torch.fx.experimental.symbolic_shapes import ShapeEnv  # slow to import
-
-            fakes = FakeTensorMode(shape_env=ShapeEnv())  # without an environment nothing is cached
-            example: Any = [fakes.from_tensor(leaf, static_shapes=True) for leaf in operands]
-            options = _OPTIONS | dict(self.options)
-            compiled = torch._inductor.compile(graph, example, options=options)
-            return compiled
+            return compile_in_pieces(graph, operands, self._compile_directly)
         compiled = torch.compile(
             graph.forward,
             fullgraph=True,
@@ -68,6 +60,19 @@ class Backend:
             options=dict(self.options) or None,
         )
         return _copying(compiled) if self.captures_cuda_graphs else compiled
+
+    def _compile_directly(
+        self, graph: torch.fx.GraphModule, operands: Leaves
+    ) -> Callable[..., Any]:
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv  # slow to import
+
+        for node in graph.graph.nodes:  # fake tensors of many modes, which inductor mistakes
+            node.meta.pop("val", None)
+        fakes = FakeTensorMode(shape_env=ShapeEnv())  # without an environment nothing is cached
+        example: Any = [fakes.from_tensor(leaf, static_shapes=True) for leaf in operands]
+        options = _OPTIONS | dict(self.options)
+        compiled: Callable[..., Any] = torch._inductor.compile(graph, example, options=options)
+        return compiled
 
     def is_direct(self, operands: Leaves) -> bool:
         """Whether the default backend is called without ``torch.compile``, and its guards.

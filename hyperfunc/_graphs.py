@@ -161,6 +161,7 @@ def _spell_out_scaled_sums(graph: GraphModule) -> None:
         x, y = node.args
         with graph.graph.inserting_before(node):
             scaled = graph.graph.call_function(_aten.mul.Tensor, (y, alpha))
+        scaled.meta = dict(y.meta) if isinstance(y, Node) else {}
         node.args, node.kwargs = (x, scaled), {}
 
 
