@@ -611,12 +611,14 @@ def _singular_value_expansion(
     X from inactive to active the root of ``(I - X) G (I + X)`` there. ``K = (P G P)^{-1/2}`` is the
     root of ``K G K = P``. At the point itself all are diagonal, so both equations linearise to
     divisions: by ``sigma_j^2 - sigma_i^2`` across the threshold, and by ``sigma_i + sigma_j``
-    above it. A step with these gains one order of the expansion.
+    above it, but for singular values that are rounding errors of zero. A step with these gains one
+    order of the expansion.
     """
     eye = torch.eye(sigma.shape[-1], dtype=W.dtype, device=W.device)
     row, column = sigma[..., :, None], sigma[..., None, :]
     rising = ~active[..., :, None] & active[..., None, :]
-    both = active[..., :, None] & active[..., None, :] & (row + column > 0)
+    noise = sigma[..., :1, None] * (max(W.shape[-2:]) * torch.finfo(W.dtype).eps)
+    both = active[..., :, None] & active[..., None, :] & (row + column > noise)
     across = torch.where(rising, 1 / torch.where(rising, (column - row) * (column + row), 1.0), 0.0)
     above = torch.where(both, 1 / torch.where(both, row + column, 1.0), 0.0)
     M = W @ Vh.mT

@@ -205,6 +205,19 @@ def test_derivatives_are_finite_everywhere(case):
                 assert all(torch.isfinite(x).all() for x in leaves(blocks)), name
 
 
+@pytest.mark.parametrize("tiny", [1e-16, 1e-40, 1e-160, 1e-300])
+def test_singular_values_that_are_rounding_errors_of_zero(tiny):
+    W = torch.diag(torch.tensor([3.0, tiny, tiny / 3], dtype=torch.float64))
+    lr = torch.tensor(LR, dtype=torch.float64)
+    operator = prox.nuclear_norm(lambda h: h)
+    for weight in (torch.zeros_like(lr), torch.full_like(lr, 0.6)):
+        first = jacfwd(operator, argnums=(0, 1, 2))(W, weight, lr)
+        second = jacfwd(jacrev(operator, argnums=(0, 1, 2)), argnums=(0, 1, 2))(W, weight, lr)
+        assert all(torch.isfinite(x).all() for x in leaves((first, second)))
+        if weight == 0:
+            torch.testing.assert_close(first[0].reshape(9, 9), torch.eye(9, dtype=W.dtype))
+
+
 @every_case
 def test_hessian_of_a_smooth_function_of_the_result(case):
     w, h = sample(case)
