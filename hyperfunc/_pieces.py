@@ -23,9 +23,10 @@ from hyperfunc._types import Leaves
 
 CompiledFunction = Callable[..., Sequence[Tensor]]
 
-# Operations from which on a graph is cut, and that a piece of it has about: compiling takes some 20
-# milliseconds for each of them, and a call of what is compiled some 15 microseconds.
-_LARGE = 600
+# Operations from which on a graph is cut, and that a piece of it has about. Compiling takes some 20
+# milliseconds for each of them; in return pieces cannot write over what they take, which for long
+# vectors costs up to a tenth.
+_LARGE = 1200
 _PIECE = 128
 
 # The share of the operations that may be left to compile, for pieces to be worth their calls.

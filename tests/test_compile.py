@@ -558,7 +558,7 @@ def test_threads_share_compiled_functions() -> None:
         return fn(h, A), torch.func.vmap(fn, (0, None))(torch.stack([h, 2 * h]), A)
 
     plain, first, second = make(False), make("eager"), make("aot_eager")
-    tasks = [(1 + i % 2, first if i % 3 else second) for i in range(24)]
+    tasks = [(1 + i % 2, first if i % 3 else second) for i in range(12)]
     with ThreadPoolExecutor(8) as pool:
         for (n, _), got in zip(tasks, pool.map(work, tasks), strict=True):
             close(got, work((n, plain)))

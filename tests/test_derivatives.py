@@ -156,8 +156,9 @@ def cases(
     table: Table,
     dtypes: list[torch.dtype],
     select: Callable[[Problem, str, torch.dtype, str], bool],
+    often: Callable[[Problem, str, torch.dtype, str], bool] = lambda *_: True,
 ) -> list[Any]:
-    """Problems x methods x dtypes x transforms, of those that are selected."""
+    """Problems x methods x dtypes x transforms, of those that are selected; some run often."""
     return [
         pytest.param(
             problem,
@@ -165,6 +166,7 @@ def cases(
             dtype,
             table[transform],
             id=f"{problem.name}-{method}-{str(dtype)[6:]}-{transform}",
+            marks=() if often(problem, method, dtype, transform) else pytest.mark.slow,
         )
         for problem in PROBLEMS
         for dtype in dtypes
@@ -198,7 +200,12 @@ SHORT = ["hypergrad", "vmap(hypergrad)", "jacrev", "jacfwd"]
 
 @pytest.mark.parametrize(
     ("problem", "method", "dtype", "row"),
-    cases(FIRST, DTYPES, lambda p, m, d, t: m != "neumann" or t in SHORT),
+    cases(
+        FIRST,
+        DTYPES,
+        lambda p, m, d, t: m != "neumann" or t in SHORT,
+        often=lambda p, m, d, t: d is torch.float64 or is_krylov(p, m) or t in SHORT,
+    ),
 )
 def test_first_derivatives(
     problem: Problem, method: str, dtype: torch.dtype, row: Any, device: torch.device

@@ -50,6 +50,7 @@ def test_learned_rates_beat_the_best_constant_where_they_are_learned(tmp_path, c
     assert "best constant" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_weighted_lasso_lowers_the_loss_that_both_lassos_are_tuned_on(tmp_path, capsys):
     out = tmp_path / "lasso"
     lasso_path.main(["--splits=2", "--iterations=3", f"--out={out}"])
@@ -102,6 +103,7 @@ def test_equilibrium_methods_agree_and_their_gradients_converge(monkeypatch, tmp
     assert "logistic regression" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < (2, 5), reason="the DTensors of torch 2.4 lack operations")
 def test_a_regulariser_for_each_feature_beats_a_common_one_on_any_number_of_ranks(tmp_path):
     options = ["--features=8192", "--ranks", "1", "2", "--iterations=6", f"--out={tmp_path}"]

@@ -178,9 +178,17 @@ def test_equal_values_are_computed_once_and_results_stay_apart() -> None:
     assert len({leaf.untyped_storage().data_ptr() for leaf in results}) == len(results)
 
 
-@pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("method", [hf.CG(maxiter=16, rtol=0), hf.Neumann(30, 0, step_size=0.1)])
+@pytest.mark.parametrize(
+    ("method", "batched"),
+    [
+        (hf.CG(maxiter=8, rtol=0), False),
+        (hf.CG(maxiter=8, rtol=0), True),
+        (hf.Neumann(12, 0, step_size=0.1), False),
+    ],
+)
 def test_adjoints(method: Any, batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pieces, "_LARGE", 100)
+    monkeypatch.setattr(_pieces, "_PIECE", 30)
     backend = Interpreter()
     monkeypatch.setattr(Backend, "_compile_directly", lambda self, *args: backend(*args))
 

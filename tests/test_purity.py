@@ -343,7 +343,7 @@ def test_nothing_grows_in_a_thousand_calls(name: str) -> None:
 def test_eight_threads_get_the_numbers_of_one(name: str) -> None:
     """Each with its own transforms, grad mode and data, of one and the same function."""
     fn = quadratic(name)
-    tasks = [torch.tensor([1.0, 0.1 * i], dtype=torch.float64) for i in range(16)]
+    tasks = [torch.tensor([1.0, 0.1 * i], dtype=torch.float64) for i in range(8)]
 
     def work(h: Tensor) -> list[Tensor]:
         tracked = h.clone().requires_grad_()
