@@ -79,6 +79,7 @@ def test_bfloat16_products_with_float32_vectors(name: str, device: torch.device)
         assert solution.stats.residual_norm < 4e-3 * flat(solution.adjoint).norm()
 
 
+@pytest.mark.slow
 def test_under_vmap_and_compiled(device: torch.device) -> None:
     expected, *_ = problem(device, METHODS["cg"], half=False)
     for compile in (False, "aot_eager"):

@@ -90,6 +90,7 @@ def test_an_example_is_short_and_says_what_it_is(path):
     assert 0 < (EXAMPLES / "pictures" / f"{path.stem}.png").stat().st_size < 200_000
 
 
+@pytest.mark.slow
 def test_interrupted_without_a_traceback(tmp_path):
     script = EXAMPLES / "logistic_regression.py"
     command = [sys.executable, script, "--iterations=100000", f"--out={tmp_path}"]

@@ -58,6 +58,7 @@ def test_regularisers_tell_words_apart_and_fit_the_validation_part(texts, tmp_pa
     assert log_l2[tell].max() < log_l2.median()
 
 
+@pytest.mark.slow
 def test_errors_fall_with_k_and_learned_regularisers_pay(tmp_path):
     result = logistic_regression.main(["--iterations=60", "--outer-lr=0.1", f"--out={tmp_path}"])
     errors = result["errors"]

@@ -69,7 +69,10 @@ def close(got: Any, expected: Any) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("operation", ["autograd", "hessian", "vmap of grad", "jvp"])
+@pytest.mark.parametrize(
+    "operation",
+    ["autograd", pytest.param("hessian", marks=pytest.mark.slow), "vmap of grad", "jvp"],
+)
 @kinds
 def test_derivatives(method: Any, operation: str, calls: Counter[str]) -> None:
     operate, plain = OPERATIONS[operation], by_iterate(4)
