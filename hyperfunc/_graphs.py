@@ -85,6 +85,10 @@ def turn_products(graph: GraphModule) -> None:
             by_rows: dict[str, Any] = {"memory_format": torch.contiguous_format}
             result = graph.graph.call_function(_aten.clone.default, (back,), by_rows)
         result.meta = dict(node.meta)
+        value = node.meta["val"].t().contiguous()
+        made = (*turned, product, back)
+        for each, like in zip(made, (right.t(), left.t(), value, value.t()), strict=True):
+            each.meta["val"] = like  # by which `compile_in_pieces` tells tensors
         node.replace_all_uses_with(result)
         graph.graph.erase_node(node)
 

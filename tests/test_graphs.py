@@ -204,3 +204,23 @@ def test_only_the_default_backend_turns(monkeypatch: pytest.MonkeyPatch) -> None
         targets = [node.target for node in graph.graph.nodes]
         counts.append(targets.count(torch.ops.aten.t.default))
     assert counts == [3, 0, 0]
+
+
+def test_the_layouts_of_what_is_turned_are_known() -> None:
+    """`compile_in_pieces` looks at them."""
+    operands = matrix(500, 400), matrix(500, 4)
+    graph = make_fx(lambda x, y: x.T @ y)(*operands)
+    _graphs.turn_products(graph)
+
+    class Checking(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            result = super().run_node(n)
+            if n.op == "call_function":
+                known = n.meta["val"]
+                assert (known.shape, known.stride()) == (result.shape, result.stride())
+                seen.append(n.target)
+            return result
+
+    seen: list[Any] = []
+    Checking(graph).run(*operands)
+    assert seen.count(torch.ops.aten.t.default) == 3
