@@ -18,11 +18,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hyperfunc import _ad, _tree
-from hyperfunc._closures import captured_values
+from hyperfunc import _tree
 from hyperfunc._comparison import difference
 from hyperfunc._graphs import prepare
 from hyperfunc._pieces import compile_in_pieces
+from hyperfunc._torch import tracking
+from hyperfunc._torch.captured import captured_values
 from hyperfunc._types import Leaves
 
 DEFAULT_BACKEND = "inductor"
@@ -146,7 +147,7 @@ class Compiler:
             return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
         call = _Call(self, flat, (key, variables.identities), variables.values, layout)
-        if _ad.transforms_active():
+        if tracking.transforms_active():
             outputs = iter(_Outside.apply(call, *operands))
         else:
             outputs = iter(self.run(call, operands))
@@ -156,7 +157,7 @@ class Compiler:
 
     def run(self, call: _Call, operands: Leaves) -> Leaves:
         """The compiled call where no transform is active."""
-        operands = _ad.detach(operands)
+        operands = tracking.detach(operands)
         signature = (call.key, _circumstances(operands), tuple(map(_describe, operands)))
         entry = self.entries.get(signature)
         if entry is not None and entry.is_direct:
@@ -241,7 +242,9 @@ class Compiler:
 def applies(tensors: Sequence[Any]) -> bool:
     """Whether compiled code can stand in: no derivative is asked for, and nothing traces this."""
     tracing = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
-    return not (torch.compiler.is_compiling() or tracing is not None or _ad.is_tracked(tensors))
+    return not (
+        torch.compiler.is_compiling() or tracing is not None or tracking.is_tracked(tensors)
+    )
 
 
 def check_backend(value: bool | str | Mapping[str, Any]) -> Backend | None:

@@ -23,7 +23,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
+from hyperfunc._torch import autodiff, tracking
+from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers import LinearOperator
 from hyperfunc.proximal import ProximalLoss
@@ -70,7 +72,7 @@ class Arguments:
                     f"{_tree.paths(spec, '(hparams, *args)')[i]} is {leaf!r}, which the first "
                     f"function to read it would use up. Pass list(...) of it"
                 )
-        tensors = _ad.out_of_inference([leaves[i] for i in positions])
+        tensors = tracking.out_of_inference([leaves[i] for i in positions])
         constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         return Arguments(spec, constants, positions, len(hparam_leaves)), tensors, hparams_spec
 
@@ -97,7 +99,7 @@ class BoundCondition:
         hparams_and_args = self.arguments.unflatten(theta)
         if self.condition.kind == "inner_loss":
             loss = self.proximal.loss if self.proximal else self.condition.fn
-            return _ad.gradient(
+            return autodiff.gradient(
                 lambda *leaves: check_scalar(
                     loss(_tree.unflatten(self.params_spec, leaves), *hparams_and_args), "inner_loss"
                 ),
@@ -109,10 +111,10 @@ class BoundCondition:
         _tree.check_like(leaves, spec, w, self.params_spec, f"the output of {name}", "params")
         return tuple(leaves)
 
-    def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> _ad.Linearization:
+    def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> autodiff.Linearization:
         """``P`` at a point; group 0 is ``w``, group 1 the tensors of ``theta`` at ``wrt``."""
         n = self.num_params
-        linearization = _ad.Linearization(
+        linearization = autodiff.Linearization(
             self.function,
             (*w, *theta),
             (tuple(range(n)), tuple(n + i for i in wrt)),
@@ -135,13 +137,15 @@ class BoundCondition:
             return self.proximal.weight_at(self.arguments.unflatten(theta)[0])
         return 1.0 if self.condition.kind == "fixed_point" else 0.0
 
-    def regulariser(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> _ad.Linearization | None:
+    def regulariser(
+        self, w: Leaves, theta: Leaves, wrt: Sequence[int]
+    ) -> autodiff.Linearization | None:
         """What the residual holds besides ``P``, as a function of the tensors of theta at wrt."""
         proximal = self.proximal
         if proximal is None:
             return None
         n = self.num_params
-        return _ad.Linearization(
+        return autodiff.Linearization(
             lambda *leaves: proximal.gradient(
                 leaves[:n], self.params_spec, self.arguments.unflatten(leaves[n:])[0]
             ),
@@ -168,7 +172,7 @@ class BoundCondition:
         hparams = self.arguments.unflatten(theta)[0]
         return _tree.add(value, self.proximal.gradient(w, self.params_spec, hparams))
 
-    def operator(self, linearization: _ad.Linearization, theta: Leaves) -> LinearOperator:
+    def operator(self, linearization: autodiff.Linearization, theta: Leaves) -> LinearOperator:
         """``A = dr/dw`` as a linear operator."""
         symmetric = self.condition.symmetric
         return LinearOperator(
@@ -231,20 +235,3 @@ def check_scalar(value: Any, name: str) -> Tensor:
             f"{name} returned a scalar of dtype {value.dtype}; expected a floating-point scalar"
         )
     return value
-
-
-def escaped_message(name: str) -> str:
-    """The error for a function that runs outside the transform in which it found a tensor."""
-    return (
-        f"{name} uses a tensor that was made inside an enclosing torch.func transform, which it "
-        f"runs outside of. Pass that tensor in *args, so that {name} takes it as an argument"
-    )
-
-
-def captured_message(name: str) -> str:
-    """The error for a function that uses a differentiable tensor it did not take as argument."""
-    return (
-        f"{name} closes over a tensor that requires grad or belongs to an enclosing torch.func "
-        f"transform, whose gradient would be lost. Pass that tensor in hparams or *args, so that "
-        f"{name} takes it as an argument, or call .detach() on it if it is a constant"
-    )

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
 from hyperfunc._conditions import BoundCondition
+from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers import GMRES, LinearOperator
 from hyperfunc.linear_solvers._spectrum import Estimate, eigenvalues, singular_values
@@ -206,8 +207,8 @@ class _Point:
     w: Leaves
     theta: Leaves
     u: Leaves
-    first: _ad.Linearization
-    second: _ad.Linearization
+    first: autodiff.Linearization
+    second: autodiff.Linearization
 
     @staticmethod
     def make(
@@ -223,11 +224,11 @@ class _Point:
                 point = (*chosen, *leaves[n + m :])
                 return outer(*point) - _tree.dot(residual(*point), u)
 
-            return _ad.gradient(lagrangian, leaves[: n + m])
+            return autodiff.gradient(lagrangian, leaves[: n + m])
 
         inner, hparams = tuple(range(n)), tuple(range(n, n + m))
-        first = _ad.Linearization(residual, (*w, *theta), (inner, hparams))
-        second = _ad.Linearization(gradients, (*w, *theta), (inner,))
+        first = autodiff.Linearization(residual, (*w, *theta), (inner, hparams))
+        second = autodiff.Linearization(gradients, (*w, *theta), (inner,))
         return _Point(bound, outer, w, theta, u, first, second)
 
     @property

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
-from hyperfunc._closures import refuse_captured_tensors
+from hyperfunc import _tree
 from hyperfunc._compile import Compiler, applies
 from hyperfunc._conditions import Arguments, Condition, make_condition
 from hyperfunc._error_bound import ErrorBound, error_bound
@@ -25,6 +24,8 @@ from hyperfunc._implicit import (
 from hyperfunc._methods import is_implicit
 from hyperfunc._outer import OuterLoss, mean_outer_gradient
 from hyperfunc._results import Solution, SolveStats
+from hyperfunc._torch import autodiff, tracking
+from hyperfunc._torch.captured import refuse_captured_tensors
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.linear_solvers import StochasticAID
 
@@ -58,7 +59,7 @@ class Rule:
         arguments, theta, _ = Arguments.flatten(hparams, args)
         problem = self.make_problem(arguments)
         w = problem.solution(theta)
-        if torch.is_grad_enabled() and not _ad.is_tracked(theta):
+        if torch.is_grad_enabled() and not tracking.is_tracked(theta):
             problem.refuse_captured(w, theta)
         assert problem.bound is not None
         return _tree.unflatten(problem.bound.params_spec, w)
@@ -113,7 +114,7 @@ class Hypergradient:
             try:
                 _tree.check_like(start, start_spec, w, params_spec, "adjoint_init", "params")
             except ValueError as error:
-                if not _ad.transforms_active():
+                if not tracking.transforms_active():
                     raise
                 raise ValueError(
                     f"{error}. If it is stacked: vmap maps no keywords, so write "
@@ -185,7 +186,7 @@ class Hypergradient:
             params = _tree.unflatten(bound.params_spec, leaves[:n])
             return outer(params, *problem.arguments.unflatten(leaves[n:]))[0][0]
 
-        detached = (_ad.detach(leaves) for leaves in (w, theta, u))
+        detached = (tracking.detach(leaves) for leaves in (w, theta, u))
         return error_bound(self.bound, bound, value, *detached)
 
     def _iterative(
@@ -210,7 +211,7 @@ class Hypergradient:
             outputs, aux = outer(params, *hparams_and_args)
             return outputs, (*w, *aux)
 
-        linearized = _ad.Linearization(
+        linearized = autodiff.Linearization(
             value_and_aux, theta, (tuple(range(arguments.num_hparams)),), has_aux=True
         )
         outer.refuse_captured(linearized)

@@ -19,22 +19,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
-from hyperfunc._closures import captured_tensors
-from hyperfunc._conditions import (
-    Arguments,
-    BoundCondition,
-    Condition,
-    captured_message,
-    escaped_message,
-)
-from hyperfunc._limits import explained
+from hyperfunc import _tree
+from hyperfunc._conditions import Arguments, BoundCondition, Condition
 from hyperfunc._minibatches import SECOND_DERIVATIVE, MinibatchLinearization
 from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._torch import autodiff, batching, tracking
+from hyperfunc._torch.captured import captured_message, captured_tensors, escaped_message
+from hyperfunc._torch.unsupported import explained
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers import AbstractLinearSolver, LinearOperator, StochasticAID
 
-Linearized: TypeAlias = _ad.Linearization | MinibatchLinearization
+Linearized: TypeAlias = autodiff.Linearization | MinibatchLinearization
 
 # A message names no more tasks than these.
 _MOST_NAMED = 8
@@ -61,32 +56,32 @@ class ImplicitProblem:
     def solve(self, theta: Leaves) -> Leaves:
         """The inner solution as detached leaves that share no memory with the arguments."""
         hparams = theta[: self.arguments.num_hparams]
-        versions = _ad.versions(hparams)
-        captured = captured_tensors(self.inner_solver) if _ad.transforms_active() else ()
-        used = (*theta, *filter(_ad.has_level, captured))
+        versions = tracking.versions(hparams)
+        captured = captured_tensors(self.inner_solver) if tracking.transforms_active() else ()
+        used = (*theta, *filter(tracking.has_level, captured))
         try:
-            with torch.enable_grad(), _ad.outside_idle_vmaps(used):
-                params = self.inner_solver(*self.arguments.unflatten(_ad.detach(theta)))
+            with torch.enable_grad(), batching.outside_idle_vmaps(used):
+                params = self.inner_solver(*self.arguments.unflatten(tracking.detach(theta)))
         except RuntimeError as error:
-            if _ad.escaped(error):
+            if tracking.escaped(error):
                 raise ValueError(escaped_message("the inner solver")) from error
             raise
-        self._refuse_written(versions, _ad.versions(hparams))
+        self._refuse_written(versions, tracking.versions(hparams))
         leaves, spec = flatten_params(params)
         self.bound = BoundCondition(self.condition, self.arguments, spec, len(leaves))
         if self.throw:
             raise_unless_finite(leaves, spec)
-        detached: Leaves = _ad.detach(leaves)
+        detached: Leaves = tracking.detach(leaves)
         if getattr(self.inner_solver, "makes_result", False):
             return detached
         return tuple(leaf.clone() for leaf in detached)
 
     def solution(self, theta: Leaves) -> Leaves:
         """The inner solution, with the implicit rule attached if derivatives may be asked for."""
-        if not _ad.is_tracked(theta):
+        if not tracking.is_tracked(theta):
             return self.solve(theta)
         w: Leaves = _ImplicitSolution.apply(self, *theta)
-        if _ad.transforms_active():  # without them, every linearisation looks for itself
+        if tracking.transforms_active():  # without them, every linearisation looks for itself
             self.refuse_captured(w, theta)
         return w
 
@@ -110,16 +105,21 @@ class ImplicitProblem:
     ) -> tuple[Leaves, SolveStats]:
         """Solve ``A^T u = b`` (or ``A u = b``), differentiably where that may be asked for."""
         system = _LinearSystem(self, len(w), len(theta), transposed)
-        if not _ad.is_tracked((*w, *theta, *b)):
+        if not tracking.is_tracked((*w, *theta, *b)):
             return system.solve(linearization, theta, b, x0)
-        start = () if x0 is None else _ad.detach(x0)
+        start = () if x0 is None else tracking.detach(x0)
         *u, num_steps, residual_norm, result = _LinearSolution.apply(system, *w, *theta, *b, *start)
         return tuple(u), SolveStats(num_steps, residual_norm, result)
 
     def explained(self, theta: Leaves) -> contextlib.AbstractContextManager[None]:
         """Where errors of torch name the argument that they are due to."""
         name = "the derivative of the inner solution"
-        return explained(name, lambda: self.arguments.unflatten(theta))
+
+        def arguments() -> dict[str, Tensor]:
+            hparams, *args = self.arguments.unflatten(theta)
+            return _tree.named_tensors(hparams, args)
+
+        return explained(name, arguments)
 
     def _refuse_written(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
         """Raise if the inner solver has changed hparams, at which the derivative is taken."""
@@ -135,11 +135,11 @@ class ImplicitProblem:
     def refuse_captured(self, w: Leaves, theta: Leaves) -> None:
         """Raise if the condition uses a tensor that carries a derivative and is no argument."""
         assert self.bound is not None
-        if not _ad.transforms_active():
-            self.bound.linearize(_ad.detach(w), _ad.detach(theta), ())
+        if not tracking.transforms_active():
+            self.bound.linearize(tracking.detach(w), tracking.detach(theta), ())
             return
-        value = self.bound.function(*_ad.detach(w), *_ad.detach(theta))
-        if any(_ad.is_attached(leaf) for leaf in value):
+        value = self.bound.function(*tracking.detach(w), *tracking.detach(theta))
+        if any(tracking.is_attached(leaf) for leaf in value):
             raise ValueError(captured_message(self.condition.kind))
 
 
@@ -161,7 +161,7 @@ class _ImplicitSolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        w, theta = _split(_ad.saved_tensors(ctx), ctx.num_params)
+        w, theta = _split(autodiff.saved_tensors(ctx), ctx.num_params)
         wrt = _wanted(ctx.needs_input_grad[1:], theta)
         with ctx.problem.explained(theta):
             linearization = ctx.problem.linearize(w, theta, wrt)
@@ -171,7 +171,7 @@ class _ImplicitSolution(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Leaves:
-        with _ad.nested_forward_mode(ctx.saved_tensors) as saved:
+        with autodiff.nested_forward_mode(ctx.saved_tensors) as saved:
             w, theta = _split(saved, ctx.num_params)
             wrt, directions = _directions(tangents, theta)
             linearization = ctx.problem.linearize(w, theta, wrt)
@@ -214,7 +214,7 @@ class _LinearSystem:
             x = _tree.where(nonfinite, _tree.scale(torch.nan, x), x)
         return x, stats
 
-    def operator(self, linearization: _ad.Linearization, theta: Leaves) -> LinearOperator:
+    def operator(self, linearization: autodiff.Linearization, theta: Leaves) -> LinearOperator:
         """``A^T`` (or ``A``) from the linearisation of the condition."""
         assert self.problem.bound is not None
         operator = self.problem.bound.operator(linearization, theta)
@@ -248,7 +248,7 @@ class _LinearSolution(torch.autograd.Function):
             linearization = system.problem.linearize(w, theta, ())
             u, stats = system.solve(linearization, theta, b, start or None)
         except RuntimeError as error:
-            if _ad.escaped(error):
+            if tracking.escaped(error):
                 raise ValueError(escaped_message(system.problem.condition.kind)) from error
             raise
         return tuple(leaf.clone() for leaf in (*u, *stats))
@@ -265,12 +265,14 @@ class _LinearSolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         system: _LinearSystem = ctx.system
-        u, point = _split(_ad.saved_tensors(ctx), system.num_params)
+        u, point = _split(autodiff.saved_tensors(ctx), system.num_params)
         w, theta = _split(point, system.num_params)
         cotangent = cotangents[: system.num_params]
         wrt = _wanted(ctx.needs_input_grad[1 : 1 + len(point)], point)
         with system.problem.explained(theta):
-            products = _ad.Linearization(lambda *leaves: system.product(u, leaves), point, (wrt,))
+            products = autodiff.Linearization(
+                lambda *leaves: system.product(u, leaves), point, (wrt,)
+            )
             linearization = system.problem.linearize(w, theta, ())
             s, _ = system.problem.adjoint(
                 linearization, w, theta, cotangent, transposed=not system.transposed
@@ -282,7 +284,7 @@ class _LinearSolution(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         system: _LinearSystem = ctx.system
-        with _ad.nested_forward_mode(ctx.saved_tensors) as saved:
+        with autodiff.nested_forward_mode(ctx.saved_tensors) as saved:
             u, point = _split(saved, system.num_params)
             w, theta = _split(point, system.num_params)
             b_tangents = tangents[len(point) : len(point) + len(u)]
@@ -291,7 +293,9 @@ class _LinearSolution(torch.autograd.Function):
                 for leaf, tangent in zip(u, b_tangents, strict=True)
             )
             wrt, directions = _directions(tangents[: len(point)], point)
-            products = _ad.Linearization(lambda *leaves: system.product(u, leaves), point, (wrt,))
+            products = autodiff.Linearization(
+                lambda *leaves: system.product(u, leaves), point, (wrt,)
+            )
             change = products.push(directions)
             u_dot, stats = system.problem.adjoint(
                 system.problem.linearize(w, theta, ()),
@@ -372,10 +376,10 @@ def raise_unless_finite_gradient(grads: Leaves, spec: _tree.TreeSpec) -> None:
 def raise_on_failure(stats: SolveStats, linear_solver: AbstractLinearSolver) -> None:
     """Raise if a solve failed, with the reason and the tasks it failed for."""
     failed = stats.result > int(RESULTS.max_steps)
-    if not _ad.any_true(failed):
+    if not batching.any_true(failed):
         return
     code = next(
-        code for code in RESULTS if code.failed and _ad.count_true(stats.result == int(code))
+        code for code in RESULTS if code.failed and batching.count_true(stats.result == int(code))
     )
     raise HypergradError(
         f"the linear solve with {linear_solver!r} failed{of_tasks(failed)}: "
@@ -385,10 +389,10 @@ def raise_on_failure(stats: SolveStats, linear_solver: AbstractLinearSolver) -> 
 
 def of_tasks(failed: Tensor, what: str = "tasks") -> str:
     """How many of the tasks a flag holds for, and which they are; nothing for a single task."""
-    total = _ad.count_tasks(failed.sum()) * failed.numel()
+    total = batching.count_tasks(failed.sum()) * failed.numel()
     if total == 1:
         return ""
-    found = _ad.true_indices(failed.squeeze() if failed.numel() == 1 else failed)
+    found = batching.true_indices(failed.squeeze() if failed.numel() == 1 else failed)
     names = [str(index[0] if len(index) == 1 else index) for index in found[:_MOST_NAMED]]
     more = ", ..." if len(found) > _MOST_NAMED else ""
     return f" for {len(found)} of {total} {what} (index {', '.join(names)}{more})"
@@ -396,14 +400,14 @@ def of_tasks(failed: Tensor, what: str = "tasks") -> str:
 
 def _where_not_finite(leaves: Leaves, spec: _tree.TreeSpec, name: str) -> tuple[str, str] | None:
     """The path of the first leaf that is not finite, and the tasks where some leaf is not."""
-    if _ad.all_true(_tree.sum_is_finite(leaves)):
+    if batching.all_true(_tree.sum_is_finite(leaves)):
         return None
     finite = _tree.all_finite(leaves)
-    if _ad.all_true(finite):
+    if batching.all_true(finite):
         return None
     paths = _tree.paths(spec, name)
     parts = zip(paths, leaves, strict=True)
-    path = next(path for path, leaf in parts if not _ad.all_true(_tree.all_finite((leaf,))))
+    path = next(path for path, leaf in parts if not batching.all_true(_tree.all_finite((leaf,))))
     return path, of_tasks(~finite)
 
 
@@ -415,7 +419,7 @@ def _wanted(needed: Sequence[bool], tensors: Leaves) -> tuple[int, ...]:
     return tuple(
         index
         for index, (need, leaf) in enumerate(zip(needed, tensors, strict=True))
-        if need and _ad.is_differentiable(leaf)
+        if need and tracking.is_differentiable(leaf)
     )
 
 
@@ -425,7 +429,7 @@ def _directions(
     wrt = tuple(
         index
         for index, (tangent, leaf) in enumerate(zip(tangents, tensors, strict=True))
-        if tangent is not None and _ad.is_differentiable(leaf)
+        if tangent is not None and tracking.is_differentiable(leaf)
     )
     # a number times a 0-d float32 tensor has a float64 tangent in torch
     return wrt, tuple(

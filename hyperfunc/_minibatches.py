@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
 from hyperfunc._conditions import BoundCondition, Condition
+from hyperfunc._torch import autodiff, batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers import StochasticAID
 
@@ -20,7 +21,7 @@ SECOND_DERIVATIVE = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MinibatchLinearization:
-    """Stands in for `_ad.Linearization` under a stochastic method.
+    """Stands in for `autodiff.Linearization` under a stochastic method.
 
     `at` linearises with respect to ``w`` on one minibatch; `pull` and `push` are products of group
     1, with respect to ``theta``, as means over the minibatches that come after those of the steps.
@@ -32,7 +33,7 @@ class MinibatchLinearization:
     theta: Leaves
     wrt: tuple[int, ...]
 
-    def at(self, step: int) -> _ad.Linearization:
+    def at(self, step: int) -> autodiff.Linearization:
         """The condition's function on the minibatch of a step."""
         return self._linearize(step, ())
 
@@ -49,7 +50,9 @@ class MinibatchLinearization:
         """The mean product with the Jacobian with respect to theta."""
         # forward mode fills in zeros for the tensors that it is not asked about
         pairs = zip(self.wrt, tangents, strict=True)
-        self._refuse_replaced([i for i, tangent in pairs if _ad.any_true((tangent != 0).any())])
+        self._refuse_replaced(
+            [i for i, tangent in pairs if batching.any_true((tangent != 0).any())]
+        )
         return self._mean("push", tangents, group)
 
     def _refuse_replaced(self, wrt: Sequence[int]) -> None:
@@ -72,7 +75,7 @@ class MinibatchLinearization:
         assert total is not None
         return _tree.scale(1 / count, total)
 
-    def _linearize(self, step: int, wrt: tuple[int, ...]) -> _ad.Linearization:
+    def _linearize(self, step: int, wrt: tuple[int, ...]) -> autodiff.Linearization:
         condition, proximal = self.bound.condition, self.bound.proximal
         sampled: Callable[..., Any]
         if proximal is None:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _sharding, _tree
-from hyperfunc._conditions import captured_message, check_scalar
+from hyperfunc import _tree
+from hyperfunc._conditions import check_scalar
 from hyperfunc._implicit import ImplicitProblem
+from hyperfunc._torch import autodiff, sharding
+from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves, TensorTree
 
 
@@ -31,7 +33,7 @@ def mean_outer_gradient(
     total: Leaves = ()
     for outer_loss in outer_losses:
         outer = OuterLoss(outer_loss, has_aux)
-        linearized = _ad.Linearization(
+        linearized = autodiff.Linearization(
             lambda *leaves, outer=outer: outer(
                 _tree.unflatten(params_spec, leaves[:n]), *arguments.unflatten(leaves[n:])
             ),
@@ -64,7 +66,7 @@ class OuterLoss:
     ) -> tuple[Leaves, Leaves]:
         output = self._outer_loss(params, hparams, *args)
         if not self._has_aux:
-            return (_sharding.replicate(check_scalar(output, "outer_loss")),), ()
+            return (sharding.replicate(check_scalar(output, "outer_loss")),), ()
         if not (isinstance(output, tuple) and len(output) == 2):
             raise TypeError(
                 f"outer_loss returned {type(output).__name__}; expected a tuple (scalar, aux), "
@@ -73,9 +75,9 @@ class OuterLoss:
         value, aux = output
         self._leaves, self._spec = _tree.flatten(aux)
         tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
-        return (_sharding.replicate(check_scalar(value, "outer_loss")),), tensors
+        return (sharding.replicate(check_scalar(value, "outer_loss")),), tensors
 
-    def refuse_captured(self, linearized: _ad.Linearization) -> None:
+    def refuse_captured(self, linearized: autodiff.Linearization) -> None:
         if linearized.captures_gradient and torch.is_grad_enabled():
             raise ValueError(captured_message("outer_loss"))
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from hyperfunc import _ad
-from hyperfunc._limits import explained
+from hyperfunc import _tree
+from hyperfunc._torch import tracking
+from hyperfunc._torch.unsupported import explained
 from hyperfunc._types import TensorTree
 from hyperfunc._wrapped import Wrapped
 from hyperfunc.iterative import ReverseUnroll
@@ -52,12 +53,12 @@ class Transformed(Wrapped):
         return f"{self._transform}({name}, method={self._method!r})"
 
     def _run(self, hparams: TensorTree, *args: Any, **keywords: Any) -> Any:
-        if _ad.loses_gradients():
+        if tracking.loses_gradients():
             raise RuntimeError(
                 f"{self!r} is differentiated in inference mode, where this version of torch makes "
                 f"zeros of all gradients. Use torch.no_grad() in place of torch.inference_mode()"
             )
-        with explained(self, lambda: (hparams, *args)):
+        with explained(self, lambda: _tree.named_tensors(hparams, args)):
             if torch.is_inference_mode_enabled():
                 # in that mode no graph is recorded, of which older versions of torch make zeros
                 with torch.inference_mode(False), torch.no_grad():

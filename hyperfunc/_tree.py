@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _sharding, _tensordict
+from hyperfunc._torch import batching, sharding, tensordicts, tracking
 from hyperfunc._types import Leaves, TensorTree
 
 TreeSpec = optree.PyTreeSpec
@@ -20,7 +20,7 @@ NAMESPACE = "hyperfunc"
 
 def flatten(tree: Any, none_is_leaf: bool = False) -> tuple[list[Any], TreeSpec]:
     """Leaves and structure of a tree; ``None`` is an empty node, unless it is to be a leaf."""
-    _tensordict.register(NAMESPACE)
+    tensordicts.register(NAMESPACE)
     leaves, spec = optree.tree_flatten(tree, none_is_leaf=none_is_leaf, namespace=NAMESPACE)
     return list(leaves), spec
 
@@ -35,9 +35,18 @@ def paths(spec: TreeSpec, root: str) -> list[str]:
     return [accessor.codify(root) for accessor in spec.accessors()]
 
 
+def named_tensors(hparams: Any, args: Any) -> dict[str, Tensor]:
+    """The tensors of a call by the expressions that the user knows them by."""
+    named: dict[str, Any] = {}
+    for root, tree in (("hparams", hparams), ("args", args)):
+        leaves, spec = flatten(tree)
+        named.update(zip(paths(spec, root), leaves, strict=True))
+    return {path: leaf for path, leaf in named.items() if isinstance(leaf, Tensor)}
+
+
 def tree_map(fn: Callable[..., Any], tree: TensorTree, *rest: TensorTree) -> TensorTree:
     """Apply ``fn`` leaf by leaf to trees of one structure."""
-    _tensordict.register(NAMESPACE)
+    tensordicts.register(NAMESPACE)
     return optree.tree_map(fn, tree, *rest, namespace=NAMESPACE)
 
 
@@ -49,7 +58,7 @@ def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:
             f"{root} is an empty tree ({tree!r}); expected at least one floating-point tensor"
         )
     for index, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and _ad.is_dense(leaf):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and tracking.is_dense(leaf):
             continue
         path = paths(spec, root)[index]
         if not isinstance(leaf, Tensor):
@@ -67,8 +76,8 @@ def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:
                 f"Convert it (.float() or .double()) or pass it through *args"
             )
         raise TypeError(
-            f"{path} has layout {_ad.innermost(leaf).layout}; expected a dense (strided) tensor. "
-            f"Call .to_dense(), or pass sparse data through *args"
+            f"{path} has layout {tracking.innermost(leaf).layout}; expected a dense (strided) "
+            f"tensor. Call .to_dense(), or pass sparse data through *args"
         )
     return tuple(leaves), spec
 
@@ -113,7 +122,7 @@ def epsilon(leaves: Leaves) -> float:
 
 def dot(a: Leaves, b: Leaves) -> Tensor:
     """Euclidean inner product over all leaves, accumulated in `accumulation_dtype`."""
-    layout = _sharding.layout_of(a)
+    layout = sharding.layout_of(a)
     if layout is not None:
         return layout.sum(_held_dots(layout, ((a, b),)))[0]
     return _dot(a, b)
@@ -121,7 +130,7 @@ def dot(a: Leaves, b: Leaves) -> Tensor:
 
 def dots(*pairs: tuple[Leaves, Leaves]) -> tuple[Tensor, ...]:
     """Inner products of several pairs of vectors, with one reduction over ranks for all."""
-    layout = _sharding.layout_of(pairs[0][0])
+    layout = sharding.layout_of(pairs[0][0])
     if layout is not None:
         return layout.sum(_held_dots(layout, pairs)).unbind()
     return tuple(_dot(a, b) for a, b in pairs)
@@ -134,7 +143,7 @@ def read_dots(*pairs: tuple[Leaves, Leaves]) -> tuple[float, ...]:
 
 def start_dots(*pairs: tuple[Leaves, Leaves]) -> Callable[[], tuple[Tensor, ...]]:
     """`dots`, with the reduction over ranks under way until the returned function is called."""
-    layout = _sharding.layout_of(pairs[0][0])
+    layout = sharding.layout_of(pairs[0][0])
     if layout is not None:
         wait = layout.start_sum(_held_dots(layout, pairs))
         return lambda: wait().unbind()
@@ -152,12 +161,12 @@ def may_overwrite(*vectors: Leaves) -> bool:
 
     They may not where a derivative of one of them can be asked for.
     """
-    return _ad.may_overwrite([leaf for vector in vectors for leaf in vector])
+    return batching.may_overwrite([leaf for vector in vectors for leaf in vector])
 
 
 def can_read(*vectors: Leaves) -> bool:
     """Whether scalars computed from vectors that the caller alone holds may be numbers."""
-    return _ad.can_read([leaf for vector in vectors for leaf in vector])
+    return batching.can_read([leaf for vector in vectors for leaf in vector])
 
 
 def reusable(x: Leaves, *others: Leaves) -> Leaves | None:
@@ -170,8 +179,8 @@ def axpy(alpha: Tensor | float, x: Leaves, y: Leaves, out: Leaves | None = None)
 
     ``out`` is x or y if that is to be overwritten, where alpha allows it too; see `reusable`.
     """
-    if out is not None and not (isinstance(alpha, Tensor) and _ad.is_tracked((alpha,))):
-        _ad.write_sum(alpha, x, y, out)
+    if out is not None and not (isinstance(alpha, Tensor) and tracking.is_tracked((alpha,))):
+        batching.write_sum(alpha, x, y, out)
         return out
     if isinstance(alpha, Tensor):
         return tuple(torch.addcmul(v, _scalar_like(alpha, u), u) for u, v in zip(x, y, strict=True))
@@ -213,7 +222,7 @@ def zeros_like(x: Leaves) -> Leaves:
 
 def sum_is_finite(x: Leaves) -> Tensor:
     """A 0-d bool tensor that shows `all_finite` in one pass where it holds; a sum may overflow."""
-    if _sharding.layout_of(x) is not None:
+    if sharding.layout_of(x) is not None:
         return all_finite(x)
     total = x[0].sum()
     for leaf in x[1:]:
@@ -224,7 +233,7 @@ def sum_is_finite(x: Leaves) -> Tensor:
 
 def all_finite(x: Leaves) -> Tensor:
     """A 0-d bool tensor: whether every entry of every leaf is finite."""
-    layout = _sharding.layout_of(x)
+    layout = sharding.layout_of(x)
     if layout is not None:
         return torch.eq(layout.sum((~all_finite(layout.local(x))).to(torch.int32)), 0)
     # u - u is zero, or NaN where u is not finite: many times faster than isfinite of every entry
@@ -246,7 +255,7 @@ def _dot(a: Leaves, b: Leaves) -> Tensor:
     for x, y in zip(a, b, strict=True):
         if x.dtype is not dtype or y.dtype is not dtype:
             x, y = x.to(dtype), y.to(dtype)
-        term = _ad.dot(x, y) if x.ndim == 1 else _ad.dot(x.reshape(-1), y.reshape(-1))
+        term = batching.dot(x, y) if x.ndim == 1 else batching.dot(x.reshape(-1), y.reshape(-1))
         if term.device != device:
             term = term.to(device)
         total = term if total is None else total + term
@@ -254,7 +263,7 @@ def _dot(a: Leaves, b: Leaves) -> Tensor:
     return total
 
 
-def _held_dots(layout: _sharding.Layout, pairs: Sequence[tuple[Leaves, Leaves]]) -> Tensor:
+def _held_dots(layout: sharding.Layout, pairs: Sequence[tuple[Leaves, Leaves]]) -> Tensor:
     """The inner products of what this rank holds of each vector, to be added up over the ranks."""
     counted = layout.counted()
 
@@ -276,7 +285,7 @@ def _scalar_like(alpha: Tensor, leaf: Tensor) -> Tensor:
 def _advice(leaf: Any) -> str:
     if isinstance(leaf, torch.nn.Module):
         return "Pass its parameters: apply, params = hf.functional(module)"
-    if _tensordict.is_tensordict(leaf):
+    if tensordicts.is_tensordict(leaf):
         return "Call .to_tensordict() on it, or pass it through *args"
     if hasattr(leaf, "__dict__"):
         return (

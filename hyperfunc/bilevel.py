@@ -33,8 +33,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
 from hyperfunc._conditions import check_scalar
+from hyperfunc._torch import autodiff, tracking
 from hyperfunc._types import Leaves, Loss, TensorTree
 from hyperfunc._wrapped import picklable
 
@@ -489,7 +490,7 @@ class _Settings:
         w, params_spec = _tree.flatten_floating(params, "params")
         h, hparams_spec = _tree.flatten_floating(hparams, "hparams")
         # copies, as a module whose parameters these are may go on to change them in place
-        w, h = (tuple(leaf.clone() for leaf in _ad.detach(leaves)) for leaves in (w, h))
+        w, h = (tuple(leaf.clone() for leaf in tracking.detach(leaves)) for leaves in (w, h))
         return State(
             step=torch.zeros((), dtype=torch.int64),
             params=_tree.unflatten(params_spec, w),
@@ -544,7 +545,7 @@ class _Point:
         def loss(*leaves: Tensor) -> Tensor:
             return self._loss("outer_loss", leaves[:n], leaves[n:], batch)
 
-        gradient = _ad.gradient(loss, (*self.w, *self.h))
+        gradient = autodiff.gradient(loss, (*self.w, *self.h))
         return gradient[:n], gradient[n:]
 
     def terms(self, inner_batch: tuple[Any, ...], outer_batch: tuple[Any, ...]) -> _Terms:
@@ -586,9 +587,9 @@ class _Point:
             memory=self.state.memory,
         )
 
-    def _linearize(self, batch: tuple[Any, ...], group: range) -> _ad.Linearization:
+    def _linearize(self, batch: tuple[Any, ...], group: range) -> autodiff.Linearization:
         n = len(self.w)
-        return _ad.Linearization(
+        return autodiff.Linearization(
             lambda *leaves: self._inner_gradient(batch, leaves[:n], leaves[n:], create_graph=True),
             (*self.w, *self.h),
             (tuple(group),),
@@ -600,7 +601,7 @@ class _Point:
         def loss(*leaves: Tensor) -> Tensor:
             return self._loss("inner_loss", leaves, h, batch)
 
-        return _ad.gradient(loss, w, create_graph=create_graph)
+        return autodiff.gradient(loss, w, create_graph=create_graph)
 
     def _loss(self, key: str, w: Leaves, h: Leaves, batch: tuple[Any, ...]) -> Tensor:
         value = getattr(self.settings, key)(

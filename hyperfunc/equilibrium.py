@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
 from hyperfunc._hypergrad import implicit_diff
 from hyperfunc._methods import resolve_method
 from hyperfunc._results import SolveStats
+from hyperfunc._torch import autodiff, tracking
 from hyperfunc._types import TensorTree
 from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson, raise_unless_solved
 from hyperfunc.inner_solvers import iterate
@@ -186,7 +187,7 @@ class EquilibriumLayer(nn.Module):
     def _initial_state(self, inputs: tuple[Any, ...]) -> TensorTree:
         if self._settings.init is not None:
             return self._settings.init(*inputs)
-        if not inputs or not _ad.is_differentiable(inputs[0]):
+        if not inputs or not tracking.is_differentiable(inputs[0]):
             first = "missing"
             if inputs:
                 first = f"of type {type(inputs[0]).__name__}"
@@ -222,7 +223,7 @@ class EquilibriumLayer(nn.Module):
         solution: TensorTree,
         inputs: tuple[Any, ...],
     ) -> None:
-        if not buffers or _ad.transforms_active():
+        if not buffers or tracking.transforms_active():
             return
         apply, _, _ = _snapshot(self._settings.cell, "update")
         with torch.no_grad():
@@ -287,7 +288,7 @@ def jacobian_frobenius_squared(
     def flat(*z: Tensor) -> tuple[Tensor, ...]:
         return _tree.flatten_floating(fn(_tree.unflatten(spec, z), *args), "the output of fn")[0]
 
-    linearization = _ad.Linearization(flat, leaves, (tuple(range(len(leaves))),), tracked=True)
+    linearization = autodiff.Linearization(flat, leaves, (tuple(range(len(leaves))),), tracked=True)
     terms = []
     for _ in range(num_probes):
         signs = tuple(_random_signs(out, generator) for out in linearization.outputs)
@@ -352,7 +353,7 @@ def _second(hparams: TensorTree, *args: Any) -> TensorTree:
 
 def _detach(tree: TensorTree) -> TensorTree:
     leaves, spec = _tree.flatten(tree)
-    return _tree.unflatten(spec, _ad.detach(leaves))
+    return _tree.unflatten(spec, tracking.detach(leaves))
 
 
 def _check_method(method: Any) -> Any:

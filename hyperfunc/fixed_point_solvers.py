@@ -22,10 +22,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _sharding, _tree
-from hyperfunc._conditions import captured_message
+from hyperfunc import _tree
 from hyperfunc._implicit import HypergradError, of_tasks
 from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._torch import autodiff, batching, sharding, tracking
+from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import InnerSolver, Leaves, ParamsFunction, TensorTree
 from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver, LinearOperator
 from hyperfunc.linear_solvers._anderson import append_row, mixing_coefficients
@@ -314,8 +315,8 @@ class Newton(AbstractFixedPointSolver):
 
     def _iteration(self, layout: _Layout, apply: _FlatMap) -> _Iteration:
         tensors = (*layout.init, *_tree.flatten((apply.hparams, apply.args))[0])
-        recorded = torch.is_grad_enabled() or _ad.transforms_active()
-        if recorded and any(map(_ad.is_attached, tensors)):
+        recorded = torch.is_grad_enabled() or tracking.transforms_active()
+        if recorded and any(map(tracking.is_attached, tensors)):
             raise ValueError(
                 "Newton: its steps cannot be differentiated, but init, hparams or *args require "
                 "grad or belong to an enclosing torch.func transform. Use "
@@ -358,12 +359,12 @@ def raise_unless_solved(
     """
     accepted = RESULTS.success if finished else RESULTS.max_steps
     failed = stats.result > int(accepted)
-    if not _ad.any_true(failed.sum()):
+    if not batching.any_true(failed.sum()):
         return
     code = next(
         code
         for code in RESULTS
-        if code > accepted and _ad.count_true((stats.result == int(code)).sum())
+        if code > accepted and batching.count_true((stats.result == int(code)).sum())
     )
     raise HypergradError(
         f"the fixed-point solve with {solver!r} failed{of_tasks(failed, 'samples')}: "
@@ -441,7 +442,7 @@ class _Layout:
     def make(init: TensorTree, batch_dim: int | None) -> _Layout:
         leaves, spec = _tree.flatten_floating(init, "init")
         for leaf, path in zip(leaves, _tree.paths(spec, "init"), strict=True):
-            if _sharding.is_sharded(leaf):
+            if sharding.is_sharded(leaf):
                 raise ValueError(
                     f"{path} is a DTensor that is sharded, but fixed-point solvers keep iterates "
                     f"as one matrix. Use an inner solver made by hf.iterate or hf.minimize"
@@ -527,7 +528,7 @@ def _solve(
             best = _select(active & (met | (point.norm < best.norm)), point, best)
             done = done | met
             active = active & ~met & (point.norm < largest / eps)
-            if step == solver.maxiter or not _ad.any_true(active.any()):
+            if step == solver.maxiter or not batching.any_true(active.any()):
                 break
         elif iteration.memory is not None:
             best = _select(point.norm < best.norm, point, best)
@@ -651,13 +652,13 @@ class _NewtonIteration:
         self._linear_solver = linear_solver
 
     def apply(self, leaves: Leaves, /) -> Leaves:
-        inputs = _ad.detach(leaves)
-        self._linearization = _ad.Linearization(
+        inputs = tracking.detach(leaves)
+        self._linearization = autodiff.Linearization(
             lambda *z: self._map(z), inputs, (tuple(range(len(inputs))),)
         )
         if self._linearization.captures_gradient and torch.is_grad_enabled():
             raise ValueError(captured_message("fixed_point"))
-        return _ad.detach(self._linearization.outputs)
+        return tracking.detach(self._linearization.outputs)
 
     def advance(self, point: _Point, active: Tensor, restart: Tensor) -> Tensor:
         layout, column = self._layout, active[:, None]

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hyperfunc import _ad, _tree, optim
+from hyperfunc import _tree, optim
 from hyperfunc._compile import Backend, Compiler, applies, check_backend
 from hyperfunc._conditions import check_scalar
+from hyperfunc._torch import autodiff, batching, tracking
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
 from hyperfunc.optim._base import Pull
 from hyperfunc.optim._leafwise import Leafwise
@@ -351,7 +352,7 @@ class FlatSteps:
                 result = _tree.where(active, result, state)
             if not self.can_stop:
                 return result
-            return (*result, self._is_small(_ad.detach(new), _ad.detach(old)))
+            return (*result, self._is_small(tracking.detach(new), tracking.detach(old)))
 
         return advance
 
@@ -370,10 +371,10 @@ class FlatSteps:
             if self.can_stop:
                 stop = outputs[-1]
                 done = stop if done is None else done | stop
-                remaining = _ad.count_true(~done)
+                remaining = batching.count_true(~done)
                 if remaining == 0:
                     break
-                active = None if remaining == _ad.count_tasks(done) else ~done
+                active = None if remaining == batching.count_tasks(done) else ~done
         return state
 
     def _is_small(self, new: Leaves, old: Leaves) -> Tensor:
@@ -478,7 +479,7 @@ class _DescentStep:
             pull = Pull(loss.weight_at(hparams), center)
             loss = loss.loss
         update = self._update(specs, like, hparams)
-        tracked = _ad.is_tracked(_tree.flatten((hparams, args))[0])
+        tracked = tracking.is_tracked(_tree.flatten((hparams, args))[0])
 
         def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
             def value(*flat: Tensor) -> Tensor:
@@ -486,8 +487,8 @@ class _DescentStep:
                 return check_scalar(result, "inner_loss")
 
             row = _tree.flatten(extra)[0] if extra else ()
-            recorded = tracked or _ad.is_tracked((*leaves, *row))
-            grads = _ad.gradient(value, leaves, create_graph=recorded)
+            recorded = tracked or tracking.is_tracked((*leaves, *row))
+            grads = autodiff.gradient(value, leaves, create_graph=recorded)
             return update(leaves, grads, memory, pull)
 
         return step
@@ -562,8 +563,8 @@ def _gradient(
         result = differentiated(_tree.unflatten(spec, flat), hparams, *args)
         return check_scalar(result, "inner_loss")
 
-    tracked = _ad.is_tracked(_tree.flatten((params, hparams, args))[0])
-    grads = _ad.gradient(value, leaves, create_graph=tracked)
+    tracked = tracking.is_tracked(_tree.flatten((params, hparams, args))[0])
+    grads = autodiff.gradient(value, leaves, create_graph=tracked)
     if isinstance(loss, ProximalLoss):
         offset = _tree.sub(leaves, loss.center_at(hparams, leaves, spec))
         weight = loss.weight_at(hparams)

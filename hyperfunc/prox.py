@@ -64,7 +64,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
+from hyperfunc._torch import tracking
 from hyperfunc._types import TensorTree
 from hyperfunc.optim._base import Coefficient, check_coefficient, describe, values_by_leaf
 
@@ -595,7 +596,7 @@ def _shrink_singular_values(W: Tensor, dims: Any, lr: Tensor, weight: Tensor) ->
     U, sigma, Vh = torch.linalg.svd(tall.detach(), full_matrices=False)
     at = threshold.detach()[..., 0]
     Z = (U * (sigma - at).clamp(min=0)[..., None, :]) @ Vh
-    if _ad.is_tracked((W, threshold)):
+    if tracking.is_tracked((W, threshold)):
         change = _singular_value_expansion(tall, threshold, sigma, Vh, sigma >= at)
         Z = Z + (change - change.detach())
     return torch.where(finite, Z.mT if wide else Z, torch.nan)

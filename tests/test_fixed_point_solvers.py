@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
-from hyperfunc import _ad
+from hyperfunc._torch import batching
 from hyperfunc.fixed_point_solvers import Anderson, Broyden, Newton, Picard
 
 N, BATCH = 8, 5
@@ -204,7 +204,7 @@ def test_exactly_as_many_steps_and_the_iterates_of_the_formula(name: str, K: int
 @pytest.mark.parametrize("name", SOLVERS)
 def test_evaluations_and_synchronisation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     syncs = []
-    monkeypatch.setattr(_ad, "count_true", lambda flag: syncs.append(flag) or int(flag))
+    monkeypatch.setattr(batching, "count_true", lambda flag: syncs.append(flag) or int(flag))
     solver, f = batched(SOLVERS[name]), Recorder(cell)
     if "newton" in name:  # whose linear solver has settings of its own
         solver = dataclasses.replace(solver, linear_solver=hf.CG(2, rtol=0.0))

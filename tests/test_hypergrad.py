@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
 import hyperfunc as hf
-from hyperfunc import _ad
+from hyperfunc._torch import batching
 
 F64 = torch.float64
 RIDGE = PROBLEMS[0]
@@ -391,7 +391,7 @@ def count_products(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> t
         hf.linear_solvers.LinearOperator.mv,
         hf.linear_solvers.LinearOperator.richardson,
     )
-    count_true = _ad.count_true
+    count_true = batching.count_true
 
     def counted(fn: Callable[..., Any], counter: list[int]) -> Callable[..., Any]:
         def call(*args: Any, **keywords: Any) -> Any:
@@ -403,7 +403,7 @@ def count_products(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> t
     with monkeypatch.context() as patch:
         patch.setattr(hf.linear_solvers.LinearOperator, "mv", counted(mv, products))
         patch.setattr(hf.linear_solvers.LinearOperator, "richardson", counted(richardson, products))
-        patch.setattr(_ad, "count_true", counted(count_true, syncs))
+        patch.setattr(batching, "count_true", counted(count_true, syncs))
         run()
     return products[0], syncs[0]
 

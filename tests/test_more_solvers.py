@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.func import grad, hessian, jacrev, vmap
 
 import hyperfunc as hf
-from hyperfunc import _ad, linear_solvers
+from hyperfunc import linear_solvers
+from hyperfunc._torch import batching
 from hyperfunc.linear_solvers import LinearOperator
 from hyperfunc.linear_solvers._random import random_signs, random_uniform
 from tests.problems import PROBLEMS, Problem, ravel, stack, unraveller
@@ -343,8 +344,8 @@ def test_products_and_no_synchronisation(
 ) -> None:
     solver, expected = PRODUCTS[name]
     syncs = []
-    any_true = _ad.any_true
-    monkeypatch.setattr(_ad, "any_true", lambda flag: syncs.append(1) or any_true(flag))
+    any_true = batching.any_true
+    monkeypatch.setattr(batching, "any_true", lambda flag: syncs.append(1) or any_true(flag))
     counted = Counted(SPD)
     solve = lambda b: solver.solve(counted.operator, (b,))  # noqa: E731
     (vmap(solve) if batched else solve)(randn(3, N) if batched else randn(N))
@@ -355,8 +356,8 @@ def test_products_and_no_synchronisation(
 @pytest.mark.parametrize("name", SOLVERS)
 def test_one_synchronisation_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     syncs = []
-    any_true = _ad.any_true
-    monkeypatch.setattr(_ad, "any_true", lambda flag: syncs.append(1) or any_true(flag))
+    any_true = batching.any_true
+    monkeypatch.setattr(batching, "any_true", lambda flag: syncs.append(1) or any_true(flag))
     counted = Counted(SPD)
     _, stats = ALL[name].solve(counted.operator, (randn(N),))
     # and at the end, where BiCGStab and PipelinedCG check the residual, and Fallback the result

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
+from hyperfunc._torch import batching
 from hyperfunc._tree import flatten, tree_map, unflatten
 
 # torch compiles its rules for forward mode by a deprecated function when they are first used.
@@ -313,7 +314,7 @@ def test_inner_products_under_vmap_are_those_of_the_tasks(
     torch.testing.assert_close(
         dot(*(entry(v, d) for v, d in zip((x, y), in_dims, strict=True))), expected
     )
-    direct = torch.func.vmap(_ad.dot, in_dims)
+    direct = torch.func.vmap(batching.dot, in_dims)
     torch.testing.assert_close(
         direct(*(entry(v, d) for v, d in zip((x, y), in_dims, strict=True))), expected
     )

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
 from hyperfunc._conditions import Arguments, BoundCondition, Condition, make_condition
 from hyperfunc._hypergrad import hypergrad_and_solution
 from hyperfunc._implicit import HypergradError
-from hyperfunc._limits import explained
 from hyperfunc._methods import is_implicit, resolve_method
 from hyperfunc._results import RESULTS
+from hyperfunc._torch import autodiff, tracking
+from hyperfunc._torch.unsupported import explained
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
 from hyperfunc.diagnostics._diagnose import Diagnosis, diagnose_bound
 from hyperfunc.diagnostics._differences import (
@@ -279,7 +280,7 @@ def check_hypergrad(
     References:
         More and Wild, Estimating computational noise, SIAM J. Sci. Comput. 33 (2011).
     """
-    if _ad.transforms_active():
+    if tracking.transforms_active():
         raise ValueError(
             "check_hypergrad: called inside of a torch.func transform, torch.compile or inference "
             "mode, where finite differences cannot be taken. Check one task, outside of it"
@@ -306,7 +307,7 @@ def check_hypergrad(
         hparams,
         args,
     )
-    with explained("check_hypergrad", lambda: (hparams, *args)):
+    with explained("check_hypergrad", lambda: _tree.named_tensors(hparams, args)):
         report = _check(problem, rtol, num_directions, max_dense, unroll, generator)
     if throw:
         report.raise_if_failed()
@@ -341,7 +342,7 @@ class _Problem:
             solver, self.outer_loss, method=method, has_aux=self.has_aux, throw=False, **keywords
         )
         grads, solution = transformed(self.hparams, *self.args)
-        return _ad.detach(_tree.flatten(grads)[0]), solution
+        return tracking.detach(_tree.flatten(grads)[0]), solution
 
     def outer(self, params: TensorTree, hparams: TensorTree) -> Tensor:
         output = self.outer_loss(params, hparams, *self.args)
@@ -369,7 +370,7 @@ class _Local:
     bound: BoundCondition
     w: Leaves
     theta: Leaves
-    linearization: _ad.Linearization
+    linearization: autodiff.Linearization
     residual: Leaves
 
     @staticmethod
@@ -378,12 +379,12 @@ class _Local:
         leaves, spec = _tree.flatten_floating(params, "params")
         arguments, theta, _ = Arguments.flatten(problem.hparams, problem.args)
         bound = BoundCondition(problem.condition, arguments, spec, len(leaves))
-        w, n, m = _ad.detach(leaves), len(leaves), arguments.num_hparams
+        w, n, m = tracking.detach(leaves), len(leaves), arguments.num_hparams
 
         def residual(*tensors: Tensor) -> Leaves:
             return bound.residual(tensors[:n], tensors[n:], bound.function(*tensors))
 
-        linearization = _ad.Linearization(
+        linearization = autodiff.Linearization(
             residual, (*w, *theta), (tuple(range(n)), tuple(range(n, n + m)))
         )
         return _Local(bound, w, theta, linearization, linearization.outputs)
@@ -395,13 +396,13 @@ class _Local:
     def newton_step(self, solver: Any) -> Leaves:
         operator = self.bound.operator(self.bound.linearize(self.w, self.theta, ()), self.theta)
         step, _ = solver.solve(operator, self.residual)
-        return _ad.detach(step)
+        return tracking.detach(step)
 
     def residual_along(self, a: Leaves, w: Leaves, h: Leaves) -> float:
         """The product of the residual elsewhere with a fixed vector."""
         theta = (*h, *self.theta[len(h) :])
         value = self.bound.residual(w, theta, self.bound.function(*w, *theta))
-        return float(_tree.dot(_ad.detach(value), a))
+        return float(_tree.dot(tracking.detach(value), a))
 
 
 def _check(
@@ -635,8 +636,8 @@ class _Tests:
 
     def _outer_gradient(self) -> Leaves:
         spec, n = _tree.flatten(self.params)[1], len(self.w)
-        return _ad.detach(
-            _ad.gradient(
+        return tracking.detach(
+            autodiff.gradient(
                 lambda *leaves: self.problem.outer(
                     _tree.unflatten(spec, leaves[:n]), self._tree(leaves[n:])
                 ),
@@ -666,12 +667,12 @@ def _linear_residual(problem: _Problem, local: _Local | None, solution: Any) -> 
     if local is None or not is_implicit(problem.method):
         return None
     spec = local.bound.params_spec
-    b = _ad.gradient(
+    b = autodiff.gradient(
         lambda *leaves: problem.outer(_tree.unflatten(spec, leaves), problem.hparams),
         local.w,
         create_graph=False,
     )
-    u = _ad.detach(_tree.flatten(solution.adjoint)[0])
+    u = tracking.detach(_tree.flatten(solution.adjoint)[0])
     size = _tree.norm(b)
     gap = _tree.norm(_tree.sub(b, local.linearization.pull(u, 0)))
     return gap / torch.where(size > 0, size, 1.0)

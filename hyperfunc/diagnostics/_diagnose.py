@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
 from hyperfunc._conditions import Arguments, BoundCondition, make_condition
-from hyperfunc._limits import explained
+from hyperfunc._torch import tracking
+from hyperfunc._torch.unsupported import explained
 from hyperfunc._types import Leaves, Loss, ParamsFunction, TensorTree
 from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver
 from hyperfunc.linear_solvers._auto import choose, condition_number, make_solver
@@ -253,8 +254,10 @@ def diagnose(
     leaves, spec = _tree.flatten_floating(params, "params")
     arguments, theta, _ = Arguments.flatten(hparams, args)
     bound = BoundCondition(condition, arguments, spec, len(leaves))
-    with explained("diagnose", lambda: (hparams, *args)):
-        return diagnose_bound(bound, _ad.detach(leaves), _ad.detach(theta), num_steps, seed)
+    with explained("diagnose", lambda: _tree.named_tensors(hparams, args)):
+        return diagnose_bound(
+            bound, tracking.detach(leaves), tracking.detach(theta), num_steps, seed
+        )
 
 
 def diagnose_bound(

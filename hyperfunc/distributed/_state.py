@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hyperfunc import _sharding, _tree
+from hyperfunc import _tree
+from hyperfunc._torch import sharding
 from hyperfunc._types import TensorTree
 from hyperfunc.distributed._ranks import Ranks, checksum
 
@@ -336,7 +337,7 @@ def _check_equal(named: dict[str, Any], ranks: Ranks) -> None:
     for path, leaf in named.items():
         if not isinstance(leaf, Tensor):
             sums[path] = checksum(repr(leaf))
-        elif not _sharding.is_dtensor(leaf) and leaf.nbytes <= _COMPARED_BYTES:
+        elif not sharding.is_dtensor(leaf) and leaf.nbytes <= _COMPARED_BYTES:
             data = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             sums[path] = zlib.crc32(ctypes.string_at(data.data_ptr(), data.numel()))
     rows = ranks.exchange([checksum(repr(sums))])

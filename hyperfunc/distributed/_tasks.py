@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hyperfunc import _ad, _sharding, _tree
+from hyperfunc import _tree
 from hyperfunc._results import Solution
+from hyperfunc._torch import sharding, tracking
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc._wrapped import WrappedFunction
 from hyperfunc.distributed._ranks import Ranks, checksum
@@ -134,7 +135,7 @@ class _TaskParallel(WrappedFunction):
         self._chunk_size = chunk_size
 
     def __call__(self, hparams: TensorTree, tasks: TensorTree, *args: Any) -> Any:
-        if _ad.transforms_active():
+        if tracking.transforms_active():
             raise ValueError(
                 "task_parallel was called inside a torch.func transform, which cannot see what "
                 "other processes do. Put it into fn, as in fn = torch.func.vmap(adapt, "
@@ -210,11 +211,11 @@ class _Flat:
     @staticmethod
     def make(hparams: TensorTree) -> _Flat:
         leaves, spec = _tree.flatten_floating(hparams, "hparams")
-        return _Flat(_ad.detach(leaves), spec)
+        return _Flat(tracking.detach(leaves), spec)
 
     @property
-    def layout(self) -> _sharding.Layout | None:
-        return _sharding.layout_of(self.like)
+    def layout(self) -> sharding.Layout | None:
+        return sharding.layout_of(self.like)
 
     def local(self, leaves: Leaves) -> Leaves:
         return leaves if self.layout is None else self.layout.local(leaves)
@@ -432,8 +433,8 @@ class _Share:
         if nonfinite is not None:
             raise NonfiniteError(*nonfinite)
         if self._reduce is None:
-            leaves = (*self.flat.local_tasks(_ad.detach(grads)), *leaves)
-        self._parts.append(_ad.detach(leaves))
+            leaves = (*self.flat.local_tasks(tracking.detach(grads)), *leaves)
+        self._parts.append(tracking.detach(leaves))
         self._own.extend(own)
         self.rest_spec = spec
         if self._reduce is None:
@@ -501,7 +502,7 @@ class NonfiniteError(ValueError):
 def _check_apart(flat: _Flat, ranks: Ranks) -> None:
     """Raise for DTensors over ranks among which tasks are shared too."""
     for leaf, path in zip(flat.like, _tree.paths(flat.spec, "hparams"), strict=True):
-        if not _sharding.is_dtensor(leaf):
+        if not sharding.is_dtensor(leaf):
             continue
         mesh: Any = leaf.device_mesh  # type: ignore[attr-defined]
         held = set(mesh.mesh.flatten().tolist())
@@ -570,5 +571,5 @@ def _widen(leaf: Tensor) -> Tensor:
 
 def _whole(leaf: Any) -> Tensor:
     """A DTensor as an ordinary tensor."""
-    tensor: Tensor = leaf.full_tensor() if _sharding.is_dtensor(leaf) else leaf
+    tensor: Tensor = leaf.full_tensor() if sharding.is_dtensor(leaf) else leaf
     return tensor

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad
 from hyperfunc._compile import Compiler, Variables
+from hyperfunc._torch import tracking
 from hyperfunc._types import Leaves
 from hyperfunc.iterative import _products
 from hyperfunc.iterative._partition import cut
@@ -161,7 +161,7 @@ class Compiled:
 
 
 def differentiable_indices(tensors: Leaves) -> tuple[int, ...]:
-    return tuple(i for i, tensor in enumerate(tensors) if _ad.is_differentiable(tensor))
+    return tuple(i for i, tensor in enumerate(tensors) if tracking.is_differentiable(tensor))
 
 
 def _fill(state: Leaves, vectors: dict[int, Tensor], lead: Sequence[int] = ()) -> Leaves:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
 from hyperfunc._conditions import Arguments
+from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves
 from hyperfunc.inner_solvers import FlatSteps
 from hyperfunc.iterative._compiled import Compiled, differentiable_indices
@@ -646,7 +647,7 @@ class _Product:
             params = self.loop.chain(*leaves)
             return params if self.live is None else tuple(params[i] for i in self.live)
 
-        linearized = _ad.Linearization(outputs, operands, (self.wrt,))
+        linearized = autodiff.Linearization(outputs, operands, (self.wrt,))
         product = linearized.push if self.live is None else linearized.pull
         if not self.batched:
             return product(vectors)

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import torch
 
-from hyperfunc import _ad, _sharding, _tree
-from hyperfunc._closures import refuse_captured_tensors
+from hyperfunc import _tree
 from hyperfunc._conditions import Arguments
+from hyperfunc._torch import sharding, tracking
+from hyperfunc._torch.captured import refuse_captured_tensors
 from hyperfunc._types import InnerSolver, Leaves
 from hyperfunc.inner_solvers import FlatSteps, IterativeSolver, block_size
 from hyperfunc.iterative._compiled import Compiled
@@ -176,7 +177,7 @@ class ForwardMode:
 
         def forward(hparams: Any, /, *args: Any) -> Any:
             for leaf in _tree.flatten((hparams, *args))[0]:
-                if _sharding.is_dtensor(leaf):
+                if sharding.is_dtensor(leaf):
                     raise ValueError(
                         f"{self!r} got a DTensor, for which torch has no forward mode. Use "
                         f"method=hf.Reverse() or an implicit method such as method='cg'"
@@ -197,7 +198,7 @@ def _solve(
 ) -> Any:
     arguments, theta, _ = Arguments.flatten(hparams, args)
     inputs, inputs_spec = _tree.flatten(solver.inputs)
-    if not _ad.is_tracked((*theta, *inputs)):
+    if not tracking.is_tracked((*theta, *inputs)):
         return solver(hparams, *args)
     refuse_captured_tensors((solver.step, STEP), (solver.init, "init"))
     flat = FlatSteps(solver)
@@ -205,19 +206,19 @@ def _solve(
     skipped = solver.num_steps - num_steps
     entry: Leaves = ()
     if skipped:
-        constants = _ad.detach(theta)
-        before = [leaf[:skipped] for leaf in _ad.detach(inputs)]
+        constants = tracking.detach(theta)
+        before = [leaf[:skipped] for leaf in tracking.detach(inputs)]
         inputs = [leaf[skipped:] for leaf in inputs]
         with torch.no_grad():
             prefix = Steps(flat, arguments, inputs_spec, skipped, len(theta), 0, len(theta))
-            entry = _ad.detach(prefix.run((*constants, *before)))
+            entry = tracking.detach(prefix.run((*constants, *before)))
     fixed = (*theta, *entry, *lanes())
     steps = Steps(flat, arguments, inputs_spec, num_steps, len(theta), len(entry), len(fixed))
     circumstances = Circumstances.capture((*theta, *inputs, *arguments.leaves))
     operands = (*fixed, *inputs)
     compiled = _compiled(solver, steps)
     if compiled is not None and schedule is None:
-        attached = (i for i, leaf in enumerate(operands) if _ad.is_attached(leaf))
+        attached = (i for i, leaf in enumerate(operands) if tracking.is_attached(leaf))
         compiled = dataclasses.replace(compiled, kept=tuple(attached))
     kept = Schedule(stride=1) if schedule is None else schedule(num_steps)
     loop = Loop(steps, kept, chunk, circumstances, compiled)

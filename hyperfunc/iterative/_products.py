@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad
-from hyperfunc._conditions import captured_message
+from hyperfunc._torch import tracking
+from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves
 
 STEP = "the inner solver's step"
@@ -38,7 +38,7 @@ def value_and_pull(
 ) -> tuple[Leaves, dict[int, Tensor]]:
     """`pull`, and the value of the function."""
     inputs, outputs = _record(fn, primals, wrt, check)
-    values = _ad.detach(outputs)
+    values = tracking.detach(outputs)
     live = [i for i in cotangents if outputs[i].requires_grad]
     if not live or not wrt:
         return values, {}
@@ -79,14 +79,14 @@ def push(
         if grad is not None and grad.requires_grad
     ]
     if not pairs:
-        return _ad.detach(outputs), {}
+        return tracking.detach(outputs), {}
     dots = _grad(
         [grad for grad, _ in pairs],
         dummies,
         [tangent for _, tangent in pairs],
         batched=batched,
     )
-    return _ad.detach(outputs), {
+    return tracking.detach(outputs), {
         i: dot for i, dot in zip(live, dots, strict=True) if dot is not None
     }
 
@@ -115,6 +115,6 @@ def _record(
             primal.detach().requires_grad_(i in chosen) for i, primal in enumerate(primals)
         )
         outputs = tuple(fn(*inputs))
-    if check and _ad.reaches_foreign_leaf(outputs, inputs):
+    if check and tracking.reaches_foreign_leaf(outputs, inputs):
         raise ValueError(captured_message(STEP))
     return inputs, outputs

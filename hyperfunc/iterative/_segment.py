@@ -24,9 +24,9 @@ from torch._functorch.pyfunctorch import (
 )
 from torch.overrides import TorchFunctionMode
 
-from hyperfunc import _ad, _tree
-from hyperfunc._closures import refuse_captured_tensors
-from hyperfunc._conditions import captured_message
+from hyperfunc import _tree
+from hyperfunc._torch import autodiff, tracking
+from hyperfunc._torch.captured import captured_message, refuse_captured_tensors
 from hyperfunc._types import Leaves
 from hyperfunc._wrapped import WrappedFunction
 
@@ -85,7 +85,7 @@ class _Checkpointed(WrappedFunction):
         fn = self._fn
         leaves, spec = _tree.flatten((args, kwargs))
         tensors, constants = _separate(leaves)
-        if not tensors or not _ad.is_tracked(tensors):
+        if not tensors or not tracking.is_tracked(tensors):
             return fn(*args, **kwargs)
         name = f"the checkpointed function {getattr(fn, '__name__', repr(fn))}"
         refuse_captured_tensors((fn, name))
@@ -131,7 +131,7 @@ class Recorded(torch.autograd.Function):
     @staticmethod
     def forward(operation: Operation, *operands: Tensor) -> Leaves:
         # Detached: code that switches gradient mode on again must not extend a graph from here.
-        operands = _ad.detach(operands)
+        operands = tracking.detach(operands)
         taken = {id(tensor) for tensor in operands}
         outputs = []
         for output in operation.run(operands):
@@ -144,8 +144,8 @@ class Recorded(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
         ctx.operation, *operands = inputs
-        ctx.smooth = [_ad.is_differentiable(out) for out in output]
-        ctx.mark_non_differentiable(*(out for out in output if not _ad.is_differentiable(out)))
+        ctx.smooth = [tracking.is_differentiable(out) for out in output]
+        ctx.mark_non_differentiable(*(out for out in output if not tracking.is_differentiable(out)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands)
         ctx.save_for_forward(*operands)
@@ -159,7 +159,7 @@ class Recorded(torch.autograd.Function):
             for i, (need, operand) in enumerate(
                 zip(ctx.needs_input_grad[1:], operands, strict=True)
             )
-            if need and _ad.is_differentiable(operand)
+            if need and tracking.is_differentiable(operand)
         )
         result: list[Tensor | None] = [None] * len(operands)
         if live and wrt:
@@ -171,7 +171,7 @@ class Recorded(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        with _ad.nested_forward_mode(ctx.saved_tensors) as operands:
+        with autodiff.nested_forward_mode(ctx.saved_tensors) as operands:
             wrt = tuple(i for i, tangent in enumerate(tangents) if tangent is not None)
             push = ctx.operation.push(wrt)
             results = iter(Recorded.apply(push, *operands, *(tangents[i] for i in wrt)))
@@ -211,7 +211,7 @@ class Circumstances:
             for kind in sorted(types)
         )
         states = tuple(generator.get_state() for generator in generators)
-        return Circumstances(tuple(generators), states, autocast, _ad.transforms_active())
+        return Circumstances(tuple(generators), states, autocast, tracking.transforms_active())
 
     def read(self, known: Leaves) -> Leaves:
         """The present states of the streams; those that are known already are not kept twice."""
@@ -295,8 +295,8 @@ class Segment:
         operands: Leaves,
         wrt: tuple[int, ...],
         select: Callable[[Leaves], Sequence[Tensor]],
-    ) -> _ad.Linearization:
-        linearized = _ad.Linearization(
+    ) -> autodiff.Linearization:
+        linearized = autodiff.Linearization(
             lambda *leaves: tuple(select(self.fn(*leaves))), operands, (wrt,)
         )
         if self.name is not None and linearized.captures_gradient:
@@ -373,4 +373,4 @@ def _merge(constants: Sequence[Any], tensors: Iterable[Tensor]) -> list[Any]:
 
 
 def _differentiable(outputs: Leaves) -> Leaves:
-    return tuple(out for out in outputs if _ad.is_differentiable(out))
+    return tuple(out for out in outputs if tracking.is_differentiable(out))

@@ -7,8 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
 from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
     AbstractLinearSolver,
@@ -86,7 +87,7 @@ class AndersonFixedPoint(AbstractLinearSolver):
         x_steps = f_steps = rhs.new_empty(0, len(rhs))
         x_previous = f_previous = x
         for step in range(self.maxiter):
-            if bounds.adaptive and not _ad.any_true(active):
+            if bounds.adaptive and not batching.any_true(active):
                 break
             if step > 0:
                 r = rhs - ravel(operator.mv(unravel(x, b)), dtype)

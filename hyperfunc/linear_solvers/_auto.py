@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
 from hyperfunc._results import SolveStats
+from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
     AbstractLinearSolver,
@@ -184,8 +185,8 @@ def _count(products: Tensor) -> Tensor:
 
 
 def _everywhere(flag: Tensor) -> bool:
-    return _ad.all_true(flag.all())
+    return batching.all_true(flag.all())
 
 
 def _total(count: Tensor) -> int:
-    return _ad.count_true(count.sum())
+    return batching.count_true(count.sum())

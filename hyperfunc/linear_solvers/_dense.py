@@ -7,8 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from hyperfunc import _sharding, _tree
+from hyperfunc import _tree
 from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._torch import sharding
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
 
@@ -57,7 +58,7 @@ class Dense(AbstractLinearSolver):
 def ravel(x: Leaves, dtype: torch.dtype) -> Tensor:
     """All entries as one vector, refused where no rank holds all of them."""
     for index, leaf in enumerate(x):
-        if _sharding.is_sharded(leaf):
+        if sharding.is_sharded(leaf):
             raise ValueError(
                 f"leaf {index} of the params is a DTensor with placements "
                 f"{leaf.placements}, but this method needs all entries as one vector. "  # type: ignore[attr-defined]
@@ -70,14 +71,14 @@ def ravel(x: Leaves, dtype: torch.dtype) -> Tensor:
 
 def ravel_held(x: Leaves, dtype: torch.dtype) -> Tensor:
     """The entries that this rank holds as one vector: all, but for DTensors."""
-    layout = _sharding.layout_of(x)
+    layout = sharding.layout_of(x)
     parts = x if layout is None else layout.local(x)
     return torch.cat([part.to(device=x[0].device, dtype=dtype).reshape(-1) for part in parts])
 
 
 def unravel(vector: Tensor, like: Leaves) -> Leaves:
     """The inverse of `ravel`, and of `ravel_held`."""
-    layout = _sharding.layout_of(like)
+    layout = sharding.layout_of(like)
     refs = like if layout is None else layout.local(like)
     parts = torch.split(vector, [ref.numel() for ref in refs])
     x = tuple(

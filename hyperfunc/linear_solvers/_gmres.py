@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _sharding, _tree
+from hyperfunc import _tree
 from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._torch import batching, sharding, tracking
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
     AbstractLinearSolver,
@@ -96,7 +97,7 @@ class GMRES(AbstractLinearSolver):
         size = min(restart, self.maxiter) + 1
         cycle = _Cycle(vectors, r, rs, active, size)
         for step in range(self.maxiter):
-            if bounds.adaptive and not _ad.any_true(active):
+            if bounds.adaptive and not batching.any_true(active):
                 break
             if step and step % restart == 0:
                 x = _tree.add(x, precondition(unravel(cycle.combination(), b)))
@@ -150,7 +151,7 @@ class _Vectors:
 
     def __init__(self, like: Leaves) -> None:
         self._dtype = _tree.accumulation_dtype(like)
-        self._layout = _sharding.layout_of(like)
+        self._layout = sharding.layout_of(like)
         self._counted: Tensor | None = None
         if self._layout is not None and not all(counted := self._layout.counted()):
             masks = zip(self._layout.local(like), counted, strict=True)
@@ -198,7 +199,7 @@ class _Cycle:
         self.basis = torch.where(active, vectors.ravel(r) / self.start, 0.0)[None]
         # room for the whole basis, where that may be written to
         self._room: Tensor | None = None
-        if not _ad.transforms_active() and _tree.may_overwrite((self.basis,)):
+        if not tracking.transforms_active() and _tree.may_overwrite((self.basis,)):
             self._room = self.basis.new_empty(size, self.basis.shape[1])
             self._room[0] = self.basis[0]
             self.basis = self._room[:1]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
 from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
     AbstractLinearSolver,
@@ -97,7 +98,7 @@ class CG(AbstractLinearSolver):
         dots: Any = _tree.dots
         own = False  # the first residual and direction are those of the caller
         for step in range(self.maxiter):
-            if bounds.adaptive and not _ad.any_true(active):
+            if bounds.adaptive and not batching.any_true(active):
                 break
             Ap = operator.mv(p)
             if step == 0 and _tree.can_read(x, r, p, Ap):
@@ -169,7 +170,7 @@ class NormalCG(AbstractLinearSolver):
         dots: Any = _tree.dots
         own = False  # the first vectors are those of the caller
         for step in range(self.maxiter):
-            if bounds.adaptive and not _ad.any_true(active):
+            if bounds.adaptive and not batching.any_true(active):
                 break
             if step == 0:
                 p = s = transposed.mv(r)
@@ -261,7 +262,7 @@ class BiCGStab(AbstractLinearSolver):
             )
             num_steps = num_steps + made
             ended = started & (rs <= bounds.converged)
-            if not bounds.adaptive or not _ad.any_true(ended):
+            if not bounds.adaptive or not batching.any_true(ended):
                 break
             r = operator.residual(x, b)
             rs = torch.where(ended, _tree.dot(r, r), rs)
@@ -273,7 +274,7 @@ class BiCGStab(AbstractLinearSolver):
             verdict = torch.where(exhausted, code, verdict)
             before = torch.where(ended, rs, before)
             active = active | (missed & ~exhausted)
-            if not _ad.any_true(active):
+            if not batching.any_true(active):
                 break
         stats = bounds.stats(num_steps, rs, active)
         return x, stats._replace(result=torch.where(verdict >= 0, verdict, stats.result))
@@ -301,7 +302,7 @@ class BiCGStab(AbstractLinearSolver):
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         own = False  # the first vectors are those of the caller
         while maxiter > 0:
-            if bounds.adaptive and not _ad.any_true(active):
+            if bounds.adaptive and not batching.any_true(active):
                 break
             maxiter -= 1
             active = active & (rho.abs() > eps * (first_rs * rs).sqrt())

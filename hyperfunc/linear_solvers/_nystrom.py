@@ -6,8 +6,9 @@ import dataclasses
 
 import torch
 
-from hyperfunc import _sharding, _tree
+from hyperfunc import _tree
 from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._torch import sharding
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
 from hyperfunc.linear_solvers._dense import ravel, unravel
@@ -112,5 +113,5 @@ def _unit(index: int, like: Leaves) -> Leaves:
             vector[index] = 1.0
         vectors.append(vector.reshape(leaf.shape))
         index -= leaf.numel()
-    layout = _sharding.layout_of(like)
+    layout = sharding.layout_of(like)
     return tuple(vectors) if layout is None else layout.wrap(vectors, like)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
 from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
     AbstractLinearSolver,
@@ -103,11 +104,11 @@ class PipelinedCG(AbstractLinearSolver):
             rs_now, gamma, delta = pending()
             rs = torch.where(active, rs_now, rs)
             active = active & bounds.open(rs)
-            if bounds.adaptive and not _ad.any_true(active):
+            if bounds.adaptive and not batching.any_true(active):
                 r = operator.residual(v.x, b)
                 true_rs = _tree.dot(r, r)
                 again = bounds.open(true_rs) & (true_rs < 0.01 * reached)
-                if not _ad.any_true(again):
+                if not batching.any_true(again):
                     break
                 vectors = v.restarted(r, operator, precondition, again)
                 rs, reached = (torch.where(again, true_rs, old) for old in (rs, reached))

@@ -9,7 +9,8 @@ from typing import TypeAlias
 
 import torch
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
+from hyperfunc._torch import tracking
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.linear_solvers._base import LinearOperator
 from hyperfunc.linear_solvers._dense import ravel, ravel_held, unravel
@@ -183,7 +184,7 @@ def prepare(
         try:
             output = preconditioner(_tree.unflatten(spec, r))
         except RuntimeError as error:
-            if _ad.escaped(error):
+            if tracking.escaped(error):
                 raise ValueError(
                     "the preconditioner uses a tensor that was made inside an enclosing torch.func "
                     "transform, which it runs outside of. Make it of tensors from outside, or take "

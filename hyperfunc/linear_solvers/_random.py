@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hyperfunc import _sharding
+from hyperfunc._torch import sharding
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._dense import unravel
 
@@ -41,7 +41,7 @@ def random_sample(size: int, count: int, seed: int) -> list[int]:
 def _bits(like: Leaves, seed: int) -> Tensor:
     size = sum(leaf.numel() for leaf in like)
     position = torch.arange(size, dtype=torch.int64, device=like[0].device)
-    layout = _sharding.layout_of(like)
+    layout = sharding.layout_of(like)
     if layout is not None:  # those of the entries that this rank holds
         parts = torch.split(position, [leaf.numel() for leaf in like])
         shaped = tuple(part.reshape(leaf.shape) for part, leaf in zip(parts, like, strict=True))

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
+from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import LinearOperator
 from hyperfunc.linear_solvers._dense import ravel, unravel
@@ -99,7 +100,7 @@ def measure(
     symmetric = asymmetry.value <= 10 * _tree.epsilon(like) ** 0.75
     mv, rmv = operator.mv, operator.T.mv
 
-    if _ad.all_true(symmetric):
+    if batching.all_true(symmetric):
         ritz = eigenvalues(mv, like, num_steps, seed)
         eig_min, eig_max, sigma_min, sigma_max = ritz.extremes()
         step_size = _step_size(is_map, eig_min, eig_max, sigma_max, symmetric)

@@ -6,8 +6,9 @@ import dataclasses
 
 import torch
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
 from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
     AbstractLinearSolver,
@@ -159,7 +160,7 @@ def _richardson(
     active = bounds.open(rs) if x0 is None else torch.isfinite(bb)
     uncounted = 0
     for step in range(steps, maxiter):
-        if bounds.adaptive and not _ad.any_true(active):
+        if bounds.adaptive and not batching.any_true(active):
             break
         new = operator.richardson(x, b, step_size)
         measured = bounds.adaptive or step in (steps, maxiter - 1)

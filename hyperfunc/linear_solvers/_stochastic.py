@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
 from hyperfunc._results import SolveStats
+from hyperfunc._torch import tracking
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, Bounds, LinearOperator
 from hyperfunc.optim import Optimizer, check_optimizer, sgd
@@ -234,7 +235,7 @@ def _make_advance(
 def _make_torch_advance(
     factory: Callable[..., Any], scheduler_factory: Callable[..., Any] | None, x: Leaves
 ) -> Callable[[Leaves, Leaves, int], Leaves]:
-    if _ad.transforms_active():
+    if tracking.transforms_active():
         raise ValueError(
             "StochasticAID: torch.optim updates tensors in place, which is not possible under "
             "torch.func transforms and in inference mode. Write "
@@ -323,7 +324,7 @@ def _check_sampler(name: str, sampler: Any, length: int) -> None:
                 f"StochasticAID: {path} has shape {tuple(leaf.shape)}; expected a leading step "
                 f"dimension of at least {length}, one slice for each minibatch"
             )
-        if _ad.is_attached(leaf):
+        if tracking.is_attached(leaf):
             raise ValueError(
                 f"StochasticAID: {path} requires grad or belongs to a transform, whose derivative "
                 f"would be lost. Call .detach() on it, or pass it in *args and use a function "
@@ -359,7 +360,7 @@ def _draw(name: str, sampler: Any, step: int, args: tuple[Any, ...]) -> tuple[An
 
 def _call(name: str, sampler: Any, step: int, args: tuple[Any, ...]) -> Any:
     if isinstance(sampler, Iterator):
-        if _ad.transforms_active():
+        if tracking.transforms_active():
             raise ValueError(
                 f"{name} is an iterator, which cannot be replayed as torch.func transforms and "
                 f"inference mode need it. Pass a function (step, *args) -> args that indexes into "

@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _tree
+from hyperfunc import _tree
 from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
 from hyperfunc.linear_solvers._dense import ravel, unravel
@@ -98,7 +99,7 @@ class Fallback(AbstractLinearSolver):
     ) -> tuple[Leaves, SolveStats]:
         x, stats = self.first.solve(operator, b, x0)
         open_ = stats.result != int(RESULTS.success)
-        if not _ad.any_true(open_):
+        if not batching.any_true(open_):
             return x, stats
         # what is solved becomes a system with the solution zero, which takes no steps
         zeros = _tree.zeros_like(b)

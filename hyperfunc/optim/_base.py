@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc import _tree
-from hyperfunc._ad import is_tracked
+from hyperfunc._torch.tracking import is_tracked
 from hyperfunc._types import Leaves, TensorTree
 
 Coefficient: TypeAlias = float | TensorTree | Callable[[Any], Any]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc import _tree
-from hyperfunc._ad import is_tracked, transforms_active
+from hyperfunc._torch.tracking import is_tracked, transforms_active
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import (
     Coefficient,

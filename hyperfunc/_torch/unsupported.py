@@ -9,25 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import _ad, _sharding, _tree
+from hyperfunc._torch import sharding, tracking
 
 
 @contextlib.contextmanager
-def explained(caller: Any, arguments: Callable[[], tuple[Any, ...]]) -> Iterator[None]:
+def explained(caller: Any, arguments: Callable[[], Mapping[str, Tensor]]) -> Iterator[None]:
     """Name the argument in errors of torch, if it is one for which torch lacks operations.
 
-    ``arguments()`` is ``(hparams, *args)``.
+    ``arguments()`` are the tensors of the call by the expressions that the user knows them by.
     """
     try:
         yield
     except (IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        hparams, *args = arguments()
-        tensors = {**_tensors("hparams", hparams), **_tensors("args", args)}
+        tensors = arguments()
         if "mixed torch.Tensor and DTensor" in str(error):
             raise ValueError(f"{caller}: {_mixed(tensors)}") from error
         for path, leaf in tensors.items():
-            below = _ad.innermost(leaf)
+            below = tracking.innermost(leaf)
             if below.layout is not torch.strided and "sparse" in reason.lower():
                 raise NotImplementedError(
                     f"{caller}: {path} has layout {below.layout}, for which torch lacks an "
@@ -46,7 +45,9 @@ def explained(caller: Any, arguments: Callable[[], tuple[Any, ...]]) -> Iterator
 
 def _mixed(tensors: Mapping[str, Tensor]) -> str:
     """What to say where torch was given an ordinary tensor beside a DTensor."""
-    sharded = {path for path, leaf in tensors.items() if _sharding.is_dtensor(_ad.innermost(leaf))}
+    sharded = {
+        path for path, leaf in tensors.items() if sharding.is_dtensor(tracking.innermost(leaf))
+    }
     mesh = next((f"{path}.device_mesh" for path in tensors if path in sharded), "mesh")
     plain = ", ".join(path for path in tensors if path not in sharded)
     return (
@@ -55,9 +56,3 @@ def _mixed(tensors: Mapping[str, Tensor]) -> str:
         f". Write distribute_tensor(x, {mesh}, [Replicate()]) around them, with one placement for "
         f"each dimension of the mesh, or let your functions call .full_tensor() on the others"
     )
-
-
-def _tensors(root: str, tree: Any) -> dict[str, Tensor]:
-    leaves, spec = _tree.flatten(tree)
-    named = zip(_tree.paths(spec, root), leaves, strict=True)
-    return {path: leaf for path, leaf in named if isinstance(leaf, Tensor)}

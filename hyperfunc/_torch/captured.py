@@ -12,8 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from hyperfunc import _ad, _tensordict
-from hyperfunc._conditions import captured_message
+from hyperfunc._torch import tensordicts, tracking
 
 _Seen: TypeAlias = dict[Hashable, object]
 
@@ -27,8 +26,25 @@ def refuse_captured_tensors(*named: tuple[Any, str]) -> None:
     """Raise if one of some functions, each with its name, closes over what carries a derivative."""
     seen: _Seen = {}
     for fn, name in named:
-        if any(_ad.is_attached(value) for value in _captured(fn, seen)):
+        if any(tracking.is_attached(value) for value in _captured(fn, seen)):
             raise ValueError(captured_message(name))
+
+
+def escaped_message(name: str) -> str:
+    """The error for a function that runs outside the transform in which it found a tensor."""
+    return (
+        f"{name} uses a tensor that was made inside an enclosing torch.func transform, which it "
+        f"runs outside of. Pass that tensor in *args, so that {name} takes it as an argument"
+    )
+
+
+def captured_message(name: str) -> str:
+    """The error for a function that uses a differentiable tensor it did not take as argument."""
+    return (
+        f"{name} closes over a tensor that requires grad or belongs to an enclosing torch.func "
+        f"transform, whose gradient would be lost. Pass that tensor in hparams or *args, so that "
+        f"{name} takes it as an argument, or call .detach() on it if it is a constant"
+    )
 
 
 def captured_tensors(fn: Any) -> list[Tensor]:
@@ -94,7 +110,7 @@ def _add(value: Any, names: tuple[str, ...], seen: _Seen, found: list[Any]) -> N
     if key in seen:
         return
     seen[key] = value  # held, so that no other object gets its id
-    if isinstance(value, dict | list | tuple) or _tensordict.is_tensordict(value):
+    if isinstance(value, dict | list | tuple) or tensordicts.is_tensordict(value):
         items = value if isinstance(value, list | tuple) else value.values()
         for item in itertools.islice(items, _MOST_ITEMS):
             _add(item, names, seen, found)

@@ -1,0 +1,328 @@
+"""The one seam where the autodiff engine is chosen: linearisations and gradients.
+
+With no ``torch.func`` transform active, derivatives come from a retained ``torch.autograd`` graph,
+which is the faster engine; under a transform, from ``torch.func``, which is the one that composes.
+Both give the same numbers, and neither leaves a trace on the tensors that were passed in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import (
+    temporarily_pop_interpreter_stack,
+)
+
+from hyperfunc._torch import sharding, tracking
+from hyperfunc._types import Leaves
+
+LeavesFunction = Callable[..., Leaves]
+
+_AuxFunction = Callable[..., tuple[Leaves, Leaves]]
+
+_Groups = tuple[tuple[int, ...], ...]
+
+
+class Linearization:
+    """A function of flat tensors at a point, with products by its Jacobian and its transpose.
+
+    ``fn(*primals) -> leaves`` is evaluated once, and that evaluation serves any number of products.
+    ``groups`` are the index sets of the primals that products may be taken with respect to; each
+    must name differentiable tensors only. With ``has_aux`` the function returns
+    ``(outputs, aux)``, two tuples of tensors, the second of which is only passed on. ``optional``
+    names a group that the function may well not use: if so, its products are zeros that take no
+    second evaluation under transforms either.
+
+    Attributes:
+        outputs: the value of the function.
+        aux: its second value.
+        captures_gradient: whether the value depends on tensors that require grad and were not
+            passed in. Found for certain without transforms, and under transforms when nothing that
+            was passed in is tracked.
+    """
+
+    outputs: Leaves
+    aux: Leaves = ()
+    captures_gradient: bool = False
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        primals: Sequence[Any],
+        groups: Sequence[Sequence[int]],
+        *,
+        has_aux: bool = False,
+        tracked: bool | None = None,
+        optional: int | None = None,
+    ) -> None:
+        self._tracked = tracking.is_tracked(primals) if tracked is None else tracked
+        self._unused: dict[int, Leaves] = {}
+        pair = fn if has_aux else lambda *leaves: (fn(*leaves), ())
+        if optional is not None and groups[optional] and tracking.transforms_active():
+            pair = self._probing(pair, optional, groups[optional])
+        self._engine = _make_engine(
+            pair, tuple(primals), tuple(tuple(group) for group in groups), self._tracked
+        )
+        self.outputs = self._engine.outputs
+        self.aux = self._engine.aux
+        self.captures_gradient = self._engine.captures_gradient
+        self._pushes: dict[int, Callable[[Leaves], Leaves]] = {}
+
+    def pull(self, cotangents: Leaves, group: int = 0) -> Leaves:
+        """The product with the transposed Jacobian, for the primals of a group."""
+        if group in self._unused:
+            return tuple(torch.zeros_like(leaf) for leaf in self._unused[group])
+        return self._engine.pull(cotangents, group)
+
+    def pull_used(self, cotangents: Leaves, group: int) -> tuple[Tensor | None, ...]:
+        """`pull`, with None for the primals that the function is known not to use."""
+        if group in self._unused:
+            return (None,) * len(self._unused[group])
+        if isinstance(self._engine, _GraphEngine):
+            return self._engine.pull_used(cotangents, group)
+        return self._engine.pull(cotangents, group)
+
+    def push(self, tangents: Leaves, group: int = 0) -> Leaves:
+        """The product with the Jacobian, as the transpose of the transposed product."""
+        if group not in self._pushes:
+            zeros = tuple(torch.zeros_like(out) for out in self.outputs)
+            # tracked like the point: the zeros are not, but the product depends on the point too
+            transpose = Linearization(
+                lambda *u: self.pull(u, group),
+                zeros,
+                (tuple(range(len(zeros))),),
+                tracked=self._tracked,
+            )
+            self._pushes[group] = transpose.pull
+        return self._pushes[group](tangents)
+
+    def _probing(self, fn: _AuxFunction, group: int, indices: Sequence[int]) -> _AuxFunction:
+        """The function, which finds out in its first call whether it uses the primals of a group.
+
+        Without transforms there is no need to: a graph that does not reach them costs nothing.
+        """
+        probed = torch.compiler.is_compiling()
+
+        def probing(*primals: Any) -> tuple[Leaves, Leaves]:
+            nonlocal probed
+            if probed:
+                return fn(*primals)
+            probed = True
+
+            def restricted(*selected: Tensor) -> tuple[Leaves, Leaves]:
+                outputs, aux = fn(*_replace(primals, indices, selected))
+                if not any(out.requires_grad for out in outputs):
+                    self._unused[group] = tuple(primals[index] for index in indices)
+                return tuple(outputs), tuple(aux)
+
+            selected = (primals[index] for index in indices)
+            outputs, _, aux = torch.func.vjp(  # type: ignore[misc]
+                restricted, *selected, has_aux=True
+            )
+            return outputs, aux
+
+        return probing
+
+
+def gradient(
+    fn: Callable[..., Tensor], primals: Leaves, *, create_graph: bool | None = None
+) -> Leaves:
+    """Gradient of a scalar function of flat tensors.
+
+    The result is differentiable whenever the primals are tracked (or ``create_graph`` says so).
+    """
+    if tracking.transforms_active():
+        return tuple(torch.func.grad(lambda leaves: fn(*leaves))(tuple(primals)))
+    tracked = tracking.is_tracked(primals) if create_graph is None else create_graph
+    with torch.enable_grad():
+        inputs = [
+            _enter(leaf.clone() if leaf.is_inference() else leaf, tracked) for leaf in primals
+        ]
+        value = fn(*inputs)
+        if not value.requires_grad:
+            return tuple(torch.zeros_like(leaf) for leaf in primals)
+        grads = torch.autograd.grad(value, inputs, create_graph=tracked, allow_unused=True)
+    return _fill(grads, primals)
+
+
+def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    """What ``Function.backward`` saved; it may run after its transform, as by ``torch.func.vjp``.
+
+    A tensor of a level that has ended is not what it seems: it says that it requires grad, while
+    what is computed from it has no graph.
+    """
+    return tuple(map(_functorch.unwrap_if_dead, ctx.saved_tensors))
+
+
+@contextlib.contextmanager
+def nested_forward_mode(tensors: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """Make the body of ``Function.jvp`` differentiable in forward mode, and give it its tensors.
+
+    torch runs ``Function.jvp`` with forward-mode differentiation switched off, so that an enclosing
+    ``jvp`` would get a zero tangent. Switched on again, the tensors must not carry the tangents
+    that the body is about to propagate: what is yielded is their primal parts.
+    """
+    if not _forward_mode_is_nested():
+        yield tuple(tensors)
+        return
+    with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+        yield tuple(_primal(t) if tracking.is_differentiable(t) else t for t in tensors)
+
+
+def _forward_mode_is_nested() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    stack = _functorch.get_interpreter_stack() or ()
+    return sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1
+
+
+def _primal(value: Tensor) -> Tensor:
+    """The tensor without the tangent of the innermost jvp level, below any vmap levels."""
+    interpreter = _functorch.peek_interpreter_stack()
+    if interpreter.key() != _functorch.TransformType.Vmap:
+        primal: Tensor = torch.autograd.forward_ad.unpack_dual(value, level=0).primal
+        return primal
+    level = interpreter.level()
+    if _functorch.maybe_get_level(value) != level:
+        with temporarily_pop_interpreter_stack():
+            return _primal(value)
+    inner, dim = _functorch._unwrap_batched(value, level)
+    with temporarily_pop_interpreter_stack():
+        inner = _primal(inner)
+    assert dim is not None
+    return _functorch._add_batch_dim(inner, dim, level)
+
+
+class _Engine(Protocol):
+    """A way to take the products of a `Linearization`."""
+
+    outputs: Leaves
+    aux: Leaves
+    captures_gradient: bool
+
+    def pull(self, cotangents: Leaves, group: int) -> Leaves: ...
+
+
+class _GraphEngine:
+    """Products from one recorded autograd graph, for use outside all transforms."""
+
+    def __init__(
+        self, fn: _AuxFunction, primals: tuple[Any, ...], groups: _Groups, tracked: bool
+    ) -> None:
+        chosen = {index for group in groups for index in group}
+        primals = tracking.out_of_inference(primals)
+        with torch.enable_grad():
+            inputs = [
+                _enter(leaf, tracked) if index in chosen else leaf
+                for index, leaf in enumerate(primals)
+            ]
+            outputs, aux = fn(*inputs)
+        self.captures_gradient = tracking.reaches_foreign_leaf(outputs, inputs)
+        self.outputs = tuple(outputs) if tracked else tracking.detach(outputs)
+        self.aux = tuple(aux) if tracked else tracking.detach(aux)
+        self._tracked = tracked
+        self._inputs = [[inputs[index] for index in group] for group in groups]
+        self._live = [index for index, out in enumerate(outputs) if out.requires_grad]
+        self._live_outputs = [outputs[index] for index in self._live]
+
+    def pull(self, cotangents: Leaves, group: int) -> Leaves:
+        inputs = self._inputs[group]
+        return tuple(
+            torch.zeros_like(leaf) if grad is None else grad
+            for grad, leaf in zip(self.pull_used(cotangents, group), inputs, strict=True)
+        )
+
+    def pull_used(self, cotangents: Leaves, group: int) -> tuple[Tensor | None, ...]:
+        inputs = self._inputs[group]
+        if not self._live or not inputs:
+            return (None,) * len(inputs)
+        selected = [cotangents[index] for index in self._live]
+        create_graph = torch.is_grad_enabled() and (
+            self._tracked or any(cotangent.requires_grad for cotangent in selected)
+        )
+        grads = torch.autograd.grad(
+            self._live_outputs,
+            inputs,
+            selected,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        return sharding.align(grads, inputs)
+
+
+class _FunctionalEngine:
+    """Products from ``torch.func.vjp``, for use under transforms that track derivatives."""
+
+    def __init__(
+        self, fn: _AuxFunction, primals: tuple[Any, ...], groups: _Groups, tracked: bool
+    ) -> None:
+        self._fn = fn
+        self._primals = primals
+        self._groups = groups
+        self._tracked = tracked
+        self._vjps: dict[int, Callable[[Leaves], Leaves]] = {}
+        self.outputs, self.aux = self._record(0)
+        self.captures_gradient = not tracked and any(map(tracking.requires_grad, self.outputs))
+
+    def pull(self, cotangents: Leaves, group: int) -> Leaves:
+        if not self._groups[group]:
+            return ()
+        if group not in self._vjps:
+            self._record(group)
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and (self._tracked or tracking.is_tracked(cotangents))
+        ):
+            return tuple(self._vjps[group](tuple(cotangents)))
+
+    def _record(self, group: int) -> tuple[Leaves, Leaves]:
+        indices = self._groups[group]
+
+        def restricted(*selected: Tensor) -> tuple[Leaves, Leaves]:
+            outputs, aux = self._fn(*_replace(self._primals, indices, selected))
+            return tuple(outputs), tuple(aux)
+
+        selected = (self._primals[index] for index in indices)
+        outputs, self._vjps[group], aux = torch.func.vjp(  # type: ignore[misc]
+            restricted, *selected, has_aux=True
+        )
+        return outputs, aux
+
+
+def _make_engine(
+    fn: _AuxFunction, primals: tuple[Any, ...], groups: _Groups, tracked: bool
+) -> _Engine:
+    if not tracking.transforms_active():
+        return _GraphEngine(fn, primals, groups, tracked)
+    return _FunctionalEngine(fn, primals, groups, tracked)
+
+
+def _replace(items: Sequence[Any], indices: Sequence[int], new: Sequence[Any]) -> list[Any]:
+    replaced = list(items)
+    for index, item in zip(indices, new, strict=True):
+        replaced[index] = item
+    return replaced
+
+
+def _enter(leaf: Tensor, tracked: bool) -> Tensor:
+    # A view, not the tensor itself: a primal may depend on another one, and products are partial.
+    if tracked and leaf.requires_grad:
+        return leaf.view_as(leaf)
+    own = leaf.detach().requires_grad_()
+    setattr(own, tracking.OWN_LEAF, True)
+    return own
+
+
+def _fill(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
+    filled = tuple(
+        [
+            torch.zeros_like(leaf) if grad is None else grad
+            for grad, leaf in zip(grads, like, strict=True)
+        ]
+    )
+    return sharding.align(filled, like)

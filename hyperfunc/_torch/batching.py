@@ -1,0 +1,251 @@
+"""What is batched by ``vmap``, and what that allows: values looked at, vectors overwritten.
+
+A tensor inside ``vmap`` is, outside of it, one tensor with the batch in front.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import (
+    VmapInterpreter,
+    coerce_cinterpreter,
+    retrieve_current_functorch_interpreter,
+    temporarily_pop_interpreter_stack,
+)
+
+from hyperfunc._torch import tracking
+from hyperfunc._types import Leaves
+
+_OLD_VMAP = (
+    "is_grads_batched=True in torch.autograd.grad, and vectorize=True in torch.autograd.functional "
+    "map by an older vmap, in which no value of a tensor can be looked at. Use torch.func.jacrev, "
+    "jacfwd, hessian or vmap instead"
+)
+
+# Entries from which on an inner product costs more than the call that takes it.
+_LONG = 4096
+
+Levels: TypeAlias = tuple[tuple[int, int], ...]
+"""The level and the batch size of each ``vmap``, the outermost first."""
+
+
+def is_traced() -> bool:
+    """Whether ``make_fx`` records what is computed."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def vmap_levels() -> Levels:
+    """The active transforms, if these are ``vmap`` alone and nothing else follows values; or ()."""
+    if torch.compiler.is_compiling():
+        return ()
+    stack = _functorch.get_interpreter_stack()
+    if (
+        not stack
+        or any(entry.key() != _functorch.TransformType.Vmap for entry in stack)
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.is_inference_mode_enabled()
+        or is_traced()
+    ):
+        return ()
+    interpreters = [coerce_cinterpreter(entry) for entry in stack]
+    return tuple(
+        (interpreter.level(), interpreter.batch_size())
+        for interpreter in interpreters
+        if isinstance(interpreter, VmapInterpreter)
+    )
+
+
+def is_batched(tensor: Tensor, levels: Levels) -> bool:
+    """Whether a tensor has the batch dimension of every level."""
+    for level, _ in reversed(levels):
+        if _functorch.maybe_get_level(tensor) != level:
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    return True
+
+
+def lower(tensor: Tensor, levels: Levels) -> Tensor:
+    """The tensor below all levels, with a dimension for each of them in front."""
+    for level, size in reversed(levels):
+        if _functorch.maybe_get_level(tensor) == level:
+            dim = _functorch.maybe_get_bdim(tensor)
+            tensor = _functorch.get_unwrapped(tensor)
+            tensor = tensor.movedim(dim, 0) if dim else tensor
+        else:
+            tensor = tensor.expand(size, *tensor.shape)
+    return tensor
+
+
+def may_overwrite(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing follows what these tensors hold: no derivative, trace, or transform but vmap.
+
+    Under vmap each must have every batch dimension, so that the result of any of them fits.
+    """
+    levels = vmap_levels()
+    if (not levels and tracking.transforms_active()) or is_traced():
+        return False
+    for tensor in tensors:
+        if type(tensor) is not Tensor or tensor.requires_grad:
+            return False
+        if levels and (tracking.requires_grad(tensor) or not is_batched(tensor, levels)):
+            return False
+    return True
+
+
+def can_read(tensors: Sequence[Tensor]) -> bool:
+    """Whether the values of tensors that `may_overwrite` holds for can be read without waiting.
+
+    Numbers then do for scalars what 0-d tensors do, at a fraction of the overhead. Not where
+    something records what is computed, which is to hold for other values, and elsewhere, too.
+    """
+    return (
+        not tracking.transforms_active()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(tensor.device.type == "cpu" for tensor in tensors)
+        and may_overwrite(tensors)
+    )
+
+
+def write_sum(alpha: Tensor | float, x: Leaves, y: Leaves, out: Leaves) -> None:
+    """Write ``y + alpha x`` over x or y, which `may_overwrite` has to allow for both."""
+    levels = vmap_levels()
+    if out is y and not levels and not isinstance(alpha, Tensor):
+        torch._foreach_add_(y, x, alpha=alpha)  # less than half the time where leaves are small
+        return
+    for u, v, place in zip(x, y, out, strict=True):
+        factor: Any = alpha
+        if isinstance(alpha, Tensor) and (alpha.dtype != u.dtype or alpha.device != u.device):
+            factor = alpha.to(device=u.device, dtype=u.dtype)
+        if levels:  # vmap has no rule for out=
+            if isinstance(factor, Tensor):
+                factor = lower(factor, levels)
+                factor = factor.reshape(*factor.shape, *[1] * u.ndim)
+            u, v, place = (lower(leaf, levels) for leaf in (u, v, place))
+        if isinstance(factor, Tensor):
+            torch.addcmul(v, factor, u, out=place)
+        else:
+            torch.add(v, u, alpha=factor, out=place)
+
+
+def count_true(flag: Tensor) -> int:
+    """How many tasks of the enclosing ``vmap`` levels a 0-d bool holds for (a host sync)."""
+    try:
+        return int(_gathered(flag).sum() if tracking.transforms_active() else flag)
+    except RuntimeError as error:
+        if "Batching rule not implemented" in str(error):
+            raise RuntimeError(_OLD_VMAP) from error
+        raise
+
+
+def count_tasks(flag: Tensor) -> int:
+    """How many tasks the enclosing ``vmap`` levels hold that the flag depends on."""
+    if not tracking.transforms_active():
+        return 1
+    return _gathered(flag).numel()
+
+
+def all_true(flag: Tensor) -> bool:
+    """Whether a 0-d bool holds for every task of the ``vmap`` levels (a host sync)."""
+    return count_true(~flag) == 0
+
+
+def any_true(flag: Tensor) -> bool:
+    """Whether a 0-d bool holds for some task of the ``vmap`` levels (a host sync)."""
+    return count_true(flag) > 0
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Inner product of two vectors, a task at a time under vmap where they are long.
+
+    torch batches inner products as products of matrices, which take several times as long.
+    """
+    if x.shape[0] < _LONG or not _in_vmap() or tracking.is_tracked((x, y)):
+        return torch.dot(x, y)
+    return _Dot.apply(x, y)  # type: ignore[no-any-return]
+
+
+class _Dot(torch.autograd.Function):
+    """The inner product where nothing is differentiated."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        return torch.dot(x, y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, y: Tensor
+    ) -> tuple[Tensor, int | None]:
+        rows = [
+            [vector] * info.batch_size if dim is None else vector.unbind(dim)
+            for vector, dim in zip((x, y), in_dims, strict=True)
+        ]
+        return torch.stack([dot(a, b) for a, b in zip(*rows, strict=True)]), 0
+
+
+def true_indices(flag: Tensor) -> list[tuple[int, ...]]:
+    """Where a bool holds: indices into the ``vmap`` levels, outermost first, then its own."""
+    return [tuple(index) for index in _gathered(flag).nonzero().tolist()]
+
+
+def _gathered(flag: Tensor) -> Tensor:
+    gathered: Tensor = _Gathered.apply(flag.to(torch.int64))
+    return gathered
+
+
+class _Gathered(torch.autograd.Function):
+    """An integer tensor with the levels of vmap that it is batched in as its first dimensions."""
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], value: Tensor) -> tuple[Tensor, None]:
+        if in_dims[0] is not None:
+            value = value.movedim(in_dims[0], 0)
+        return _Gathered.apply(value), None
+
+
+@contextlib.contextmanager
+def outside_idle_vmaps(tensors: Sequence[Any]) -> Iterator[None]:
+    """Leave the innermost vmap levels in which none of these tensors is batched.
+
+    Such levels come with ``jacfwd`` and ``hessian``, and inside them code that nobody maps over is
+    not allowed what it does elsewhere: ``backward()``, in-place operations, random numbers.
+    """
+    interpreter: Any = retrieve_current_functorch_interpreter() if _in_vmap() else None
+    if (
+        interpreter is None
+        or interpreter.randomness() == "different"
+        or any(tracking.has_level(tensor, interpreter.level()) for tensor in tensors)
+    ):
+        yield
+        return
+    with temporarily_pop_interpreter_stack(), outside_idle_vmaps(tensors):
+        yield
+
+
+def _in_vmap() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    interpreter = _functorch.peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() == _functorch.TransformType.Vmap

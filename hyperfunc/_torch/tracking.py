@@ -1,0 +1,182 @@
+"""What follows a computation: which transforms are active, and which tensors carry derivatives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import (
+    temporarily_clear_interpreter_stack,
+    temporarily_pop_interpreter_stack,
+)
+
+# Marks the leaf variables made here, such as that of a gradient inside a function being recorded.
+OWN_LEAF = "_hyperfunc_own_leaf"
+
+
+def transforms_active() -> bool:
+    """Whether code runs inside a ``torch.func`` transform, or is being traced by torch.compile.
+
+    Forward mode without ``torch.func`` counts too, for a recorded graph would lose its tangents,
+    and inference mode, in which no graph is recorded.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or _functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.is_inference_mode_enabled()
+    )
+
+
+def is_tracked(tensors: Sequence[Any]) -> bool:
+    """Whether a derivative of what is computed from these tensors may be asked for later."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and any(map(requires_grad, tensors))
+    stack = _functorch.get_interpreter_stack()
+    if stack and any(
+        interpreter.key() in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+        for interpreter in stack
+    ):
+        return True
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    if stack:
+        return any(map(requires_grad, tensors))
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def is_differentiable(value: Any) -> bool:
+    """Whether a value is a tensor that a derivative can be taken with respect to."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def detach(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """The same values, cut from every graph and transform; what is not a tensor stays as it is."""
+    return tuple(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+
+def out_of_inference(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """The same leaves, with copies of tensors from inference mode where that has ended.
+
+    Autograd refuses such tensors, and takes their copies.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tuple(leaves)
+    return tuple(
+        leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+        for leaf in leaves
+    )
+
+
+def versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """How often each tensor was written to in place, where torch counts it."""
+    if torch.compiler.is_compiling():
+        return ()
+    return tuple(0 if leaf.is_inference() else leaf._version for leaf in map(innermost, tensors))
+
+
+def innermost(tensor: Tensor) -> Tensor:
+    """The tensor below all levels of transforms."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is not sparse, of which torch 2.4 does not tell inside a transform."""
+    below = tensor if torch.compiler.is_compiling() else innermost(tensor)
+    return below.layout is torch.strided
+
+
+def loses_gradients() -> bool:
+    """Whether an enclosing transform makes zeros of gradients, as torch 2.4 in inference mode."""
+    return (
+        torch.is_inference_mode_enabled()
+        and any(
+            interpreter.key() == _functorch.TransformType.Grad
+            for interpreter in _functorch.get_interpreter_stack() or ()
+        )
+        and not _records_in_inference_mode()
+    )
+
+
+def has_level(value: Any, level: int | None = None) -> bool:
+    """Whether a tensor belongs to this level of the transforms, or to any level."""
+    if not isinstance(value, Tensor):
+        return False
+    own: int = _functorch.maybe_get_level(value)
+    return own > 0 if level is None else own == level
+
+
+def escaped(error: RuntimeError) -> bool:
+    """Whether a tensor of a transform was used below its level, as in ``Function.forward``."""
+    return "INTERNAL ASSERT FAILED" in str(error) and "functorch" in str(error)
+
+
+def is_attached(value: Any) -> bool:
+    """Whether a tensor carries a derivative at any level: autograd's own or a transform's."""
+    if not isinstance(value, Tensor):
+        return False
+    interpreter: Any = _functorch.peek_interpreter_stack()
+    if interpreter is None:
+        tangents = torch.autograd.forward_ad._current_level >= 0
+        return value.requires_grad or (tangents and _has_tangent(value))
+    if interpreter.key() != _functorch.TransformType.Vmap and (
+        value.requires_grad or _has_tangent(value)
+    ):
+        return True
+    with temporarily_pop_interpreter_stack():
+        if _functorch.maybe_get_level(value) == interpreter.level():
+            value = _functorch.get_unwrapped(value)
+        return is_attached(value)
+
+
+@functools.lru_cache(maxsize=1)
+def _records_in_inference_mode() -> bool:
+    with temporarily_clear_interpreter_stack(), torch.inference_mode():
+        return bool(torch.func.grad(torch.sin)(torch.zeros((), device="cpu")) == 1)
+
+
+def _has_tangent(value: Tensor) -> bool:
+    if not is_differentiable(value):
+        return False
+    return torch.autograd.forward_ad.unpack_dual(value, level=0).tangent is not None
+
+
+def reaches_foreign_leaf(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> bool:
+    """Whether the graph of the outputs ends in a leaf variable that is not among the inputs."""
+    known = {id(leaf) for leaf in inputs if requires_grad(leaf)}
+    stop = {leaf.grad_fn for leaf in inputs if requires_grad(leaf) and leaf.grad_fn is not None}
+    stack: list[Any] = list({out.grad_fn for out in outputs} - stop - {None})
+    seen = {None, *stop, *stack}
+    while stack:
+        node = stack.pop()
+        parents = node.next_functions
+        for parent, _ in parents:
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+        if not parents:  # only the end of a graph holds a variable, and asking others takes long
+            variable = getattr(node, "variable", None)
+            if (
+                variable is not None
+                and id(variable) not in known
+                and not hasattr(variable, OWN_LEAF)
+            ):
+                return True
+    return False
+
+
+def requires_grad(value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    # a batched tensor does not tell that the tensor it wraps requires grad
+    while _functorch.is_batchedtensor(value) and not value.requires_grad:
+        value = _functorch.get_unwrapped(value)
+    return bool(value.requires_grad)
