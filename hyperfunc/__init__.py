@@ -1,6 +1,7 @@
 """Hypergradients in PyTorch, in the style of torch.func."""
 
 from hyperfunc import bilevel, distributed, fixed_point_solvers, optim, prox
+from hyperfunc._engine.results import RESULTS, HypergradError, Solution, SolveStats
 from hyperfunc._error_bound import ErrorBound, HypergradBound
 from hyperfunc._hypergrad import (
     hypergrad,
@@ -8,8 +9,6 @@ from hyperfunc._hypergrad import (
     hypergrad_and_value,
     implicit_diff,
 )
-from hyperfunc._implicit import HypergradError
-from hyperfunc._results import RESULTS, Solution, SolveStats
 from hyperfunc._task_map import task_map
 from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, diagnose
 from hyperfunc.equilibrium import EquilibriumLayer, jacobian_frobenius_squared

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hyperfunc import _tree
 from hyperfunc._comparison import difference
+from hyperfunc._engine import trees
 from hyperfunc._graphs import prepare
 from hyperfunc._pieces import compile_in_pieces
 from hyperfunc._torch import tracking
@@ -142,7 +142,7 @@ class Compiler:
         layout: list[Any] = []
 
         def flat(*operands: Tensor) -> Leaves:
-            leaves, spec = _tree.flatten(fn(*operands))
+            leaves, spec = trees.flatten(fn(*operands))
             layout[:] = [spec, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]]
             return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
@@ -153,7 +153,7 @@ class Compiler:
             outputs = iter(self.run(call, operands))
         spec, constants = layout
         leaves = [next(outputs) if leaf is None else leaf for leaf in constants]
-        return _tree.unflatten(spec, leaves)
+        return trees.unflatten(spec, leaves)
 
     def run(self, call: _Call, operands: Leaves) -> Leaves:
         """The compiled call where no transform is active."""
@@ -228,7 +228,7 @@ class Compiler:
         if found is None:
             return
         spec, constants = call.layout
-        paths = _tree.paths(spec, "output")
+        paths = trees.paths(spec, "output")
         path = [path for path, leaf in zip(paths, constants, strict=True) if leaf is None]
         tasks = f", for {found.wrong} of {found.tasks} tasks" if call.levels else ""
         raise RuntimeError(

@@ -23,7 +23,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_scalar
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves
@@ -55,21 +56,21 @@ class Condition:
 class Arguments:
     """How ``(hparams, *args)`` is laid out flat: tensors are operands, the rest is constant."""
 
-    spec: _tree.TreeSpec
+    spec: trees.TreeSpec
     leaves: tuple[Any, ...]
     positions: tuple[int, ...]
     num_hparams: int
 
     @staticmethod
-    def flatten(hparams: Any, args: tuple[Any, ...]) -> tuple[Arguments, Leaves, _tree.TreeSpec]:
+    def flatten(hparams: Any, args: tuple[Any, ...]) -> tuple[Arguments, Leaves, trees.TreeSpec]:
         """The layout, the tensors (those of hparams first), and the structure of hparams."""
-        hparam_leaves, hparams_spec = _tree.flatten_floating(hparams, "hparams")
-        leaves, spec = _tree.flatten((hparams, *args))
+        hparam_leaves, hparams_spec = trees.flatten_floating(hparams, "hparams")
+        leaves, spec = trees.flatten((hparams, *args))
         positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) and isinstance(leaf, Iterator):
                 raise TypeError(
-                    f"{_tree.paths(spec, '(hparams, *args)')[i]} is {leaf!r}, which the first "
+                    f"{trees.paths(spec, '(hparams, *args)')[i]} is {leaf!r}, which the first "
                     f"function to read it would use up. Pass list(...) of it"
                 )
         tensors = tracking.out_of_inference([leaves[i] for i in positions])
@@ -81,7 +82,7 @@ class Arguments:
         leaves = list(self.leaves)
         for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor
-        return tuple(_tree.unflatten(self.spec, leaves))
+        return tuple(trees.unflatten(self.spec, leaves))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ class BoundCondition:
 
     condition: Condition
     arguments: Arguments
-    params_spec: _tree.TreeSpec
+    params_spec: trees.TreeSpec
     num_params: int
 
     def function(self, *tensors: Tensor) -> Leaves:
@@ -101,14 +102,14 @@ class BoundCondition:
             loss = self.proximal.loss if self.proximal else self.condition.fn
             return autodiff.gradient(
                 lambda *leaves: check_scalar(
-                    loss(_tree.unflatten(self.params_spec, leaves), *hparams_and_args), "inner_loss"
+                    loss(trees.unflatten(self.params_spec, leaves), *hparams_and_args), "inner_loss"
                 ),
                 w,
             )
         name = self.condition.kind
-        value = self.condition.fn(_tree.unflatten(self.params_spec, w), *hparams_and_args)
-        leaves, spec = _tree.flatten(value)
-        _tree.check_like(leaves, spec, w, self.params_spec, f"the output of {name}", "params")
+        value = self.condition.fn(trees.unflatten(self.params_spec, w), *hparams_and_args)
+        leaves, spec = trees.flatten(value)
+        trees.check_like(leaves, spec, w, self.params_spec, f"the output of {name}", "params")
         return tuple(leaves)
 
     def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> autodiff.Linearization:
@@ -166,11 +167,11 @@ class BoundCondition:
     def residual(self, w: Leaves, theta: Leaves, value: Leaves) -> Leaves:
         """The residual at a point, from the value ``P(w, theta)`` there."""
         if self.condition.kind == "fixed_point":
-            return _tree.sub(w, value)
+            return trees.sub(w, value)
         if self.proximal is None:
             return value
         hparams = self.arguments.unflatten(theta)[0]
-        return _tree.add(value, self.proximal.gradient(w, self.params_spec, hparams))
+        return trees.add(value, self.proximal.gradient(w, self.params_spec, hparams))
 
     def operator(self, linearization: autodiff.Linearization, theta: Leaves) -> LinearOperator:
         """``A = dr/dw`` as a linear operator."""
@@ -212,26 +213,3 @@ def make_condition(
     if isinstance(carried, tuple) and len(carried) == 2 and carried[0] in KINDS:
         return Condition(*carried)
     return None
-
-
-def check_scalar(value: Any, name: str) -> Tensor:
-    """Return a loss value if it is a floating-point scalar tensor, raise otherwise."""
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name} returned {type(value).__name__}; expected a scalar tensor"
-            + (
-                ". For an outer loss that returns (value, aux), pass has_aux=True"
-                if isinstance(value, tuple) and name == "outer_loss"
-                else ""
-            )
-        )
-    if value.ndim != 0:
-        raise ValueError(
-            f"{name} returned a tensor of shape {tuple(value.shape)}; expected a scalar. "
-            f"Reduce it with .sum() or .mean()"
-        )
-    if not value.is_floating_point():
-        raise TypeError(
-            f"{name} returned a scalar of dtype {value.dtype}; expected a floating-point scalar"
-        )
-    return value

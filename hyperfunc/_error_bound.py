@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
 from hyperfunc._conditions import BoundCondition
+from hyperfunc._engine import trees
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers import GMRES, LinearOperator
@@ -173,16 +173,16 @@ def error_bound(
     """
     point = _Point.make(bound, outer, w, theta, u)
     norms = _Norms.estimate(settings, point)
-    residuals = _tree.norm(point.residual), _tree.norm(point.adjoint_residual)
+    residuals = trees.norm(point.residual), trees.norm(point.adjoint_residual)
     inner_term, linear_term = norms.terms(*residuals)
     total = inner_term + linear_term
     if settings.sharpen:
         better, adjoint_residual, distance = point.improve(settings.num_steps)
-        rest = sum(norms.terms(_tree.norm(better.residual), _tree.norm(adjoint_residual)))
+        rest = sum(norms.terms(trees.norm(better.residual), trees.norm(adjoint_residual)))
         sharp = distance + rest
         total = torch.where(sharp < total, sharp, total)
-    size = _tree.norm(point.hypergradient) + norms.cross.upper * _tree.norm(u)
-    rounding = 10 * max(_tree.epsilon(w), _tree.epsilon(point.hypergradient)) * size
+    size = trees.norm(point.hypergradient) + norms.cross.upper * trees.norm(u)
+    rounding = 10 * max(trees.epsilon(w), trees.epsilon(point.hypergradient)) * size
     return HypergradBound(
         bound=total + rounding,
         inner_term=inner_term,
@@ -222,7 +222,7 @@ class _Point:
         def gradients(*leaves: Tensor) -> Leaves:
             def lagrangian(*chosen: Tensor) -> Tensor:
                 point = (*chosen, *leaves[n + m :])
-                return outer(*point) - _tree.dot(residual(*point), u)
+                return outer(*point) - trees.dot(residual(*point), u)
 
             return autodiff.gradient(lagrangian, leaves[: n + m])
 
@@ -257,12 +257,12 @@ class _Point:
         """
         solver = GMRES(maxiter=num_steps)
         step, _ = solver.solve(self.operator, self.residual)
-        w = _tree.sub(self.w, step)
+        w = trees.sub(self.w, step)
         better = _Point.make(self.bound, self.outer, w, self.theta, self.u)
         change, _ = solver.solve(better.operator.T, better.adjoint_residual)
         rest = better.operator.T.residual(change, better.adjoint_residual)
-        hypergradient = _tree.sub(better.hypergradient, better.first.pull(change, 1))
-        return better, rest, _tree.norm(_tree.sub(hypergradient, self.hypergradient))
+        hypergradient = trees.sub(better.hypergradient, better.first.pull(change, 1))
+        return better, rest, trees.norm(trees.sub(hypergradient, self.hypergradient))
 
 
 class _Norms(NamedTuple):
@@ -277,7 +277,7 @@ class _Norms(NamedTuple):
     def estimate(settings: ErrorBound, point: _Point) -> _Norms:
         first, second, w = point.first, point.second, point.w
         n, h = len(w), point.hypergradient
-        zeros_w, zeros_h = _tree.zeros_like(w), _tree.zeros_like(h)
+        zeros_w, zeros_h = trees.zeros_like(w), trees.zeros_like(h)
 
         def cross_gram(v: Leaves) -> tuple[Leaves, Leaves]:
             image = first.pull(v, 1)
@@ -313,14 +313,14 @@ def _gamma(settings: ErrorBound, point: _Point) -> tuple[Estimate, bool]:
     given: float | None = settings.strong_convexity
     if settings.contraction is not None:
         given = 1 - settings.contraction
-    norm = _tree.norm(w)
+    norm = trees.norm(w)
     if given is not None:
         return Estimate(torch.full_like(norm, given), torch.zeros_like(norm)), False
     if bound.condition.kind == "fixed_point":
 
         def gram(v: Leaves) -> tuple[Leaves, Leaves]:
-            image = _tree.sub(v, residual.push(v))
-            return image, _tree.sub(image, residual.pull(image))
+            image = trees.sub(v, residual.push(v))
+            return image, trees.sub(image, residual.pull(image))
 
         _, contraction = singular_values(gram, w, settings.num_steps)
         return Estimate(1 - contraction.value, contraction.uncertainty), True
@@ -330,7 +330,7 @@ def _gamma(settings: ErrorBound, point: _Point) -> tuple[Estimate, bool]:
         if bound.condition.symmetric:
             return image
         half = torch.full((), 0.5, dtype=norm.dtype, device=norm.device)
-        return _tree.scale(half, _tree.add(image, residual.push(v)))
+        return trees.scale(half, trees.add(image, residual.push(v)))
 
     return eigenvalues(product, w, settings.num_steps).extremes()[0], True
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlia
 from torch import Tensor
 
 from hyperfunc._compile import Backend, Compiler, check_backend
+from hyperfunc._engine.results import Solution
 from hyperfunc._error_bound import ErrorBound
 from hyperfunc._hypergradient import Hypergradient, make_rule
 from hyperfunc._methods import is_implicit, resolve_method
-from hyperfunc._results import Solution
 from hyperfunc._transformed import Transformed
 from hyperfunc._types import (
     HypergradFunction,

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
 from hyperfunc._compile import Compiler, applies
 from hyperfunc._conditions import Arguments, Condition, make_condition
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import Solution, SolveStats
 from hyperfunc._error_bound import ErrorBound, error_bound
 from hyperfunc._implicit import (
     ImplicitProblem,
@@ -23,7 +24,6 @@ from hyperfunc._implicit import (
 )
 from hyperfunc._methods import is_implicit
 from hyperfunc._outer import OuterLoss, mean_outer_gradient
-from hyperfunc._results import Solution, SolveStats
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.captured import refuse_captured_tensors
 from hyperfunc._types import Leaves, TensorTree
@@ -62,7 +62,7 @@ class Rule:
         if torch.is_grad_enabled() and not tracking.is_tracked(theta):
             problem.refuse_captured(w, theta)
         assert problem.bound is not None
-        return _tree.unflatten(problem.bound.params_spec, w)
+        return trees.unflatten(problem.bound.params_spec, w)
 
 
 def make_rule(
@@ -110,9 +110,9 @@ class Hypergradient:
 
         x0 = None
         if adjoint_init is not None:
-            start, start_spec = _tree.flatten(adjoint_init)
+            start, start_spec = trees.flatten(adjoint_init)
             try:
-                _tree.check_like(start, start_spec, w, params_spec, "adjoint_init", "params")
+                trees.check_like(start, start_spec, w, params_spec, "adjoint_init", "params")
             except ValueError as error:
                 if not tracking.transforms_active():
                     raise
@@ -129,14 +129,14 @@ class Hypergradient:
         if self.rule.throw:
             raise_unless_finite_gradient(grads, hparams_spec)
         solution = Solution(
-            params=_tree.unflatten(params_spec, w),
+            params=trees.unflatten(params_spec, w),
             value=value,
             aux=aux,
-            adjoint=_tree.unflatten(params_spec, u),
+            adjoint=trees.unflatten(params_spec, u),
             stats=stats,
             error_bound=self._bound_error(problem, w, theta, u),
         )
-        return _tree.unflatten(hparams_spec, grads), solution
+        return trees.unflatten(hparams_spec, grads), solution
 
     def _differentiate(
         self, problem: ImplicitProblem, w: Leaves, theta: Leaves, x0: Leaves | None
@@ -183,7 +183,7 @@ class Hypergradient:
         outer, n = OuterLoss(self.outer_loss, self.has_aux), len(w)
 
         def value(*leaves: Tensor) -> Tensor:
-            params = _tree.unflatten(bound.params_spec, leaves[:n])
+            params = trees.unflatten(bound.params_spec, leaves[:n])
             return outer(params, *problem.arguments.unflatten(leaves[n:]))[0][0]
 
         detached = (tracking.detach(leaves) for leaves in (w, theta, u))
@@ -201,7 +201,7 @@ class Hypergradient:
         refuse_captured_tensors((self.rule.inner_solver, "the inner solver"))
         solution_map = self.rule.method.solution_map(self.rule.inner_solver)
         outer = OuterLoss(self.outer_loss, self.has_aux)
-        params_specs: list[_tree.TreeSpec] = []
+        params_specs: list[trees.TreeSpec] = []
 
         def value_and_aux(*leaves: Tensor) -> tuple[Leaves, Leaves]:
             hparams_and_args = arguments.unflatten(leaves)
@@ -224,10 +224,10 @@ class Hypergradient:
             raise_unless_finite(w, params_spec)
             raise_unless_finite_gradient(grads, hparams_spec)
         solution = Solution(
-            params=_tree.unflatten(params_spec, w),
+            params=trees.unflatten(params_spec, w),
             value=value,
             aux=outer.unflatten_aux(linearized.aux[n:]),
             adjoint=(),
             stats=(),
         )
-        return _tree.unflatten(hparams_spec, grads), solution
+        return trees.unflatten(hparams_spec, grads), solution

@@ -19,10 +19,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
 from hyperfunc._conditions import Arguments, BoundCondition, Condition
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, of_tasks
 from hyperfunc._minibatches import SECOND_DERIVATIVE, MinibatchLinearization
-from hyperfunc._results import RESULTS, SolveStats
 from hyperfunc._torch import autodiff, batching, tracking
 from hyperfunc._torch.captured import captured_message, captured_tensors, escaped_message
 from hyperfunc._torch.unsupported import explained
@@ -30,13 +30,6 @@ from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers import AbstractLinearSolver, LinearOperator, StochasticAID
 
 Linearized: TypeAlias = autodiff.Linearization | MinibatchLinearization
-
-# A message names no more tasks than these.
-_MOST_NAMED = 8
-
-
-class HypergradError(RuntimeError):
-    """A solve failed: non-finite values, breakdown or divergence; the message says which."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -117,7 +110,7 @@ class ImplicitProblem:
 
         def arguments() -> dict[str, Tensor]:
             hparams, *args = self.arguments.unflatten(theta)
-            return _tree.named_tensors(hparams, args)
+            return trees.named_tensors(hparams, args)
 
         return explained(name, arguments)
 
@@ -125,7 +118,7 @@ class ImplicitProblem:
         """Raise if the inner solver has changed hparams, at which the derivative is taken."""
         if before == after:
             return
-        paths = _tree.paths(self.arguments.spec.children()[0], "hparams")
+        paths = trees.paths(self.arguments.spec.children()[0], "hparams")
         path = next(p for p, old, new in zip(paths, before, after, strict=True) if old != new)
         raise ValueError(
             f"the inner solver wrote to {path} in place; expected it to leave its arguments as "
@@ -175,10 +168,10 @@ class _ImplicitSolution(torch.autograd.Function):
             w, theta = _split(saved, ctx.num_params)
             wrt, directions = _directions(tangents, theta)
             linearization = ctx.problem.linearize(w, theta, wrt)
-            b = _tree.scale(-ctx.problem.condition.scale, linearization.push(directions, 1))
+            b = trees.scale(-ctx.problem.condition.scale, linearization.push(directions, 1))
             regulariser = ctx.problem.bound.regulariser(w, theta, wrt)
             if regulariser is not None:
-                b = _tree.sub(b, regulariser.push(directions))
+                b = trees.sub(b, regulariser.push(directions))
             w_dot, _ = ctx.problem.adjoint(linearization, w, theta, b, transposed=False)
             return tuple(w_dot)
 
@@ -196,7 +189,7 @@ class _LinearSystem:
         self, linearization: Linearized, theta: Leaves, b: Leaves, x0: Leaves | None
     ) -> tuple[Leaves, SolveStats]:
         if x0 is not None:  # the solution for b = 0 is 0, which no relative tolerance can find
-            x0 = _tree.scale((_tree.dot(b, b) != 0).to(torch.float32), x0)
+            x0 = trees.scale((trees.dot(b, b) != 0).to(torch.float32), x0)
         solver = self.problem.linear_solver
         if isinstance(linearization, MinibatchLinearization):
             at, spec = linearization.at, linearization.bound.params_spec
@@ -211,7 +204,7 @@ class _LinearSystem:
             raise_on_failure(stats, solver)
         else:  # what a solver returns then is its last finite iterate, zeros perhaps
             nonfinite = stats.result == int(RESULTS.nonfinite)
-            x = _tree.where(nonfinite, _tree.scale(torch.nan, x), x)
+            x = trees.where(nonfinite, trees.scale(torch.nan, x), x)
         return x, stats
 
     def operator(self, linearization: autodiff.Linearization, theta: Leaves) -> LinearOperator:
@@ -277,7 +270,7 @@ class _LinearSolution(torch.autograd.Function):
             s, _ = system.problem.adjoint(
                 linearization, w, theta, cotangent, transposed=not system.transposed
             )
-            grads = _tree.neg(products.pull(s))
+            grads = trees.neg(products.pull(s))
         rest = ctx.num_inputs - 1 - len(point) - system.num_params
         return (None, *_scatter(grads, wrt, len(point)), *s, *[None] * rest)
 
@@ -301,7 +294,7 @@ class _LinearSolution(torch.autograd.Function):
                 system.problem.linearize(w, theta, ()),
                 w,
                 theta,
-                _tree.sub(b_dot, change),
+                trees.sub(b_dot, change),
                 transposed=system.transposed,
             )
             return (*u_dot, None, torch.zeros_like(stats.residual_norm), None)
@@ -324,9 +317,9 @@ def cross_term(
     def add(factor: float, terms: Sequence[Tensor | None]) -> None:
         for i, (term, sum_) in enumerate(zip(terms, total, strict=True)):
             if term is not None and sum_ is None:
-                (total[i],) = _tree.scale(factor, (term,))
+                (total[i],) = trees.scale(factor, (term,))
             elif term is not None and sum_ is not None:
-                (total[i],) = _tree.axpy(factor, (term,), (sum_,))
+                (total[i],) = trees.axpy(factor, (term,), (sum_,))
 
     add(-problem.condition.scale, linearization.pull_used(u, 1))
     weight = bound.center_weight(w, theta)
@@ -341,17 +334,17 @@ def cross_term(
     )
 
 
-def flatten_params(params: Any) -> tuple[Leaves, _tree.TreeSpec]:
+def flatten_params(params: Any) -> tuple[Leaves, trees.TreeSpec]:
     """Flatten what an inner solver returned, with an error that names the solver."""
     if params is None:
         raise TypeError(
             "the inner solver returned None; expected the tree of inner parameters. "
             "Is its return statement missing?"
         )
-    return _tree.flatten_floating(params, "params")
+    return trees.flatten_floating(params, "params")
 
 
-def raise_unless_finite(params: Leaves, spec: _tree.TreeSpec) -> None:
+def raise_unless_finite(params: Leaves, spec: trees.TreeSpec) -> None:
     """Raise if a solution has NaN or Inf in it, naming the leaf and the tasks."""
     where = _where_not_finite(params, spec, "params")
     if where:
@@ -362,7 +355,7 @@ def raise_unless_finite(params: Leaves, spec: _tree.TreeSpec) -> None:
         )
 
 
-def raise_unless_finite_gradient(grads: Leaves, spec: _tree.TreeSpec) -> None:
+def raise_unless_finite_gradient(grads: Leaves, spec: trees.TreeSpec) -> None:
     """Raise if a hypergradient has NaN or Inf in it, naming the leaf and the tasks."""
     where = _where_not_finite(grads, spec, "hparams")
     if where:
@@ -387,27 +380,16 @@ def raise_on_failure(stats: SolveStats, linear_solver: AbstractLinearSolver) -> 
     )
 
 
-def of_tasks(failed: Tensor, what: str = "tasks") -> str:
-    """How many of the tasks a flag holds for, and which they are; nothing for a single task."""
-    total = batching.count_tasks(failed.sum()) * failed.numel()
-    if total == 1:
-        return ""
-    found = batching.true_indices(failed.squeeze() if failed.numel() == 1 else failed)
-    names = [str(index[0] if len(index) == 1 else index) for index in found[:_MOST_NAMED]]
-    more = ", ..." if len(found) > _MOST_NAMED else ""
-    return f" for {len(found)} of {total} {what} (index {', '.join(names)}{more})"
-
-
-def _where_not_finite(leaves: Leaves, spec: _tree.TreeSpec, name: str) -> tuple[str, str] | None:
+def _where_not_finite(leaves: Leaves, spec: trees.TreeSpec, name: str) -> tuple[str, str] | None:
     """The path of the first leaf that is not finite, and the tasks where some leaf is not."""
-    if batching.all_true(_tree.sum_is_finite(leaves)):
+    if batching.all_true(trees.sum_is_finite(leaves)):
         return None
-    finite = _tree.all_finite(leaves)
+    finite = trees.all_finite(leaves)
     if batching.all_true(finite):
         return None
-    paths = _tree.paths(spec, name)
+    paths = trees.paths(spec, name)
     parts = zip(paths, leaves, strict=True)
-    path = next(path for path, leaf in parts if not batching.all_true(_tree.all_finite((leaf,))))
+    path = next(path for path, leaf in parts if not batching.all_true(trees.all_finite((leaf,))))
     return path, of_tasks(~finite)
 
 

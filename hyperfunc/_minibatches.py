@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hyperfunc import _tree
 from hyperfunc._conditions import BoundCondition, Condition
+from hyperfunc._engine import trees
 from hyperfunc._torch import autodiff, batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers import StochasticAID
@@ -71,9 +71,9 @@ class MinibatchLinearization:
         total: Leaves | None = None
         for step in range(first, first + count):
             value = getattr(self._linearize(step, self.wrt), product)(vector, 1)
-            total = value if total is None else _tree.add(total, value)
+            total = value if total is None else trees.add(total, value)
         assert total is not None
-        return _tree.scale(1 / count, total)
+        return trees.scale(1 / count, total)
 
     def _linearize(self, step: int, wrt: tuple[int, ...]) -> autodiff.Linearization:
         condition, proximal = self.bound.condition, self.bound.proximal

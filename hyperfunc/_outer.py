@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
-from hyperfunc._conditions import check_scalar
+from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_scalar
 from hyperfunc._implicit import ImplicitProblem
 from hyperfunc._torch import autodiff, sharding
 from hyperfunc._torch.captured import captured_message
@@ -35,7 +35,7 @@ def mean_outer_gradient(
         outer = OuterLoss(outer_loss, has_aux)
         linearized = autodiff.Linearization(
             lambda *leaves, outer=outer: outer(
-                _tree.unflatten(params_spec, leaves[:n]), *arguments.unflatten(leaves[n:])
+                trees.unflatten(params_spec, leaves[:n]), *arguments.unflatten(leaves[n:])
             ),
             (*w, *theta),
             (tuple(range(n + arguments.num_hparams)),),
@@ -44,11 +44,11 @@ def mean_outer_gradient(
         outer.refuse_captured(linearized)
         (value,) = linearized.outputs
         result = (value, *linearized.pull((torch.ones_like(value),)))
-        total = _tree.add(total, result) if total else result
+        total = trees.add(total, result) if total else result
         auxes.append(outer.unflatten_aux(linearized.aux))
     if len(outer_losses) == 1:
         return total[0], auxes[0], total[1:]
-    value, *gradient = _tree.scale(1 / len(outer_losses), total)
+    value, *gradient = trees.scale(1 / len(outer_losses), total)
     return value, tuple(auxes) if has_aux else (), tuple(gradient)
 
 
@@ -58,7 +58,7 @@ class OuterLoss:
     def __init__(self, outer_loss: Callable[..., Any], has_aux: bool) -> None:
         self._outer_loss = outer_loss
         self._has_aux = has_aux
-        self._spec: _tree.TreeSpec | None = None
+        self._spec: trees.TreeSpec | None = None
         self._leaves: list[Any] = []
 
     def __call__(
@@ -73,7 +73,7 @@ class OuterLoss:
                 f"since has_aux=True"
             )
         value, aux = output
-        self._leaves, self._spec = _tree.flatten(aux)
+        self._leaves, self._spec = trees.flatten(aux)
         tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
         return (sharding.replicate(check_scalar(value, "outer_loss")),), tensors
 
@@ -86,4 +86,4 @@ class OuterLoss:
             return ()
         remaining = iter(tensors)
         leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        return _tree.unflatten(self._spec, leaves)
+        return trees.unflatten(self._spec, leaves)

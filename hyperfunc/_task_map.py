@@ -11,9 +11,9 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
+from hyperfunc._engine.wrapped_functions import WrappedFunction
 from hyperfunc._types import Leaves
-from hyperfunc._wrapped import WrappedFunction
 
 _SMALLEST_BATCH = 6
 _SMALLEST_BUDGET = 2**22
@@ -135,7 +135,7 @@ class _Mapped(WrappedFunction):
         self._randomness = randomness
 
     def __call__(self, *args: Any) -> Any:
-        leaves, spec = _tree.flatten(args, none_is_leaf=True)
+        leaves, spec = trees.flatten(args, none_is_leaf=True)
         dims = _flat_dims(self._in_dims, args, leaves, spec)
         num_tasks = _num_tasks(leaves, dims, spec)
         size = num_tasks if self._chunk_size is None else self._chunk_size
@@ -151,7 +151,7 @@ class _Call:
     def __init__(
         self,
         fn: Callable[..., Any],
-        spec: _tree.TreeSpec,
+        spec: trees.TreeSpec,
         dims: Sequence[int | None],
         randomness: str,
     ) -> None:
@@ -159,7 +159,7 @@ class _Call:
         self._spec = spec
         self._dims = dims
         self._randomness = randomness
-        self._out_spec: _tree.TreeSpec | None = None
+        self._out_spec: trees.TreeSpec | None = None
 
     def one_by_one(self, leaves: Sequence[Any]) -> Any:
         columns = [
@@ -209,10 +209,10 @@ class _Call:
 
     def _one(self, *row: Any) -> Leaves:
         output = self._fn(*optree.tree_unflatten(self._spec, row))
-        flat, self._out_spec = _tree.flatten(output)
+        flat, self._out_spec = trees.flatten(output)
         for index, leaf in enumerate(flat):
             if not isinstance(leaf, Tensor):
-                path = _tree.paths(self._out_spec, "result")[index]
+                path = trees.paths(self._out_spec, "result")[index]
                 raise TypeError(
                     f"task_map: {_name(self._fn)} returned {leaf!r} of type {type(leaf).__name__} "
                     f"as {path}; expected a tensor"
@@ -221,11 +221,11 @@ class _Call:
 
     def _unflatten(self, leaves: Any) -> Any:
         assert self._out_spec is not None
-        return _tree.unflatten(self._out_spec, tuple(leaves))
+        return trees.unflatten(self._out_spec, tuple(leaves))
 
 
 def _flat_dims(
-    in_dims: Any, args: tuple[Any, ...], leaves: Sequence[Any], spec: _tree.TreeSpec
+    in_dims: Any, args: tuple[Any, ...], leaves: Sequence[Any], spec: trees.TreeSpec
 ) -> list[int | None]:
     tree: Any = args
     prefix: Any = (in_dims,) * len(args) if isinstance(in_dims, int) else in_dims
@@ -233,7 +233,7 @@ def _flat_dims(
         if isinstance(prefix, list):
             prefix = tuple(prefix)
         dims: list[int | None] = optree.broadcast_prefix(
-            prefix, tree, none_is_leaf=True, namespace=_tree.NAMESPACE
+            prefix, tree, none_is_leaf=True, namespace=trees.NAMESPACE
         )
     except (ValueError, TypeError) as error:
         raise ValueError(
@@ -244,7 +244,7 @@ def _flat_dims(
     for index, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
         if dim is None:
             continue
-        path = _tree.paths(spec, "args")[index]
+        path = trees.paths(spec, "args")[index]
         if not isinstance(leaf, Tensor):
             raise ValueError(
                 f"task_map: {path} is {leaf!r} of type {type(leaf).__name__}, and in_dims is {dim} "
@@ -258,7 +258,7 @@ def _flat_dims(
     return [dim if dim is None else dim % leaf.ndim for leaf, dim in zip(leaves, dims, strict=True)]
 
 
-def _num_tasks(leaves: Sequence[Any], dims: Sequence[int | None], spec: _tree.TreeSpec) -> int:
+def _num_tasks(leaves: Sequence[Any], dims: Sequence[int | None], spec: trees.TreeSpec) -> int:
     sizes = {
         index: leaf.shape[dim]
         for index, (leaf, dim) in enumerate(zip(leaves, dims, strict=True))
@@ -271,7 +271,7 @@ def _num_tasks(leaves: Sequence[Any], dims: Sequence[int | None], spec: _tree.Tr
         )
     counts = sorted(set(sizes.values()))
     if len(counts) > 1 or counts[0] == 0:
-        paths = _tree.paths(spec, "args")
+        paths = trees.paths(spec, "args")
         got = ", ".join(f"{size} in {paths[index]}" for index, size in sizes.items())
         raise ValueError(f"task_map: got numbers of tasks {got}; expected one number, 1 or more")
     return int(counts[0])

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
+from hyperfunc._engine.wrapped_functions import Wrapped
 from hyperfunc._torch import tracking
 from hyperfunc._torch.unsupported import explained
 from hyperfunc._types import TensorTree
-from hyperfunc._wrapped import Wrapped
 from hyperfunc.iterative import ReverseUnroll
 
 
@@ -58,7 +58,7 @@ class Transformed(Wrapped):
                 f"{self!r} is differentiated in inference mode, where this version of torch makes "
                 f"zeros of all gradients. Use torch.no_grad() in place of torch.inference_mode()"
             )
-        with explained(self, lambda: _tree.named_tensors(hparams, args)):
+        with explained(self, lambda: trees.named_tensors(hparams, args)):
             if torch.is_inference_mode_enabled():
                 # in that mode no graph is recorded, of which older versions of torch make zeros
                 with torch.inference_mode(False), torch.no_grad():

@@ -33,11 +33,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
-from hyperfunc._conditions import check_scalar
+from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_scalar
+from hyperfunc._engine.wrapped_functions import picklable
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._types import Leaves, Loss, TensorTree
-from hyperfunc._wrapped import picklable
 
 __all__ = ["Loop", "Memory", "State", "StepSize", "amigo", "power_decay", "saba", "soba", "stocbio"]
 
@@ -229,7 +229,7 @@ def saba(
         state = settings.init(params, hparams)
 
         def table(tree: TensorTree, size: int) -> TensorTree:
-            return _tree.tree_map(
+            return trees.tree_map(
                 lambda leaf: (
                     leaf.new_zeros(size, *leaf.shape) if isinstance(leaf, Tensor) else leaf
                 ),
@@ -264,10 +264,10 @@ def saba(
             )
         reduced, memory = [], []
         for new, old, index in zip(seen, state.memory, (i, i, i, j, j), strict=True):
-            table, spec = _tree.flatten(old)
+            table, spec = trees.flatten(old)
             pairs = [_saga(*each, index) for each in zip(new, table, strict=True)]
             reduced.append(tuple(direction for direction, _ in pairs))
-            memory.append(_tree.unflatten(spec, [rows for _, rows in pairs]))
+            memory.append(trees.unflatten(spec, [rows for _, rows in pairs]))
         moved = point.moved(_Terms(*reduced))
         return moved._replace(memory=Memory(*memory))
 
@@ -338,9 +338,9 @@ def stocbio(
     def neumann(point: _Point, batches: list[tuple[Any, ...]], b: Leaves, lr: Any) -> Leaves:
         term = total = b
         for batch in batches:
-            term = _tree.axpy(-lr, point.product(term, batch), term)
-            total = _tree.add(total, term)
-        return _tree.scale(lr, total)
+            term = trees.axpy(-lr, point.product(term, batch), term)
+            total = trees.add(total, term)
+        return trees.scale(lr, total)
 
     settings = _Settings.make("stocbio", inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr)
     return _two_loops("stocbio", settings, neumann, num_inner_steps, num_adjoint_steps)
@@ -407,7 +407,7 @@ def amigo(
     def descend(point: _Point, batches: list[tuple[Any, ...]], b: Leaves, lr: Any) -> Leaves:
         u = point.u
         for batch in batches:
-            u = _tree.axpy(-lr, _tree.sub(point.product(u, batch), b), u)
+            u = trees.axpy(-lr, trees.sub(point.product(u, batch), b), u)
         return u
 
     settings = _Settings.make("amigo", inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr)
@@ -487,15 +487,15 @@ class _Settings:
 
     def init(self, params: TensorTree, hparams: TensorTree) -> State:
         """The start, cut from any graph: a loop is nothing to differentiate through."""
-        w, params_spec = _tree.flatten_floating(params, "params")
-        h, hparams_spec = _tree.flatten_floating(hparams, "hparams")
+        w, params_spec = trees.flatten_floating(params, "params")
+        h, hparams_spec = trees.flatten_floating(hparams, "hparams")
         # copies, as a module whose parameters these are may go on to change them in place
         w, h = (tuple(leaf.clone() for leaf in tracking.detach(leaves)) for leaves in (w, h))
         return State(
             step=torch.zeros((), dtype=torch.int64),
-            params=_tree.unflatten(params_spec, w),
-            adjoint=_tree.unflatten(params_spec, _tree.zeros_like(w)),
-            hparams=_tree.unflatten(hparams_spec, h),
+            params=trees.unflatten(params_spec, w),
+            adjoint=trees.unflatten(params_spec, trees.zeros_like(w)),
+            hparams=trees.unflatten(hparams_spec, h),
             memory=(),
         )
 
@@ -506,10 +506,10 @@ class _Settings:
                 f"{self.name}: state is of type {type(state).__name__}; expected a State. Write "
                 f"state = loop.init(params, hparams), then state = loop.update(state, ...)"
             )
-        w, params_spec = _tree.flatten_floating(state.params, "state.params")
-        u, adjoint_spec = _tree.flatten(state.adjoint)
-        _tree.check_like(u, adjoint_spec, w, params_spec, "state.adjoint", "params")
-        h, hparams_spec = _tree.flatten_floating(state.hparams, "state.hparams")
+        w, params_spec = trees.flatten_floating(state.params, "state.params")
+        u, adjoint_spec = trees.flatten(state.adjoint)
+        trees.check_like(u, adjoint_spec, w, params_spec, "state.adjoint", "params")
+        h, hparams_spec = trees.flatten_floating(state.hparams, "state.hparams")
         return _Point(self, state, w, tuple(u), h, params_spec, hparams_spec)
 
 
@@ -522,8 +522,8 @@ class _Point:
     w: Leaves
     u: Leaves
     h: Leaves
-    params_spec: _tree.TreeSpec
-    hparams_spec: _tree.TreeSpec
+    params_spec: trees.TreeSpec
+    hparams_spec: trees.TreeSpec
 
     def gradient(self, batch: tuple[Any, ...]) -> Leaves:
         """The gradient of the inner loss with respect to params."""
@@ -560,12 +560,12 @@ class _Point:
 
     def moved(self, terms: _Terms) -> State:
         """The state after a step along all three directions."""
-        d_u = _tree.sub(terms.product, terms.outer_params)
-        d_h = _tree.sub(terms.outer_hparams, terms.cross)
+        d_u = trees.sub(terms.product, terms.outer_params)
+        d_h = trees.sub(terms.outer_hparams, terms.cross)
         return self.leave(
-            _tree.axpy(-self.rate("inner_lr"), terms.inner_gradient, self.w),
-            _tree.axpy(-self.rate("adjoint_lr"), d_u, self.u),
-            _tree.axpy(-self.rate("outer_lr"), d_h, self.h),
+            trees.axpy(-self.rate("inner_lr"), terms.inner_gradient, self.w),
+            trees.axpy(-self.rate("adjoint_lr"), d_u, self.u),
+            trees.axpy(-self.rate("outer_lr"), d_h, self.h),
         )
 
     def rate(self, key: str) -> Any:
@@ -581,9 +581,9 @@ class _Point:
         """The next state."""
         return State(
             step=self.state.step + 1,
-            params=_tree.unflatten(self.params_spec, w),
-            adjoint=_tree.unflatten(self.params_spec, u),
-            hparams=_tree.unflatten(self.hparams_spec, h),
+            params=trees.unflatten(self.params_spec, w),
+            adjoint=trees.unflatten(self.params_spec, u),
+            hparams=trees.unflatten(self.hparams_spec, h),
             memory=self.state.memory,
         )
 
@@ -605,7 +605,7 @@ class _Point:
 
     def _loss(self, key: str, w: Leaves, h: Leaves, batch: tuple[Any, ...]) -> Tensor:
         value = getattr(self.settings, key)(
-            _tree.unflatten(self.params_spec, w), _tree.unflatten(self.hparams_spec, h), *batch
+            trees.unflatten(self.params_spec, w), trees.unflatten(self.hparams_spec, h), *batch
         )
         return check_scalar(value, f"{self.settings.name}: {key}")
 
@@ -627,12 +627,12 @@ def _two_loops(
         batches = _unbind(name, inner_batches, T + Q + 1)
         inner_lr = point.rate("inner_lr")
         for batch in batches[:T]:
-            w = _tree.axpy(-inner_lr, point.gradient(batch), point.w)
+            w = trees.axpy(-inner_lr, point.gradient(batch), point.w)
             point = dataclasses.replace(point, w=w)
         outer_params, outer_hparams = point.outer_gradient(outer_batch)
         u = solve(point, batches[T : T + Q], outer_params, point.rate("adjoint_lr"))
-        d_h = _tree.sub(outer_hparams, point.cross(u, batches[-1]))
-        h = _tree.axpy(-point.rate("outer_lr"), d_h, point.h)
+        d_h = trees.sub(outer_hparams, point.cross(u, batches[-1]))
+        h = trees.axpy(-point.rate("outer_lr"), d_h, point.h)
         return point.leave(point.w, u, h)
 
     return Loop(settings.init, update)
@@ -650,8 +650,8 @@ def _saga(new: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 def _unbind(name: str, batches: Any, length: int) -> list[tuple[Any, ...]]:
     _check_batch(name, "inner_batches", batches)
-    leaves, spec = _tree.flatten(batches)
-    for path, leaf in zip(_tree.paths(spec, "inner_batches"), leaves, strict=True):
+    leaves, spec = trees.flatten(batches)
+    for path, leaf in zip(trees.paths(spec, "inner_batches"), leaves, strict=True):
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"{name}: {path} is of type {type(leaf).__name__}; expected a tensor with a "
@@ -665,7 +665,7 @@ def _unbind(name: str, batches: Any, length: int) -> list[tuple[Any, ...]]:
     if not leaves:
         return [batches] * length
     rows = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
-    return [_tree.unflatten(spec, row) for row in rows]
+    return [trees.unflatten(spec, row) for row in rows]
 
 
 def _check_batch(name: str, key: str, batch: Any) -> None:

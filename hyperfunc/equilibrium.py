@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import SolveStats
 from hyperfunc._hypergrad import implicit_diff
 from hyperfunc._methods import resolve_method
-from hyperfunc._results import SolveStats
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._types import TensorTree
 from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson, raise_unless_solved
@@ -283,17 +283,17 @@ def jacobian_frobenius_squared(
     """
     if isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 1:
         raise ValueError(f"num_probes is {num_probes!r}; expected an integer >= 1")
-    leaves, spec = _tree.flatten_floating(params, "params")
+    leaves, spec = trees.flatten_floating(params, "params")
 
     def flat(*z: Tensor) -> tuple[Tensor, ...]:
-        return _tree.flatten_floating(fn(_tree.unflatten(spec, z), *args), "the output of fn")[0]
+        return trees.flatten_floating(fn(trees.unflatten(spec, z), *args), "the output of fn")[0]
 
     linearization = autodiff.Linearization(flat, leaves, (tuple(range(len(leaves))),), tracked=True)
     terms = []
     for _ in range(num_probes):
         signs = tuple(_random_signs(out, generator) for out in linearization.outputs)
         product = linearization.pull(signs)
-        terms.append(_tree.dot(product, product))
+        terms.append(trees.dot(product, product))
     return torch.stack(terms).mean()
 
 
@@ -313,12 +313,12 @@ class _Cell:
             return self.apply(weights, state, *inputs, buffers=buffers)
         with torch.autocast(self.device_type, self.dtype):
             output = self.apply(weights, state, *inputs, buffers=buffers)
-        leaves, spec = _tree.flatten(output)
-        like, like_spec = _tree.flatten(state)
+        leaves, spec = trees.flatten(output)
+        like, like_spec = trees.flatten(state)
         if spec != like_spec:
             return output
         pairs = zip(leaves, like, strict=True)
-        return _tree.unflatten(spec, [leaf.to(ref.dtype) for leaf, ref in pairs])
+        return trees.unflatten(spec, [leaf.to(ref.dtype) for leaf, ref in pairs])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -352,8 +352,8 @@ def _second(hparams: TensorTree, *args: Any) -> TensorTree:
 
 
 def _detach(tree: TensorTree) -> TensorTree:
-    leaves, spec = _tree.flatten(tree)
-    return _tree.unflatten(spec, tracking.detach(leaves))
+    leaves, spec = trees.flatten(tree)
+    return trees.unflatten(spec, tracking.detach(leaves))
 
 
 def _check_method(method: Any) -> Any:
@@ -417,7 +417,7 @@ def _weight(module: nn.Module, name: str) -> Tensor:
 
 def _autocast_of(state: TensorTree) -> tuple[str, torch.dtype | None]:
     """The device type of a state, and the dtype of autocast if that is on there."""
-    leaves, _ = _tree.flatten_floating(state, "init")
+    leaves, _ = trees.flatten_floating(state, "init")
     device_type = leaves[0].device.type
     available = torch.amp.is_autocast_available(device_type)
     if not available or not torch.is_autocast_enabled(device_type):

@@ -22,9 +22,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
-from hyperfunc._implicit import HypergradError, of_tasks
-from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, of_tasks
 from hyperfunc._torch import autodiff, batching, sharding, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import InnerSolver, Leaves, ParamsFunction, TensorTree
@@ -84,7 +83,7 @@ class AbstractFixedPointSolver(abc.ABC):
             raise_unless_solved(self, stats)
         if self.batch_dim is None:
             stats = SolveStats(*(field[0] for field in stats))
-        return _tree.unflatten(layout.spec, layout.unpack(rows)), stats
+        return trees.unflatten(layout.spec, layout.unpack(rows)), stats
 
     def inner_solver(
         self, fixed_point: ParamsFunction, *, init: InnerSolver
@@ -314,7 +313,7 @@ class Newton(AbstractFixedPointSolver):
         check_solver(self, "linear_solver", self.linear_solver)
 
     def _iteration(self, layout: _Layout, apply: _FlatMap) -> _Iteration:
-        tensors = (*layout.init, *_tree.flatten((apply.hparams, apply.args))[0])
+        tensors = (*layout.init, *trees.flatten((apply.hparams, apply.args))[0])
         recorded = torch.is_grad_enabled() or tracking.transforms_active()
         if recorded and any(map(tracking.is_attached, tensors)):
             raise ValueError(
@@ -417,14 +416,14 @@ class _FlatMap:
     """The user's map on flat trees."""
 
     fixed_point: ParamsFunction
-    spec: _tree.TreeSpec
+    spec: trees.TreeSpec
     hparams: TensorTree
     args: tuple[Any, ...]
 
     def __call__(self, leaves: Leaves) -> Leaves:
-        output = self.fixed_point(_tree.unflatten(self.spec, leaves), self.hparams, *self.args)
-        values, spec = _tree.flatten(output)
-        _tree.check_like(values, spec, leaves, self.spec, "the output of fixed_point", "params")
+        output = self.fixed_point(trees.unflatten(self.spec, leaves), self.hparams, *self.args)
+        values, spec = trees.flatten(output)
+        trees.check_like(values, spec, leaves, self.spec, "the output of fixed_point", "params")
         return tuple(values)
 
 
@@ -433,15 +432,15 @@ class _Layout:
     """How the leaves of a tree are laid out as a matrix with one row a sample."""
 
     init: Leaves
-    spec: _tree.TreeSpec
+    spec: trees.TreeSpec
     batch_dim: int | None
     num_rows: int
     dtype: torch.dtype
 
     @staticmethod
     def make(init: TensorTree, batch_dim: int | None) -> _Layout:
-        leaves, spec = _tree.flatten_floating(init, "init")
-        for leaf, path in zip(leaves, _tree.paths(spec, "init"), strict=True):
+        leaves, spec = trees.flatten_floating(init, "init")
+        for leaf, path in zip(leaves, trees.paths(spec, "init"), strict=True):
             if sharding.is_sharded(leaf):
                 raise ValueError(
                     f"{path} is a DTensor that is sharded, but fixed-point solvers keep iterates "
@@ -449,7 +448,7 @@ class _Layout:
                 )
         num_rows = 1
         if batch_dim is not None:
-            paths = _tree.paths(spec, "init")
+            paths = trees.paths(spec, "init")
             for leaf, path in zip(leaves, paths, strict=True):
                 if not -leaf.ndim <= batch_dim < leaf.ndim:
                     raise ValueError(
@@ -464,7 +463,7 @@ class _Layout:
                         f"(batch_dim), which counts samples"
                     )
             num_rows = leaves[0].shape[batch_dim]
-        return _Layout(leaves, spec, batch_dim, num_rows, _tree.accumulation_dtype(leaves))
+        return _Layout(leaves, spec, batch_dim, num_rows, trees.accumulation_dtype(leaves))
 
     def pack(self, leaves: Leaves) -> Tensor:
         """The leaves as rows, in the accumulation dtype."""
@@ -505,7 +504,7 @@ class _Layout:
 def _solve(
     solver: AbstractFixedPointSolver, iteration: _Iteration, layout: _Layout
 ) -> tuple[Tensor, SolveStats]:
-    eps = _tree.epsilon(layout.init)
+    eps = trees.epsilon(layout.init)
     adaptive = solver.rtol != 0 or solver.atol != 0
     rtol = max(eps**0.75 if solver.rtol is None else solver.rtol, eps)
 

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hyperfunc import _tree, optim
+from hyperfunc import optim
 from hyperfunc._compile import Backend, Compiler, applies, check_backend
-from hyperfunc._conditions import check_scalar
+from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_scalar
 from hyperfunc._torch import autodiff, batching, tracking
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
 from hyperfunc.optim._base import Pull
@@ -38,7 +39,7 @@ class Step(Protocol):
 
     def bind(
         self,
-        specs: tuple[_tree.TreeSpec, _tree.TreeSpec],
+        specs: tuple[trees.TreeSpec, trees.TreeSpec],
         like: Leaves,
         hparams: TensorTree,
         args: tuple[Any, ...],
@@ -310,9 +311,9 @@ class FlatSteps:
     def start(self, hparams: TensorTree, args: tuple[Any, ...]) -> Leaves:
         """The state before the first step."""
         params = self._init(hparams, *args)
-        leaves, self._params_spec = _tree.flatten_floating(params, "params")
-        memory, self._memory_spec = _tree.flatten(self._step.remember(params))
-        for path, leaf in zip(_tree.paths(self._memory_spec, "state"), memory, strict=True):
+        leaves, self._params_spec = trees.flatten_floating(params, "params")
+        memory, self._memory_spec = trees.flatten(self._step.remember(params))
+        for path, leaf in zip(trees.paths(self._memory_spec, "state"), memory, strict=True):
             if not isinstance(leaf, Tensor):
                 raise TypeError(
                     f"the optimizer's {path} is {leaf!r} of type {type(leaf).__name__}; expected a "
@@ -322,13 +323,13 @@ class FlatSteps:
         return (*leaves, *memory)
 
     @property
-    def structure(self) -> tuple[_tree.TreeSpec, _tree.TreeSpec]:
+    def structure(self) -> tuple[trees.TreeSpec, trees.TreeSpec]:
         """The structures of the params and of the memory."""
         return self._params_spec, self._memory_spec
 
     def params(self, state: Leaves) -> TensorTree:
         """The params of a state."""
-        return _tree.unflatten(self._params_spec, state[: self.num_params])
+        return trees.unflatten(self._params_spec, state[: self.num_params])
 
     def bind(
         self, hparams: TensorTree, args: tuple[Any, ...]
@@ -349,7 +350,7 @@ class FlatSteps:
             new, memory = step(old, state[n:], extra)
             result = (*new, *memory)
             if active is not None:
-                result = _tree.where(active, result, state)
+                result = trees.where(active, result, state)
             if not self.can_stop:
                 return result
             return (*result, self._is_small(tracking.detach(new), tracking.detach(old)))
@@ -378,8 +379,8 @@ class FlatSteps:
         return state
 
     def _is_small(self, new: Leaves, old: Leaves) -> Tensor:
-        change = _tree.norm(_tree.sub(new, old))
-        return change <= self._atol + self._rtol * _tree.norm(new)
+        change = trees.norm(trees.sub(new, old))
+        return change <= self._atol + self._rtol * trees.norm(new)
 
 
 def block_size(num_steps: int) -> int:
@@ -395,7 +396,7 @@ def _compiled(
     args: tuple[Any, ...],
 ) -> Callable[[Tensor | None, Leaves, Any], Leaves] | None:
     """The function that takes some steps by compiled code, or None where it cannot."""
-    leaves, spec = _tree.flatten((hparams, args))
+    leaves, spec = trees.flatten((hparams, args))
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
     constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     if not applies((*tensors, *state)):
@@ -403,17 +404,17 @@ def _compiled(
     variables = compiler.read()
 
     def take(active: Tensor | None, state: Leaves, block: Any) -> Leaves:
-        row, row_spec = _tree.flatten(block)
+        row, row_spec = trees.flatten(block)
         flags = () if active is None else (active,)
         low, high = len(flags) + len(state), len(flags) + len(state) + len(tensors)
 
         def compute(*operands: Tensor) -> Leaves:
             held = iter(operands[low:high])
             filled = [next(held) if leaf is None else leaf for leaf in constants]
-            hparams, args = _tree.unflatten(spec, filled)
+            hparams, args = trees.unflatten(spec, filled)
             advance = steps.bind(hparams, args)
             outputs = operands[len(flags) : low]
-            for extra in _tree.unflatten(row_spec, operands[high:]):
+            for extra in trees.unflatten(row_spec, operands[high:]):
                 active = operands[0] if flags else None
                 outputs = advance(active, outputs[: len(state)], extra)
             return outputs
@@ -430,10 +431,10 @@ def unbind(inputs: TensorTree, num_steps: int) -> Iterable[tuple[Any, ...]]:
     """What each step gets as further arguments: a slice of the inputs, or nothing."""
     if inputs is None:
         return [()] * num_steps
-    leaves, spec = _tree.flatten(inputs)
+    leaves, spec = trees.flatten(inputs)
     # One unbind has one backward; an index a step would fill a whole gradient at each.
     rows = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
-    return ((_tree.unflatten(spec, row),) for row in rows)
+    return ((trees.unflatten(spec, row),) for row in rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -445,13 +446,13 @@ class _MapStep:
 
     def bind(
         self,
-        specs: tuple[_tree.TreeSpec, _tree.TreeSpec],
+        specs: tuple[trees.TreeSpec, trees.TreeSpec],
         like: Leaves,
         hparams: TensorTree,
         args: tuple[Any, ...],
     ) -> FlatStep:
         def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
-            params = self.fixed_point(_tree.unflatten(specs[0], leaves), hparams, *args, *extra)
+            params = self.fixed_point(trees.unflatten(specs[0], leaves), hparams, *args, *extra)
             return _checked(params, leaves, specs[0], "the step's result", "params"), memory
 
         return step
@@ -467,7 +468,7 @@ class _DescentStep:
 
     def bind(
         self,
-        specs: tuple[_tree.TreeSpec, _tree.TreeSpec],
+        specs: tuple[trees.TreeSpec, trees.TreeSpec],
         like: Leaves,
         hparams: TensorTree,
         args: tuple[Any, ...],
@@ -479,14 +480,14 @@ class _DescentStep:
             pull = Pull(loss.weight_at(hparams), center)
             loss = loss.loss
         update = self._update(specs, like, hparams)
-        tracked = tracking.is_tracked(_tree.flatten((hparams, args))[0])
+        tracked = tracking.is_tracked(trees.flatten((hparams, args))[0])
 
         def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
             def value(*flat: Tensor) -> Tensor:
-                result = loss(_tree.unflatten(spec, flat), hparams, *args, *extra)
+                result = loss(trees.unflatten(spec, flat), hparams, *args, *extra)
                 return check_scalar(result, "inner_loss")
 
-            row = _tree.flatten(extra)[0] if extra else ()
+            row = trees.flatten(extra)[0] if extra else ()
             recorded = tracked or tracking.is_tracked((*leaves, *row))
             grads = autodiff.gradient(value, leaves, create_graph=recorded)
             return update(leaves, grads, memory, pull)
@@ -494,7 +495,7 @@ class _DescentStep:
         return step
 
     def _update(
-        self, specs: tuple[_tree.TreeSpec, _tree.TreeSpec], like: Leaves, hparams: TensorTree
+        self, specs: tuple[trees.TreeSpec, trees.TreeSpec], like: Leaves, hparams: TensorTree
     ) -> Callable[..., tuple[Leaves, Leaves]]:
         bind = getattr(self.optimizer.update, "bind", None)
         if bind is not None:
@@ -511,9 +512,9 @@ class _DescentStep:
                     for i, (grad, leaf) in enumerate(zip(grads, leaves, strict=True))
                 )
             params, state = self.optimizer.update(
-                _tree.unflatten(specs[0], grads),
-                _tree.unflatten(specs[1], memory),
-                _tree.unflatten(specs[0], leaves),
+                trees.unflatten(specs[0], grads),
+                trees.unflatten(specs[1], memory),
+                trees.unflatten(specs[0], leaves),
                 hparams,
             )
             return (
@@ -548,35 +549,35 @@ class _ProximalGradientMap:
 def _descend(
     loss: Loss, lr: Any, params: TensorTree, hparams: TensorTree, args: tuple[Any, ...]
 ) -> TensorTree:
-    leaves, spec = _tree.flatten(params)
-    grads, _ = _tree.flatten(_gradient(loss, params, hparams, args))
-    return _tree.unflatten(spec, _tree.axpy(-lr, tuple(grads), tuple(leaves)))
+    leaves, spec = trees.flatten(params)
+    grads, _ = trees.flatten(_gradient(loss, params, hparams, args))
+    return trees.unflatten(spec, trees.axpy(-lr, tuple(grads), tuple(leaves)))
 
 
 def _gradient(
     loss: Loss, params: TensorTree, hparams: TensorTree, args: tuple[Any, ...]
 ) -> TensorTree:
-    leaves, spec = _tree.flatten_floating(params, "params")
+    leaves, spec = trees.flatten_floating(params, "params")
     differentiated = loss.loss if isinstance(loss, ProximalLoss) else loss
 
     def value(*flat: Tensor) -> Tensor:
-        result = differentiated(_tree.unflatten(spec, flat), hparams, *args)
+        result = differentiated(trees.unflatten(spec, flat), hparams, *args)
         return check_scalar(result, "inner_loss")
 
-    tracked = tracking.is_tracked(_tree.flatten((params, hparams, args))[0])
+    tracked = tracking.is_tracked(trees.flatten((params, hparams, args))[0])
     grads = autodiff.gradient(value, leaves, create_graph=tracked)
     if isinstance(loss, ProximalLoss):
-        offset = _tree.sub(leaves, loss.center_at(hparams, leaves, spec))
+        offset = trees.sub(leaves, loss.center_at(hparams, leaves, spec))
         weight = loss.weight_at(hparams)
-        grads = _tree.axpy(weight, offset, grads, out=_tree.reusable(offset, grads))
-    return _tree.unflatten(spec, grads)
+        grads = trees.axpy(weight, offset, grads, out=trees.reusable(offset, grads))
+    return trees.unflatten(spec, grads)
 
 
 def _checked(
-    tree: TensorTree, like: Leaves, like_spec: _tree.TreeSpec, what: str, root: str
+    tree: TensorTree, like: Leaves, like_spec: trees.TreeSpec, what: str, root: str
 ) -> Leaves:
-    leaves, spec = _tree.flatten(tree)
-    _tree.check_like(leaves, spec, like, like_spec, what, root)
+    leaves, spec = trees.flatten(tree)
+    trees.check_like(leaves, spec, like, like_spec, what, root)
     return tuple(leaves)
 
 
@@ -613,13 +614,13 @@ def _check_callable(value: Any, name: str, signature: str) -> None:
 
 
 def _check_inputs(inputs: TensorTree, num_steps: int) -> None:
-    leaves, spec = _tree.flatten(inputs)
+    leaves, spec = trees.flatten(inputs)
     if not leaves:
         raise ValueError(
             f"inputs is an empty tree ({inputs!r}); expected tensors with leading dimension "
             f"num_steps = {num_steps}, or None"
         )
-    for path, leaf in zip(_tree.paths(spec, "inputs"), leaves, strict=True):
+    for path, leaf in zip(trees.paths(spec, "inputs"), leaves, strict=True):
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"{path} is {leaf!r} of type {type(leaf).__name__}; expected a tensor with leading "

@@ -17,9 +17,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.utils._pytree import tree_leaves
 
+from hyperfunc._engine.trees import check_like, flatten, flatten_floating
 from hyperfunc._torch.tensordicts import is_tensordict
 from hyperfunc._torch.tracking import is_tracked, transforms_active
-from hyperfunc._tree import check_like, flatten, flatten_floating
 from hyperfunc._types import TensorTree
 
 # Classes of torch.distributed.fsdp, which takes a moment to import.

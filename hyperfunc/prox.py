@@ -64,7 +64,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
 from hyperfunc._torch import tracking
 from hyperfunc._types import TensorTree
 from hyperfunc.optim._base import Coefficient, check_coefficient, describe, values_by_leaf
@@ -129,16 +129,16 @@ class Prox:
                         f"{name}: {key} is a function of hparams, but hparams is None. "
                         f"Write prox(params, hparams, lr)"
                     )
-        leaves, spec = _tree.flatten_floating(params, "params")
+        leaves, spec = trees.flatten_floating(params, "params")
         rows = values_by_leaf(name, self.settings, hparams, params, leaves, spec)
         if not self.settings:
             rows = [()] * len(leaves)
-        paths = _tree.paths(spec, "params")
+        paths = trees.paths(spec, "params")
         moved = [
             self._apply(leaf, path, (lr, *row))
             for leaf, path, row in zip(leaves, paths, rows, strict=True)
         ]
-        return _tree.unflatten(spec, moved)
+        return trees.unflatten(spec, moved)
 
     def _apply(self, leaf: Tensor, path: str, numbers: tuple[Any, ...]) -> Tensor:
         dims = self._dims(leaf, path)
@@ -454,7 +454,7 @@ def blocks(proxes: Any) -> Callable[..., TensorTree]:
         >>> prox({"w": torch.tensor([5.0, 1.0]), "b": torch.tensor(1.0)}, None, 1.0)
         {'b': tensor(1.), 'w': tensor([3., 0.])}
     """
-    for prox in _tree.flatten(proxes)[0]:
+    for prox in trees.flatten(proxes)[0]:
         check_prox(prox, "prox.blocks")
     return _Blocks(proxes)
 
@@ -481,7 +481,7 @@ class _Joint:
     def __call__(
         self, params: TensorTree, hparams: TensorTree = None, lr: float | Tensor = 1.0
     ) -> TensorTree:
-        leaves, spec = _tree.flatten_floating(params, "params")
+        leaves, spec = trees.flatten_floating(params, "params")
         dtype = functools.reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
         flat = torch.cat([leaf.to(dtype).reshape(-1) for leaf in leaves])
         parts = self.prox(flat, hparams, lr).split([leaf.numel() for leaf in leaves])
@@ -489,7 +489,7 @@ class _Joint:
             part.reshape(leaf.shape).to(leaf.dtype)
             for part, leaf in zip(parts, leaves, strict=True)
         ]
-        return _tree.unflatten(spec, moved)
+        return trees.unflatten(spec, moved)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -499,16 +499,16 @@ class _Blocks:
     def __call__(
         self, params: TensorTree, hparams: TensorTree = None, lr: float | Tensor = 1.0
     ) -> TensorTree:
-        proxes, spec = _tree.flatten(self.proxes)
+        proxes, spec = trees.flatten(self.proxes)
         try:
             parts = spec.flatten_up_to(params)
         except ValueError as error:
             raise ValueError(
                 f"prox.blocks has another structure than params: got {spec}, expected "
-                f"{_tree.flatten(params)[1]} or that tree cut off at some depth"
+                f"{trees.flatten(params)[1]} or that tree cut off at some depth"
             ) from error
         moved = [prox(part, hparams, lr) for prox, part in zip(proxes, parts, strict=True)]
-        return _tree.unflatten(spec, moved)
+        return trees.unflatten(spec, moved)
 
 
 def _soft_threshold(w: Tensor, dims: Any, lr: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
 from hyperfunc._types import Leaves, Loss, TensorTree
 
 
@@ -79,8 +79,8 @@ class ProximalLoss:
     center: Any
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> Any:
-        leaves, spec = _tree.flatten_floating(params, "params")
-        offset = _tree.sub(leaves, self.center_at(hparams, leaves, spec))
+        leaves, spec = trees.flatten_floating(params, "params")
+        offset = trees.sub(leaves, self.center_at(hparams, leaves, spec))
         norm_squared = sum(torch.sum(leaf * leaf).to(leaves[0]) for leaf in offset)
         return self.loss(params, hparams, *args) + 0.5 * self.weight_at(hparams) * norm_squared
 
@@ -93,17 +93,17 @@ class ProximalLoss:
             )
         return weight
 
-    def center_at(self, hparams: TensorTree, like: Leaves, spec: _tree.TreeSpec) -> Leaves:
+    def center_at(self, hparams: TensorTree, like: Leaves, spec: trees.TreeSpec) -> Leaves:
         """The centre for given hparams, as leaves like params."""
         if self.center is None:
             center, name = hparams, "the hparams, as the centre of proximal,"
         else:
             center = self.center(hparams) if callable(self.center) else self.center
             name = "the centre of proximal"
-        leaves, center_spec = _tree.flatten(center)
-        _tree.check_like(leaves, center_spec, like, spec, name, "params")
+        leaves, center_spec = trees.flatten(center)
+        trees.check_like(leaves, center_spec, like, spec, name, "params")
         return tuple(leaves)
 
-    def gradient(self, w: Leaves, spec: _tree.TreeSpec, hparams: TensorTree) -> Leaves:
+    def gradient(self, w: Leaves, spec: trees.TreeSpec, hparams: TensorTree) -> Leaves:
         """The gradient ``weight (w - center)`` of the regulariser."""
-        return _tree.scale(self.weight_at(hparams), _tree.sub(w, self.center_at(hparams, w, spec)))
+        return trees.scale(self.weight_at(hparams), trees.sub(w, self.center_at(hparams, w, spec)))

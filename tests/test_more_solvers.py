@@ -15,9 +15,10 @@ from torch.func import grad, hessian, jacrev, vmap
 
 import hyperfunc as hf
 from hyperfunc import linear_solvers
+from hyperfunc._engine import trees
+from hyperfunc._engine.random_vectors import random_signs, random_uniform
 from hyperfunc._torch import batching
 from hyperfunc.linear_solvers import LinearOperator
-from hyperfunc.linear_solvers._random import random_signs, random_uniform
 from tests.problems import PROBLEMS, Problem, ravel, stack, unraveller
 
 N = 12
@@ -498,7 +499,7 @@ def test_trees_of_any_dtype(name: str, dtypes: tuple[torch.dtype, ...]) -> None:
         lambda v: tuple(i * leaf / 2 for i, leaf in enumerate(v)),
         shift=1.0,
         symmetric=True,
-        spec=linear_solvers._base._tree.flatten([1, 2, 3])[1],
+        spec=trees.flatten([1, 2, 3])[1],
     )
     before = [leaf.clone() for leaf in b]
     x, stats = LAYOUT_SOLVERS[name].solve(operator, b)
@@ -1042,7 +1043,7 @@ def _children() -> tuple[Counted, tuple[Tensor, ...], list[Tensor]]:
             second = BLOCKS[1] @ torch.cat([v[1].reshape(-1), v[2]])
             return (BLOCKS[0] @ v[0], second[:4].reshape(2, 2), second[4:], BLOCKS[2][0, 0] * v[3])
 
-    spec = linear_solvers._base._tree.flatten([0, (1, 2), {"x": 3}])[1]
+    spec = trees.flatten([0, (1, 2), {"x": 3}])[1]
     flat = [randn(3), randn(5, seed=1), randn(1, seed=2)]
     b = (flat[0], flat[1][:4].reshape(2, 2), flat[1][4:], flat[2].reshape(()))
     return Joint(SPD, spec=spec), b, flat

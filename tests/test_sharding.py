@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import hyperfunc as hf
-from hyperfunc import _tree
+from hyperfunc._engine import trees
 from tests import ranks
 from tests.ranks import OLD, DTensor, Replicate, Shard, distribute_tensor, mesh_of
 
@@ -226,15 +226,15 @@ def _inner_products(shape: tuple[int, ...], layout: Any) -> None:
     plain = (reg["weight"], reg["bias"], x, y)
     distributed, x_, y_, _ = _distribute(mesh_of(*shape), layout)
     vectors = (distributed["weight"], distributed["bias"], x_, y_)
-    other = _tree.scale(2.0, _tree.add(vectors, vectors))
+    other = trees.scale(2.0, trees.add(vectors, vectors))
     moved = tuple(leaf.redistribute(placements=[Replicate()] * len(shape)) for leaf in other)
-    expected = _tree.dot(plain, plain)
+    expected = trees.dot(plain, plain)
     close = functools.partial(torch.testing.assert_close, rtol=1e-14, atol=0)
-    close(_tree.dot(vectors, vectors), expected)
-    close(_tree.start_dots((vectors, moved), (vectors, vectors))(), (4 * expected, expected))
+    close(trees.dot(vectors, vectors), expected)
+    close(trees.start_dots((vectors, moved), (vectors, vectors))(), (4 * expected, expected))
     # the last leaf an ordinary tensor
-    close(_tree.dot((*vectors[:3], y), (*vectors[:3], y)), expected)
-    assert _tree.all_finite(vectors)
+    close(trees.dot((*vectors[:3], y), (*vectors[:3], y)), expected)
+    assert trees.all_finite(vectors)
     for leaf in range(4):
         spoiled = [t.clone() for t in plain]
         spoiled[leaf].reshape(-1)[-1] = torch.inf
@@ -242,7 +242,7 @@ def _inner_products(shape: tuple[int, ...], layout: Any) -> None:
         again = (
             distribute_tensor(t, mesh_of(*shape), p) for t, p in zip(spoiled, places, strict=True)
         )
-        assert not _tree.all_finite(tuple(again))
+        assert not trees.all_finite(tuple(again))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
-from hyperfunc import _tree
+from hyperfunc._engine import trees
 
 F64 = torch.float64
 TASKS = 4
@@ -112,12 +112,12 @@ def test_vmap(method: str) -> None:
     expected = vmap(vmap(fns[dict]))(h, data)
     assert_equal(vmap(vmap(fns[TensorDict]))(hs, datas), expected, (TASKS, 2))
     assert_equal(vmap(vmap(fns[TensorDict]), chunk_size=3)(hs, datas), expected, (TASKS, 2))
-    column = _tree.tree_map(lambda leaf: leaf[:, 0], expected)
+    column = trees.tree_map(lambda leaf: leaf[:, 0], expected)
     for size in (1, 3, None):
         mapped = hf.task_map(fns[TensorDict], chunk_size=size)
         assert_equal(mapped(hs[:, 0], datas[:, 0]), column, (TASKS,))
     shared = vmap(fns[TensorDict], in_dims=(None, 0))(hs[0, 0], datas[:, 0])
-    assert_equal(shared[:1], _tree.tree_map(lambda leaf: leaf[:1, 0], expected), (1,))
+    assert_equal(shared[:1], trees.tree_map(lambda leaf: leaf[:1, 0], expected), (1,))
 
 
 @pytest.mark.parametrize("transform", [grad, jacrev, jacfwd])
@@ -128,9 +128,9 @@ def test_differentiable_solver(transform: Callable[..., Any]) -> None:
         minimum = hf.implicit_diff(solver_of(cls), inner_loss=inner_loss)
         value = lambda h, d, minimum=minimum: outer_loss(minimum(h, d), h, d)  # noqa: E731
         results += [transform(value)(cls(h), cls(data)), hessian(value)(cls(h), cls(data))]
-        leaves = _tree.tree_map(lambda t: t.clone().requires_grad_(), h)
+        leaves = trees.tree_map(lambda t: t.clone().requires_grad_(), h)
         value(cls(leaves), cls(data)).backward()
-        results.append(_tree.tree_map(lambda t: t.grad, leaves))
+        results.append(trees.tree_map(lambda t: t.grad, leaves))
     expected, curvature, backward = results[:3]
     assert_equal(results[3], expected)
     assert_equal(results[4]["slope"], curvature["slope"])
@@ -180,11 +180,11 @@ TREES: dict[str, tuple[Any, Any]] = {
 def test_round_trip(name: str) -> None:
     entries, wrapper = TREES[name]
     tree = TensorDict(entries)
-    leaves, spec = _tree.flatten({"tree": wrapper(tree) if wrapper else tree})
-    again = _tree.unflatten(spec, leaves)["tree"]
+    leaves, spec = trees.flatten({"tree": wrapper(tree) if wrapper else tree})
+    again = trees.unflatten(spec, leaves)["tree"]
     assert type(again) is TensorDict
-    again_leaves, again_spec = _tree.flatten({"tree": again})
-    _tree.check_like(again_leaves, again_spec, tuple(leaves), spec, "again", "tree")
+    again_leaves, again_spec = trees.flatten({"tree": again})
+    trees.check_like(again_leaves, again_spec, tuple(leaves), spec, "again", "tree")
     assert str(again.to_dict()) == str(dict(sorted(tree.to_dict().items())))
 
 
@@ -212,14 +212,14 @@ BATCHES = {
 def test_batch_follows_the_leaves(name: str) -> None:
     change, expected = BATCHES[name]
     tree = TensorDict({"a": torch.ones(3, 4, 2), "n": {"b": torch.ones(3, 4)}}, [3, 4])
-    mapped = _tree.tree_map(change, tree)
+    mapped = trees.tree_map(change, tree)
     assert mapped.batch_size == expected
     assert mapped["n"].batch_size == expected
 
 
 def test_leaves_that_are_no_tensors_give_a_dict() -> None:
     tree = TensorDict({"a": torch.ones(3), "n": {"b": torch.ones(3)}})
-    assert _tree.tree_map(lambda leaf: leaf.shape[0], tree) == {"a": 3, "n": {"b": 3}}
+    assert trees.tree_map(lambda leaf: leaf.shape[0], tree) == {"a": 3, "n": {"b": 3}}
 
 
 def test_assign_grads() -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
-from hyperfunc import _tree
+from hyperfunc._engine import trees
+from hyperfunc._engine.trees import flatten, tree_map, unflatten
 from hyperfunc._torch import batching
-from hyperfunc._tree import flatten, tree_map, unflatten
 
 # torch compiles its rules for forward mode by a deprecated function when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -119,7 +119,7 @@ def assert_like(actual: Any, h: Any, expected: Any) -> None:
     assert [(leaf.shape, leaf.dtype) for leaf in leaves] == [
         (leaf.shape, leaf.dtype) for leaf in like
     ]
-    tolerance = max(3 * _tree.epsilon(tuple(like)) ** 0.75, 1e-11)
+    tolerance = max(3 * trees.epsilon(tuple(like)) ** 0.75, 1e-11)
     for leaf, value in zip(leaves, flatten(expected)[0], strict=True):
         torch.testing.assert_close(leaf.double(), value, rtol=tolerance, atol=tolerance)
 
@@ -245,14 +245,14 @@ def test_tangents_keep_their_dtype() -> None:
 
 def test_inner_products() -> None:
     ones = torch.ones(3000, dtype=torch.bfloat16)
-    assert _tree.dot((ones,), (ones,)).item() == 3000  # in bfloat16 the sum stops at 256
-    assert _tree.dot((ones,), (ones,)).dtype == torch.float32
-    assert _tree.norm((ones, randn(2))).dtype == F64
+    assert trees.dot((ones,), (ones,)).item() == 3000  # in bfloat16 the sum stops at 256
+    assert trees.dot((ones,), (ones,)).dtype == torch.float32
+    assert trees.norm((ones, randn(2))).dtype == F64
     a, b = randn(3, 4), randn(4, 3).T
-    assert _tree.dot((a,), (b,)).item() == pytest.approx((a * b).sum().item(), rel=1e-14)
+    assert trees.dot((a,), (b,)).item() == pytest.approx((a * b).sum().item(), rel=1e-14)
     image = randn(2, 3, 2, 2)
     last = image.to(memory_format=torch.channels_last)
-    assert _tree.dot((last,), (image,)).item() == pytest.approx((image**2).sum().item(), rel=1e-14)
+    assert trees.dot((last,), (image,)).item() == pytest.approx((image**2).sum().item(), rel=1e-14)
 
 
 @pytest.mark.parametrize("alpha", [2.5, -1.0, torch.tensor(2.5), torch.tensor(2.5, dtype=F64)])
@@ -260,14 +260,14 @@ def test_linear_combinations(alpha: Any) -> None:
     x = (randn(2, dtype=torch.float32), randn(), randn(2, 3).T, randn(2, dtype=torch.bfloat16))
     y = tuple(leaf + 1 for leaf in x)
     for actual, expected in [
-        (_tree.axpy(alpha, x, y), [v + alpha * u for u, v in zip(x, y, strict=True)]),
-        (_tree.scale(alpha, x), [alpha * u for u in x]),
-        (_tree.add(x, y), [u + v for u, v in zip(x, y, strict=True)]),
-        (_tree.sub(x, y), [u - v for u, v in zip(x, y, strict=True)]),
-        (_tree.neg(x), [-u for u in x]),
-        (_tree.zeros_like(x), [0 * u for u in x]),
-        (_tree.where(torch.tensor(True), x, y), x),
-        (_tree.where(torch.tensor(False), x, y), y),
+        (trees.axpy(alpha, x, y), [v + alpha * u for u, v in zip(x, y, strict=True)]),
+        (trees.scale(alpha, x), [alpha * u for u in x]),
+        (trees.add(x, y), [u + v for u, v in zip(x, y, strict=True)]),
+        (trees.sub(x, y), [u - v for u, v in zip(x, y, strict=True)]),
+        (trees.neg(x), [-u for u in x]),
+        (trees.zeros_like(x), [0 * u for u in x]),
+        (trees.where(torch.tensor(True), x, y), x),
+        (trees.where(torch.tensor(False), x, y), y),
     ]:
         for leaf, value, like in zip(actual, expected, x, strict=True):
             assert (leaf.dtype, leaf.shape) == (like.dtype, like.shape)
@@ -277,16 +277,16 @@ def test_linear_combinations(alpha: Any) -> None:
 
 def test_finiteness() -> None:
     for bad in (float("nan"), float("inf"), -float("inf")):
-        assert not _tree.all_finite((randn(2), torch.tensor([1.0, bad])))
-    assert _tree.all_finite((randn(2), torch.zeros(0)))
+        assert not trees.all_finite((randn(2), torch.tensor([1.0, bad])))
+    assert trees.all_finite((randn(2), torch.zeros(0)))
 
 
 def test_paths_are_expressions() -> None:
     tree = {"fc1": {"weight": 1, "bias": [2, Pair(3, 4)]}, 5: Node(6, "name")}
     leaves, spec = flatten(tree)
-    for path, leaf in zip(_tree.paths(spec, "tree"), leaves, strict=True):
+    for path, leaf in zip(trees.paths(spec, "tree"), leaves, strict=True):
         assert eval(path, {"tree": tree}) == leaf
-    assert _tree.paths(flatten(1)[1], "params") == ["params"]
+    assert trees.paths(flatten(1)[1], "params") == ["params"]
 
 
 @pytest.mark.parametrize("size", [3, 5000])
@@ -302,7 +302,7 @@ def test_inner_products_under_vmap_are_those_of_the_tasks(
     def entry(value: torch.Tensor, dim: int | None) -> torch.Tensor:
         return value[0, 0] if dim is None else torch.stack(rows(value, dim), dim)
 
-    dot = torch.func.vmap(lambda a, b: _tree.dot((a,), (b,)), in_dims)
+    dot = torch.func.vmap(lambda a, b: trees.dot((a,), (b,)), in_dims)
     expected = torch.stack(
         [
             torch.dot(a, b)
@@ -318,9 +318,9 @@ def test_inner_products_under_vmap_are_those_of_the_tasks(
     torch.testing.assert_close(
         direct(*(entry(v, d) for v, d in zip((x, y), in_dims, strict=True))), expected
     )
-    nested = torch.func.vmap(torch.func.vmap(lambda a, b: _tree.dot((a,), (b,)), (0, 0)), (0, None))
+    nested = torch.func.vmap(torch.func.vmap(lambda a, b: trees.dot((a,), (b,)), (0, 0)), (0, None))
     torch.testing.assert_close(nested(x, y[0]), (x * y[0]).sum(-1), rtol=1e-4, atol=1e-3)
-    grad = torch.func.vmap(torch.func.grad(lambda a, b: _tree.dot((a,), (b,))))(x[0], y[0])
+    grad = torch.func.vmap(torch.func.grad(lambda a, b: trees.dot((a,), (b,))))(x[0], y[0])
     torch.testing.assert_close(grad, y[0])
 
 
@@ -328,10 +328,10 @@ def test_inner_products_under_vmap_are_those_of_the_tasks(
 def test_finiteness_is_told_entry_by_entry(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     finite = torch.tensor([[largest, largest, -1.0], [-largest, -largest, 0.0]], dtype=dtype)
-    assert _tree.all_finite((finite, torch.zeros((), dtype=dtype)))
+    assert trees.all_finite((finite, torch.zeros((), dtype=dtype)))
     for value in (torch.inf, -torch.inf, torch.nan):
         broken = finite.clone()
         broken[1, 2] = value
-        assert not _tree.all_finite((torch.ones(2), broken))
-        flags = torch.func.vmap(lambda row: _tree.all_finite((row,)))(broken)
+        assert not trees.all_finite((torch.ones(2), broken))
+        flags = torch.func.vmap(lambda row: trees.all_finite((row,)))(broken)
         assert flags.tolist() == [True, False]

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
 from hyperfunc._conditions import Arguments, BoundCondition, Condition, make_condition
+from hyperfunc._engine import trees
+from hyperfunc._engine.random_vectors import random_signs
+from hyperfunc._engine.results import RESULTS, HypergradError
 from hyperfunc._hypergrad import hypergrad_and_solution
-from hyperfunc._implicit import HypergradError
 from hyperfunc._methods import is_implicit, resolve_method
-from hyperfunc._results import RESULTS
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.unsupported import explained
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
@@ -29,7 +29,6 @@ from hyperfunc.diagnostics._differences import (
 from hyperfunc.inner_solvers import IterativeSolver
 from hyperfunc.iterative import Reverse, ReverseUnroll
 from hyperfunc.linear_solvers import CG, Auto, Dense, FixedPoint, Neumann, Nystrom, PipelinedCG
-from hyperfunc.linear_solvers._random import random_signs
 from hyperfunc.linear_solvers._spectrum import spectral_radius
 
 
@@ -181,8 +180,8 @@ class HypergradCheck(NamedTuple):
                 )
             return text
         if name == "dependence_lost":
-            leaves, spec = _tree.flatten(self.lost)
-            paths = _tree.paths(spec, "hparams")
+            leaves, spec = trees.flatten(self.lost)
+            paths = trees.paths(spec, "hparams")
             lost = [path for path, leaf in zip(paths, leaves, strict=True) if bool(leaf)]
             return f". It concerns {', '.join(lost)}" if lost else ". It concerns params"
         return ""
@@ -295,7 +294,7 @@ def check_hypergrad(
             )
     if rtol is not None and not 0 < rtol < math.inf:
         raise ValueError(f"check_hypergrad: rtol is {rtol!r}; expected a number > 0")
-    hparams, args = _tree.tree_map(_detached, (hparams, args))
+    hparams, args = trees.tree_map(_detached, (hparams, args))
     keywords = {"fixed_point": fixed_point, "inner_loss": inner_loss, "optimality": optimality}
     problem = _Problem(
         inner_solver,
@@ -307,7 +306,7 @@ def check_hypergrad(
         hparams,
         args,
     )
-    with explained("check_hypergrad", lambda: _tree.named_tensors(hparams, args)):
+    with explained("check_hypergrad", lambda: trees.named_tensors(hparams, args)):
         report = _check(problem, rtol, num_directions, max_dense, unroll, generator)
     if throw:
         report.raise_if_failed()
@@ -342,7 +341,7 @@ class _Problem:
             solver, self.outer_loss, method=method, has_aux=self.has_aux, throw=False, **keywords
         )
         grads, solution = transformed(self.hparams, *self.args)
-        return tracking.detach(_tree.flatten(grads)[0]), solution
+        return tracking.detach(trees.flatten(grads)[0]), solution
 
     def outer(self, params: TensorTree, hparams: TensorTree) -> Tensor:
         output = self.outer_loss(params, hparams, *self.args)
@@ -351,15 +350,15 @@ class _Problem:
 
     def solve(self, h: Leaves) -> TensorTree:
         """The inner solver's params for other hparams."""
-        hparams = _tree.unflatten(_tree.flatten(self.hparams)[1], h)
+        hparams = trees.unflatten(trees.flatten(self.hparams)[1], h)
         with torch.enable_grad():
-            return _tree.tree_map(_detached, self.inner_solver(hparams, *self.args))
+            return trees.tree_map(_detached, self.inner_solver(hparams, *self.args))
 
     def value(self, h: Leaves) -> float:
         """The outer loss through the inner solver."""
-        hparams = _tree.unflatten(_tree.flatten(self.hparams)[1], h)
+        hparams = trees.unflatten(trees.flatten(self.hparams)[1], h)
         with torch.enable_grad():
-            params = _tree.tree_map(_detached, self.inner_solver(hparams, *self.args))
+            params = trees.tree_map(_detached, self.inner_solver(hparams, *self.args))
             return float(self.outer(params, hparams).detach())
 
 
@@ -376,7 +375,7 @@ class _Local:
     @staticmethod
     def make(problem: _Problem, params: TensorTree) -> _Local:
         assert problem.condition is not None
-        leaves, spec = _tree.flatten_floating(params, "params")
+        leaves, spec = trees.flatten_floating(params, "params")
         arguments, theta, _ = Arguments.flatten(problem.hparams, problem.args)
         bound = BoundCondition(problem.condition, arguments, spec, len(leaves))
         w, n, m = tracking.detach(leaves), len(leaves), arguments.num_hparams
@@ -402,7 +401,7 @@ class _Local:
         """The product of the residual elsewhere with a fixed vector."""
         theta = (*h, *self.theta[len(h) :])
         value = self.bound.residual(w, theta, self.bound.function(*w, *theta))
-        return float(_tree.dot(tracking.detach(value), a))
+        return float(trees.dot(tracking.detach(value), a))
 
 
 def _check(
@@ -413,13 +412,13 @@ def _check(
     unroll: bool,
     generator: torch.Generator | None,
 ) -> HypergradCheck:
-    h, h_spec = _tree.flatten_floating(problem.hparams, "hparams")
+    h, h_spec = trees.flatten_floating(problem.hparams, "hparams")
     generator = generator or torch.Generator().manual_seed(0)
     directions = [random_direction(h, generator) for _ in range(num_directions)]
     grads, solution = problem.hypergrad(problem.method)
-    params = _tree.tree_map(_detached, solution.params)
-    w = tuple(_tree.flatten(params)[0])
-    rtol = max(_tree.epsilon(h), _tree.epsilon(w)) ** 0.25 if rtol is None else rtol
+    params = trees.tree_map(_detached, solution.params)
+    w = tuple(trees.flatten(params)[0])
+    rtol = max(trees.epsilon(h), trees.epsilon(w)) ** 0.25 if rtol is None else rtol
 
     noise = noise_level(problem.value, h, directions[0])
     differences = [difference(problem.value, h, v, noise) for v in directions]
@@ -427,7 +426,7 @@ def _check(
     by_differences, errors = _columns(differences)
     finite = torch.cat([by_method, by_differences]).nan_to_num(0.0, 0.0, 0.0)
     # where the derivative vanishes, how much the function varies tells what a small one is
-    nearby = [abs(problem.value(_tree.axpy(t, directions[0], h))) for t in (-0.1, 0.0, 0.1)]
+    nearby = [abs(problem.value(trees.axpy(t, directions[0], h))) for t in (-0.1, 0.0, 0.1)]
     scale = max(float(finite.abs().max()), rtol * max(filter(math.isfinite, nearby), default=0.0))
     tolerance = rtol * scale + 2 * errors
     agrees = _within(by_method, by_differences, tolerance)
@@ -435,7 +434,7 @@ def _check(
 
     local, facts, by_dense = None, None, None
     oracle: Any = Auto()
-    if problem.condition is not None and bool(_tree.all_finite(w)):
+    if problem.condition is not None and bool(trees.all_finite(w)):
         local = _Local.make(problem, params)
         facts = diagnose_bound(local.bound, w, local.theta, 20)
         if local.size <= max_dense:
@@ -453,19 +452,19 @@ def _check(
         tests = _Tests(problem, local, facts, h, w, params, directions, rtol, scale)
         lost = tests.find(causes, by_method, by_dense, oracle, step, linear_residual, solution)
     return HypergradCheck(
-        hypergradient=_tree.unflatten(h_spec, grads),
+        hypergradient=trees.unflatten(h_spec, grads),
         by_method=by_method,
         by_dense=() if by_dense is None else by_dense,
         by_unrolling=_by_unrolling(problem, directions) if unroll else (),
         by_differences=by_differences,
         difference_errors=errors,
         tolerance=tolerance,
-        inner_residual=_tree.norm(local.residual) if local else (),
-        newton_distance=() if step is None else _tree.norm(step) / _tree.norm(w),
+        inner_residual=trees.norm(local.residual) if local else (),
+        newton_distance=() if step is None else trees.norm(step) / trees.norm(w),
         linear_residual=() if linear_residual is None else linear_residual,
         result=solution.stats.result if is_implicit(problem.method) else (),
         causes=Causes(**{name: torch.tensor(flag) for name, flag in causes.items()}),
-        lost=_tree.unflatten(h_spec, [torch.tensor(flag) for flag in lost]),
+        lost=trees.unflatten(h_spec, [torch.tensor(flag) for flag in lost]),
         diagnosis=() if facts is None else facts,
     )
 
@@ -529,9 +528,9 @@ class _Tests:
         norm, noise = self.facts.residual
         if bool(norm <= 10 * noise):
             return True
-        spec = _tree.flatten(self.params)[1]
+        spec = trees.flatten(self.params)[1]
         here = self.problem.hypergrad(oracle, self.params)[0]
-        there = self.problem.hypergrad(oracle, _tree.unflatten(spec, _tree.sub(self.w, step)))[0]
+        there = self.problem.hypergrad(oracle, trees.unflatten(spec, trees.sub(self.w, step)))[0]
         return _within(_along(here, self.directions), _along(there, self.directions), gap / 2)
 
     def _residual_with_more_steps(self) -> float | None:
@@ -541,7 +540,7 @@ class _Tests:
         longer = dataclasses.replace(solver, num_steps=4 * solver.num_steps + 4, rtol=0.0, atol=0.0)
         with torch.enable_grad():
             params = longer(self.problem.hparams, *self.problem.args)
-        return float(_tree.norm(_Local.make(self.problem, params).residual))
+        return float(trees.norm(_Local.make(self.problem, params).residual))
 
     def _assumption_broken(self, local: _Local, facts: Diagnosis) -> bool:
         method = self.problem.method
@@ -554,7 +553,7 @@ class _Tests:
                 local.bound.linearize(local.w, local.theta, ()), local.theta
             )
             radius = spectral_radius(
-                lambda v: _tree.axpy(-method.step_size, operator.mv(v), v), local.w, 20
+                lambda v: trees.axpy(-method.step_size, operator.mv(v), v), local.w, 20
             )
             return not float(radius.value) < 1
         return False
@@ -570,7 +569,7 @@ class _Tests:
             lambda x: float(self.problem.outer(self.params, self._tree(x)).detach()),
             self.h,
             v,
-            float(_tree.dot((by_outer,), (v[leaf],))),
+            float(trees.dot((by_outer,), (v[leaf],))),
         ):
             return True
         if self.local is None:
@@ -581,26 +580,26 @@ class _Tests:
             lambda x: local.residual_along(a, self.w, x),
             self.h,
             v,
-            float(_tree.dot((cross,), (v[leaf],))),
+            float(trees.dot((cross,), (v[leaf],))),
         ):
             return True
-        moved = tuple(_tree.flatten(self.problem.solve(_tree.axpy(0.01, v, self.h)))[0])
-        change = float(_tree.norm(_tree.sub(moved, self.w)))
+        moved = tuple(trees.flatten(self.problem.solve(trees.axpy(0.01, v, self.h)))[0])
+        change = float(trees.norm(trees.sub(moved, self.w)))
         # one of the two depends on this leaf, the other does not
         return (change == 0) != (not bool((cross != 0).any()))
 
     def _params_lost(self) -> bool:
         """Whether a derivative by params is lost in the outer loss or the condition."""
         generator = torch.Generator().manual_seed(1)
-        z, spec = random_direction(self.w, generator), _tree.flatten(self.params)[1]
+        z, spec = random_direction(self.w, generator), trees.flatten(self.params)[1]
         by_outer = self._outer_gradient()[: len(self.w)]
         if self._differs(
             lambda x: float(
-                self.problem.outer(_tree.unflatten(spec, x), self.problem.hparams).detach()
+                self.problem.outer(trees.unflatten(spec, x), self.problem.hparams).detach()
             ),
             self.w,
             z,
-            float(_tree.dot(by_outer, z)),
+            float(trees.dot(by_outer, z)),
         ):
             return True
         if self.local is None:
@@ -610,7 +609,7 @@ class _Tests:
             lambda x: local.residual_along(a, x, self.h),
             self.w,
             z,
-            float(_tree.dot(local.linearization.pull(a, 0), z)),
+            float(trees.dot(local.linearization.pull(a, 0), z)),
         ):
             return True
         condition = local.bound.condition
@@ -619,12 +618,12 @@ class _Tests:
         return self._differs(
             lambda x: float(
                 condition.fn(
-                    _tree.unflatten(spec, x), self.problem.hparams, *self.problem.args
+                    trees.unflatten(spec, x), self.problem.hparams, *self.problem.args
                 ).detach()
             ),
             self.w,
             z,
-            float(_tree.dot(local.residual, z)),
+            float(trees.dot(local.residual, z)),
         )
 
     def _differs(
@@ -635,11 +634,11 @@ class _Tests:
         return abs(value - derivative) > self.rtol * scale + 4 * error
 
     def _outer_gradient(self) -> Leaves:
-        spec, n = _tree.flatten(self.params)[1], len(self.w)
+        spec, n = trees.flatten(self.params)[1], len(self.w)
         return tracking.detach(
             autodiff.gradient(
                 lambda *leaves: self.problem.outer(
-                    _tree.unflatten(spec, leaves[:n]), self._tree(leaves[n:])
+                    trees.unflatten(spec, leaves[:n]), self._tree(leaves[n:])
                 ),
                 (*self.w, *self.h),
                 create_graph=False,
@@ -647,15 +646,15 @@ class _Tests:
         )
 
     def _tree(self, h: Leaves) -> TensorTree:
-        return _tree.unflatten(_tree.flatten(self.problem.hparams)[1], h)
+        return trees.unflatten(trees.flatten(self.problem.hparams)[1], h)
 
 
 def _by_unrolling(problem: _Problem, directions: list[Leaves]) -> Any:
     """The derivatives through the solver's code, or () where it has none."""
     with torch.enable_grad():
-        hparams = _tree.tree_map(lambda t: t.detach().requires_grad_(), problem.hparams)
+        hparams = trees.tree_map(lambda t: t.detach().requires_grad_(), problem.hparams)
         try:
-            leaves = _tree.flatten(problem.inner_solver(hparams, *problem.args))[0]
+            leaves = trees.flatten(problem.inner_solver(hparams, *problem.args))[0]
             if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
                 return ()
             return _along(problem.hypergrad(ReverseUnroll())[0], directions)
@@ -668,13 +667,13 @@ def _linear_residual(problem: _Problem, local: _Local | None, solution: Any) -> 
         return None
     spec = local.bound.params_spec
     b = autodiff.gradient(
-        lambda *leaves: problem.outer(_tree.unflatten(spec, leaves), problem.hparams),
+        lambda *leaves: problem.outer(trees.unflatten(spec, leaves), problem.hparams),
         local.w,
         create_graph=False,
     )
-    u = tracking.detach(_tree.flatten(solution.adjoint)[0])
-    size = _tree.norm(b)
-    gap = _tree.norm(_tree.sub(b, local.linearization.pull(u, 0)))
+    u = tracking.detach(trees.flatten(solution.adjoint)[0])
+    size = trees.norm(b)
+    gap = trees.norm(trees.sub(b, local.linearization.pull(u, 0)))
     return gap / torch.where(size > 0, size, 1.0)
 
 

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
 from hyperfunc._conditions import Arguments, BoundCondition, make_condition
+from hyperfunc._engine import trees
+from hyperfunc._engine.random_vectors import random_signs
 from hyperfunc._torch import tracking
 from hyperfunc._torch.unsupported import explained
 from hyperfunc._types import Leaves, Loss, ParamsFunction, TensorTree
 from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver
 from hyperfunc.linear_solvers._auto import choose, condition_number, make_solver
-from hyperfunc.linear_solvers._random import random_signs
 from hyperfunc.linear_solvers._spectrum import Estimate, Spectrum, measure
 
 REASONS = {
@@ -251,10 +251,10 @@ def diagnose(
         )
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"diagnose: num_steps is {num_steps!r}; expected an integer, 1 or more")
-    leaves, spec = _tree.flatten_floating(params, "params")
+    leaves, spec = trees.flatten_floating(params, "params")
     arguments, theta, _ = Arguments.flatten(hparams, args)
     bound = BoundCondition(condition, arguments, spec, len(leaves))
-    with explained("diagnose", lambda: _tree.named_tensors(hparams, args)):
+    with explained("diagnose", lambda: trees.named_tensors(hparams, args)):
         return diagnose_bound(
             bound, tracking.detach(leaves), tracking.detach(theta), num_steps, seed
         )
@@ -269,9 +269,9 @@ def diagnose_bound(
     operator = bound.operator(linearization, theta)
     residual = bound.residual(w, theta, linearization.outputs)
     rounded = tuple(leaf * sign for leaf, sign in zip(w, random_signs(w, seed), strict=True))
-    eps = _tree.epsilon(w)
-    norm = _tree.norm(residual)
-    noise = eps * (_tree.norm(operator.mv(rounded)) + norm)
+    eps = trees.epsilon(w)
+    norm = trees.norm(residual)
+    noise = eps * (trees.norm(operator.mv(rounded)) + norm)
     spectrum = measure(operator, w, num_steps, is_map=is_map, full=True, seed=seed)
     return Diagnosis(
         residual=Estimate(norm, noise),

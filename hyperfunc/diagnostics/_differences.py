@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
 from hyperfunc._types import Leaves
 
 ScalarFunction: TypeAlias = Callable[[Leaves], float]
@@ -39,9 +39,9 @@ def noise_level(fn: ScalarFunction, x: Leaves, direction: Leaves) -> float:
     ``(2k)! / (k!)^2 s^2`` for noise with deviation ``s`` (More and Wild, Estimating computational
     noise, 2011).
     """
-    step = _tree.epsilon(x) ** 0.4  # its cube is below the rounding of a smooth function
-    values = [fn(_tree.axpy(i * step, direction, x)) for i in range(7)]
-    rounding = max(map(abs, values)) * _tree.epsilon(x)
+    step = trees.epsilon(x) ** 0.4  # its cube is below the rounding of a smooth function
+    values = [fn(trees.axpy(i * step, direction, x)) for i in range(7)]
+    rounding = max(map(abs, values)) * trees.epsilon(x)
     levels, table = [], values
     for order in range(1, 7):
         table = [b - a for a, b in itertools.pairwise(table)]
@@ -57,9 +57,9 @@ def difference(fn: ScalarFunction, x: Leaves, direction: Leaves, noise: float) -
     extrapolation changes plus what the noise may do. The value with the smallest error wins, and
     its error is not less than its distance from the nearest other, as two values agree by chance.
     """
-    nearby = [abs(fn(_tree.axpy(t, direction, x))) for t in (-0.1, 0.0, 0.1)]
+    nearby = [abs(fn(trees.axpy(t, direction, x))) for t in (-0.1, 0.0, 0.1)]
     size = max(*filter(math.isfinite, nearby), noise, torch.finfo(torch.float64).tiny)
-    start = max(noise / size, _tree.epsilon(x)) ** 0.2
+    start = max(noise / size, trees.epsilon(x)) ** 0.2
     found = []
     for shrink in (1.0, 2.0**-2, 2.0**-4, 2.0**-8):
         step = start * shrink
@@ -75,8 +75,8 @@ def difference(fn: ScalarFunction, x: Leaves, direction: Leaves, noise: float) -
 
 
 def _central(fn: ScalarFunction, x: Leaves, direction: Leaves, step: float) -> float:
-    above, below = (_tree.axpy(sign * step, direction, x) for sign in (1.0, -1.0))
+    above, below = (trees.axpy(sign * step, direction, x) for sign in (1.0, -1.0))
     # what was really stepped, after rounding
-    change = float(_tree.dot(_tree.sub(above, below), direction))
-    length = float(_tree.dot(direction, direction))
+    change = float(trees.dot(trees.sub(above, below), direction))
+    length = float(trees.dot(direction, direction))
     return (fn(above) - fn(below)) * length / change if change else math.nan

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hyperfunc._implicit import HypergradError
+from hyperfunc._engine.results import HypergradError
 
 
 class Ranks:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
 from hyperfunc._torch import sharding
 from hyperfunc._types import TensorTree
 from hyperfunc.distributed._ranks import Ranks, checksum
@@ -168,8 +168,8 @@ def load_state(
                 f"load_state: {folder} has no state of step {step}; expected one of {names}"
             )
         saved = dcp.FileSystemReader(folder / name).read_metadata().state_dict_metadata
-        leaves, spec = _tree.flatten(_expanded(like, saved))
-        wanted = _named_leaves(_tree.unflatten(spec, leaves))
+        leaves, spec = trees.flatten(_expanded(like, saved))
+        wanted = _named_leaves(trees.unflatten(spec, leaves))
         _check_saved(wanted, saved, folder / name)
     except Exception as problem:
         error = problem
@@ -186,7 +186,7 @@ def load_state(
         else loaded[path]
         for path, leaf in zip(wanted, leaves, strict=True)
     ]
-    return _tree.unflatten(spec, result), int(name.removeprefix("step-"))
+    return trees.unflatten(spec, result), int(name.removeprefix("step-"))
 
 
 def _check_settings(step: int, keep: int, needs_group: bool) -> None:
@@ -251,8 +251,8 @@ def _checkpoint() -> Any:
 
 
 def _named_leaves(state: TensorTree) -> dict[str, Any]:
-    leaves, spec = _tree.flatten(state)
-    named = dict(zip(_tree.paths(spec, "state"), leaves, strict=True))
+    leaves, spec = trees.flatten(state)
+    named = dict(zip(trees.paths(spec, "state"), leaves, strict=True))
     for path, leaf in named.items():
         if not isinstance(leaf, Tensor | int | float | str | bool):
             raise ValueError(
@@ -264,15 +264,15 @@ def _named_leaves(state: TensorTree) -> dict[str, Any]:
 
 def _expanded(tree: TensorTree, saved: dict[str, Any] | None = None) -> TensorTree:
     """A tree with the states of optimizers in their place: their own, or of what was saved."""
-    leaves, spec = _tree.flatten(tree)
-    for index, path in enumerate(_tree.paths(spec, "state")):
+    leaves, spec = trees.flatten(tree)
+    for index, path in enumerate(trees.paths(spec, "state")):
         optimizer: Any = leaves[index]
         if not isinstance(optimizer, torch.optim.Optimizer):
             continue
         leaves[index] = state = optimizer.state_dict()
         if saved is not None:
             state["state"] = _optimizer_state(optimizer, f"{path}['state']", saved)
-    return _tree.unflatten(spec, leaves)
+    return trees.unflatten(spec, leaves)
 
 
 def _optimizer_state(

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hyperfunc import _tree
-from hyperfunc._results import Solution
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import Solution
+from hyperfunc._engine.wrapped_functions import WrappedFunction
 from hyperfunc._torch import sharding, tracking
 from hyperfunc._types import Leaves, TensorTree
-from hyperfunc._wrapped import WrappedFunction
 from hyperfunc.distributed._ranks import Ranks, checksum
 
 Reduction: TypeAlias = Literal["mean", "sum"]
@@ -168,10 +168,10 @@ class _TaskParallel(WrappedFunction):
             total.add_pending()
             factor = 1 / sum(counts) if reduce == "mean" else 1.0
             grads = share.flat.restore(total.sums, factor)
-        hypergradients = _tree.unflatten(share.flat.spec, grads)
+        hypergradients = trees.unflatten(share.flat.spec, grads)
         if rest_spec is None:
             return hypergradients
-        return hypergradients, share.with_own(_tree.unflatten(rest_spec, gathered))
+        return hypergradients, share.with_own(trees.unflatten(rest_spec, gathered))
 
 
 def local_tasks(tasks: TensorTree, *, group: dist.ProcessGroup | None = None) -> TensorTree:
@@ -195,7 +195,7 @@ def local_tasks(tasks: TensorTree, *, group: dist.ProcessGroup | None = None) ->
     count = _count_tasks(tasks)
     ranks = Ranks(group)
     start, stop = (rank * count // ranks.size for rank in (ranks.rank, ranks.rank + 1))
-    return _tree.tree_map(lambda leaf: leaf[start:stop], tasks)
+    return trees.tree_map(lambda leaf: leaf[start:stop], tasks)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -206,11 +206,11 @@ class _Flat:
     """
 
     like: Leaves
-    spec: _tree.TreeSpec
+    spec: trees.TreeSpec
 
     @staticmethod
     def make(hparams: TensorTree) -> _Flat:
-        leaves, spec = _tree.flatten_floating(hparams, "hparams")
+        leaves, spec = trees.flatten_floating(hparams, "hparams")
         return _Flat(tracking.detach(leaves), spec)
 
     @property
@@ -250,7 +250,7 @@ class _Flat:
         if not bad.any():
             return None
         leaf, task = bad.nonzero()[0].tolist()
-        return _tree.paths(self.spec, "hparams")[leaf], task
+        return trees.paths(self.spec, "hparams")[leaf], task
 
     def zeros(self) -> list[Tensor]:
         return self.flatten([torch.zeros_like(leaf) for leaf in self.local(self.like)])
@@ -275,7 +275,7 @@ class _Flat:
     def _groups(self) -> dict[torch.dtype, list[int]]:
         groups: dict[torch.dtype, list[int]] = {}
         for index, leaf in enumerate(self.like):
-            groups.setdefault(_tree.accumulation_dtype((leaf,)), []).append(index)
+            groups.setdefault(trees.accumulation_dtype((leaf,)), []).append(index)
         return groups
 
 
@@ -316,7 +316,7 @@ class _Share:
         self._tasks, self._args = tasks, args
         self._own: list[tuple[TensorTree, TensorTree]] = []
         self._parts: list[Leaves] = []
-        self.rest_spec: _tree.TreeSpec | None = None
+        self.rest_spec: trees.TreeSpec | None = None
         self.count, self._failed_task = 0, -1
         self.error: BaseException | None = None
         try:
@@ -338,8 +338,8 @@ class _Share:
                 "reduce and chunk_size": [repr(settings)],
                 "hparams": _describe(self.flat.like, self.flat.spec, "hparams", shapes=True),
                 "the values of hparams": _fingerprints(self.flat),
-                "further arguments": _describe(*_tree.flatten(self._args), "args"),
-                "tasks": _describe(*_tree.flatten(self._tasks), "tasks"),
+                "further arguments": _describe(*trees.flatten(self._args), "args"),
+                "tasks": _describe(*trees.flatten(self._tasks), "tasks"),
             }
         sums = [checksum(repr(lines)) for lines in described.values()] or [0] * 5
         rows = ranks.agree("task_parallel", self.error, (self.count, *sums))
@@ -389,7 +389,7 @@ class _Share:
                 self._note(error, chunk)
         return self.zeros()
 
-    def gather(self, ranks: Ranks, counts: list[int]) -> tuple[list[Tensor], _tree.TreeSpec | None]:
+    def gather(self, ranks: Ranks, counts: list[int]) -> tuple[list[Tensor], trees.TreeSpec | None]:
         """What the ranks have for each of their tasks, put together, and its structure."""
         parts, spec = self._all_parts(), self.rest_spec
         if 0 in counts:  # a rank without tasks does not know what fn returns
@@ -421,8 +421,8 @@ class _Share:
         if not isinstance(rest, Solution) or not self._own:
             return rest
         params, adjoint = (
-            _tree.tree_map(lambda *parts: torch.cat(parts), *trees)
-            for trees in zip(*self._own, strict=True)
+            trees.tree_map(lambda *parts: torch.cat(parts), *chunks)
+            for chunks in zip(*self._own, strict=True)
         )
         return rest._replace(params=params, adjoint=adjoint)
 
@@ -443,30 +443,30 @@ class _Share:
         return self.flat.flatten(self.flat.local(sums))
 
     def _call(self, chunk: slice) -> Any:
-        tasks = _tree.tree_map(lambda leaf: leaf[chunk], self._tasks)
-        return self._fn(_tree.unflatten(self.flat.spec, self.flat.like), tasks, *self._args)
+        tasks = trees.tree_map(lambda leaf: leaf[chunk], self._tasks)
+        return self._fn(trees.unflatten(self.flat.spec, self.flat.like), tasks, *self._args)
 
     def _split(
         self, output: Any, count: int
-    ) -> tuple[Leaves, Leaves, _tree.TreeSpec | None, list[tuple[TensorTree, TensorTree]]]:
+    ) -> tuple[Leaves, Leaves, trees.TreeSpec | None, list[tuple[TensorTree, TensorTree]]]:
         """Hypergradients, the leaves and structure of the rest, and what of it stays here."""
-        grads, spec = _tree.flatten(output)
+        grads, spec = trees.flatten(output)
         leaves: list[Any] = []
         rest_spec, own = None, []
         if spec != self.flat.spec and isinstance(output, tuple) and len(output) == 2:
-            grads, spec = _tree.flatten(output[0])
+            grads, spec = trees.flatten(output[0])
             rest = output[1]
             if isinstance(rest, Solution):
-                own = [_tree.tree_map(torch.detach, (rest.params, rest.adjoint))]
+                own = [trees.tree_map(torch.detach, (rest.params, rest.adjoint))]
                 rest = rest._replace(params=(), adjoint=())
-            leaves, rest_spec = _tree.flatten(rest)
+            leaves, rest_spec = trees.flatten(rest)
         like = tuple(leaf.detach().expand(count, *leaf.shape) for leaf in self.flat.like)
         what = "the hypergradients that fn returned"
-        _tree.check_like(grads, spec, like, self.flat.spec, what, "hparams")
+        trees.check_like(grads, spec, like, self.flat.spec, what, "hparams")
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != count:
                 assert rest_spec is not None
-                path = _tree.paths(rest_spec, "rest")[index]
+                path = trees.paths(rest_spec, "rest")[index]
                 shape = f"of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else ""
                 raise ValueError(
                     f"fn returned (hypergradients, rest) with {path} a {type(leaf).__name__} "
@@ -501,7 +501,7 @@ class NonfiniteError(ValueError):
 
 def _check_apart(flat: _Flat, ranks: Ranks) -> None:
     """Raise for DTensors over ranks among which tasks are shared too."""
-    for leaf, path in zip(flat.like, _tree.paths(flat.spec, "hparams"), strict=True):
+    for leaf, path in zip(flat.like, trees.paths(flat.spec, "hparams"), strict=True):
         if not sharding.is_dtensor(leaf):
             continue
         mesh: Any = leaf.device_mesh  # type: ignore[attr-defined]
@@ -517,11 +517,11 @@ def _check_apart(flat: _Flat, ranks: Ranks) -> None:
 
 
 def _describe(
-    leaves: Sequence[Any], spec: _tree.TreeSpec, root: str, shapes: bool = False
+    leaves: Sequence[Any], spec: trees.TreeSpec, root: str, shapes: bool = False
 ) -> list[str]:
     """A line for each leaf, with what the ranks have to have in common, and one for the nodes."""
     lines = []
-    for leaf, path in zip(leaves, _tree.paths(spec, root), strict=True):
+    for leaf, path in zip(leaves, trees.paths(spec, root), strict=True):
         kind = str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__
         shape = f" of shape {tuple(leaf.shape)}" if shapes else ""
         lines.append(f"{path} {kind}{shape}")
@@ -536,7 +536,7 @@ def _fingerprints(flat: _Flat) -> list[str]:
     if flat.layout is not None:
         return []
     lines = []
-    for leaf, path in zip(flat.like, _tree.paths(flat.spec, "hparams"), strict=True):
+    for leaf, path in zip(flat.like, trees.paths(flat.spec, "hparams"), strict=True):
         numbers = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
         numbers = numbers.reshape(-1) + 0.0  # zeros have one sign
         bits = numbers.view(_BITS[numbers.element_size()]).to(torch.int64)
@@ -547,10 +547,10 @@ def _fingerprints(flat: _Flat) -> list[str]:
 
 
 def _count_tasks(tasks: TensorTree) -> int:
-    leaves, spec = _tree.flatten(tasks)
+    leaves, spec = trees.flatten(tasks)
     if not leaves:
         raise ValueError(f"tasks is an empty tree ({tasks!r}); expected at least one tensor")
-    paths = _tree.paths(spec, "tasks")
+    paths = trees.paths(spec, "tasks")
     for leaf, path in zip(leaves, paths, strict=True):
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:
             raise ValueError(
@@ -566,7 +566,7 @@ def _count_tasks(tasks: TensorTree) -> int:
 
 
 def _widen(leaf: Tensor) -> Tensor:
-    return leaf.to(_tree.accumulation_dtype((leaf,)))
+    return leaf.to(trees.accumulation_dtype((leaf,)))
 
 
 def _whole(leaf: Any) -> Tensor:

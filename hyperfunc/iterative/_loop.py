@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
 from hyperfunc._conditions import Arguments
+from hyperfunc._engine import trees
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves
 from hyperfunc.inner_solvers import FlatSteps
@@ -52,7 +52,7 @@ class Steps:
 
     flat: FlatSteps
     arguments: Arguments
-    inputs_spec: _tree.TreeSpec
+    inputs_spec: trees.TreeSpec
     num_steps: int
     num_theta: int
     num_entry: int
@@ -80,7 +80,7 @@ class Steps:
         advance = self.flat.bind(hparams, tuple(args))
 
         def with_row(active: Tensor | None, state: Leaves, row: Leaves) -> Leaves:
-            extra = (_tree.unflatten(self.inputs_spec, row),) if row else ()
+            extra = (trees.unflatten(self.inputs_spec, row),) if row else ()
             return advance(active, state, extra)
 
         return with_row
@@ -514,7 +514,7 @@ class Loop:
     ) -> Tensor:
         """Inner products of tangents and cotangents: shape ``(count, width, *batch sizes)``."""
         sizes = [level.size for level in reversed(self.levels)]
-        dtype = _tree.accumulation_dtype(tuple(cotangents.values()))
+        dtype = trees.accumulation_dtype(tuple(cotangents.values()))
         device = next(iter(cotangents.values())).device
         batch = math.prod(sizes)
         result = torch.zeros(count, width, batch, dtype=dtype, device=device)

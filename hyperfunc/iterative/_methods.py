@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from hyperfunc import _tree
 from hyperfunc._conditions import Arguments
+from hyperfunc._engine import trees
 from hyperfunc._torch import sharding, tracking
 from hyperfunc._torch.captured import refuse_captured_tensors
 from hyperfunc._types import InnerSolver, Leaves
@@ -176,7 +176,7 @@ class ForwardMode:
         solve = functools.partial(_solve, solver, lambda _: Schedule(slots=1), chunk, None)
 
         def forward(hparams: Any, /, *args: Any) -> Any:
-            for leaf in _tree.flatten((hparams, *args))[0]:
+            for leaf in trees.flatten((hparams, *args))[0]:
                 if sharding.is_dtensor(leaf):
                     raise ValueError(
                         f"{self!r} got a DTensor, for which torch has no forward mode. Use "
@@ -197,7 +197,7 @@ def _solve(
     *args: Any,
 ) -> Any:
     arguments, theta, _ = Arguments.flatten(hparams, args)
-    inputs, inputs_spec = _tree.flatten(solver.inputs)
+    inputs, inputs_spec = trees.flatten(solver.inputs)
     if not tracking.is_tracked((*theta, *inputs)):
         return solver(hparams, *args)
     refuse_captured_tensors((solver.step, STEP), (solver.init, "init"))

@@ -24,11 +24,11 @@ from torch._functorch.pyfunctorch import (
 )
 from torch.overrides import TorchFunctionMode
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
+from hyperfunc._engine.wrapped_functions import WrappedFunction
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.captured import captured_message, refuse_captured_tensors
 from hyperfunc._types import Leaves
-from hyperfunc._wrapped import WrappedFunction
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,7 +83,7 @@ class _Checkpointed(WrappedFunction):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         fn = self._fn
-        leaves, spec = _tree.flatten((args, kwargs))
+        leaves, spec = trees.flatten((args, kwargs))
         tensors, constants = _separate(leaves)
         if not tensors or not tracking.is_tracked(tensors):
             return fn(*args, **kwargs)
@@ -92,8 +92,8 @@ class _Checkpointed(WrappedFunction):
         result: list[Any] = []
 
         def flat(*operands: Tensor) -> Leaves:
-            inner_args, inner_kwargs = _tree.unflatten(spec, _merge(constants, operands))
-            outputs, outputs_spec = _tree.flatten(fn(*inner_args, **inner_kwargs))
+            inner_args, inner_kwargs = trees.unflatten(spec, _merge(constants, operands))
+            outputs, outputs_spec = trees.flatten(fn(*inner_args, **inner_kwargs))
             output_tensors, output_constants = _separate(outputs)
             result[:] = outputs_spec, output_constants
             return output_tensors
@@ -102,7 +102,7 @@ class _Checkpointed(WrappedFunction):
         segment = Segment(flat, Circumstances.capture(leaves), len(operands), name, first=True)
         outputs = Recorded.apply(segment, *operands)
         outputs_spec, output_constants = result
-        return _tree.unflatten(outputs_spec, _merge(output_constants, outputs))
+        return trees.unflatten(outputs_spec, _merge(output_constants, outputs))
 
 
 class Operation(Protocol):
@@ -343,7 +343,7 @@ class _NoStrangers(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        for leaf in _tree.flatten((args, kwargs))[0]:
+        for leaf in trees.flatten((args, kwargs))[0]:
             if isinstance(leaf, Tensor) and _is_stranger(leaf):
                 raise ValueError(captured_message(self._name))
         return func(*args, **kwargs)

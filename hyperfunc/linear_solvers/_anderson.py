@@ -7,8 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
-from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import RESULTS, SolveStats
+from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
@@ -18,7 +19,6 @@ from hyperfunc.linear_solvers._base import (
     check_settings,
     check_step_size,
 )
-from hyperfunc.linear_solvers._dense import ravel, unravel
 from hyperfunc.linear_solvers._preconditioners import check_count
 
 
@@ -75,7 +75,7 @@ class AndersonFixedPoint(AbstractLinearSolver):
     def solve(
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, SolveStats]:
-        dtype = _tree.accumulation_dtype(b)
+        dtype = trees.accumulation_dtype(b)
         rhs = ravel(b, dtype)
         x = torch.zeros_like(rhs) if x0 is None else ravel(x0, dtype)
         r = rhs if x0 is None else ravel(operator.residual(x0, b), dtype)
@@ -105,7 +105,7 @@ class AndersonFixedPoint(AbstractLinearSolver):
             x = torch.where(active, new, x)
         stats = bounds.stats(num_steps, rs, active)
         # rounding noise around a converged start is not growth
-        grown = rs > 1.001 * torch.maximum(first, bb * _tree.epsilon(b))
+        grown = rs > 1.001 * torch.maximum(first, bb * trees.epsilon(b))
         result = torch.where(grown & torch.isfinite(rs), int(RESULTS.divergence), stats.result)
         return unravel(x, b), stats._replace(result=result)
 

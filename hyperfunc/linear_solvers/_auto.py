@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
-from hyperfunc._results import SolveStats
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import SolveStats
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
@@ -91,7 +91,7 @@ class Auto(AbstractLinearSolver):
         is_map = isinstance(operator.shift, float) and (operator.shift, operator.scale) == (1, -1)
         spectrum = measure(operator, b, self.num_steps, is_map=is_map, full=False)
         size = sum(leaf.numel() for leaf in b)
-        accuracy = _tree.epsilon(b) ** 0.75 if self.rtol is None else max(self.rtol, 1e-16)
+        accuracy = trees.epsilon(b) ** 0.75 if self.rtol is None else max(self.rtol, 1e-16)
         choice = choose(spectrum, size, is_map, accuracy)
         settings = self.maxiter, self.rtol, self.atol
         if choice.name in ("dense", "normal_cg"):

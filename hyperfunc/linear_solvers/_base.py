@@ -12,8 +12,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
-from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import RESULTS, SolveStats
 from hyperfunc._types import Leaves
 
 
@@ -40,7 +40,7 @@ class LinearOperator:
     shift: float | Tensor = 0.0
     scale: float = 1.0
     symmetric: bool = False
-    spec: _tree.TreeSpec | None = None
+    spec: trees.TreeSpec | None = None
 
     @staticmethod
     def from_matrix(matrix: Tensor) -> LinearOperator:
@@ -48,7 +48,7 @@ class LinearOperator:
         return LinearOperator(
             functools.partial(_matrix_product, matrix),
             functools.partial(_matrix_product, matrix.mT),
-            spec=_tree.flatten(matrix)[1],
+            spec=trees.flatten(matrix)[1],
         )
 
     @property
@@ -58,9 +58,9 @@ class LinearOperator:
             self, product=self.transposed_product, transposed_product=self.product
         )
 
-    def structure(self, v: Leaves) -> _tree.TreeSpec:
+    def structure(self, v: Leaves) -> trees.TreeSpec:
         """The structure of a vector as a tree."""
-        return _tree.flatten(v)[1] if self.spec is None else self.spec
+        return trees.flatten(v)[1] if self.spec is None else self.spec
 
     def mv(self, v: Leaves) -> Leaves:
         """The product ``A v``."""
@@ -73,7 +73,7 @@ class LinearOperator:
     def richardson(self, v: Leaves, b: Leaves, step_size: float) -> Leaves:
         """One step ``v + step_size (b - A v)``, with as few passes over the vectors as it takes."""
         update = _combine(-self.scale, self.product(v), 1.0, b)
-        over = _tree.reusable(update, v)
+        over = trees.reusable(update, v)
         return _combine(step_size, update, 1.0 - step_size * self.shift, v, over)
 
 
@@ -120,8 +120,8 @@ class Bounds:
 
         A residual beyond ``growth`` times the first one, by default ``1 / sqrt(eps)``, diverges.
         """
-        eps = _tree.epsilon(b)
-        bb = _tree.dot(b, b)
+        eps = trees.epsilon(b)
+        bb = trees.dot(b, b)
         relative = eps**0.75 if rtol is None else rtol
         # below eps ||b|| a residual is rounding noise, on which recurrences divide 0 by 0
         converged = bb * max(relative, eps) ** 2
@@ -165,10 +165,10 @@ class Bounds:
 def first_iterate(operator: LinearOperator, b: Leaves, x0: Leaves | None) -> tuple[Leaves, Leaves]:
     """The first iterate, ``x0`` or zeros, whichever has the smaller residual, and that residual."""
     if x0 is None:
-        return _tree.zeros_like(b), b
+        return trees.zeros_like(b), b
     r = operator.residual(x0, b)
-    better = _tree.dot(r, r) < _tree.dot(b, b)
-    return _tree.where(better, x0, _tree.zeros_like(b)), _tree.where(better, r, b)
+    better = trees.dot(r, r) < trees.dot(b, b)
+    return trees.where(better, x0, trees.zeros_like(b)), trees.where(better, r, b)
 
 
 def ratio(a: Any, b: Any) -> Any:
@@ -209,14 +209,14 @@ def _combine(
 ) -> Leaves:
     """``alpha x + beta y``; ``out`` is x if that may be overwritten."""
     if isinstance(beta, Tensor):
-        return _tree.axpy(beta, y, x if alpha == 1 else _tree.scale(alpha, x), out)
+        return trees.axpy(beta, y, x if alpha == 1 else trees.scale(alpha, x), out)
     if beta == 0:
-        return x if alpha == 1 else _tree.scale(alpha, x)
+        return x if alpha == 1 else trees.scale(alpha, x)
     if alpha == 1:
-        return _tree.axpy(beta, y, x, out)
+        return trees.axpy(beta, y, x, out)
     if beta == 1:
-        return _tree.axpy(alpha, x, y, out)
-    return _tree.axpy(alpha, x, _tree.scale(beta, y), out)
+        return trees.axpy(alpha, x, y, out)
+    return trees.axpy(alpha, x, trees.scale(beta, y), out)
 
 
 def _matrix_product(matrix: Tensor, v: Leaves) -> Leaves:

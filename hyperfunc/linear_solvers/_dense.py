@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor
 
-from hyperfunc import _tree
-from hyperfunc._results import RESULTS, SolveStats
-from hyperfunc._torch import sharding
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import RESULTS, SolveStats
+from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
 
@@ -35,7 +34,7 @@ class Dense(AbstractLinearSolver):
     def solve(
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, SolveStats]:
-        dtype = _tree.accumulation_dtype(b)
+        dtype = trees.accumulation_dtype(b)
         rhs = ravel(b, dtype)
         identity = torch.eye(rhs.numel(), dtype=dtype, device=rhs.device)
         matrix = torch.stack(
@@ -53,36 +52,3 @@ class Dense(AbstractLinearSolver):
         result = torch.where(finite, result, int(RESULTS.nonfinite))
         num_steps = torch.full_like(result, identity.shape[0])
         return unravel(x, b), SolveStats(num_steps, residual_norm, result)
-
-
-def ravel(x: Leaves, dtype: torch.dtype) -> Tensor:
-    """All entries as one vector, refused where no rank holds all of them."""
-    for index, leaf in enumerate(x):
-        if sharding.is_sharded(leaf):
-            raise ValueError(
-                f"leaf {index} of the params is a DTensor with placements "
-                f"{leaf.placements}, but this method needs all entries as one vector. "  # type: ignore[attr-defined]
-                f"Use CG, PipelinedCG, NormalCG, GMRES, BiCGStab, FixedPoint, Neumann or "
-                f"StochasticAID, or hparams that every rank holds: "
-                f"hparams.redistribute(placements=[Replicate()])"
-            )
-    return ravel_held(x, dtype)
-
-
-def ravel_held(x: Leaves, dtype: torch.dtype) -> Tensor:
-    """The entries that this rank holds as one vector: all, but for DTensors."""
-    layout = sharding.layout_of(x)
-    parts = x if layout is None else layout.local(x)
-    return torch.cat([part.to(device=x[0].device, dtype=dtype).reshape(-1) for part in parts])
-
-
-def unravel(vector: Tensor, like: Leaves) -> Leaves:
-    """The inverse of `ravel`, and of `ravel_held`."""
-    layout = sharding.layout_of(like)
-    refs = like if layout is None else layout.local(like)
-    parts = torch.split(vector, [ref.numel() for ref in refs])
-    x = tuple(
-        part.reshape(ref.shape).to(device=ref.device, dtype=ref.dtype)
-        for part, ref in zip(parts, refs, strict=True)
-    )
-    return x if layout is None else layout.wrap(x, like)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
-from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import RESULTS, SolveStats
+from hyperfunc._engine.trees import ravel_held, unravel
 from hyperfunc._torch import batching, sharding, tracking
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
@@ -19,7 +20,6 @@ from hyperfunc.linear_solvers._base import (
     check_settings,
     first_iterate,
 )
-from hyperfunc.linear_solvers._dense import ravel_held, unravel
 from hyperfunc.linear_solvers._preconditioners import (
     Preconditioner,
     check_count,
@@ -86,9 +86,9 @@ class GMRES(AbstractLinearSolver):
         restart = self._resolve_restart(b)
         preconditioner = prepare(self.preconditioner, operator, b)
         precondition = preconditioner or (lambda v: v)
-        eps, vectors = _tree.epsilon(b), _Vectors(b)
+        eps, vectors = trees.epsilon(b), _Vectors(b)
         x, r = first_iterate(operator, b, x0)
-        rs = before = _tree.dot(r, r)
+        rs = before = trees.dot(r, r)
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         active = bounds.open(rs)
@@ -100,14 +100,14 @@ class GMRES(AbstractLinearSolver):
             if bounds.adaptive and not batching.any_true(active):
                 break
             if step and step % restart == 0:
-                x = _tree.add(x, precondition(unravel(cycle.combination(), b)))
+                x = trees.add(x, precondition(unravel(cycle.combination(), b)))
                 r = operator.residual(x, b)
-                predicted, rs = rs, torch.where(active, _tree.dot(r, r), rs)
+                predicted, rs = rs, torch.where(active, trees.dot(r, r), rs)
                 active = active & bounds.open(rs)
                 if bounds.adaptive:
                     stalled = active & (rs >= (1 - eps**0.5) * before)
                     # rounding errors undo what the cycle gained: there is no more to be had
-                    exhausted = (predicted < rs / 4) & (rs <= eps**0.5 * _tree.dot(b, b))
+                    exhausted = (predicted < rs / 4) & (rs <= eps**0.5 * trees.dot(b, b))
                     code = torch.where(exhausted, int(RESULTS.success), int(RESULTS.stagnation))
                     verdict = torch.where(stalled, code, verdict)
                     active = active & ~stalled
@@ -118,13 +118,13 @@ class GMRES(AbstractLinearSolver):
             rs = torch.where(made, cycle.residual_norm**2, rs)
             rs = torch.where(active & ~torch.isfinite(norm), norm, rs)
             # without a preconditioner, z is a unit vector
-            gain = torch.where(made, norm if preconditioner is None else norm / _tree.norm(z), 0.0)
+            gain = torch.where(made, norm if preconditioner is None else norm / trees.norm(z), 0.0)
             operator_norm = torch.maximum(operator_norm, gain)
             num_steps = num_steps + made
             active = made & bounds.open(rs)
-        x = _tree.add(x, precondition(unravel(cycle.combination(), b)))
+        x = trees.add(x, precondition(unravel(cycle.combination(), b)))
         stats = bounds.stats(num_steps, rs, active)
-        rounding = eps * (operator_norm * _tree.norm(x) + _tree.norm(b))
+        rounding = eps * (operator_norm * trees.norm(x) + trees.norm(b))
         return x, stats._replace(
             residual_norm=torch.maximum(stats.residual_norm, rounding),
             result=torch.where(verdict >= 0, verdict, stats.result),
@@ -150,7 +150,7 @@ class _Vectors:
     """
 
     def __init__(self, like: Leaves) -> None:
-        self._dtype = _tree.accumulation_dtype(like)
+        self._dtype = trees.accumulation_dtype(like)
         self._layout = sharding.layout_of(like)
         self._counted: Tensor | None = None
         if self._layout is not None and not all(counted := self._layout.counted()):
@@ -199,7 +199,7 @@ class _Cycle:
         self.basis = torch.where(active, vectors.ravel(r) / self.start, 0.0)[None]
         # room for the whole basis, where that may be written to
         self._room: Tensor | None = None
-        if not tracking.transforms_active() and _tree.may_overwrite((self.basis,)):
+        if not tracking.transforms_active() and trees.may_overwrite((self.basis,)):
             self._room = self.basis.new_empty(size, self.basis.shape[1])
             self._room[0] = self.basis[0]
             self.basis = self._room[:1]
@@ -235,7 +235,7 @@ class _Cycle:
 
     def _append(self, vector: Tensor) -> None:
         count = len(self.basis)
-        if self._room is not None and _tree.may_overwrite((vector,)):
+        if self._room is not None and trees.may_overwrite((vector,)):
             self._room[count] = vector
             self.basis = self._room[: count + 1]
         else:

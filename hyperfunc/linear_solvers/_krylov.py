@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
-from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._engine import trees
+from hyperfunc._engine.random_vectors import random_uniform
+from hyperfunc._engine.results import RESULTS, SolveStats
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
@@ -27,7 +28,6 @@ from hyperfunc.linear_solvers._preconditioners import (
     check_preconditioner,
     prepare,
 )
-from hyperfunc.linear_solvers._random import random_uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,30 +86,30 @@ class CG(AbstractLinearSolver):
     ) -> tuple[Leaves, SolveStats]:
         precondition = prepare(self.preconditioner, operator, b)
         x, r = first_iterate(operator, b, x0)
-        rs = _tree.dot(r, r)
+        rs = trees.dot(r, r)
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         active = bounds.open(rs)
         if self.check_symmetry:
             active = active & _seems_symmetric(operator, b)
         p = z = r if precondition is None else precondition(r)
-        rz = rs if precondition is None else _tree.dot(r, z)
+        rz = rs if precondition is None else trees.dot(r, z)
         limits: Any = bounds
-        dots: Any = _tree.dots
+        dots: Any = trees.dots
         own = False  # the first residual and direction are those of the caller
         for step in range(self.maxiter):
             if bounds.adaptive and not batching.any_true(active):
                 break
             Ap = operator.mv(p)
-            if step == 0 and _tree.can_read(x, r, p, Ap):
+            if step == 0 and trees.can_read(x, r, p, Ap):
                 rs, rz, num_steps, active = _read(rs, rz, num_steps, active)
-                limits, dots = bounds.read(), _tree.read_dots
+                limits, dots = bounds.read(), trees.read_dots
             alpha = ratio(rz, *dots((p, Ap)))
             active = active & (alpha > 0) & (alpha < torch.inf)
             alpha = where(active, alpha, 0.0)
-            fresh = own or (x0 is None and _tree.may_overwrite(x, p, Ap))
-            x = _tree.axpy(alpha, p, x, out=x if fresh else None)
-            r = _tree.axpy(-alpha, Ap, r, out=r if own and operator.symmetric else None)
+            fresh = own or (x0 is None and trees.may_overwrite(x, p, Ap))
+            x = trees.axpy(alpha, p, x, out=x if fresh else None)
+            r = trees.axpy(-alpha, Ap, r, out=r if own and operator.symmetric else None)
             num_steps = num_steps + active
             z_previous, z = z, r if precondition is None else precondition(r)
             others: tuple[Leaves, ...] = () if precondition is None else (z,)
@@ -122,9 +122,9 @@ class CG(AbstractLinearSolver):
                 skew = (overlap > bounds.asymmetry) & limits.open(rs) & (alpha > 0)
                 active = where(skew, False, active)
             beta = where(active, ratio(rz, rz_previous), 0.0)
-            p = _tree.axpy(beta, p, z, out=p if own else None)
+            p = trees.axpy(beta, p, z, out=p if own else None)
             active = active & limits.open(rs)
-            own = own or (step == 0 and _tree.may_overwrite(x, r, p))
+            own = own or (step == 0 and trees.may_overwrite(x, r, p))
         return x, bounds.stats(num_steps, rs, active)
 
 
@@ -162,28 +162,28 @@ class NormalCG(AbstractLinearSolver):
     ) -> tuple[Leaves, SolveStats]:
         transposed = operator.T
         x, r = first_iterate(operator, b, x0)
-        rs = _tree.dot(r, r)
+        rs = trees.dot(r, r)
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         active = bounds.open(rs)
         limits: Any = bounds
-        dots: Any = _tree.dots
+        dots: Any = trees.dots
         own = False  # the first vectors are those of the caller
         for step in range(self.maxiter):
             if bounds.adaptive and not batching.any_true(active):
                 break
             if step == 0:
                 p = s = transposed.mv(r)
-                gamma: Any = _tree.dot(s, s)
+                gamma: Any = trees.dot(s, s)
             q = operator.mv(p)
-            if step == 0 and _tree.can_read(x, r, p, q):
+            if step == 0 and trees.can_read(x, r, p, q):
                 rs, gamma, num_steps, active = _read(rs, gamma, num_steps, active)
-                limits, dots = bounds.read(), _tree.read_dots
+                limits, dots = bounds.read(), trees.read_dots
             alpha = ratio(gamma, *dots((q, q)))
             active = active & (alpha > 0) & (alpha < torch.inf)
             alpha = where(active, alpha, 0.0)
-            x = _tree.axpy(alpha, p, x, out=x if own else None)
-            r = _tree.axpy(-alpha, q, r, out=r if own else None)
+            x = trees.axpy(alpha, p, x, out=x if own else None)
+            r = trees.axpy(-alpha, q, r, out=r if own else None)
             num_steps = num_steps + active
             if step + 1 == self.maxiter:
                 (rs,) = dots((r, r))
@@ -194,8 +194,8 @@ class NormalCG(AbstractLinearSolver):
             rs, gamma = dots((r, r), (s, s))
             active = active & limits.open(rs)
             beta = where(active, ratio(gamma, gamma_previous), 0.0)
-            p = _tree.axpy(beta, p, s, out=p if own else None)
-            own = own or (step == 0 and _tree.may_overwrite(x, r, p))
+            p = trees.axpy(beta, p, s, out=p if own else None)
+            own = own or (step == 0 and trees.may_overwrite(x, r, p))
         return x, bounds.stats(num_steps, rs, active)
 
 
@@ -247,9 +247,9 @@ class BiCGStab(AbstractLinearSolver):
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, SolveStats]:
         precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
-        eps = _tree.epsilon(b)
+        eps = trees.epsilon(b)
         x, r = first_iterate(operator, b, x0)
-        rs = before = _tree.dot(r, r)
+        rs = before = trees.dot(r, r)
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         active = bounds.open(rs)
@@ -265,11 +265,11 @@ class BiCGStab(AbstractLinearSolver):
             if not bounds.adaptive or not batching.any_true(ended):
                 break
             r = operator.residual(x, b)
-            rs = torch.where(ended, _tree.dot(r, r), rs)
+            rs = torch.where(ended, trees.dot(r, r), rs)
             missed = ended & bounds.open(rs)
             # where beginning anew gains nothing more, that is as far as rounding errors allow
             exhausted = missed & (rs >= before / 4)
-            accurate = rs <= eps**0.5 * _tree.dot(b, b)
+            accurate = rs <= eps**0.5 * trees.dot(b, b)
             code = torch.where(accurate, int(RESULTS.success), int(RESULTS.stagnation))
             verdict = torch.where(exhausted, code, verdict)
             before = torch.where(ended, rs, before)
@@ -294,10 +294,10 @@ class BiCGStab(AbstractLinearSolver):
         Returns the iterate, the squared norm of the recurrence's residual, the steps that each task
         made, the tasks that could go on, and what is left of the step limit.
         """
-        eps = _tree.epsilon(r)
+        eps = trees.epsilon(r)
         first = r
-        p = v = _tree.zeros_like(r)
-        rs = first_rs = rho = _tree.dot(r, r)
+        p = v = trees.zeros_like(r)
+        rs = first_rs = rho = trees.dot(r, r)
         rho_previous = alpha = omega = torch.ones_like(rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         own = False  # the first vectors are those of the caller
@@ -307,26 +307,26 @@ class BiCGStab(AbstractLinearSolver):
             maxiter -= 1
             active = active & (rho.abs() > eps * (first_rs * rs).sqrt())
             beta = torch.where(active, (rho / rho_previous) * (alpha / omega), 0.0)
-            p = _tree.axpy(-omega, v, p, out=p if own else None)
-            p = _tree.axpy(beta, p, r, out=p if own else None)
+            p = trees.axpy(-omega, v, p, out=p if own else None)
+            p = trees.axpy(beta, p, r, out=p if own else None)
             p_hat = precondition(p)
             v = operator.mv(p_hat)
-            alpha = rho / _tree.dot(first, v)
+            alpha = rho / trees.dot(first, v)
             active = active & torch.isfinite(alpha)
             alpha = torch.where(active, alpha, 0.0)
-            s = _tree.axpy(-alpha, v, r)
+            s = trees.axpy(-alpha, v, r)
             s_hat = precondition(s)
             t = operator.mv(s_hat)
-            ss, ts, tt = _tree.dots((s, s), (t, s), (t, t))
+            ss, ts, tt = trees.dots((s, s), (t, s), (t, t))
             # where s is zero, or the second half breaks down, only the first half is taken
             stable = active & (ts.abs() > eps * (tt * ss).sqrt())
             omega = torch.where(stable, ts / tt, 0.0)
-            x = _tree.axpy(alpha, p_hat, x, out=x if own else None)
-            x = _tree.axpy(omega, s_hat, x, out=x if own else None)
-            r = _tree.axpy(-omega, t, s, out=s if own else None)
-            own = own or _tree.may_overwrite(x, p, r)
+            x = trees.axpy(alpha, p_hat, x, out=x if own else None)
+            x = trees.axpy(omega, s_hat, x, out=x if own else None)
+            r = trees.axpy(-omega, t, s, out=s if own else None)
+            own = own or trees.may_overwrite(x, p, r)
             rho_previous = rho
-            rs, rho = _tree.dots((r, r), (first, r))
+            rs, rho = trees.dots((r, r), (first, r))
             num_steps = num_steps + active
             active = stable & bounds.open(rs)
         return x, rs, num_steps, active, maxiter
@@ -339,6 +339,6 @@ def _read(*scalars: Tensor) -> list[Any]:
 def _seems_symmetric(operator: LinearOperator, b: Leaves) -> Tensor:
     u, v = random_uniform(b, 0), random_uniform(b, 1)
     Au, Av = operator.mv(u), operator.mv(v)
-    size = _tree.norm(Au) * _tree.norm(v) + _tree.norm(u) * _tree.norm(Av)
-    gap = (_tree.dot(Au, v) - _tree.dot(u, Av)).abs()
-    return torch.le(gap, _tree.epsilon(b) ** 0.75 * size)
+    size = trees.norm(Au) * trees.norm(v) + trees.norm(u) * trees.norm(Av)
+    gap = (trees.dot(Au, v) - trees.dot(u, Av)).abs()
+    return torch.le(gap, trees.epsilon(b) ** 0.75 * size)

@@ -6,14 +6,14 @@ import dataclasses
 
 import torch
 
-from hyperfunc import _tree
-from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._engine import trees
+from hyperfunc._engine.random_vectors import random_sample
+from hyperfunc._engine.results import RESULTS, SolveStats
+from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._torch import sharding
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
-from hyperfunc.linear_solvers._dense import ravel, unravel
 from hyperfunc.linear_solvers._preconditioners import check_count, check_seed, resolve_rank
-from hyperfunc.linear_solvers._random import random_sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +73,19 @@ class Nystrom(AbstractLinearSolver):
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, SolveStats]:
         rank = resolve_rank(self, self.rank, b)
-        dtype = _tree.accumulation_dtype(b)
+        dtype = trees.accumulation_dtype(b)
         rhs = ravel(b if x0 is None else operator.residual(x0, b), dtype)
         sample = random_sample(rhs.numel(), rank, self.seed)
         products = [ravel(operator.product(_unit(i, b)), dtype) for i in sample]
         columns = operator.scale * torch.stack(products).mT
         core = columns[torch.tensor(sample, device=columns.device)]
         asymmetry = torch.linalg.matrix_norm(core - core.mT)
-        symmetric = asymmetry <= _tree.epsilon(b) ** 0.25 * torch.linalg.matrix_norm(core)
+        symmetric = asymmetry <= trees.epsilon(b) ** 0.25 * torch.linalg.matrix_norm(core)
 
         # H = W D W^T with D = diag(+-1); where an eigenvalue is rounding noise, W has a zero column
         core = torch.nan_to_num((core + core.mT) / 2, nan=0.0, posinf=0.0, neginf=0.0)
         values, vectors = torch.linalg.eigh(core)
-        kept = values.abs() > rank * _tree.epsilon(b) * values.abs().amax()
+        kept = values.abs() > rank * trees.epsilon(b) * values.abs().amax()
         weights = torch.where(kept, values.abs().rsqrt(), 0.0)
         factor = (columns @ vectors) * weights
         signs = torch.where(kept, values.sign(), 1.0)
@@ -95,9 +95,9 @@ class Nystrom(AbstractLinearSolver):
         x = unravel((rhs - factor @ y) / shift, b)
 
         if x0 is not None:
-            x = _tree.add(x0, x)
-        residual_norm = _tree.norm(operator.residual(x, b))
-        useless = residual_norm > 1.001 * _tree.norm(b)
+            x = trees.add(x0, x)
+        residual_norm = trees.norm(operator.residual(x, b))
+        useless = residual_norm > 1.001 * trees.norm(b)
         result = torch.where(useless, int(RESULTS.max_steps), int(RESULTS.success))
         result = torch.where(symmetric & (info == 0), result, int(RESULTS.breakdown))
         result = torch.where(torch.isfinite(residual_norm), result, int(RESULTS.nonfinite))

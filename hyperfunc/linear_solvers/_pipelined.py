@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
-from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import RESULTS, SolveStats
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
@@ -86,7 +86,7 @@ class PipelinedCG(AbstractLinearSolver):
     ) -> tuple[Leaves, SolveStats]:
         precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
         x, r = first_iterate(operator, b, x0)
-        bb, rs = _tree.dots((b, b), (r, r))
+        bb, rs = trees.dots((b, b), (r, r))
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         active = bounds.open(rs)
@@ -98,7 +98,7 @@ class PipelinedCG(AbstractLinearSolver):
             if step and step % self.replace == 0:
                 vectors = vectors.replaced(operator, precondition, b, active)
             v = vectors
-            pending = _tree.start_dots((v.r, v.r), (v.r, v.u), (v.w, v.u))
+            pending = trees.start_dots((v.r, v.r), (v.r, v.u), (v.w, v.u))
             m = precondition(v.w)
             n = operator.mv(m)
             rs_now, gamma, delta = pending()
@@ -106,7 +106,7 @@ class PipelinedCG(AbstractLinearSolver):
             active = active & bounds.open(rs)
             if bounds.adaptive and not batching.any_true(active):
                 r = operator.residual(v.x, b)
-                true_rs = _tree.dot(r, r)
+                true_rs = trees.dot(r, r)
                 again = bounds.open(true_rs) & (true_rs < 0.01 * reached)
                 if not batching.any_true(again):
                     break
@@ -122,7 +122,7 @@ class PipelinedCG(AbstractLinearSolver):
             own = own or vectors.may_overwrite()
             gamma_previous, fresh = gamma, torch.zeros_like(fresh)
         r = operator.residual(vectors.x, b)
-        true_rs = _tree.dot(r, r)
+        true_rs = trees.dot(r, r)
         # a recurrence that broke down or blew up tells more than the residual it leaves behind
         stats = bounds.stats(num_steps, torch.where(bounds.open(rs), true_rs, rs), active)
         return vectors.x, self._judged(stats, bounds, rs, true_rs, bb, b)
@@ -130,7 +130,7 @@ class PipelinedCG(AbstractLinearSolver):
     def _judged(
         self, stats: SolveStats, bounds: Bounds, rs: Tensor, true_rs: Tensor, bb: Tensor, b: Leaves
     ) -> SolveStats:
-        allowed = torch.maximum(100 * bounds.converged, _tree.epsilon(b) * bb)
+        allowed = torch.maximum(100 * bounds.converged, trees.epsilon(b) * bb)
         drifted = torch.isfinite(rs) & (rs <= bounds.converged) & ~(true_rs <= allowed)
         result = torch.where(drifted, int(RESULTS.stagnation), stats.result)
         finite = torch.isfinite(true_rs)
@@ -158,17 +158,17 @@ class _Vectors:
         x: Leaves, r: Leaves, operator: LinearOperator, precondition: Callable[[Leaves], Leaves]
     ) -> _Vectors:
         u = precondition(r)
-        zeros = _tree.zeros_like(x)
+        zeros = trees.zeros_like(x)
         return _Vectors(x, r, u, operator.mv(u), zeros, zeros, zeros, zeros)
 
     def may_overwrite(self) -> bool:
-        return _tree.may_overwrite(*(getattr(self, f.name) for f in dataclasses.fields(self)))
+        return trees.may_overwrite(*(getattr(self, f.name) for f in dataclasses.fields(self)))
 
     def step(self, alpha: Tensor, beta: Tensor, m: Leaves, n: Leaves, own: bool) -> _Vectors:
         """The vectors after a step; ``own`` if these may be written over."""
 
         def add(factor: Tensor, x: Leaves, y: Leaves, out: Leaves) -> Leaves:
-            return _tree.axpy(factor, x, y, out=out if own else None)
+            return trees.axpy(factor, x, y, out=out if own else None)
 
         z, q = add(beta, self.z, n, self.z), add(beta, self.q, m, self.q)
         s, p = add(beta, self.s, self.w, self.s), add(beta, self.p, self.u, self.p)
@@ -198,7 +198,7 @@ class _Vectors:
         new = (r, u, operator.mv(u), s, q, operator.mv(q))
         old = (self.r, self.u, self.w, self.s, self.q, self.z)
         r, u, w, s, q, z = (
-            _tree.where(active, fresh, kept) for fresh, kept in zip(new, old, strict=True)
+            trees.where(active, fresh, kept) for fresh, kept in zip(new, old, strict=True)
         )
         return _Vectors(self.x, r, u, w, self.p, s, q, z)
 
@@ -213,7 +213,7 @@ class _Vectors:
         new = _Vectors.start(self.x, r, operator, precondition)
         return _Vectors(
             *(
-                _tree.where(again, getattr(new, field.name), getattr(self, field.name))
+                trees.where(again, getattr(new, field.name), getattr(self, field.name))
                 for field in dataclasses.fields(_Vectors)
             )
         )

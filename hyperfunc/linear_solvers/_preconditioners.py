@@ -9,12 +9,12 @@ from typing import TypeAlias
 
 import torch
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
+from hyperfunc._engine.random_vectors import random_signs
+from hyperfunc._engine.trees import ravel, ravel_held, unravel
 from hyperfunc._torch import tracking
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.linear_solvers._base import LinearOperator
-from hyperfunc.linear_solvers._dense import ravel, ravel_held, unravel
-from hyperfunc.linear_solvers._random import random_signs
 
 
 class AbstractPreconditioner(abc.ABC):
@@ -74,7 +74,7 @@ class JacobiPreconditioner(AbstractPreconditioner):
         check_seed(self, self.seed)
 
     def prepare(self, operator: LinearOperator, b: Leaves) -> Callable[[Leaves], Leaves]:
-        dtype = _tree.accumulation_dtype(b)
+        dtype = trees.accumulation_dtype(b)
         diagonal = square = torch.zeros((), dtype=dtype, device=b[0].device)
         for probe in range(self.num_probes):
             signs = random_signs(b, self.seed * self.num_probes + probe)
@@ -140,14 +140,14 @@ class NystromPreconditioner(AbstractPreconditioner):
 
     def prepare(self, operator: LinearOperator, b: Leaves) -> Callable[[Leaves], Leaves]:
         rank = resolve_rank(self, self.rank, b)
-        dtype = _tree.accumulation_dtype(b)
+        dtype = trees.accumulation_dtype(b)
         first = self.seed * rank
         signs = torch.stack([ravel(random_signs(b, first + i), dtype) for i in range(rank)]).mT
         tests = torch.linalg.qr(signs)[0]
         sketch = torch.stack([ravel(operator.mv(unravel(test, b)), dtype) for test in tests.mT]).mT
         sketch = sketch - self.damping * tests
         # the small shift makes the factorisation succeed on an operator of low rank
-        shift = rank * _tree.epsilon(b) * torch.linalg.matrix_norm(sketch)
+        shift = rank * trees.epsilon(b) * torch.linalg.matrix_norm(sketch)
         sketch = sketch + shift * tests
         core = tests.mT @ sketch
         factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
@@ -182,7 +182,7 @@ def prepare(
     @torch.no_grad()
     def apply(r: Leaves) -> Leaves:
         try:
-            output = preconditioner(_tree.unflatten(spec, r))
+            output = preconditioner(trees.unflatten(spec, r))
         except RuntimeError as error:
             if tracking.escaped(error):
                 raise ValueError(
@@ -191,8 +191,8 @@ def prepare(
                     "an object such as hf.JacobiPreconditioner(), which is built in each solve"
                 ) from error
             raise
-        leaves, output_spec = _tree.flatten(output)
-        _tree.check_like(leaves, output_spec, r, spec, "the output of the preconditioner", "params")
+        leaves, output_spec = trees.flatten(output)
+        trees.check_like(leaves, output_spec, r, spec, "the output of the preconditioner", "params")
         return tuple(leaves)
 
     return apply

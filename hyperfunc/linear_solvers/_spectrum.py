@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
+from hyperfunc._engine.random_vectors import random_signs, random_uniform
+from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import LinearOperator
-from hyperfunc.linear_solvers._dense import ravel, unravel
-from hyperfunc.linear_solvers._random import random_signs, random_uniform
 
 PROBES = 3
 
@@ -89,7 +89,7 @@ def measure(
     With ``is_map`` the operator is ``I - J``, and the contraction is that of ``J``. Without
     ``full``, only what the choice of a solver depends on is measured.
     """
-    dtype = _tree.accumulation_dtype(like)
+    dtype = trees.accumulation_dtype(like)
     num_steps = min(num_steps, sum(leaf.numel() for leaf in like))
     nan = torch.full((), torch.nan, dtype=dtype, device=like[0].device)
     unknown = Estimate(nan, nan)
@@ -97,7 +97,7 @@ def measure(
     asymmetry, count = Estimate(zero, zero), 0
     if not operator.symmetric:
         asymmetry, count = _asymmetry(operator, like, seed), 2 * PROBES
-    symmetric = asymmetry.value <= 10 * _tree.epsilon(like) ** 0.75
+    symmetric = asymmetry.value <= 10 * trees.epsilon(like) ** 0.75
     mv, rmv = operator.mv, operator.T.mv
 
     if batching.all_true(symmetric):
@@ -130,7 +130,7 @@ def measure(
     if full:
         half = torch.full_like(zero, 0.5)
         ritz = eigenvalues(
-            lambda v: _tree.scale(half, _tree.add(mv(v), rmv(v))), like, num_steps, seed
+            lambda v: trees.scale(half, trees.add(mv(v), rmv(v))), like, num_steps, seed
         )
         eig_min, eig_max, _, _ = ritz.extremes()
         signs = ritz.signs()
@@ -138,14 +138,14 @@ def measure(
     step_size = _step_size(is_map, eig_min, eig_max, sigma_max, symmetric)
 
     def step_gram(v: Leaves) -> tuple[Leaves, Leaves]:
-        image = _tree.axpy(-step_size, mv(v), v)
-        return image, _tree.axpy(-step_size, rmv(image), image)
+        image = trees.axpy(-step_size, mv(v), v)
+        return image, trees.axpy(-step_size, rmv(image), image)
 
     if full or is_map:
         _, contraction = singular_values(step_gram, like, num_steps, seed)
         count += 2 * num_steps
     if full:
-        radius = spectral_radius(lambda v: _tree.axpy(-step_size, mv(v), v), like, num_steps, seed)
+        radius = spectral_radius(lambda v: trees.axpy(-step_size, mv(v), v), like, num_steps, seed)
         count += num_steps
     return Spectrum(
         asymmetry,
@@ -278,7 +278,7 @@ def _krylov(
 
     Where the space is exhausted early, a new random vector goes on.
     """
-    dtype = _tree.accumulation_dtype(like)
+    dtype = trees.accumulation_dtype(like)
     eps = torch.finfo(dtype).eps
     start = ravel(random_uniform(like, seed), dtype)
     basis = (start / torch.linalg.vector_norm(start))[None]
@@ -316,15 +316,15 @@ def _asymmetry(operator: LinearOperator, like: Leaves, seed: int) -> Estimate:
     for probe in range(PROBES):
         v = random_signs(like, seed + probe)
         image, other = operator.mv(v), transposed.mv(v)
-        difference = _tree.sub(image, other)
-        gaps.append(_tree.dot(difference, difference))
-        sizes.append((_tree.dot(image, image) + _tree.dot(other, other)) / 2)
+        difference = trees.sub(image, other)
+        gaps.append(trees.dot(difference, difference))
+        sizes.append((trees.dot(image, image) + trees.dot(other, other)) / 2)
     gap, size = torch.stack(gaps), torch.stack(sizes).mean()
     scale = torch.where(size > 0, size, 1.0)
     value = (gap.mean() / scale).sqrt()
     spread = gap.std() / scale / PROBES**0.5
     error = torch.where(value > 0, spread / (2 * value), 0.0)
-    return Estimate(value, error + 10 * _tree.epsilon(like))
+    return Estimate(value, error + 10 * trees.epsilon(like))
 
 
 def _sharpen(residuals: Tensor, values: Tensor, rounding: Tensor) -> Tensor:
@@ -339,7 +339,7 @@ def _sharpen(residuals: Tensor, values: Tensor, rounding: Tensor) -> Tensor:
 
 def _rounding(scale: Tensor, like: Leaves) -> Tensor:
     size = sum(leaf.numel() for leaf in like)
-    noise: Tensor = 10 * _tree.epsilon(like) * size**0.5 * scale
+    noise: Tensor = 10 * trees.epsilon(like) * size**0.5 * scale
     return noise
 
 

@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
-from hyperfunc import _tree
-from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import RESULTS, SolveStats
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
@@ -100,7 +100,7 @@ class Neumann(AbstractLinearSolver):
     def solve(
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, SolveStats]:
-        start = _tree.scale(self.step_size, b) if x0 is None else x0
+        start = trees.scale(self.step_size, b) if x0 is None else x0
         return _richardson(self, operator, b, start, self.maxiter)
 
 
@@ -136,10 +136,10 @@ class OneStep(AbstractLinearSolver):
     def solve(
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, SolveStats]:
-        rs = _tree.dot(b, b)
+        rs = trees.dot(b, b)
         bounds = Bounds.make(0.0, 0.0, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
-        return _tree.scale(self.step_size, b), bounds.stats(num_steps, rs, bounds.open(rs))
+        return trees.scale(self.step_size, b), bounds.stats(num_steps, rs, bounds.open(rs))
 
 
 def _richardson(
@@ -150,11 +150,11 @@ def _richardson(
     maxiter: int,
 ) -> tuple[Leaves, SolveStats]:
     step_size = solver.step_size
-    first = bb = _tree.dot(b, b)
+    first = bb = trees.dot(b, b)
     bounds = Bounds.make(solver.rtol, solver.atol, b, bb)
-    x, rs, steps = (_tree.zeros_like(b) if x0 is None else x0), bb, 0
+    x, rs, steps = (trees.zeros_like(b) if x0 is None else x0), bb, 0
     if x0 is None and maxiter > 0:
-        x, steps = _tree.scale(step_size, b), 1
+        x, steps = trees.scale(step_size, b), 1
     num_steps = torch.full((), steps, dtype=torch.int64, device=bb.device)
     # from a given start even a small b says nothing of the residual
     active = bounds.open(rs) if x0 is None else torch.isfinite(bb)
@@ -165,19 +165,19 @@ def _richardson(
         new = operator.richardson(x, b, step_size)
         measured = bounds.adaptive or step in (steps, maxiter - 1)
         if measured:
-            update = _tree.sub(new, x)
-            rs = torch.where(active, _tree.dot(update, update) / step_size**2, rs)
+            update = trees.sub(new, x)
+            rs = torch.where(active, trees.dot(update, update) / step_size**2, rs)
         if step == 0:
             first = rs
             bounds = Bounds.make(solver.rtol, solver.atol, b, first)
         uncounted += 1
-        x = _tree.where(active, new, x) if bounds.adaptive else new
+        x = trees.where(active, new, x) if bounds.adaptive else new
         if measured:
             num_steps, uncounted = num_steps + uncounted * active, 0
             active = active & bounds.open(rs)
     stats = bounds.stats(num_steps, rs, active)
     # rounding noise around a converged start is not growth
-    grown = rs > 1.001 * torch.maximum(first, bb * _tree.epsilon(b))
+    grown = rs > 1.001 * torch.maximum(first, bb * trees.epsilon(b))
     return x, stats._replace(
         result=torch.where(grown & torch.isfinite(rs), int(RESULTS.divergence), stats.result)
     )

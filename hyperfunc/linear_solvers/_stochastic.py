@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
-from hyperfunc._results import SolveStats
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import SolveStats
 from hyperfunc._torch import tracking
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, Bounds, LinearOperator
@@ -163,7 +163,7 @@ class StochasticAID(AbstractLinearSolver):
         operator_at: Callable[[int], LinearOperator],
         b: Leaves,
         x0: Leaves | None,
-        spec: _tree.TreeSpec,
+        spec: trees.TreeSpec,
         growth: float | None = None,
     ) -> tuple[Leaves, SolveStats]:
         """Take the steps, each with the operator of its own minibatch, on trees of a structure.
@@ -172,16 +172,16 @@ class StochasticAID(AbstractLinearSolver):
         """
         x = x0
         if x is None:
-            x = b if self.start == "outer_gradient" else _tree.zeros_like(b)
+            x = b if self.start == "outer_gradient" else trees.zeros_like(b)
         at_zero = x0 is None and self.start == "zero"
         advance = _make_advance(self.optimizer, self.scheduler, x, spec)
-        bounds, rs = None, _tree.dot(b, b)
+        bounds, rs = None, trees.dot(b, b)
         for step in range(self.num_steps):
             if step == 0 and at_zero:
-                gradient = _tree.neg(b)
+                gradient = trees.neg(b)
             else:
-                gradient = _tree.sub(operator_at(step).mv(x), b)
-                rs = _tree.dot(gradient, gradient)
+                gradient = trees.sub(operator_at(step).mv(x), b)
+                rs = trees.dot(gradient, gradient)
             bounds = bounds or Bounds.make(0.0, 0.0, b, rs, growth)
             x = advance(gradient, x, step)
         bounds = bounds or Bounds.make(0.0, 0.0, b, rs, growth)
@@ -214,19 +214,19 @@ class StochasticAID(AbstractLinearSolver):
 
 
 def _make_advance(
-    optimizer: Any, scheduler: Callable[..., Any] | None, x: Leaves, spec: _tree.TreeSpec
+    optimizer: Any, scheduler: Callable[..., Any] | None, x: Leaves, spec: trees.TreeSpec
 ) -> Callable[[Leaves, Leaves, int], Leaves]:
     """``(gradient, x, step) -> x``, which keeps the optimiser's state to itself."""
     if not isinstance(optimizer, Optimizer):
         return _make_torch_advance(optimizer, scheduler, x)
-    state = optimizer.init(_tree.unflatten(spec, x))
+    state = optimizer.init(trees.unflatten(spec, x))
 
     def advance(gradient: Leaves, x: Leaves, step: int) -> Leaves:
         nonlocal state
-        adjoint = _tree.unflatten(spec, x)
-        new, state = optimizer.update(_tree.unflatten(spec, gradient), state, adjoint, step)
-        leaves, new_spec = _tree.flatten(new)
-        _tree.check_like(leaves, new_spec, x, spec, "the optimizer's result", "adjoint")
+        adjoint = trees.unflatten(spec, x)
+        new, state = optimizer.update(trees.unflatten(spec, gradient), state, adjoint, step)
+        leaves, new_spec = trees.flatten(new)
+        trees.check_like(leaves, new_spec, x, spec, "the optimizer's result", "adjoint")
         return tuple(leaves)
 
     return advance
@@ -276,7 +276,7 @@ def _make_torch_advance(
             leaf.grad = value.detach().clone()
         optimizer.step()
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            scheduler.step(_tree.norm(gradient).item())
+            scheduler.step(trees.norm(gradient).item())
         elif scheduler is not None:
             scheduler.step()
         return tuple(leaf.clone() for leaf in owned)
@@ -315,8 +315,8 @@ def _check_sampler(name: str, sampler: Any, length: int) -> None:
         raise TypeError(
             f"StochasticAID: {name} is of type {type(sampler).__name__}; {advice}{hint}"
         )
-    leaves, spec = _tree.flatten(sampler)
-    for path, leaf in zip(_tree.paths(spec, name), leaves, strict=True):
+    leaves, spec = trees.flatten(sampler)
+    for path, leaf in zip(trees.paths(spec, name), leaves, strict=True):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"StochasticAID: {path} is of type {type(leaf).__name__}; {advice}")
         if leaf.ndim == 0 or leaf.shape[0] < length:
@@ -345,8 +345,8 @@ def _draw(name: str, sampler: Any, step: int, args: tuple[Any, ...]) -> tuple[An
             f"{name} gave {type(batch).__name__} at step {step}; expected the tuple of arguments "
             f"that follow (params, hparams). Write `return (X[indices[step]], y[indices[step]])`"
         )
-    leaves, spec = _tree.flatten(batch)
-    expected, expected_spec = _tree.flatten(args)
+    leaves, spec = trees.flatten(batch)
+    expected, expected_spec = trees.flatten(args)
     if spec != expected_spec or any(
         isinstance(a, Tensor) != isinstance(b, Tensor)
         for a, b in zip(leaves, expected, strict=True)
@@ -369,4 +369,4 @@ def _call(name: str, sampler: Any, step: int, args: tuple[Any, ...]) -> Any:
         return next(sampler)
     if callable(sampler):
         return sampler(step, *args)
-    return _tree.tree_map(lambda leaf: leaf[step], sampler)
+    return trees.tree_map(lambda leaf: leaf[step], sampler)

@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
-from hyperfunc._results import RESULTS, SolveStats
+from hyperfunc._engine import trees
+from hyperfunc._engine.random_vectors import random_uniform
+from hyperfunc._engine.results import RESULTS, SolveStats
+from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
-from hyperfunc.linear_solvers._dense import ravel, unravel
-from hyperfunc.linear_solvers._random import random_uniform
 
 Blocks = Literal["children", "leaves", "batch"]
 
@@ -102,13 +102,13 @@ class Fallback(AbstractLinearSolver):
         if not batching.any_true(open_):
             return x, stats
         # what is solved becomes a system with the solution zero, which takes no steps
-        zeros = _tree.zeros_like(b)
-        start = None if x0 is None else _tree.where(open_, x0, zeros)
-        y, then = self.then.solve(operator, _tree.where(open_, b, zeros), start)
+        zeros = trees.zeros_like(b)
+        start = None if x0 is None else trees.where(open_, x0, zeros)
+        y, then = self.then.solve(operator, trees.where(open_, b, zeros), start)
         merged = (torch.where(open_, new, old) for new, old in zip(then, stats, strict=True))
         _, residual_norm, result = merged
         num_steps = stats.num_steps + torch.where(open_, then.num_steps, 0)
-        return _tree.where(open_, y, x), SolveStats(num_steps, residual_norm, result)
+        return trees.where(open_, y, x), SolveStats(num_steps, residual_norm, result)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Blockwise(AbstractLinearSolver):
                 f"Blockwise: step_sizes has {len(self.step_sizes)} numbers, but params have "
                 f"{num_blocks} blocks (blocks={self.blocks!r}); expected one for each"
             )
-        dtype = _tree.accumulation_dtype(b)
+        dtype = trees.accumulation_dtype(b)
         return torch.tensor(self.step_sizes, dtype=dtype, device=b[0].device)
 
 
@@ -262,7 +262,7 @@ class _Layout:
     def complete(self, product: Leaves, v: Leaves) -> Leaves:
         """The product in blocks; the operator is the identity on the padding."""
         stacked = self.split(product)
-        return stacked if self.padding is None else _tree.where(self.padding, v, stacked)
+        return stacked if self.padding is None else trees.where(self.padding, v, stacked)
 
 
 def check_solver(owner: object, field: str, solver: object) -> None:
@@ -283,7 +283,7 @@ def check_solver(owner: object, field: str, solver: object) -> None:
 def _make_layout(blocks: Blocks, operator: LinearOperator, b: Leaves) -> _Layout:
     spec = operator.structure(b)
     if blocks == "batch":
-        _check_first_dimension(b, _tree.paths(spec, "params"))
+        _check_first_dimension(b, trees.paths(spec, "params"))
         return _Layout(b[0].shape[0], lambda v: v, lambda v: v, None)
     counts = [1] * len(b) if blocks == "leaves" else [c.num_leaves for c in spec.children()]
     if not counts:
@@ -335,6 +335,6 @@ def _seem_separate(product: Callable[[Leaves], Leaves], like: Leaves, num_blocks
     v = random_uniform(like, 0)
     factors = random_uniform((like[0].new_ones(num_blocks),), 1)[0]
     one, other = _scale(factors, product(v)), product(_scale(factors, v))
-    gap = _tree.norm(_tree.sub(one, other))
-    tolerance = _tree.epsilon(like) ** 0.75
-    return torch.le(gap, tolerance * (_tree.norm(one) + _tree.norm(other)))
+    gap = trees.norm(trees.sub(one, other))
+    tolerance = trees.epsilon(like) ** 0.75
+    return torch.le(gap, tolerance * (trees.norm(one) + trees.norm(other)))

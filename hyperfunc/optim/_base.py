@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
 from hyperfunc._torch.tracking import is_tracked
 from hyperfunc._types import Leaves, TensorTree
 
@@ -63,11 +63,11 @@ class Pull(NamedTuple):
     def add(self, grad: Tensor, leaf: Tensor, index: int, reuse: bool) -> Tensor:
         """The gradient of a leaf with this term; ``reuse`` if what `may_overwrite` says holds."""
         offset = (torch.sub(leaf, self.center[index]),)
-        return _tree.axpy(self.weight, offset, (grad,), out=offset if reuse else None)[0]
+        return trees.axpy(self.weight, offset, (grad,), out=offset if reuse else None)[0]
 
     def may_overwrite(self, leaves: Leaves, grads: Leaves) -> bool:
         """Whether what is made from these and the centre may be written over."""
-        return not is_tracked(self.center) and _tree.may_overwrite(leaves, grads)
+        return not is_tracked(self.center) and trees.may_overwrite(leaves, grads)
 
 
 def check_optimizer(optimizer: Any, caller: str) -> Optimizer:
@@ -147,7 +147,7 @@ def values_by_leaf(
     hparams: Any,
     params: TensorTree,
     leaves: Sequence[Tensor],
-    spec: _tree.TreeSpec,
+    spec: trees.TreeSpec,
 ) -> list[tuple[Any, ...]]:
     """The values of all coefficients for each leaf; one and the same tuple if leaves share them."""
     columns = []
@@ -174,11 +174,11 @@ def cast(values: Iterable[Any], dtype: torch.dtype, device: torch.device) -> tup
 
 def flatten_like_params(
     name: str, grads: TensorTree, params: TensorTree
-) -> tuple[Leaves, Leaves, _tree.TreeSpec]:
+) -> tuple[Leaves, Leaves, trees.TreeSpec]:
     """The leaves of the gradients, those of the parameters, and their common structure."""
-    leaves, spec = _tree.flatten(params)
-    grad_leaves, grad_spec = _tree.flatten(grads)
-    _tree.check_like(grad_leaves, grad_spec, tuple(leaves), spec, f"{name}: grads", "params")
+    leaves, spec = trees.flatten(params)
+    grad_leaves, grad_spec = trees.flatten(grads)
+    trees.check_like(grad_leaves, grad_spec, tuple(leaves), spec, f"{name}: grads", "params")
     return tuple(grad_leaves), tuple(leaves), spec
 
 
@@ -212,14 +212,14 @@ _KINDS = (
 def _check_values(name: str, key: str, value: Any, label: str) -> None:
     low, high, words = _RANGES.get(key, _AT_LEAST_ZERO)
     leaves, spec = (
-        ([value], None) if isinstance(value, int | float | Tensor) else _tree.flatten(value)
+        ([value], None) if isinstance(value, int | float | Tensor) else trees.flatten(value)
     )
     if not leaves:
         raise TypeError(f"{name}: {label} is {describe(value)}; expected {_KINDS}")
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             continue
-        path = label if spec is None else _tree.paths(spec, label)[index]
+        path = label if spec is None else trees.paths(spec, label)[index]
         if isinstance(leaf, bool) or not isinstance(leaf, int | float):
             got = f"a tensor of dtype {leaf.dtype}" if isinstance(leaf, Tensor) else describe(leaf)
             raise TypeError(f"{name}: {path} is {got}; expected {_KINDS}")
@@ -228,10 +228,10 @@ def _check_values(name: str, key: str, value: Any, label: str) -> None:
 
 
 def _broadcast_prefix(
-    label: str, value: Any, params: TensorTree, leaves: Sequence[Tensor], spec: _tree.TreeSpec
+    label: str, value: Any, params: TensorTree, leaves: Sequence[Tensor], spec: trees.TreeSpec
 ) -> list[Any]:
     """One value a leaf, from a tree that is a prefix of params."""
-    values, prefix = _tree.flatten(value)
+    values, prefix = trees.flatten(value)
     try:
         subtrees = prefix.flatten_up_to(params)
     except ValueError as error:
@@ -241,8 +241,8 @@ def _broadcast_prefix(
         ) from error
     column = []
     for item, subtree in zip(values, subtrees, strict=True):
-        column += [item] * len(_tree.flatten(subtree)[0])
-    for path, item, leaf in zip(_tree.paths(spec, "params"), column, leaves, strict=True):
+        column += [item] * len(trees.flatten(subtree)[0])
+    for path, item, leaf in zip(trees.paths(spec, "params"), column, leaves, strict=True):
         if isinstance(item, Tensor) and not _broadcasts(item.shape, leaf.shape):
             raise ValueError(
                 f"{label}: a value of shape {tuple(item.shape)} stands for {path}, of shape "

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
+from hyperfunc._engine.wrapped_functions import picklable
 from hyperfunc._types import TensorTree
-from hyperfunc._wrapped import picklable
 from hyperfunc.optim._base import (
     Coefficient,
     Optimizer,
@@ -63,10 +63,10 @@ def clip_grad_norm(optimizer: Optimizer, max_norm: Coefficient) -> Optimizer:
         leaves, _, spec = flatten_like_params("clip_grad_norm", grads, params)
         limit = evaluate("clip_grad_norm", "max_norm", max_norm, hparams)
         check_single("clip_grad_norm: max_norm", limit, "use clip_grad_value")
-        total = safe_root(_tree.dot(leaves, leaves))
+        total = safe_root(trees.dot(leaves, leaves))
         factor = (limit / (total + 1e-6)).clamp(max=1.0)
         return inner.update(
-            _tree.unflatten(spec, _tree.scale(factor, leaves)), state, params, hparams
+            trees.unflatten(spec, trees.scale(factor, leaves)), state, params, hparams
         )
 
     return Optimizer(inner.init, update)
@@ -112,6 +112,6 @@ def clip_grad_value(optimizer: Optimizer, clip_value: Coefficient) -> Optimizer:
         for leaf, row in zip(leaves, rows, strict=True):
             (limit,) = cast(row, leaf.dtype, leaf.device)
             clipped.append(torch.clamp(leaf, -limit, limit))
-        return inner.update(_tree.unflatten(spec, clipped), state, params, hparams)
+        return inner.update(trees.unflatten(spec, clipped), state, params, hparams)
 
     return Optimizer(inner.init, update)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
 from hyperfunc._torch.tracking import is_tracked, transforms_active
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import (
@@ -49,7 +49,7 @@ def leafwise(
             check_coefficient(name, "initial_accumulator_value", start)
 
     def init(params: TensorTree) -> State:
-        leaves, spec = _tree.flatten_floating(params, "params")
+        leaves, spec = trees.flatten_floating(params, "params")
         filled: dict[str, TensorTree] = {}
         for slot, start in slots.items():
             if start is None:
@@ -58,7 +58,7 @@ def leafwise(
             rows = values_by_leaf(
                 name, {"initial_accumulator_value": start}, None, params, leaves, spec
             )
-            filled[slot] = _tree.unflatten(
+            filled[slot] = trees.unflatten(
                 spec,
                 [filled_like(leaf, value) for leaf, (value,) in zip(leaves, rows, strict=True)],
             )
@@ -90,20 +90,20 @@ class Leafwise:
         step = step if self.timed else step + 1
         n = len(leaves)
         filled = {
-            slot: _tree.unflatten(spec, rest[index * n : (index + 1) * n])
+            slot: trees.unflatten(spec, rest[index * n : (index + 1) * n])
             for index, slot in enumerate(sorted(self.slots))
         }
-        return _tree.unflatten(spec, new), State(step, filled)
+        return trees.unflatten(spec, new), State(step, filled)
 
     def bind(
-        self, like: Leaves, spec: _tree.TreeSpec, hparams: Any
+        self, like: Leaves, spec: trees.TreeSpec, hparams: Any
     ) -> Callable[[Leaves, Leaves, Leaves, Pull | None], tuple[Leaves, Leaves]]:
         """The update at given hparams, on leaves: ``(params, grads, state, pull) -> (new, state)``.
 
         The state is the leaves of a `State`, whose step is not counted on where nothing depends on
         it; a pull is one more term of the gradients.
         """
-        params = _tree.unflatten(spec, like)
+        params = trees.unflatten(spec, like)
         rows = values_by_leaf(self.name, self.coefficients, hparams, params, like, spec)
         dtypes = [torch.promote_types(leaf.dtype, torch.float32) for leaf in like]
         parts = zip(rows, dtypes, like, strict=True)
@@ -214,7 +214,7 @@ def _step_number(step: Tensor) -> Any:
 
 
 def _flatten_slots(
-    name: str, state: Any, slots: Sequence[str], spec: _tree.TreeSpec
+    name: str, state: Any, slots: Sequence[str], spec: trees.TreeSpec
 ) -> list[list[Tensor]]:
     """The leaves of each slot, in the order of these names."""
     if not isinstance(state, State) or set(state.slots) != set(slots):
@@ -225,7 +225,7 @@ def _flatten_slots(
         )
     flat = []
     for slot in slots:
-        leaves, slot_spec = _tree.flatten(state.slots[slot])
+        leaves, slot_spec = trees.flatten(state.slots[slot])
         if slot_spec != spec:
             raise ValueError(
                 f"{name}: state.slots[{slot!r}] has another structure than params: got "

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperfunc._engine.wrapped_functions import picklable
 from hyperfunc._types import Leaves, TensorTree
-from hyperfunc._wrapped import picklable
 from hyperfunc.optim._base import Coefficient, Optimizer, is_zero
 from hyperfunc.optim._leafwise import (
     after_first,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc import _tree
+from hyperfunc._engine import trees
+from hyperfunc._engine.wrapped_functions import picklable
 from hyperfunc._types import Leaves, TensorTree
-from hyperfunc._wrapped import picklable
 from hyperfunc.optim._base import (
     Optimizer,
     State,
@@ -143,7 +143,7 @@ def _torch_step(
     rule.build([torch.zeros(1, 1)], rule.placeholders, {})
 
     def init(params: TensorTree) -> State:
-        leaves, _ = _tree.flatten_floating(params, "params")
+        leaves, _ = trees.flatten_floating(params, "params")
         with torch.no_grad():
             zeros = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in leaves]
             _, states = rule.run(zeros, zeros, None, rule.placeholders, {})
@@ -174,7 +174,7 @@ def _torch_step(
                 f"{name}: got a state that is not one of from_torch({name}) for these params. "
                 f"Make it with state = optimizer.init(params)"
             )
-        slot_leaves, slot_spec = _tree.flatten(state.slots)
+        slot_leaves, slot_spec = trees.flatten(state.slots)
         values = [rule.evaluate(name, index, hparams) for index in range(len(rule.labels))]
         n = len(leaves)
 
@@ -185,10 +185,10 @@ def _torch_step(
                 value if traced and label in right else value.item()
                 for label, value in zip(rule.labels, values, strict=True)
             ]
-            states = _tree.unflatten(slot_spec, slots) if steps.item() else None
+            states = trees.unflatten(slot_spec, slots) if steps.item() else None
             execution = rule.traced_execution if traced else {}
             new_leaves, new_states = rule.run(first, second, states, numbers, execution)
-            return (*new_leaves, *_tree.flatten(tuple(new_states))[0])
+            return (*new_leaves, *trees.flatten(tuple(new_states))[0])
 
         first_value = 2 * n + 1 + len(slot_leaves)
 
@@ -217,8 +217,8 @@ def _torch_step(
             *slot_leaves,
             *values,
         )
-        new_slots = _tree.unflatten(slot_spec, outputs[n:])
-        return _tree.unflatten(spec, outputs[:n]), State(state.step + 1, new_slots)
+        new_slots = trees.unflatten(slot_spec, outputs[n:])
+        return trees.unflatten(spec, outputs[:n]), State(state.step + 1, new_slots)
 
     return Optimizer(init, update)
 
@@ -230,7 +230,7 @@ class _TorchRule:
         self, optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]
     ) -> None:
         self._class = optimizer_class
-        self._leaves, self._spec = _tree.flatten(options)
+        self._leaves, self._spec = trees.flatten(options)
         self._open = [
             index
             for index, leaf in enumerate(self._leaves)
@@ -239,7 +239,7 @@ class _TorchRule:
         accepted = inspect.signature(optimizer_class).parameters
         labels, placeholders = [], []
         for key, value in sorted(options.items()):
-            labels += _tree.paths(_tree.flatten(value)[1], key)
+            labels += trees.paths(trees.flatten(value)[1], key)
             placeholders += _placeholders(accepted.get(key), value)
         self.labels = [labels[index] for index in self._open]
         self.placeholders = [placeholders[index] for index in self._open]
@@ -262,7 +262,7 @@ class _TorchRule:
             leaves[index] = value
         optimizer_class: Any = self._class
         built: torch.optim.Optimizer = optimizer_class(
-            params, **{**_tree.unflatten(self._spec, leaves), **execution}
+            params, **{**trees.unflatten(self._spec, leaves), **execution}
         )
         return built
 
@@ -293,8 +293,8 @@ class _TorchRule:
 
 def _placeholders(parameter: inspect.Parameter | None, value: Any) -> list[float]:
     """Valid numbers for the leaves of an option: those of its default, if it has one like that."""
-    leaves = _tree.flatten(value)[0]
-    default = [] if parameter is None else _tree.flatten(parameter.default)[0]
+    leaves = trees.flatten(value)[0]
+    default = [] if parameter is None else trees.flatten(parameter.default)[0]
     if len(default) == len(leaves) and all(isinstance(x, int | float) for x in default):
         return default
     return [0.5] * len(leaves)

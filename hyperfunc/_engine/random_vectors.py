@@ -12,9 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hyperfunc._engine.trees import unravel
 from hyperfunc._torch import sharding
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers._dense import unravel
 
 _Integer = TypeVar("_Integer", int, Tensor)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from hyperfunc._torch import batching
 from hyperfunc._types import TensorTree
 
 
@@ -92,3 +93,24 @@ class Solution(NamedTuple):
     adjoint: TensorTree
     stats: SolveStats | tuple[()]
     error_bound: Any = ()
+
+
+# A message names no more tasks than these.
+_MOST_NAMED = 8
+
+
+class HypergradError(RuntimeError):
+    """A solve failed: non-finite values, breakdown or divergence; the message says which."""
+
+    __module__ = "hyperfunc"  # the name that users catch it by
+
+
+def of_tasks(failed: Tensor, what: str = "tasks") -> str:
+    """How many of the tasks a flag holds for, and which they are; nothing for a single task."""
+    total = batching.count_tasks(failed.sum()) * failed.numel()
+    if total == 1:
+        return ""
+    found = batching.true_indices(failed.squeeze() if failed.numel() == 1 else failed)
+    names = [str(index[0] if len(index) == 1 else index) for index in found[:_MOST_NAMED]]
+    more = ", ..." if len(found) > _MOST_NAMED else ""
+    return f" for {len(found)} of {total} {what} (index {', '.join(names)}{more})"

@@ -244,6 +244,39 @@ def all_finite(x: Leaves) -> Tensor:
     return result
 
 
+def ravel(x: Leaves, dtype: torch.dtype) -> Tensor:
+    """All entries as one vector, refused where no rank holds all of them."""
+    for index, leaf in enumerate(x):
+        if sharding.is_sharded(leaf):
+            raise ValueError(
+                f"leaf {index} of the params is a DTensor with placements "
+                f"{leaf.placements}, but this method needs all entries as one vector. "  # type: ignore[attr-defined]
+                f"Use CG, PipelinedCG, NormalCG, GMRES, BiCGStab, FixedPoint, Neumann or "
+                f"StochasticAID, or hparams that every rank holds: "
+                f"hparams.redistribute(placements=[Replicate()])"
+            )
+    return ravel_held(x, dtype)
+
+
+def ravel_held(x: Leaves, dtype: torch.dtype) -> Tensor:
+    """The entries that this rank holds as one vector: all, but for DTensors."""
+    layout = sharding.layout_of(x)
+    parts = x if layout is None else layout.local(x)
+    return torch.cat([part.to(device=x[0].device, dtype=dtype).reshape(-1) for part in parts])
+
+
+def unravel(vector: Tensor, like: Leaves) -> Leaves:
+    """The inverse of `ravel`, and of `ravel_held`."""
+    layout = sharding.layout_of(like)
+    refs = like if layout is None else layout.local(like)
+    parts = torch.split(vector, [ref.numel() for ref in refs])
+    x = tuple(
+        part.reshape(ref.shape).to(device=ref.device, dtype=ref.dtype)
+        for part, ref in zip(parts, refs, strict=True)
+    )
+    return x if layout is None else layout.wrap(x, like)
+
+
 def _plain(spec: TreeSpec, leaves: Sequence[Any]) -> TreeSpec:
     """The structure with a TensorDict in place of a TensorDictParams."""
     return flatten(unflatten(spec, leaves))[1]
