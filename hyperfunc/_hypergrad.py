@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlia
 
 from torch import Tensor
 
-from hyperfunc._compile import Backend, Compiler, check_backend
+from hyperfunc._compile.compiler import Backend, Compiler, check_backend
 from hyperfunc._engine.results import Solution
 from hyperfunc._error_bound import ErrorBound
 from hyperfunc._hypergradient import Hypergradient, make_rule

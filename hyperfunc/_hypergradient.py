@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc._compile import Compiler, applies
+from hyperfunc._compile.compiler import Compiler, applies
 from hyperfunc._conditions import Arguments, Condition, make_condition
 from hyperfunc._engine import trees
 from hyperfunc._engine.results import Solution, SolveStats

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hyperfunc import optim
-from hyperfunc._compile import Backend, Compiler, applies, check_backend
+from hyperfunc._compile.compiler import Backend, Compiler, applies, check_backend
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_scalar
 from hyperfunc._torch import autodiff, batching, tracking

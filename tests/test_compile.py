@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hyperfunc as hf
-from hyperfunc._compile import Compiler
+from hyperfunc._compile.compiler import Compiler
 
 F64 = torch.float64
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hyperfunc import _graphs
-from hyperfunc._compile import Backend
+from hyperfunc._compile import graph_passes
+from hyperfunc._compile.compiler import Backend
 
 F32, F64 = torch.float32, torch.float64
 needs_onednn = pytest.mark.skipif(
@@ -26,7 +26,7 @@ def matrix(rows: int, columns: int, by_rows: bool = True, dtype: torch.dtype = F
 def changed(fn: Any, *operands: Tensor) -> tuple[torch.fx.GraphModule, int]:
     """The graph of a function after the change, and how many products it hands to oneDNN."""
     graph = make_fx(fn)(*operands)
-    _graphs.use_onednn(graph)
+    graph_passes.use_onednn(graph)
     graph.recompile()
     targets = [node.target for node in graph.graph.nodes]
     ours = (torch.ops.hyperfunc.mm.default, torch.ops.hyperfunc.bmm.default)
@@ -84,7 +84,7 @@ def test_other_products_stay(fn: Any, operands: tuple[Tensor, ...]) -> None:
 def turned(fn: Any, *operands: Tensor) -> tuple[torch.fx.GraphModule, int]:
     """The graph of a function after the change, and how many products it computes turned."""
     graph = make_fx(fn)(*operands)
-    _graphs.turn_products(graph)
+    graph_passes.turn_products(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     products = [node for node in graph.graph.nodes if node.target is torch.ops.aten.mm.default]
@@ -145,8 +145,8 @@ def test_other_products_are_not_turned(operands: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_turned_products_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_graphs, "prefers_onednn", lambda: False)
-    monkeypatch.setattr(_graphs, "prefers_turned", lambda: True)
+    monkeypatch.setattr(graph_passes, "prefers_onednn", lambda: False)
+    monkeypatch.setattr(graph_passes, "prefers_turned", lambda: True)
 
     def fn(w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         gradient = x.t() @ (x @ w).tanh()
@@ -154,7 +154,7 @@ def test_turned_products_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
     operands = (matrix(400, 20), matrix(300, 400))
     graph = make_fx(fn)(*operands)
-    _graphs.prepare(graph, "inductor")
+    graph_passes.prepare(graph, "inductor")
     results = Backend()(graph, operands)(*operands)
     for got, expected in zip(results, fn(*operands), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
@@ -174,33 +174,33 @@ def test_turned_products_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_rule(
     monkeypatch: pytest.MonkeyPatch, vendor: str, capability: str, onednn: bool, turned: bool
 ) -> None:
-    monkeypatch.setattr(_graphs, "_vendor", lambda: vendor)
+    monkeypatch.setattr(graph_passes, "_vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert _graphs.prefers_onednn.__wrapped__() is onednn
-    assert _graphs.prefers_turned.__wrapped__() is turned
+    assert graph_passes.prefers_onednn.__wrapped__() is onednn
+    assert graph_passes.prefers_turned.__wrapped__() is turned
 
 
 @needs_onednn
 def test_only_the_default_backend_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_graphs, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(graph_passes, "prefers_onednn", lambda: True)
     counts = []
     for backend in ("inductor", "eager"):
         graph = make_fx(torch.mm)(matrix(200, 200), matrix(200, 200))
-        _graphs.prepare(graph, backend)
+        graph_passes.prepare(graph, backend)
         targets = [node.target for node in graph.graph.nodes]
         counts.append(targets.count(torch.ops.hyperfunc.mm.default))
     assert counts == [1, 0]
 
 
 def test_only_the_default_backend_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_graphs, "prefers_onednn", lambda: False)
+    monkeypatch.setattr(graph_passes, "prefers_onednn", lambda: False)
     counts = []
     for backend, prefers in (("inductor", True), ("inductor", False), ("eager", True)):
-        monkeypatch.setattr(_graphs, "prefers_turned", lambda prefers=prefers: prefers)
+        monkeypatch.setattr(graph_passes, "prefers_turned", lambda prefers=prefers: prefers)
         graph = make_fx(torch.mm)(matrix(400, 300, by_rows=False), matrix(300, 20))
-        _graphs.prepare(graph, backend)
+        graph_passes.prepare(graph, backend)
         targets = [node.target for node in graph.graph.nodes]
         counts.append(targets.count(torch.ops.aten.t.default))
     assert counts == [3, 0, 0]
@@ -210,7 +210,7 @@ def test_the_layouts_of_what_is_turned_are_known() -> None:
     """`compile_in_pieces` looks at them."""
     operands = matrix(500, 400), matrix(500, 4)
     graph = make_fx(lambda x, y: x.T @ y)(*operands)
-    _graphs.turn_products(graph)
+    graph_passes.turn_products(graph)
 
     class Checking(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import hyperfunc as hf
-from hyperfunc._compile import Backend, Compiler
+from hyperfunc._compile.compiler import Backend, Compiler
 from hyperfunc.iterative._partition import cut
 from tests.test_iterative import (
     OPERATIONS,

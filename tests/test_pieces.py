@@ -11,8 +11,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hyperfunc as hf
-from hyperfunc import _pieces
-from hyperfunc._compile import Backend
+from hyperfunc._compile import repeated_pieces
+from hyperfunc._compile.compiler import Backend
 
 F64 = torch.float64
 TABLE = torch.linspace(0, 1, 6, dtype=F64)
@@ -73,11 +73,11 @@ def operands() -> tuple[Tensor, Tensor, Tensor]:
 def compile_loop(
     fn: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Any, Interpreter]:
-    monkeypatch.setattr(_pieces, "_LARGE", 40)
-    monkeypatch.setattr(_pieces, "_PIECE", 10)
+    monkeypatch.setattr(repeated_pieces, "_LARGE", 40)
+    monkeypatch.setattr(repeated_pieces, "_PIECE", 10)
     graph = make_fx(fn)(*operands())
     backend = Interpreter()
-    return _pieces.compile_in_pieces(graph, operands(), backend), backend
+    return repeated_pieces.compile_in_pieces(graph, operands(), backend), backend
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -169,7 +169,7 @@ def test_equal_values_are_computed_once_and_results_stay_apart() -> None:
 
     x = operands()[0]
     graph = make_fx(fn)(x)
-    _pieces.merge_equal(graph)
+    repeated_pieces.merge_equal(graph)
     graph.recompile()
     targets = [node.target for node in graph.graph.nodes]
     assert targets.count(torch.ops.aten.exp.default) == 1
@@ -187,8 +187,8 @@ def test_equal_values_are_computed_once_and_results_stay_apart() -> None:
     ],
 )
 def test_adjoints(method: Any, batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pieces, "_LARGE", 100)
-    monkeypatch.setattr(_pieces, "_PIECE", 30)
+    monkeypatch.setattr(repeated_pieces, "_LARGE", 100)
+    monkeypatch.setattr(repeated_pieces, "_PIECE", 30)
     backend = Interpreter()
     monkeypatch.setattr(Backend, "_compile_directly", lambda self, *args: backend(*args))
 

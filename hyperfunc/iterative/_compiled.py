@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc._compile import Compiler, Variables
+from hyperfunc._compile.compiler import Compiler, Variables
 from hyperfunc._torch import tracking
 from hyperfunc._types import Leaves
 from hyperfunc.iterative import _products

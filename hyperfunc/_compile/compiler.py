@@ -18,10 +18,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hyperfunc._comparison import difference
+from hyperfunc._compile.comparison import difference
+from hyperfunc._compile.graph_passes import prepare
+from hyperfunc._compile.repeated_pieces import compile_in_pieces
 from hyperfunc._engine import trees
-from hyperfunc._graphs import prepare
-from hyperfunc._pieces import compile_in_pieces
 from hyperfunc._torch import tracking
 from hyperfunc._torch.captured import captured_values
 from hyperfunc._types import Leaves
