@@ -2,13 +2,13 @@
 
 from hyperfunc import bilevel, distributed, fixed_point_solvers, optim, prox
 from hyperfunc._engine.results import RESULTS, HypergradError, Solution, SolveStats
-from hyperfunc._error_bound import ErrorBound, HypergradBound
 from hyperfunc._hypergrad import (
     hypergrad,
     hypergrad_and_solution,
     hypergrad_and_value,
     implicit_diff,
 )
+from hyperfunc._rule.error_bound import ErrorBound, HypergradBound
 from hyperfunc._task_map import task_map
 from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, diagnose
 from hyperfunc.equilibrium import EquilibriumLayer, jacobian_frobenius_squared

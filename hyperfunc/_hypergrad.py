@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hyperfunc._compile.compiler import Backend, Compiler, check_backend
 from hyperfunc._engine.results import Solution
-from hyperfunc._error_bound import ErrorBound
 from hyperfunc._hypergradient import Hypergradient, make_rule
 from hyperfunc._methods import is_implicit, resolve_method
+from hyperfunc._rule.error_bound import ErrorBound
 from hyperfunc._transformed import Transformed
 from hyperfunc._types import (
     HypergradFunction,

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from hyperfunc._compile.compiler import Compiler, applies
-from hyperfunc._conditions import Arguments, Condition, make_condition
 from hyperfunc._engine import trees
 from hyperfunc._engine.results import Solution, SolveStats
-from hyperfunc._error_bound import ErrorBound, error_bound
-from hyperfunc._implicit import (
+from hyperfunc._methods import is_implicit
+from hyperfunc._rule.conditions import Arguments, Condition, make_condition
+from hyperfunc._rule.error_bound import ErrorBound, error_bound
+from hyperfunc._rule.implicit import (
     ImplicitProblem,
     cross_term,
     flatten_params,
@@ -22,8 +23,7 @@ from hyperfunc._implicit import (
     raise_unless_finite,
     raise_unless_finite_gradient,
 )
-from hyperfunc._methods import is_implicit
-from hyperfunc._outer import OuterLoss, mean_outer_gradient
+from hyperfunc._rule.outer_loss import OuterLoss, mean_outer_gradient
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.captured import refuse_captured_tensors
 from hyperfunc._types import Leaves, TensorTree

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc._conditions import Arguments, BoundCondition, Condition, make_condition
 from hyperfunc._engine import trees
 from hyperfunc._engine.random_vectors import random_signs
 from hyperfunc._engine.results import RESULTS, HypergradError
 from hyperfunc._hypergrad import hypergrad_and_solution
 from hyperfunc._methods import is_implicit, resolve_method
+from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition, make_condition
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.unsupported import explained
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree

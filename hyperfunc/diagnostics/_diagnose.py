@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc._conditions import Arguments, BoundCondition, make_condition
 from hyperfunc._engine import trees
 from hyperfunc._engine.random_vectors import random_signs
+from hyperfunc._rule.conditions import Arguments, BoundCondition, make_condition
 from hyperfunc._torch import tracking
 from hyperfunc._torch.unsupported import explained
 from hyperfunc._types import Leaves, Loss, ParamsFunction, TensorTree

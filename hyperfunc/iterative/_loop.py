@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc._conditions import Arguments
 from hyperfunc._engine import trees
+from hyperfunc._rule.conditions import Arguments
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves
 from hyperfunc.inner_solvers import FlatSteps

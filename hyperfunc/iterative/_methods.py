@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from hyperfunc._conditions import Arguments
 from hyperfunc._engine import trees
+from hyperfunc._rule.conditions import Arguments
 from hyperfunc._torch import sharding, tracking
 from hyperfunc._torch.captured import refuse_captured_tensors
 from hyperfunc._types import InnerSolver, Leaves

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc._conditions import BoundCondition
 from hyperfunc._engine import trees
+from hyperfunc._rule.conditions import BoundCondition
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers import GMRES, LinearOperator

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_scalar
-from hyperfunc._implicit import ImplicitProblem
+from hyperfunc._rule.implicit import ImplicitProblem
 from hyperfunc._torch import autodiff, sharding
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves, TensorTree

@@ -19,10 +19,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hyperfunc._conditions import Arguments, BoundCondition, Condition
 from hyperfunc._engine import trees
 from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, of_tasks
-from hyperfunc._minibatches import SECOND_DERIVATIVE, MinibatchLinearization
+from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition
+from hyperfunc._rule.minibatches import SECOND_DERIVATIVE, MinibatchLinearization
 from hyperfunc._torch import autodiff, batching, tracking
 from hyperfunc._torch.captured import captured_message, captured_tensors, escaped_message
 from hyperfunc._torch.unsupported import explained

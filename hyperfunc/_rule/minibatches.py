@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hyperfunc._conditions import BoundCondition, Condition
 from hyperfunc._engine import trees
+from hyperfunc._rule.conditions import BoundCondition, Condition
 from hyperfunc._torch import autodiff, batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers import StochasticAID
