@@ -2,12 +2,6 @@
 
 from hyperfunc import bilevel, distributed, fixed_point_solvers, optim, prox
 from hyperfunc._engine.results import RESULTS, HypergradError, Solution, SolveStats
-from hyperfunc._hypergrad import (
-    hypergrad,
-    hypergrad_and_solution,
-    hypergrad_and_value,
-    implicit_diff,
-)
 from hyperfunc._rule.error_bound import ErrorBound, HypergradBound
 from hyperfunc._task_map import task_map
 from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, diagnose
@@ -41,6 +35,12 @@ from hyperfunc.linear_solvers import (
 )
 from hyperfunc.modules import assign_grads, functional, module_map
 from hyperfunc.proximal import proximal
+from hyperfunc.transforms._hypergrad import (
+    hypergrad,
+    hypergrad_and_solution,
+    hypergrad_and_value,
+    implicit_diff,
+)
 
 __all__ = [
     "CG",

@@ -14,8 +14,6 @@ from torch.nn.utils.parametrizations import _WeightNorm
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.results import SolveStats
-from hyperfunc._hypergrad import implicit_diff
-from hyperfunc._methods import resolve_method
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._types import TensorTree
 from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson, raise_unless_solved
@@ -23,6 +21,8 @@ from hyperfunc.inner_solvers import iterate
 from hyperfunc.iterative import Reverse, ReverseUnroll
 from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver
 from hyperfunc.modules import FunctionalModule, _weight_norm
+from hyperfunc.transforms._hypergrad import implicit_diff
+from hyperfunc.transforms._methods import resolve_method
 
 
 @final

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import hyperfunc as hf
-from hyperfunc._methods import METHODS
+from hyperfunc.transforms._methods import METHODS
 
 F64 = torch.float64
 NAN, INF = float("nan"), float("inf")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
-from hyperfunc._methods import METHODS
+from hyperfunc.transforms._methods import METHODS
 
 F64 = torch.float64
 A = torch.tensor([[1.0, 0.2, 0.0], [0.2, 0.9, 0.1], [0.0, 0.1, 1.1]], dtype=F64)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hyperfunc as hf
 from hyperfunc import linear_solvers
-from hyperfunc._methods import METHODS
+from hyperfunc.transforms._methods import METHODS
 
 TASKS = torch.stack([H, 2 * H])
 

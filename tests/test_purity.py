@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
-from hyperfunc._methods import METHODS
+from hyperfunc.transforms._methods import METHODS
 
 # torch compiles its rules for forward mode by a deprecated function when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

@@ -13,8 +13,6 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.random_vectors import random_signs
 from hyperfunc._engine.results import RESULTS, HypergradError
-from hyperfunc._hypergrad import hypergrad_and_solution
-from hyperfunc._methods import is_implicit, resolve_method
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition, make_condition
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.unsupported import explained
@@ -30,6 +28,8 @@ from hyperfunc.inner_solvers import IterativeSolver
 from hyperfunc.iterative import Reverse, ReverseUnroll
 from hyperfunc.linear_solvers import CG, Auto, Dense, FixedPoint, Neumann, Nystrom, PipelinedCG
 from hyperfunc.linear_solvers._spectrum import spectral_radius
+from hyperfunc.transforms._hypergrad import hypergrad_and_solution
+from hyperfunc.transforms._methods import is_implicit, resolve_method
 
 
 class Causes(NamedTuple):

@@ -12,7 +12,6 @@ from torch import Tensor
 from hyperfunc._compile.compiler import Compiler, applies
 from hyperfunc._engine import trees
 from hyperfunc._engine.results import Solution, SolveStats
-from hyperfunc._methods import is_implicit
 from hyperfunc._rule.conditions import Arguments, Condition, make_condition
 from hyperfunc._rule.error_bound import ErrorBound, error_bound
 from hyperfunc._rule.implicit import (
@@ -28,6 +27,7 @@ from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.captured import refuse_captured_tensors
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.linear_solvers import StochasticAID
+from hyperfunc.transforms._methods import is_implicit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

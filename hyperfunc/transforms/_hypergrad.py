@@ -10,10 +10,7 @@ from torch import Tensor
 
 from hyperfunc._compile.compiler import Backend, Compiler, check_backend
 from hyperfunc._engine.results import Solution
-from hyperfunc._hypergradient import Hypergradient, make_rule
-from hyperfunc._methods import is_implicit, resolve_method
 from hyperfunc._rule.error_bound import ErrorBound
-from hyperfunc._transformed import Transformed
 from hyperfunc._types import (
     HypergradFunction,
     HypergradOptions,
@@ -25,6 +22,9 @@ from hyperfunc._types import (
 )
 from hyperfunc.inner_solvers import IterativeSolver
 from hyperfunc.linear_solvers import StochasticAID
+from hyperfunc.transforms._evaluation import Hypergradient, make_rule
+from hyperfunc.transforms._methods import is_implicit, resolve_method
+from hyperfunc.transforms._transformed_solver import Transformed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
