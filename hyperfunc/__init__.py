@@ -6,12 +6,8 @@ from hyperfunc._rule.error_bound import ErrorBound, HypergradBound
 from hyperfunc._task_map import task_map
 from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, diagnose
 from hyperfunc.equilibrium import EquilibriumLayer, jacobian_frobenius_squared
-from hyperfunc.inner_solvers import (
-    gradient_descent_map,
-    iterate,
-    minimize,
-    proximal_gradient_map,
-)
+from hyperfunc.inner_solvers import gradient_descent_map, iterate, minimize, proximal_gradient_map
+from hyperfunc.inner_solvers._proximal import proximal
 from hyperfunc.iterative import ForwardMode, Reverse, ReverseUnroll, checkpoint
 from hyperfunc.linear_solvers import (
     CG,
@@ -34,7 +30,6 @@ from hyperfunc.linear_solvers import (
     StochasticAID,
 )
 from hyperfunc.modules import assign_grads, functional, module_map
-from hyperfunc.proximal import proximal
 from hyperfunc.transforms._hypergrad import (
     hypergrad,
     hypergrad_and_solution,

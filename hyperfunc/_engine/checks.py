@@ -28,3 +28,11 @@ def check_scalar(value: Any, name: str) -> Tensor:
             f"{name} returned a scalar of dtype {value.dtype}; expected a floating-point scalar"
         )
     return value
+
+
+def check_callable(value: Any, name: str, signature: str) -> None:
+    """Raise unless a value is callable; the signature is what it should have."""
+    if not callable(value):
+        raise TypeError(
+            f"{name} is {value!r} of type {type(value).__name__}; expected a function {signature}"
+        )

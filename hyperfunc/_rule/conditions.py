@@ -28,8 +28,8 @@ from hyperfunc._engine.checks import check_scalar
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves
+from hyperfunc.inner_solvers._proximal import ProximalLoss
 from hyperfunc.linear_solvers import LinearOperator
-from hyperfunc.proximal import ProximalLoss
 
 KINDS = ("fixed_point", "inner_loss", "optimality")
 

@@ -1,51 +1,21 @@
-"""Inner solvers built from a step or from an optimiser: ``(hparams, *args) -> params``."""
+"""Solvers that repeat a step of a map or of an optimiser."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from hyperfunc import optim
 from hyperfunc._compile.compiler import Backend, Compiler, applies, check_backend
 from hyperfunc._engine import trees
-from hyperfunc._engine.checks import check_scalar
-from hyperfunc._torch import autodiff, batching, tracking
+from hyperfunc._engine.checks import check_callable
+from hyperfunc._torch import batching, tracking
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
-from hyperfunc.optim._base import Pull
+from hyperfunc.inner_solvers._steps import _LONGEST_BLOCK, DescentStep, FlatStep, MapStep, Step
 from hyperfunc.optim._leafwise import Leafwise
-from hyperfunc.prox import check_prox
-from hyperfunc.proximal import ProximalLoss
-
-# Steps that are compiled as one, at most: the time of compiling grows with them.
-_LONGEST_BLOCK = 4
-
-Coefficient = float | Tensor | Callable[[TensorTree], Any]
-"""A number, a 0-d tensor, or a function of the hparams that returns one of them."""
-
-
-FlatStep = Callable[[Leaves, Leaves, tuple[Any, ...]], tuple[Leaves, Leaves]]
-"""``(params, memory, further arguments) -> (next params, next memory)``, all of them leaves."""
-
-
-class Step(Protocol):
-    """One step of an inner solver, with what it remembers from one step to the next."""
-
-    def remember(self, params: TensorTree, /) -> TensorTree:
-        """The memory before the first step."""
-        ...
-
-    def bind(
-        self,
-        specs: tuple[trees.TreeSpec, trees.TreeSpec],
-        like: Leaves,
-        hparams: TensorTree,
-        args: tuple[Any, ...],
-    ) -> FlatStep:
-        """The step at given arguments, for params and memory of given structures."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +54,7 @@ class IterativeSolver:
         return (
             self.num_steps > 0
             and self.compiler is None
-            and isinstance(self.step, _DescentStep)
+            and isinstance(self.step, DescentStep)
             and isinstance(self.step.optimizer.update, Leafwise)
         )
 
@@ -160,9 +130,9 @@ def iterate(
         >>> solver(torch.tensor(0.5), torch.tensor([1.0, 2.0]))
         tensor([2., 4.])
     """
-    _check_callable(step, "step", "(params, hparams, *args) -> params")
+    check_callable(step, "step", "(params, hparams, *args) -> params")
     condition = ("fixed_point", step) if inputs is None else None
-    return _build(_MapStep(step), num_steps, init, inputs, rtol, atol, condition, compile)
+    return _build(MapStep(step), num_steps, init, inputs, rtol, atol, condition, compile)
 
 
 def minimize(
@@ -217,83 +187,11 @@ def minimize(
         >>> solver(torch.tensor([1.0, 2.0]))
         tensor([1.0000, 2.0000])
     """
-    _check_callable(inner_loss, "inner_loss", "(params, hparams, *args) -> scalar")
+    check_callable(inner_loss, "inner_loss", "(params, hparams, *args) -> scalar")
     optim.check_optimizer(optimizer, "minimize")
     condition = ("inner_loss", inner_loss) if inputs is None else None
-    step = _DescentStep(inner_loss, optimizer)
+    step = DescentStep(inner_loss, optimizer)
     return _build(step, num_steps, init, inputs, rtol, atol, condition, compile)
-
-
-def gradient_descent_map(inner_loss: Loss, lr: Coefficient) -> ParamsFunction:
-    r"""The fixed-point map of gradient descent.
-
-    $$\varphi(w, \lambda, \ldots) = w - \eta(\lambda)\, \nabla_w \ell(w, \lambda, \ldots)$$
-
-    Args:
-        inner_loss: ``(params, hparams, *args) -> scalar``, pure.
-        lr: the step size $\eta$: a number, a 0-d tensor, or a function of the hparams.
-
-    Returns:
-        The map ``(params, hparams, *args) -> params``.
-
-    Raises:
-        TypeError: if ``inner_loss`` is not a function.
-
-    Example:
-        >>> phi = hf.gradient_descent_map(lambda w, h: h * (w**2).sum(), lr=0.25)
-        >>> phi(torch.tensor([2.0, 4.0]), torch.tensor(1.0))
-        tensor([1., 2.])
-    """
-    _check_callable(inner_loss, "inner_loss", "(params, hparams, *args) -> scalar")
-    return _GradientDescentMap(inner_loss, lr)
-
-
-def proximal_gradient_map(
-    loss: Loss, prox: Callable[..., TensorTree], lr: Coefficient
-) -> ParamsFunction:
-    r"""The fixed-point map of proximal gradient descent, for constraints and non-smooth terms.
-
-    $$\varphi(w, \lambda, \ldots) = \mathrm{prox}_{\eta g}\big(w - \eta(\lambda)\, \nabla_w \ell(w,
-    \lambda, \ldots)\big)$$
-
-    Its fixed points minimise $\ell + g$ for convex $g$; where $g$ is the indicator of a set, $\ell$
-    over that set. Iterate it with `iterate`, or give it as ``fixed_point=`` for a solution found by
-    other means. Its operator is not symmetric, so `CG` does not apply: `GMRES`, `NormalCG` and
-    `FixedPoint` do. The solution has a kink where the set of zeros (or of active constraints)
-    changes; everywhere else the hypergradient is exact, as the derivative on that set.
-
-    Args:
-        loss: ``(params, hparams, *args) -> scalar``, the smooth part $\ell$, pure.
-        prox: ``(params, hparams, lr) -> params``, the proximal operator of $g$; see
-            `hyperfunc.prox`.
-        lr: the step size $\eta$, below 2 over the largest curvature of the loss: a number, a 0-d
-            tensor, or a function of the hparams. The operator gets its value.
-
-    Returns:
-        The map ``(params, hparams, *args) -> params``.
-
-    Raises:
-        TypeError: if ``loss`` or ``prox`` is not a function, or ``prox`` is a function of
-            `hyperfunc.prox` that was not called.
-
-    Example:
-        The lasso, and the derivative of its solution with respect to the regulariser:
-
-        >>> X, y = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([3.0, 0.5])
-        >>> def loss(w, log_reg):
-        ...     return 0.5 * ((X @ w - y) ** 2).sum()
-        >>> phi = hf.proximal_gradient_map(loss, hf.prox.l1(lambda log_reg: log_reg.exp()), lr=0.2)
-        >>> solver = hf.iterate(phi, 50, init=lambda log_reg: torch.zeros(2))
-        >>> solve = hf.implicit_diff(solver, method="gmres")
-        >>> solve(torch.tensor(0.0)), torch.func.jacrev(solve)(torch.tensor(0.0))
-        (tensor([1.2500, 0.0000]), tensor([-0.2500, 0.0000]))
-
-    References:
-        Bertrand et al., Implicit differentiation of Lasso-type models for hyperparameter
-        optimization, 2020, arXiv 2002.08943.
-    """
-    _check_callable(loss, "loss", "(params, hparams, *args) -> scalar")
-    return _ProximalGradientMap(loss, check_prox(prox, "proximal_gradient_map"), lr)
 
 
 class FlatSteps:
@@ -437,150 +335,6 @@ def unbind(inputs: TensorTree, num_steps: int) -> Iterable[tuple[Any, ...]]:
     return ((trees.unflatten(spec, row),) for row in rows)
 
 
-@dataclass(frozen=True, eq=False)
-class _MapStep:
-    fixed_point: ParamsFunction
-
-    def remember(self, params: TensorTree, /) -> TensorTree:
-        return ()
-
-    def bind(
-        self,
-        specs: tuple[trees.TreeSpec, trees.TreeSpec],
-        like: Leaves,
-        hparams: TensorTree,
-        args: tuple[Any, ...],
-    ) -> FlatStep:
-        def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
-            params = self.fixed_point(trees.unflatten(specs[0], leaves), hparams, *args, *extra)
-            return _checked(params, leaves, specs[0], "the step's result", "params"), memory
-
-        return step
-
-
-@dataclass(frozen=True, eq=False)
-class _DescentStep:
-    inner_loss: Loss
-    optimizer: optim.Optimizer
-
-    def remember(self, params: TensorTree, /) -> TensorTree:
-        return self.optimizer.init(params)
-
-    def bind(
-        self,
-        specs: tuple[trees.TreeSpec, trees.TreeSpec],
-        like: Leaves,
-        hparams: TensorTree,
-        args: tuple[Any, ...],
-    ) -> FlatStep:
-        loss, spec = self.inner_loss, specs[0]
-        pull = None
-        if isinstance(loss, ProximalLoss):
-            center = loss.center_at(hparams, like, spec)
-            pull = Pull(loss.weight_at(hparams), center)
-            loss = loss.loss
-        update = self._update(specs, like, hparams)
-        tracked = tracking.is_tracked(trees.flatten((hparams, args))[0])
-
-        def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
-            def value(*flat: Tensor) -> Tensor:
-                result = loss(trees.unflatten(spec, flat), hparams, *args, *extra)
-                return check_scalar(result, "inner_loss")
-
-            row = trees.flatten(extra)[0] if extra else ()
-            recorded = tracked or tracking.is_tracked((*leaves, *row))
-            grads = autodiff.gradient(value, leaves, create_graph=recorded)
-            return update(leaves, grads, memory, pull)
-
-        return step
-
-    def _update(
-        self, specs: tuple[trees.TreeSpec, trees.TreeSpec], like: Leaves, hparams: TensorTree
-    ) -> Callable[..., tuple[Leaves, Leaves]]:
-        bind = getattr(self.optimizer.update, "bind", None)
-        if bind is not None:
-            update: Callable[..., tuple[Leaves, Leaves]] = bind(like, specs[0], hparams)
-            return update
-
-        def by_trees(
-            leaves: Leaves, grads: Leaves, memory: Leaves, pull: Pull | None
-        ) -> tuple[Leaves, Leaves]:
-            if pull is not None:
-                reuse = pull.may_overwrite(leaves, grads)
-                grads = tuple(
-                    pull.add(grad, leaf, i, reuse)
-                    for i, (grad, leaf) in enumerate(zip(grads, leaves, strict=True))
-                )
-            params, state = self.optimizer.update(
-                trees.unflatten(specs[0], grads),
-                trees.unflatten(specs[1], memory),
-                trees.unflatten(specs[0], leaves),
-                hparams,
-            )
-            return (
-                _checked(params, leaves, specs[0], "the step's result", "params"),
-                _checked(state, memory, specs[1], "the optimizer's new state", "state"),
-            )
-
-        return by_trees
-
-
-@dataclass(frozen=True, eq=False)
-class _GradientDescentMap:
-    inner_loss: Loss
-    lr: Coefficient
-
-    def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree:
-        lr = self.lr(hparams) if callable(self.lr) else self.lr
-        return _descend(self.inner_loss, lr, params, hparams, args)
-
-
-@dataclass(frozen=True, eq=False)
-class _ProximalGradientMap:
-    loss: Loss
-    prox: Callable[..., TensorTree]
-    lr: Coefficient
-
-    def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree:
-        lr = self.lr(hparams) if callable(self.lr) else self.lr
-        return self.prox(_descend(self.loss, lr, params, hparams, args), hparams, lr)
-
-
-def _descend(
-    loss: Loss, lr: Any, params: TensorTree, hparams: TensorTree, args: tuple[Any, ...]
-) -> TensorTree:
-    leaves, spec = trees.flatten(params)
-    grads, _ = trees.flatten(_gradient(loss, params, hparams, args))
-    return trees.unflatten(spec, trees.axpy(-lr, tuple(grads), tuple(leaves)))
-
-
-def _gradient(
-    loss: Loss, params: TensorTree, hparams: TensorTree, args: tuple[Any, ...]
-) -> TensorTree:
-    leaves, spec = trees.flatten_floating(params, "params")
-    differentiated = loss.loss if isinstance(loss, ProximalLoss) else loss
-
-    def value(*flat: Tensor) -> Tensor:
-        result = differentiated(trees.unflatten(spec, flat), hparams, *args)
-        return check_scalar(result, "inner_loss")
-
-    tracked = tracking.is_tracked(trees.flatten((params, hparams, args))[0])
-    grads = autodiff.gradient(value, leaves, create_graph=tracked)
-    if isinstance(loss, ProximalLoss):
-        offset = trees.sub(leaves, loss.center_at(hparams, leaves, spec))
-        weight = loss.weight_at(hparams)
-        grads = trees.axpy(weight, offset, grads, out=trees.reusable(offset, grads))
-    return trees.unflatten(spec, grads)
-
-
-def _checked(
-    tree: TensorTree, like: Leaves, like_spec: trees.TreeSpec, what: str, root: str
-) -> Leaves:
-    leaves, spec = trees.flatten(tree)
-    trees.check_like(leaves, spec, like, like_spec, what, root)
-    return tuple(leaves)
-
-
 def _build(
     step: Step,
     num_steps: int,
@@ -595,7 +349,7 @@ def _build(
         raise TypeError(f"num_steps is {num_steps!r}; expected an integer, 0 or more")
     if num_steps < 0:
         raise ValueError(f"num_steps is {num_steps}; expected 0 or more")
-    _check_callable(init, "init", "(hparams, *args) -> params")
+    check_callable(init, "init", "(hparams, *args) -> params")
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None and not value >= 0:
             raise ValueError(f"{name} is {value!r}; expected a number, 0 or more")
@@ -604,13 +358,6 @@ def _build(
     backend = check_backend(compile)
     solver = IterativeSolver(step, num_steps, init, inputs, rtol or 0.0, atol or 0.0, condition)
     return solver if backend is None else solver.compiled(backend)
-
-
-def _check_callable(value: Any, name: str, signature: str) -> None:
-    if not callable(value):
-        raise TypeError(
-            f"{name} is {value!r} of type {type(value).__name__}; expected a function {signature}"
-        )
 
 
 def _check_inputs(inputs: TensorTree, num_steps: int) -> None:

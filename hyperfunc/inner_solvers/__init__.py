@@ -1,0 +1,19 @@
+"""Inner solvers built from a step or from an optimiser: ``(hparams, *args) -> params``.
+
+May import ``optim``, ``prox``, ``_compile`` and what these stand on. A new kind of step is a class
+with ``remember`` and ``bind`` in ``_steps``.
+"""
+
+from hyperfunc.inner_solvers._maps import gradient_descent_map, proximal_gradient_map
+from hyperfunc.inner_solvers._proximal import ProximalLoss, proximal
+from hyperfunc.inner_solvers._solvers import IterativeSolver, iterate, minimize
+
+__all__ = [
+    "IterativeSolver",
+    "ProximalLoss",
+    "gradient_descent_map",
+    "iterate",
+    "minimize",
+    "proximal",
+    "proximal_gradient_map",
+]

@@ -1,0 +1,139 @@
+"""Fixed-point maps of gradient descent and of proximal gradient descent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_callable, check_scalar
+from hyperfunc._torch import autodiff, tracking
+from hyperfunc._types import Loss, ParamsFunction, TensorTree
+from hyperfunc.inner_solvers._proximal import ProximalLoss
+from hyperfunc.prox import check_prox
+
+Coefficient = float | Tensor | Callable[[TensorTree], Any]
+"""A number, a 0-d tensor, or a function of the hparams that returns one of them."""
+
+
+def gradient_descent_map(inner_loss: Loss, lr: Coefficient) -> ParamsFunction:
+    r"""The fixed-point map of gradient descent.
+
+    $$\varphi(w, \lambda, \ldots) = w - \eta(\lambda)\, \nabla_w \ell(w, \lambda, \ldots)$$
+
+    Args:
+        inner_loss: ``(params, hparams, *args) -> scalar``, pure.
+        lr: the step size $\eta$: a number, a 0-d tensor, or a function of the hparams.
+
+    Returns:
+        The map ``(params, hparams, *args) -> params``.
+
+    Raises:
+        TypeError: if ``inner_loss`` is not a function.
+
+    Example:
+        >>> phi = hf.gradient_descent_map(lambda w, h: h * (w**2).sum(), lr=0.25)
+        >>> phi(torch.tensor([2.0, 4.0]), torch.tensor(1.0))
+        tensor([1., 2.])
+    """
+    check_callable(inner_loss, "inner_loss", "(params, hparams, *args) -> scalar")
+    return _GradientDescentMap(inner_loss, lr)
+
+
+def proximal_gradient_map(
+    loss: Loss, prox: Callable[..., TensorTree], lr: Coefficient
+) -> ParamsFunction:
+    r"""The fixed-point map of proximal gradient descent, for constraints and non-smooth terms.
+
+    $$\varphi(w, \lambda, \ldots) = \mathrm{prox}_{\eta g}\big(w - \eta(\lambda)\, \nabla_w \ell(w,
+    \lambda, \ldots)\big)$$
+
+    Its fixed points minimise $\ell + g$ for convex $g$; where $g$ is the indicator of a set, $\ell$
+    over that set. Iterate it with `iterate`, or give it as ``fixed_point=`` for a solution found by
+    other means. Its operator is not symmetric, so `CG` does not apply: `GMRES`, `NormalCG` and
+    `FixedPoint` do. The solution has a kink where the set of zeros (or of active constraints)
+    changes; everywhere else the hypergradient is exact, as the derivative on that set.
+
+    Args:
+        loss: ``(params, hparams, *args) -> scalar``, the smooth part $\ell$, pure.
+        prox: ``(params, hparams, lr) -> params``, the proximal operator of $g$; see
+            `hyperfunc.prox`.
+        lr: the step size $\eta$, below 2 over the largest curvature of the loss: a number, a 0-d
+            tensor, or a function of the hparams. The operator gets its value.
+
+    Returns:
+        The map ``(params, hparams, *args) -> params``.
+
+    Raises:
+        TypeError: if ``loss`` or ``prox`` is not a function, or ``prox`` is a function of
+            `hyperfunc.prox` that was not called.
+
+    Example:
+        The lasso, and the derivative of its solution with respect to the regulariser:
+
+        >>> X, y = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([3.0, 0.5])
+        >>> def loss(w, log_reg):
+        ...     return 0.5 * ((X @ w - y) ** 2).sum()
+        >>> phi = hf.proximal_gradient_map(loss, hf.prox.l1(lambda log_reg: log_reg.exp()), lr=0.2)
+        >>> solver = hf.iterate(phi, 50, init=lambda log_reg: torch.zeros(2))
+        >>> solve = hf.implicit_diff(solver, method="gmres")
+        >>> solve(torch.tensor(0.0)), torch.func.jacrev(solve)(torch.tensor(0.0))
+        (tensor([1.2500, 0.0000]), tensor([-0.2500, 0.0000]))
+
+    References:
+        Bertrand et al., Implicit differentiation of Lasso-type models for hyperparameter
+        optimization, 2020, arXiv 2002.08943.
+    """
+    check_callable(loss, "loss", "(params, hparams, *args) -> scalar")
+    return _ProximalGradientMap(loss, check_prox(prox, "proximal_gradient_map"), lr)
+
+
+@dataclass(frozen=True, eq=False)
+class _GradientDescentMap:
+    inner_loss: Loss
+    lr: Coefficient
+
+    def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree:
+        lr = self.lr(hparams) if callable(self.lr) else self.lr
+        return _descend(self.inner_loss, lr, params, hparams, args)
+
+
+@dataclass(frozen=True, eq=False)
+class _ProximalGradientMap:
+    loss: Loss
+    prox: Callable[..., TensorTree]
+    lr: Coefficient
+
+    def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree:
+        lr = self.lr(hparams) if callable(self.lr) else self.lr
+        return self.prox(_descend(self.loss, lr, params, hparams, args), hparams, lr)
+
+
+def _descend(
+    loss: Loss, lr: Any, params: TensorTree, hparams: TensorTree, args: tuple[Any, ...]
+) -> TensorTree:
+    leaves, spec = trees.flatten(params)
+    grads, _ = trees.flatten(_gradient(loss, params, hparams, args))
+    return trees.unflatten(spec, trees.axpy(-lr, tuple(grads), tuple(leaves)))
+
+
+def _gradient(
+    loss: Loss, params: TensorTree, hparams: TensorTree, args: tuple[Any, ...]
+) -> TensorTree:
+    leaves, spec = trees.flatten_floating(params, "params")
+    differentiated = loss.loss if isinstance(loss, ProximalLoss) else loss
+
+    def value(*flat: Tensor) -> Tensor:
+        result = differentiated(trees.unflatten(spec, flat), hparams, *args)
+        return check_scalar(result, "inner_loss")
+
+    tracked = tracking.is_tracked(trees.flatten((params, hparams, args))[0])
+    grads = autodiff.gradient(value, leaves, create_graph=tracked)
+    if isinstance(loss, ProximalLoss):
+        offset = trees.sub(leaves, loss.center_at(hparams, leaves, spec))
+        weight = loss.weight_at(hparams)
+        grads = trees.axpy(weight, offset, grads, out=trees.reusable(offset, grads))
+    return trees.unflatten(spec, grads)

@@ -1,0 +1,137 @@
+"""Steps of inner solvers, and steps on flat states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from hyperfunc import optim
+from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_scalar
+from hyperfunc._torch import autodiff, tracking
+from hyperfunc._types import Leaves, Loss, ParamsFunction, TensorTree
+from hyperfunc.inner_solvers._proximal import ProximalLoss
+from hyperfunc.optim._base import Pull
+
+# Steps that are compiled as one, at most: the time of compiling grows with them.
+_LONGEST_BLOCK = 4
+
+FlatStep = Callable[[Leaves, Leaves, tuple[Any, ...]], tuple[Leaves, Leaves]]
+"""``(params, memory, further arguments) -> (next params, next memory)``, all of them leaves."""
+
+
+class Step(Protocol):
+    """One step of an inner solver, with what it remembers from one step to the next."""
+
+    def remember(self, params: TensorTree, /) -> TensorTree:
+        """The memory before the first step."""
+        ...
+
+    def bind(
+        self,
+        specs: tuple[trees.TreeSpec, trees.TreeSpec],
+        like: Leaves,
+        hparams: TensorTree,
+        args: tuple[Any, ...],
+    ) -> FlatStep:
+        """The step at given arguments, for params and memory of given structures."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class MapStep:
+    fixed_point: ParamsFunction
+
+    def remember(self, params: TensorTree, /) -> TensorTree:
+        return ()
+
+    def bind(
+        self,
+        specs: tuple[trees.TreeSpec, trees.TreeSpec],
+        like: Leaves,
+        hparams: TensorTree,
+        args: tuple[Any, ...],
+    ) -> FlatStep:
+        def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
+            params = self.fixed_point(trees.unflatten(specs[0], leaves), hparams, *args, *extra)
+            return _checked(params, leaves, specs[0], "the step's result", "params"), memory
+
+        return step
+
+
+@dataclass(frozen=True, eq=False)
+class DescentStep:
+    inner_loss: Loss
+    optimizer: optim.Optimizer
+
+    def remember(self, params: TensorTree, /) -> TensorTree:
+        return self.optimizer.init(params)
+
+    def bind(
+        self,
+        specs: tuple[trees.TreeSpec, trees.TreeSpec],
+        like: Leaves,
+        hparams: TensorTree,
+        args: tuple[Any, ...],
+    ) -> FlatStep:
+        loss, spec = self.inner_loss, specs[0]
+        pull = None
+        if isinstance(loss, ProximalLoss):
+            center = loss.center_at(hparams, like, spec)
+            pull = Pull(loss.weight_at(hparams), center)
+            loss = loss.loss
+        update = self._update(specs, like, hparams)
+        tracked = tracking.is_tracked(trees.flatten((hparams, args))[0])
+
+        def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
+            def value(*flat: Tensor) -> Tensor:
+                result = loss(trees.unflatten(spec, flat), hparams, *args, *extra)
+                return check_scalar(result, "inner_loss")
+
+            row = trees.flatten(extra)[0] if extra else ()
+            recorded = tracked or tracking.is_tracked((*leaves, *row))
+            grads = autodiff.gradient(value, leaves, create_graph=recorded)
+            return update(leaves, grads, memory, pull)
+
+        return step
+
+    def _update(
+        self, specs: tuple[trees.TreeSpec, trees.TreeSpec], like: Leaves, hparams: TensorTree
+    ) -> Callable[..., tuple[Leaves, Leaves]]:
+        bind = getattr(self.optimizer.update, "bind", None)
+        if bind is not None:
+            update: Callable[..., tuple[Leaves, Leaves]] = bind(like, specs[0], hparams)
+            return update
+
+        def by_trees(
+            leaves: Leaves, grads: Leaves, memory: Leaves, pull: Pull | None
+        ) -> tuple[Leaves, Leaves]:
+            if pull is not None:
+                reuse = pull.may_overwrite(leaves, grads)
+                grads = tuple(
+                    pull.add(grad, leaf, i, reuse)
+                    for i, (grad, leaf) in enumerate(zip(grads, leaves, strict=True))
+                )
+            params, state = self.optimizer.update(
+                trees.unflatten(specs[0], grads),
+                trees.unflatten(specs[1], memory),
+                trees.unflatten(specs[0], leaves),
+                hparams,
+            )
+            return (
+                _checked(params, leaves, specs[0], "the step's result", "params"),
+                _checked(state, memory, specs[1], "the optimizer's new state", "state"),
+            )
+
+        return by_trees
+
+
+def _checked(
+    tree: TensorTree, like: Leaves, like_spec: trees.TreeSpec, what: str, root: str
+) -> Leaves:
+    leaves, spec = trees.flatten(tree)
+    trees.check_like(leaves, spec, like, like_spec, what, root)
+    return tuple(leaves)
