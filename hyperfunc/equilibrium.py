@@ -16,7 +16,8 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.results import SolveStats
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._types import TensorTree
-from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson, raise_unless_solved
+from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson
+from hyperfunc.fixed_point_solvers._base import raise_unless_solved
 from hyperfunc.inner_solvers import iterate
 from hyperfunc.iterative import Reverse, ReverseUnroll
 from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver

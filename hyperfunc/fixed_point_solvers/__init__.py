@@ -1,0 +1,23 @@
+r"""Solvers of fixed-point problems ``z = f(z, hparams, *args)`` on trees of any layout.
+
+Each is a small frozen object, called as ``solver(fixed_point, init, hparams, *args)``, which
+returns the solution and `hyperfunc.SolveStats`. It stops when
+
+.. math:: \| f(z) - z \| \le \max(\text{rtol} \, \| f(z) \|, \, \text{atol})
+
+and returns the iterate :math:`z` that this was measured at. The norm is over all leaves. With
+``batch_dim`` each index of that dimension is a sample, with its own norm, stop and statistics, as
+each task is under ``torch.func.vmap``: a sample that has converged keeps its iterate, bit by bit,
+while the others go on. A sample that has not converged gets its iterate with the smallest residual.
+
+May import the rule and the linear solvers, and what these stand on. A new solver is a frozen
+dataclass in a module of its own, whose iteration maps a point to the next one.
+"""
+
+from hyperfunc.fixed_point_solvers._anderson import Anderson
+from hyperfunc.fixed_point_solvers._base import AbstractFixedPointSolver
+from hyperfunc.fixed_point_solvers._broyden import Broyden
+from hyperfunc.fixed_point_solvers._newton import Newton
+from hyperfunc.fixed_point_solvers._picard import Picard
+
+__all__ = ["AbstractFixedPointSolver", "Anderson", "Broyden", "Newton", "Picard"]

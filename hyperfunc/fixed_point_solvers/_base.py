@@ -1,0 +1,349 @@
+"""What the fixed-point solvers have in common: the call, the loop, and how states are laid out."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, of_tasks
+from hyperfunc._torch import batching, sharding
+from hyperfunc._types import InnerSolver, Leaves, ParamsFunction, TensorTree
+from hyperfunc.linear_solvers._base import check_settings
+
+# A residual this many times the best one makes a method with a memory start anew from there.
+_GROWTH = 10.0
+
+
+class AbstractFixedPointSolver(abc.ABC):
+    """What every fixed-point solver provides: the call, and `inner_solver`.
+
+    A subclass is final: a frozen dataclass of its settings with one method that is private.
+    """
+
+    maxiter: int
+    rtol: float | None
+    atol: float
+    batch_dim: int | None
+    throw: bool
+
+    def __call__(
+        self, fixed_point: ParamsFunction, init: TensorTree, hparams: TensorTree, /, *args: Any
+    ) -> tuple[TensorTree, SolveStats]:
+        """Solve ``z = fixed_point(z, hparams, *args)``.
+
+        A pure function; what autograd records of it are the steps. For the derivatives of the
+        solution itself use `inner_solver` with `hyperfunc.implicit_diff`.
+
+        Args:
+            fixed_point: ``(params, hparams, *args) -> tree like params``.
+            init: where to start: the solution for similar ``hparams`` saves steps.
+            hparams: passed on to ``fixed_point``.
+            args: passed on to ``fixed_point``.
+
+        Returns:
+            The solution, a tree like ``init``, and its `hyperfunc.SolveStats`: steps taken (the map
+            is evaluated once more, to measure the last one), residual norm of the solution, and
+            result. With ``batch_dim`` they have shape ``(batch,)``.
+
+        Raises:
+            HypergradError: for non-finite values and divergence, with ``throw``.
+            TypeError: if a leaf of ``init`` is not a floating-point tensor.
+            ValueError: if the map changes structure, shape, dtype or device, or leaves have no
+                common batch dimension.
+        """
+        layout = RowLayout.make(init, self.batch_dim)
+        apply = FlatMap(fixed_point, layout.spec, hparams, args)
+        rows, stats = _solve(self, self._iteration(layout, apply), layout)
+        if self.throw:
+            raise_unless_solved(self, stats)
+        if self.batch_dim is None:
+            stats = SolveStats(*(field[0] for field in stats))
+        return trees.unflatten(layout.spec, layout.unpack(rows)), stats
+
+    def inner_solver(
+        self, fixed_point: ParamsFunction, *, init: InnerSolver
+    ) -> FixedPointInnerSolver:
+        """An inner solver ``(hparams, *args) -> params`` that carries its condition.
+
+        Args:
+            fixed_point: ``(params, hparams, *args) -> tree like params``.
+            init: ``(hparams, *args) -> params``, where the solver starts.
+
+        Returns:
+            The inner solver, for `hyperfunc.hypergrad` and `hyperfunc.implicit_diff`, which then
+            need no ``fixed_point=``.
+
+        Example:
+            >>> solve = hf.fixed_point_solvers.Anderson().inner_solver(
+            ...     lambda z, h: torch.cos(h * z), init=lambda h: torch.zeros_like(h)
+            ... )
+            >>> torch.func.grad(hf.implicit_diff(solve, method="gmres"))(torch.tensor(1.0))
+            tensor(-0.2975)
+        """
+        for name, value in (("fixed_point", fixed_point), ("init", init)):
+            if not callable(value):
+                raise TypeError(
+                    f"{name} is {value!r} of type {type(value).__name__}; expected a function"
+                )
+        return FixedPointInnerSolver(self, fixed_point, init)
+
+    @abc.abstractmethod
+    def _iteration(self, layout: RowLayout, apply: FlatMap) -> Iteration:
+        """What the solver does in one call."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FixedPointInnerSolver:
+    """An inner solver made by `AbstractFixedPointSolver.inner_solver`.
+
+    Attributes:
+        solver: the fixed-point solver.
+        fixed_point: the map that it solves.
+        init: ``(hparams, *args) -> params``, where it starts.
+    """
+
+    solver: AbstractFixedPointSolver
+    fixed_point: ParamsFunction
+    init: InnerSolver
+
+    @property
+    def condition(self) -> tuple[str, ParamsFunction]:
+        """What the solution satisfies, for `hypergrad`."""
+        return ("fixed_point", self.fixed_point)
+
+    def __call__(self, hparams: TensorTree, /, *args: Any) -> TensorTree:
+        """The solution."""
+        return self.solver(self.fixed_point, self.init(hparams, *args), hparams, *args)[0]
+
+
+def raise_unless_solved(
+    solver: AbstractFixedPointSolver, stats: SolveStats, *, finished: bool = False
+) -> None:
+    """Raise if a solve failed, or with ``finished`` if it only stopped at its step limit.
+
+    The message says why, and for which of the samples of all batch and vmap dimensions.
+    """
+    accepted = RESULTS.success if finished else RESULTS.max_steps
+    failed = stats.result > int(accepted)
+    if not batching.any_true(failed.sum()):
+        return
+    code = next(
+        code
+        for code in RESULTS
+        if code > accepted and batching.count_true((stats.result == int(code)).sum())
+    )
+    raise HypergradError(
+        f"the fixed-point solve with {solver!r} failed{of_tasks(failed, 'samples')}: "
+        f"{_ADVICE[code]}. Pass throw=False to get the best iterates and the result codes instead"
+    )
+
+
+_ADVICE = {
+    RESULTS.max_steps: "the tolerance was not reached. Raise maxiter or rtol, start closer, or "
+    "take a solver that needs fewer steps (Anderson, Broyden, Newton)",
+    RESULTS.nonfinite: "non-finite values (NaN or Inf) appeared. Check the start and the inputs, "
+    "or bound the map",
+    RESULTS.divergence: "the residual grew instead of shrinking: the map is no contraction there. "
+    "Take Anderson, Broyden or Newton, start closer, or bound the map's Lipschitz constant "
+    "(torch.nn.utils.parametrizations.spectral_norm)",
+}
+
+
+class Point(NamedTuple):
+    """Iterates as rows, one a sample, with the values of the map and the residual norms there."""
+
+    z: Tensor
+    value: Tensor
+    norm: Tensor
+
+    @property
+    def residual(self) -> Tensor:
+        return self.value - self.z
+
+
+class Iteration(Protocol):
+    """The steps of one solve: the map, and from a point the next iterate; holds the memory."""
+
+    @property
+    def memory(self) -> int | None:
+        """After how many steps it may have to start anew; None if it has no memory."""
+        ...
+
+    def apply(self, leaves: Leaves, /) -> Leaves:
+        """The map on flat trees."""
+        ...
+
+    def advance(self, point: Point, active: Tensor, restart: Tensor) -> Tensor:
+        """The next iterates; samples to ``restart`` have no memory any more."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FlatMap:
+    """The user's map on flat trees."""
+
+    fixed_point: ParamsFunction
+    spec: trees.TreeSpec
+    hparams: TensorTree
+    args: tuple[Any, ...]
+
+    def __call__(self, leaves: Leaves) -> Leaves:
+        output = self.fixed_point(trees.unflatten(self.spec, leaves), self.hparams, *self.args)
+        values, spec = trees.flatten(output)
+        trees.check_like(values, spec, leaves, self.spec, "the output of fixed_point", "params")
+        return tuple(values)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowLayout:
+    """How the leaves of a tree are laid out as a matrix with one row a sample."""
+
+    init: Leaves
+    spec: trees.TreeSpec
+    batch_dim: int | None
+    num_rows: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def make(init: TensorTree, batch_dim: int | None) -> RowLayout:
+        leaves, spec = trees.flatten_floating(init, "init")
+        for leaf, path in zip(leaves, trees.paths(spec, "init"), strict=True):
+            if sharding.is_sharded(leaf):
+                raise ValueError(
+                    f"{path} is a DTensor that is sharded, but fixed-point solvers keep iterates "
+                    f"as one matrix. Use an inner solver made by hf.iterate or hf.minimize"
+                )
+        num_rows = 1
+        if batch_dim is not None:
+            paths = trees.paths(spec, "init")
+            for leaf, path in zip(leaves, paths, strict=True):
+                if not -leaf.ndim <= batch_dim < leaf.ndim:
+                    raise ValueError(
+                        f"{path} has shape {tuple(leaf.shape)}, without dimension {batch_dim}; "
+                        f"batch_dim={batch_dim} says that all leaves have one, which counts "
+                        f"samples. Write batch_dim=None for one problem"
+                    )
+                if leaf.shape[batch_dim] != leaves[0].shape[batch_dim]:
+                    raise ValueError(
+                        f"{paths[0]} has shape {tuple(leaves[0].shape)} and {path} has shape "
+                        f"{tuple(leaf.shape)}; expected the same size in dimension {batch_dim} "
+                        f"(batch_dim), which counts samples"
+                    )
+            num_rows = leaves[0].shape[batch_dim]
+        return RowLayout(leaves, spec, batch_dim, num_rows, trees.accumulation_dtype(leaves))
+
+    def pack(self, leaves: Leaves) -> Tensor:
+        """The leaves as rows, in the accumulation dtype."""
+        device = self.init[0].device
+        rows = [
+            (leaf if self.batch_dim is None else leaf.movedim(self.batch_dim, 0))
+            .reshape(self.num_rows, size)
+            .to(device=device, dtype=self.dtype)
+            for leaf, size in zip(leaves, self._sizes, strict=True)
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+    def unpack(self, rows: Tensor) -> Leaves:
+        """The inverse of `pack`."""
+        leaves = []
+        for part, leaf in zip(rows.split(self._sizes, dim=1), self.init, strict=True):
+            if self.batch_dim is None:
+                part = part.reshape(leaf.shape)
+            else:
+                part = part.reshape(leaf.movedim(self.batch_dim, 0).shape)
+                part = part.movedim(0, self.batch_dim)
+            leaves.append(part.to(device=leaf.device, dtype=leaf.dtype))
+        return tuple(leaves)
+
+    def round(self, rows: Tensor) -> Tensor:
+        """The rows with each entry in the precision of its leaf."""
+        if all(leaf.dtype == self.dtype for leaf in self.init):
+            return rows
+        return self.pack(self.unpack(rows))
+
+    @property
+    def _sizes(self) -> list[int]:
+        if self.batch_dim is None:
+            return [leaf.numel() for leaf in self.init]
+        return [leaf.movedim(self.batch_dim, 0).shape[1:].numel() for leaf in self.init]
+
+
+def _solve(
+    solver: AbstractFixedPointSolver, iteration: Iteration, layout: RowLayout
+) -> tuple[Tensor, SolveStats]:
+    eps = trees.epsilon(layout.init)
+    adaptive = solver.rtol != 0 or solver.atol != 0
+    rtol = max(eps**0.75 if solver.rtol is None else solver.rtol, eps)
+
+    def measure(z: Tensor) -> tuple[Point, Tensor]:
+        value = layout.pack(iteration.apply(layout.unpack(z)))
+        return Point(z, value, row_norms(value - z)), row_norms(value)
+
+    z = layout.pack(layout.init)
+    point, size = measure(z)
+    best, first, largest = point, point.norm, torch.maximum(point.norm, size)
+    active = torch.ones(layout.num_rows, dtype=torch.bool, device=z.device)
+    done = ~active
+    num_steps = age = torch.zeros_like(active, dtype=torch.int64)
+    for step in range(solver.maxiter + adaptive):
+        if step > 0:
+            new, size = measure(z)
+            point = new._replace(norm=torch.where(active, new.norm, point.norm))
+        if adaptive:
+            met = active & (point.norm <= (rtol * size).clamp_min(solver.atol))
+            best = _select(active & (met | (point.norm < best.norm)), point, best)
+            done = done | met
+            active = active & ~met & (point.norm < largest / eps)
+            if step == solver.maxiter or not batching.any_true(active.any()):
+                break
+        elif iteration.memory is not None:
+            best = _select(point.norm < best.norm, point, best)
+        start, restart = point, torch.zeros_like(active)
+        if iteration.memory is not None:
+            restart = active & (age > iteration.memory) & (point.norm > _GROWTH * best.norm)
+            start = _select(restart, best, point)
+            age = torch.where(restart, 0, age + 1)
+        following = layout.round(iteration.advance(start, active, restart))
+        z = torch.where(active[:, None], following, z) if adaptive else following
+        num_steps = num_steps + active
+    if not adaptive:
+        finite = torch.isfinite(point.norm) & torch.isfinite(z.detach()).all(dim=1)
+        result = torch.where(finite, int(RESULTS.success), int(RESULTS.nonfinite))
+        return z, SolveStats(num_steps, point.norm, result)
+    # rounding noise around a start that is the solution may grow
+    grown = ~active | (point.norm > 1.001 * torch.maximum(first, eps * largest))
+    result = torch.where(grown, int(RESULTS.divergence), int(RESULTS.max_steps))
+    result = torch.where(torch.isfinite(point.norm), result, int(RESULTS.nonfinite))
+    result = torch.where(done, int(RESULTS.success), result)
+    return best.z, SolveStats(num_steps, best.norm, result)
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows.detach(), dim=1)
+    return norms
+
+
+def _select(mask: Tensor, a: Point, b: Point) -> Point:
+    column = mask[:, None]
+    return Point(
+        torch.where(column, a.z, b.z),
+        torch.where(column, a.value, b.value),
+        torch.where(mask, a.norm, b.norm),
+    )
+
+
+def check_solver_settings(solver: AbstractFixedPointSolver) -> None:
+    name = type(solver).__name__
+    check_settings(solver, solver.maxiter, solver.rtol, solver.atol)
+    if solver.batch_dim is not None and not (
+        isinstance(solver.batch_dim, int) and not isinstance(solver.batch_dim, bool)
+    ):
+        raise ValueError(
+            f"{name}: batch_dim is {solver.batch_dim!r}; expected an integer, or None for one "
+            f"problem"
+        )

@@ -1,0 +1,104 @@
+"""The quasi-Newton method of Broyden."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from hyperfunc.fixed_point_solvers._base import (
+    AbstractFixedPointSolver,
+    FlatMap,
+    Iteration,
+    Point,
+    RowLayout,
+    check_solver_settings,
+    row_norms,
+)
+from hyperfunc.linear_solvers._anderson import append_row
+from hyperfunc.linear_solvers._preconditioners import check_count
+
+
+@dataclasses.dataclass(frozen=True)
+class Broyden(AbstractFixedPointSolver):
+    r"""Broyden's method: Newton's with an inverse Jacobian that is learned from the steps.
+
+    For the root of :math:`g(z) = f(z) - z`, from :math:`H_0 = -I`,
+
+    .. math::
+        z_{k+1} = z_k - H_k g_k, \qquad
+        H_{k+1} = H_k + \frac{(\Delta z - H_k \Delta g) \, \Delta z^\top H_k}
+            {\Delta z^\top H_k \Delta g} .
+
+    The first step is a plain one. One evaluation a step; the updates are kept as ``memory`` pairs
+    of vectors, all forgotten when there is no room for another, and an update with a denominator
+    at rounding level is left out. Growth of the residual is dealt with as in `Anderson`.
+
+    Args:
+        maxiter: see `Picard`, as for all other arguments.
+        rtol: see `Picard`.
+        atol: see `Picard`.
+        memory: updates to keep, two vectors each; >= 1.
+        batch_dim: see `Picard`; each sample has an inverse Jacobian of its own.
+        throw: see `Picard`.
+
+    Example:
+        >>> f = lambda z, h: torch.tanh(h - 3 * z)  # not a contraction
+        >>> z, stats = hf.fixed_point_solvers.Broyden()(f, torch.zeros(2), torch.tensor([1.0, 2.0]))
+        >>> z
+        tensor([0.2487, 0.4886])
+
+    References:
+        Broyden, A class of methods for solving nonlinear simultaneous equations, 1965; limited
+        memory: Kelley, Iterative methods for linear and nonlinear equations, 1995, chapter 7.
+    """
+
+    maxiter: int = 1000
+    rtol: float | None = None
+    atol: float = 0.0
+    memory: int = 20
+    batch_dim: int | None = None
+    throw: bool = True
+
+    def __post_init__(self) -> None:
+        check_solver_settings(self)
+        check_count(self, "memory", self.memory)
+
+    def _iteration(self, layout: RowLayout, apply: FlatMap) -> Iteration:
+        return _BroydenIteration(apply, self.memory)
+
+
+class _BroydenIteration:
+    """Holds the inverse Jacobian as ``H = -I + sum_i u_i v_i^T``."""
+
+    def __init__(self, apply: FlatMap, memory: int) -> None:
+        self.apply = apply
+        self.memory = memory
+        self._previous: tuple[Tensor, Tensor] | None = None
+
+    def advance(self, point: Point, active: Tensor, restart: Tensor) -> Tensor:
+        z, g = point.z, point.residual
+        if self._previous is None:
+            self._u = self._v = z.new_empty(len(z), 0, z.shape[1])
+        else:
+            if self._u.shape[1] == self.memory:
+                self._u = self._v = self._u[:, :0]
+            z_step, g_step = z - self._previous[0], g - self._previous[1]
+            row = _combine(z_step, self._u, self._v) - z_step
+            error = z_step + g_step - _combine(g_step, self._v, self._u)
+            denominator = (row * g_step).sum(dim=1)
+            noise = torch.finfo(z.dtype).eps * row_norms(row) * row_norms(g_step)
+            sound = active & (denominator.abs() > noise)
+            column = error / torch.where(sound, denominator, 1.0)[:, None]
+            self._u = append_row(self._u, torch.where(sound[:, None], column, 0.0), self.memory)
+            self._v = append_row(self._v, row, self.memory)
+            self._u = torch.where(restart[:, None, None], 0.0, self._u)
+        self._previous = z, g
+        return point.value - _combine(g, self._v, self._u)
+
+
+def _combine(vectors: Tensor, by: Tensor, rows: Tensor) -> Tensor:
+    """For each sample ``sum_i (vector . by_i) rows_i``."""
+    coefficients = by @ vectors.unsqueeze(-1)
+    return (coefficients.mT @ rows)[:, 0]

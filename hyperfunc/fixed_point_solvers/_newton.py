@@ -1,0 +1,119 @@
+"""The method of Newton, with a linear solver for its steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hyperfunc._engine import trees
+from hyperfunc._torch import autodiff, tracking
+from hyperfunc._torch.captured import captured_message
+from hyperfunc._types import Leaves
+from hyperfunc.fixed_point_solvers._base import (
+    AbstractFixedPointSolver,
+    FlatMap,
+    Iteration,
+    Point,
+    RowLayout,
+    check_solver_settings,
+)
+from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver, LinearOperator
+from hyperfunc.linear_solvers._wrappers import check_solver
+
+
+@dataclasses.dataclass(frozen=True)
+class Newton(AbstractFixedPointSolver):
+    r"""Newton's method, whose linear systems are solved by products.
+
+    .. math:: z_{k+1} = z_k + \delta, \qquad (I - f'(z_k)) \, \delta = f(z_k) - z_k
+
+    Converges quadratically from a start that is close enough; no contraction is needed. A step
+    takes one evaluation of the map and the products of the linear solver.
+
+    Samples (``batch_dim``) have their own stop and statistics, and those that are done have a zero
+    right-hand side, but the linear system is one for all of them. Where samples do not interact,
+    ``Blockwise(GMRES(), blocks="batch")`` solves one for each.
+
+    Args:
+        maxiter: see `Picard`, as for all other arguments.
+        rtol: see `Picard`.
+        atol: see `Picard`.
+        linear_solver: any of the linear solvers, such as ``hf.NormalCG()``. A solve that stops
+            early or fails is no failure of Newton's method unless its step is bad.
+        batch_dim: see `Picard`.
+        throw: see `Picard`.
+
+    Its steps cannot be differentiated: autograd or a transform that would record them is refused.
+
+    Example:
+        >>> f = lambda z, a: z + z**2 - a  # expands
+        >>> z, stats = hf.fixed_point_solvers.Newton()(f, torch.ones(2), torch.tensor([2.0, 3.0]))
+        >>> z
+        tensor([1.4142, 1.7321])
+    """
+
+    maxiter: int = 50
+    rtol: float | None = None
+    atol: float = 0.0
+    linear_solver: AbstractLinearSolver = GMRES()
+    batch_dim: int | None = None
+    throw: bool = True
+
+    def __post_init__(self) -> None:
+        check_solver_settings(self)
+        check_solver(self, "linear_solver", self.linear_solver)
+
+    def _iteration(self, layout: RowLayout, apply: FlatMap) -> Iteration:
+        tensors = (*layout.init, *trees.flatten((apply.hparams, apply.args))[0])
+        recorded = torch.is_grad_enabled() or tracking.transforms_active()
+        if recorded and any(map(tracking.is_attached, tensors)):
+            raise ValueError(
+                "Newton: its steps cannot be differentiated, but init, hparams or *args require "
+                "grad or belong to an enclosing torch.func transform. Use "
+                "hf.implicit_diff(solver.inner_solver(fixed_point, init=...)) for the derivatives "
+                "of the solution, detach the tensors, or take Anderson or Broyden"
+            )
+        return _NewtonIteration(apply, layout, self.linear_solver)
+
+
+class _NewtonIteration:
+    memory = None
+
+    def __init__(
+        self, apply: FlatMap, layout: RowLayout, linear_solver: AbstractLinearSolver
+    ) -> None:
+        self._map = apply
+        self._layout = layout
+        self._linear_solver = linear_solver
+
+    def apply(self, leaves: Leaves, /) -> Leaves:
+        inputs = tracking.detach(leaves)
+        self._linearization = autodiff.Linearization(
+            lambda *z: self._map(z), inputs, (tuple(range(len(inputs))),)
+        )
+        if self._linearization.captures_gradient and torch.is_grad_enabled():
+            raise ValueError(captured_message("fixed_point"))
+        return tracking.detach(self._linearization.outputs)
+
+    def advance(self, point: Point, active: Tensor, restart: Tensor) -> Tensor:
+        layout, column = self._layout, active[:, None]
+
+        def masked(product: Callable[[Leaves], Leaves]) -> Callable[[Leaves], Leaves]:
+            # a sample that is NaN must not reach the others by the inner products of the solver
+            if layout.batch_dim is None:
+                return product
+            return lambda v: layout.unpack(torch.where(column, layout.pack(product(v)), 0.0))
+
+        operator = LinearOperator(
+            product=masked(self._linearization.push),
+            transposed_product=masked(self._linearization.pull),
+            shift=1.0,
+            scale=-1.0,
+            spec=layout.spec,
+        )
+        rhs = layout.unpack(torch.where(column, point.residual, 0.0))
+        step, _ = self._linear_solver.solve(operator, rhs)
+        return point.z + layout.pack(step).detach()
