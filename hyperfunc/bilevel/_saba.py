@@ -1,0 +1,176 @@
+"""SABA: SOBA with variance reduction."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyperfunc._engine import trees
+from hyperfunc._engine.wrapped_functions import picklable
+from hyperfunc._types import Loss, TensorTree
+from hyperfunc.bilevel._base import Loop, Settings, State, StepSize, Terms, check_batch, check_count
+
+
+class Memory(NamedTuple):
+    """What `saba` saw last on each batch: trees like params or hparams, with a leading index.
+
+    Attributes:
+        inner_gradient: the gradient of the inner loss, like params.
+        product: the product of its Hessian with the adjoint, like params.
+        cross: the product of its cross derivative with the adjoint, like hparams.
+        outer_params: the gradient of the outer loss with respect to params.
+        outer_hparams: the gradient of the outer loss with respect to hparams.
+    """
+
+    inner_gradient: TensorTree
+    product: TensorTree
+    cross: TensorTree
+    outer_params: TensorTree
+    outer_hparams: TensorTree
+
+
+@picklable
+def saba(
+    inner_loss: Loss,
+    outer_loss: Loss,
+    *,
+    num_inner_batches: int,
+    num_outer_batches: int,
+    inner_lr: StepSize,
+    outer_lr: StepSize,
+    adjoint_lr: StepSize | None = None,
+) -> Loop:
+    r"""SABA: `soba` with variance reduction, as SAGA has it.
+
+    The data are split once into ``n`` inner batches and ``m`` outer batches of equal weight, so
+    that the losses are the means :math:`\frac1n \sum_i \ell_i` and :math:`\frac1m \sum_j E_j` (a
+    batch may be a single sample). For each of the five terms that make up the directions, the loop
+    remembers the value :math:`g_i` that it saw last on batch :math:`i`, and steps along
+
+    .. math:: g_i^{new} - g_i + \frac1n \sum_k g_k ,
+
+    which has the same mean and, near a solution, no variance: with constant step sizes it converges
+    at the rate of gradient descent. The memory starts at zero. It holds ``n (2 |w| + |h|)`` and
+    ``m (|w| + |h|)`` numbers and is copied in every step, as the update is pure.
+
+    Args:
+        inner_loss: ``(params, hparams, *inner_batch) -> scalar``.
+        outer_loss: ``(params, hparams, *outer_batch) -> scalar``.
+        num_inner_batches: the number ``n`` of inner batches, >= 1.
+        num_outer_batches: the number ``m`` of outer batches, >= 1.
+        inner_lr: as for `soba`.
+        outer_lr: as for `soba`.
+        adjoint_lr: as for `soba`.
+
+    Returns:
+        A `Loop`, with ``update(state, inner_batch, outer_batch, inner_index, outer_index)``. The
+        indices say which of the batches these are: integers or 0-d integer tensors, in
+        ``[0, num_inner_batches)`` and ``[0, num_outer_batches)``, drawn uniformly. The same index
+        must always come with the same batch.
+
+    Raises:
+        TypeError: as `soba`; an index that is no integer.
+        ValueError: as `soba`; a number of batches below 1; an index out of range, as far as it is a
+            Python integer.
+
+    Example:
+        >>> x, y = torch.tensor([1.0, 3.0]), torch.tensor([5.0, 7.0])
+        >>> loop = hf.bilevel.saba(
+        ...     lambda w, h, x: (w - h * x) ** 2 / 2,
+        ...     lambda w, h, y: (w - y) ** 2 / 2,
+        ...     num_inner_batches=2,
+        ...     num_outer_batches=2,
+        ...     inner_lr=0.2,
+        ...     outer_lr=0.02,
+        ... )
+        >>> state = loop.init(torch.tensor(0.0), torch.tensor(0.0))
+        >>> for i, j in torch.randint(2, (1000, 2)).tolist():
+        ...     state = loop.update(state, (x[i],), (y[j],), i, j)
+        >>> state.params, state.hparams
+        (tensor(6.0000), tensor(3.0000))
+
+    References:
+        Dagreou, Ablin, Vaiter and Moreau, arXiv 2201.13409; Defazio, Bach and Lacoste-Julien,
+        SAGA, arXiv 1407.0202.
+    """
+    settings = Settings.make("saba", inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr)
+    n = check_count("saba", "num_inner_batches", num_inner_batches, 1)
+    m = check_count("saba", "num_outer_batches", num_outer_batches, 1)
+
+    def init(params: TensorTree, hparams: TensorTree) -> State:
+        state = settings.init(params, hparams)
+
+        def table(tree: TensorTree, size: int) -> TensorTree:
+            return trees.tree_map(
+                lambda leaf: (
+                    leaf.new_zeros(size, *leaf.shape) if isinstance(leaf, Tensor) else leaf
+                ),
+                tree,
+            )
+
+        memory = Memory(
+            inner_gradient=table(state.params, n),
+            product=table(state.params, n),
+            cross=table(state.hparams, n),
+            outer_params=table(state.params, m),
+            outer_hparams=table(state.hparams, m),
+        )
+        return state._replace(memory=memory)
+
+    def update(
+        state: State,
+        inner_batch: tuple[Any, ...],
+        outer_batch: tuple[Any, ...],
+        inner_index: int | Tensor,
+        outer_index: int | Tensor,
+    ) -> State:
+        point = settings.enter(state)
+        check_batch("saba", "inner_batch", inner_batch)
+        check_batch("saba", "outer_batch", outer_batch)
+        i = _check_index("saba", "inner_index", inner_index, n)
+        j = _check_index("saba", "outer_index", outer_index, m)
+        seen = point.terms(inner_batch, outer_batch)
+        if not isinstance(state.memory, Memory):
+            raise TypeError(
+                "saba: state.memory is not a Memory; make the state with the init of saba itself"
+            )
+        reduced, memory = [], []
+        for new, old, index in zip(seen, state.memory, (i, i, i, j, j), strict=True):
+            table, spec = trees.flatten(old)
+            pairs = [_saga(*each, index) for each in zip(new, table, strict=True)]
+            reduced.append(tuple(direction for direction, _ in pairs))
+            memory.append(trees.unflatten(spec, [rows for _, rows in pairs]))
+        moved = point.moved(Terms(*reduced))
+        return moved._replace(memory=Memory(*memory))
+
+    return Loop(init, update)
+
+
+def _saga(new: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The direction of reduced variance, and the table with the new row."""
+    index = index.to(table.device)
+    old = table.index_select(0, index.reshape(1))[0]
+    rows = torch.arange(table.shape[0], device=table.device) == index
+    mask = rows.reshape(-1, *[1] * new.ndim)
+    # the mean is taken anew, as a running one gathers rounding errors
+    return new - old + table.mean(0), torch.where(mask, new, table)
+
+
+def _check_index(name: str, key: str, index: Any, size: int) -> Tensor:
+    if isinstance(index, Tensor):
+        if index.ndim or index.is_floating_point() or index.dtype == torch.bool:
+            raise TypeError(
+                f"{name}: {key} is a tensor of shape {tuple(index.shape)} and dtype {index.dtype}; "
+                f"expected an integer or a 0-d integer tensor"
+            )
+        return index
+    if isinstance(index, bool) or not isinstance(index, int):
+        raise TypeError(
+            f"{name}: {key} is {index!r} of type {type(index).__name__}; expected an integer or a "
+            f"0-d integer tensor"
+        )
+    if not 0 <= index < size:
+        raise ValueError(f"{name}: {key} is {index}; expected an integer in [0, {size})")
+    return torch.tensor(index)

@@ -1,0 +1,72 @@
+"""SOBA: one step on all three variables at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hyperfunc._engine.wrapped_functions import picklable
+from hyperfunc._types import Loss
+from hyperfunc.bilevel._base import Loop, Settings, State, StepSize, check_batch
+
+
+@picklable
+def soba(
+    inner_loss: Loss,
+    outer_loss: Loss,
+    *,
+    inner_lr: StepSize,
+    outer_lr: StepSize,
+    adjoint_lr: StepSize | None = None,
+) -> Loop:
+    r"""SOBA: one stochastic gradient step on all three variables at once.
+
+    .. math::
+        w \leftarrow w - \rho D_w, \qquad u \leftarrow u - \rho_u D_u, \qquad
+        \lambda \leftarrow \lambda - \gamma D_\lambda
+
+    with the directions at the top of this page, all at the old point, of one inner and one outer
+    batch. With constant step sizes it ends in a neighbourhood of a solution whose size grows with
+    them; it converges if they decrease, ``inner_lr`` like ``t ** -0.4`` and ``outer_lr`` like
+    ``t ** -0.6``.
+
+    Args:
+        inner_loss: ``(params, hparams, *inner_batch) -> scalar``.
+        outer_loss: ``(params, hparams, *outer_batch) -> scalar``.
+        inner_lr: step size on the params, below 2 over the largest curvature of the inner loss.
+        outer_lr: step size on the hparams.
+        adjoint_lr: step size on the adjoint; by default ``inner_lr``.
+
+    Returns:
+        A `Loop`, with ``update(state, inner_batch, outer_batch)``.
+
+    Raises:
+        TypeError: a loss that is no function; a batch that is no tuple; a step size of no kind
+            above; a state that is no `State`.
+        ValueError: a negative step size; a loss that is not scalar.
+
+    Example:
+        >>> loop = hf.bilevel.soba(
+        ...     lambda w, h, x: (w - h * x) ** 2 / 2,
+        ...     lambda w, h, y: (w - y) ** 2 / 2,
+        ...     inner_lr=0.5,
+        ...     outer_lr=0.05,
+        ... )
+        >>> state = loop.init(torch.tensor(0.0), torch.tensor(0.0))
+        >>> for _ in range(200):
+        ...     state = loop.update(state, (torch.tensor(2.0),), (torch.tensor(6.0),))
+        >>> state.params, state.hparams
+        (tensor(6.0000), tensor(3.0000))
+
+    References:
+        Dagreou, Ablin, Vaiter and Moreau, A framework for bilevel optimization that enables
+        stochastic and global variance reduction algorithms, arXiv 2201.13409.
+    """
+    settings = Settings.make("soba", inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr)
+
+    def update(state: State, inner_batch: tuple[Any, ...], outer_batch: tuple[Any, ...]) -> State:
+        point = settings.enter(state)
+        check_batch("soba", "inner_batch", inner_batch)
+        check_batch("soba", "outer_batch", outer_batch)
+        return point.moved(point.terms(inner_batch, outer_batch))
+
+    return Loop(settings.init, update)
