@@ -13,7 +13,7 @@ from hyperfunc._engine.checks import check_callable, check_scalar
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._types import Loss, ParamsFunction, TensorTree
 from hyperfunc.inner_solvers._proximal import ProximalLoss
-from hyperfunc.prox import check_prox
+from hyperfunc.prox._base import check_prox
 
 Coefficient = float | Tensor | Callable[[TensorTree], Any]
 """A number, a 0-d tensor, or a function of the hparams that returns one of them."""

@@ -1,0 +1,118 @@
+"""A proximal operator, made from a rule for one leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hyperfunc._engine import trees
+from hyperfunc._types import TensorTree
+from hyperfunc.optim._base import Coefficient, check_coefficient, describe, values_by_leaf
+
+Dim: TypeAlias = int | tuple[int, ...] | None
+"""The dimensions along which the vectors lie; ``None``: all of a leaf."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prox:
+    """A proximal operator ``(params, hparams=None, lr=1.0) -> params``, made by this module.
+
+    Attributes:
+        name: the function that made it.
+        rule: ``(leaf, dims, lr, *settings) -> leaf``.
+        settings: the coefficients by name.
+        dim: the dimensions of a leaf that the rule couples: ``()`` none, ``None`` all.
+    """
+
+    name: str
+    rule: Callable[..., Tensor]
+    settings: dict[str, Coefficient] = dataclasses.field(default_factory=dict)
+    dim: Dim = ()
+
+    def __post_init__(self) -> None:
+        for key, setting in self.settings.items():
+            check_coefficient(f"prox.{self.name}", key, setting)
+        dims = self.dim if isinstance(self.dim, tuple) else (self.dim,)
+        if self.dim is not None and any(type(dim) is not int for dim in dims):
+            raise TypeError(
+                f"prox.{self.name}: dim is {describe(self.dim)}; expected an int, a tuple of ints, "
+                f"or None for all of a leaf"
+            )
+
+    def __call__(
+        self, params: TensorTree, hparams: TensorTree = None, lr: float | Tensor = 1.0
+    ) -> TensorTree:
+        """The nearest params, with the regulariser weighted by ``lr``, or those in the set."""
+        name = f"prox.{self.name}"
+        if not isinstance(lr, int | float | Tensor):
+            raise TypeError(f"{name}: lr is {describe(lr)}; expected a number or a 0-d tensor")
+        if hparams is None:
+            for key, setting in self.settings.items():
+                if callable(setting):
+                    raise TypeError(
+                        f"{name}: {key} is a function of hparams, but hparams is None. "
+                        f"Write prox(params, hparams, lr)"
+                    )
+        leaves, spec = trees.flatten_floating(params, "params")
+        rows = values_by_leaf(name, self.settings, hparams, params, leaves, spec)
+        if not self.settings:
+            rows = [()] * len(leaves)
+        paths = trees.paths(spec, "params")
+        moved = [
+            self._apply(leaf, path, (lr, *row))
+            for leaf, path, row in zip(leaves, paths, rows, strict=True)
+        ]
+        return trees.unflatten(spec, moved)
+
+    def _apply(self, leaf: Tensor, path: str, numbers: tuple[Any, ...]) -> Tensor:
+        dims = self._dims(leaf, path)
+        if not leaf.numel():
+            return leaf
+        dtype = torch.promote_types(leaf.dtype, torch.float32)
+        # tensors throughout: a number and a 0-d tensor would have a float64 tangent in torch
+        lr, *values = (
+            number.to(dtype=dtype, device=leaf.device)
+            if isinstance(number, Tensor)
+            else torch.full((), number, dtype=dtype, device=leaf.device)
+            for number in numbers
+        )
+        for key, value in zip(self.settings, values, strict=True):
+            shape = (1,) * (leaf.ndim - value.ndim) + tuple(value.shape)
+            if any(shape[dim] != 1 for dim in dims):
+                raise ValueError(
+                    f"prox.{self.name}: {key} has shape {tuple(value.shape)} for {path}, of shape "
+                    f"{tuple(leaf.shape)}; expected one value for each vector or matrix: size 1 in "
+                    f"the dimensions {dims}"
+                )
+        return self.rule(leaf.to(dtype), dims, lr, *values).to(leaf.dtype)
+
+    def _dims(self, leaf: Tensor, path: str) -> tuple[int, ...]:
+        if self.dim is None:
+            return tuple(range(leaf.ndim))
+        dims = self.dim if isinstance(self.dim, tuple) else (self.dim,)
+        for dim in dims:
+            if not -leaf.ndim <= dim < leaf.ndim:
+                raise ValueError(
+                    f"prox.{self.name}: {path} has shape {tuple(leaf.shape)} and no dimension "
+                    f"{dim}. To give parts of params their own operators, write "
+                    f"hf.prox.blocks({{...}})"
+                )
+        return tuple(sorted({dim % leaf.ndim for dim in dims}))
+
+
+def check_prox(prox: Any, caller: str) -> Callable[..., TensorTree]:
+    """Return an operator, or raise an error that says how to get one; it begins with the caller."""
+    maker = inspect.isfunction(prox) and prox.__module__.startswith("hyperfunc.prox")
+    if maker or not callable(prox):
+        got = f"the function hf.prox.{prox.__name__}" if maker else describe(prox)
+        advice = f"Call it: hf.prox.{prox.__name__}(...)" if maker else "Write hf.prox.l1(weight)"
+        raise TypeError(
+            f"{caller}: prox is {got}; expected an operator (params, hparams, lr) -> params. "
+            f"{advice}"
+        )
+    return prox  # type: ignore[no-any-return]

@@ -1,0 +1,97 @@
+"""Operators made from operators."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperfunc._engine import trees
+from hyperfunc._types import TensorTree
+from hyperfunc.prox._base import check_prox
+
+
+def joint(prox: Callable[..., TensorTree]) -> Callable[..., TensorTree]:
+    r"""Apply an operator to all leaves as one vector, in flattening order.
+
+    Args:
+        prox: ``(params, hparams, lr) -> params``, called with a vector; such as
+            ``hf.prox.l2_ball(3.0)``, which then bounds the norm of the whole tree.
+
+    Returns:
+        The operator ``(params, hparams=None, lr=1.0) -> params`` on trees.
+
+    Raises:
+        TypeError: ``prox`` is not a function, or is one that still makes an operator.
+
+    Example:
+        >>> hf.prox.joint(hf.prox.l2_ball())({"a": torch.tensor(3.0), "b": torch.tensor([4.0])})
+        {'a': tensor(0.6000), 'b': tensor([0.8000])}
+    """
+    return _Joint(check_prox(prox, "prox.joint"))
+
+
+def blocks(proxes: Any) -> Callable[..., TensorTree]:
+    r"""Give parts of params their own operators.
+
+    Args:
+        proxes: a tree of operators with the structure of params cut off at any depth, such as
+            ``{"weights": hf.prox.simplex(), "bias": hf.prox.identity()}``.
+
+    Returns:
+        The operator ``(params, hparams=None, lr=1.0) -> params``, which hands the same hparams to
+        all.
+
+    Raises:
+        TypeError: the tree holds something else than functions.
+        ValueError: when called, the tree does not fit params.
+
+    Example:
+        >>> prox = hf.prox.blocks({"b": hf.prox.identity(), "w": hf.prox.l1(2.0)})
+        >>> prox({"w": torch.tensor([5.0, 1.0]), "b": torch.tensor(1.0)}, None, 1.0)
+        {'b': tensor(1.), 'w': tensor([3., 0.])}
+    """
+    for prox in trees.flatten(proxes)[0]:
+        check_prox(prox, "prox.blocks")
+    return _Blocks(proxes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Joint:
+    prox: Callable[..., TensorTree]
+
+    def __call__(
+        self, params: TensorTree, hparams: TensorTree = None, lr: float | Tensor = 1.0
+    ) -> TensorTree:
+        leaves, spec = trees.flatten_floating(params, "params")
+        dtype = functools.reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
+        flat = torch.cat([leaf.to(dtype).reshape(-1) for leaf in leaves])
+        parts = self.prox(flat, hparams, lr).split([leaf.numel() for leaf in leaves])
+        moved = [
+            part.reshape(leaf.shape).to(leaf.dtype)
+            for part, leaf in zip(parts, leaves, strict=True)
+        ]
+        return trees.unflatten(spec, moved)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Blocks:
+    proxes: Any
+
+    def __call__(
+        self, params: TensorTree, hparams: TensorTree = None, lr: float | Tensor = 1.0
+    ) -> TensorTree:
+        proxes, spec = trees.flatten(self.proxes)
+        try:
+            parts = spec.flatten_up_to(params)
+        except ValueError as error:
+            raise ValueError(
+                f"prox.blocks has another structure than params: got {spec}, expected "
+                f"{trees.flatten(params)[1]} or that tree cut off at some depth"
+            ) from error
+        moved = [prox(part, hparams, lr) for prox, part in zip(proxes, parts, strict=True)]
+        return trees.unflatten(spec, moved)
