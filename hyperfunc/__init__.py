@@ -3,7 +3,6 @@
 from hyperfunc import bilevel, distributed, fixed_point_solvers, optim, prox
 from hyperfunc._engine.results import RESULTS, HypergradError, Solution, SolveStats
 from hyperfunc._rule.error_bound import ErrorBound, HypergradBound
-from hyperfunc._task_map import task_map
 from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, diagnose
 from hyperfunc.equilibrium import EquilibriumLayer, jacobian_frobenius_squared
 from hyperfunc.inner_solvers import gradient_descent_map, iterate, minimize, proximal_gradient_map
@@ -30,6 +29,7 @@ from hyperfunc.linear_solvers import (
     StochasticAID,
 )
 from hyperfunc.modules import assign_grads, functional, module_map
+from hyperfunc.task_map import task_map
 from hyperfunc.transforms._hypergrad import (
     hypergrad,
     hypergrad_and_solution,
