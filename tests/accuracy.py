@@ -2,14 +2,15 @@
 
     python tests/accuracy.py
 
-The errors are those of tests/test_derivatives.py: absolute where the number is below 1, and
+The errors are those of tests/_torch/test_derivatives.py: absolute where the number is below 1, and
 relative above, over all problems of tests/problems.py and all methods that suit each.
 """
 
 import torch
 from problems import PROBLEMS, Flat, Problem
-from test_derivatives import BATCHED_SECOND, FIRST, SECOND
 from torch import Tensor
+
+from tests._torch.test_derivatives import BATCHED_SECOND, FIRST, SECOND
 
 
 def error(problem: Problem, method: str, row: str) -> float:

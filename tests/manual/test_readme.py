@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hyperfunc as hf
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

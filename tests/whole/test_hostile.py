@@ -378,7 +378,8 @@ def test_compiled_by_the_default_backend() -> None:
 # The interpreter ----------------------------------------------------------------------------------
 
 WITHOUT_ASSERTS = """
-import torch, test_errors
+import torch
+from tests.transforms import test_errors
 torch.set_num_threads(1)
 assert False, "asserts are on"
 for cases in (test_errors.CONSTRUCTION, test_errors.CALLS):
@@ -392,7 +393,7 @@ def test_errors_do_not_rely_on_asserts() -> None:
     """Under ``python -O``, which leaves them out."""
     result = subprocess.run(
         [sys.executable, "-O", "-c", WITHOUT_ASSERTS],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=300,

@@ -12,12 +12,12 @@ from typing import Any
 import optree
 import pytest
 import torch
-from test_hostile import F64, A, H, fixed_point, inner_loss, outer_loss, start
 from torch import Tensor, nn
 
 import hyperfunc as hf
 from hyperfunc import linear_solvers
 from hyperfunc.transforms._methods import METHODS
+from tests.whole.test_hostile import F64, A, H, fixed_point, inner_loss, outer_loss, start
 
 TASKS = torch.stack([H, 2 * H])
 

@@ -52,7 +52,7 @@ class Page(HTMLParser):
 
 @pytest.mark.slow
 def test_the_pages(tmp_path: Path) -> None:
-    recipe = (Path(__file__).parent.parent / "Makefile").read_text()
+    recipe = (Path(__file__).parents[2] / "Makefile").read_text()
     options = re.search(r'-W "(.*?)" -m (pdoc .*) --output-directory', recipe)
     assert options
     command = [sys.executable, "-W", options[1], "-m", *options[2].split()]

@@ -9,7 +9,7 @@ import pytest
 
 import hyperfunc as hf
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = {path: path.read_text() for path in (ROOT / "hyperfunc").rglob("*.py")}
 PAGE = (ROOT / "README.md").read_text().split("## When it goes wrong\n")[1].split("\n## ")[0]
 FAMILIES = ("HypergradError", "NotImplementedError", "RuntimeError")

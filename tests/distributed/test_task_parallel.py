@@ -623,7 +623,7 @@ def test_imaml_on_two_ranks_is_imaml_on_one(pair: ranks.Ranks, tmp_path: Path) -
 @pytest.mark.slow
 def test_ctrl_c_ends_all_ranks_of_torchrun_and_the_run_goes_on(tmp_path: Path) -> None:
     """The ranks stop at the same iteration, nothing is left running, and --resume goes on."""
-    folder = Path(__file__).parent.parent
+    folder = Path(__file__).parents[2]
     options = ["--ways=2", "--queries=2", "--tasks=3", "--inner-steps=2", "--test-tasks=3"]
     options += ["--iterations=100"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -239,7 +239,7 @@ def _torchrun(folder: Path, *options: str, num_ranks: int = 2, restarts: int = 0
     command += [f"--nproc-per-node={num_ranks}", f"--max-restarts={restarts}"]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(script.parent.parent),
+        "PYTHONPATH": str(script.parents[2]),
         # without it, ranks that start again meet the addresses of those before them
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from problems import PROBLEMS, Flat, Problem, ravel
-from test_derivatives import BATCHED_SECOND, FIRST, SECOND
 from torch import Tensor
 from torch.func import vmap
 
 import hyperfunc as hf
 from hyperfunc.linear_solvers import LinearOperator
+from tests._torch.test_derivatives import BATCHED_SECOND, FIRST, SECOND
 
 # torch compiles its rules for forward mode by a deprecated function when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

@@ -14,7 +14,7 @@ from torch.func import grad, vmap
 import hyperfunc as hf
 from hyperfunc._compile.compiler import Backend, Compiler
 from hyperfunc.iterative._partition import cut
-from tests.test_iterative import (
+from tests.iterative.test_iterative import (
     OPERATIONS,
     by_iterate,
     data,
