@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -36,3 +37,38 @@ def check_callable(value: Any, name: str, signature: str) -> None:
         raise TypeError(
             f"{name} is {value!r} of type {type(value).__name__}; expected a function {signature}"
         )
+
+
+def check_count(owner: object, name: str, value: Any, least: int = 1) -> int:
+    """Return an integer, or raise unless it is one and not below the least.
+
+    ``owner`` is what the argument belongs to: a name, or an object of a class.
+    """
+    message = f"{_name(owner)}: {name} is {value!r}; expected an integer >= {least}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(message)
+    if value < least:
+        raise ValueError(message)
+    return value
+
+
+def check_number(
+    owner: object, name: str, value: Any, *, least: float = 0.0, above: bool = False
+) -> float:
+    """Return a finite number, or raise unless it is one and at least (or above) a bound."""
+    sign = ">" if above else ">="
+    message = f"{_name(owner)}: {name} is {value!r}; expected a finite number {sign} {least:g}"
+    if not is_number(value):
+        raise TypeError(message)
+    if not math.isfinite(value) or value < least or (above and value == least):
+        raise ValueError(message)
+    return value
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a Python number, which a bool is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _name(owner: object) -> str:
+    return owner if isinstance(owner, str) else type(owner).__name__

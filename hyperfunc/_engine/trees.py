@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import optree
@@ -42,6 +43,33 @@ def named_tensors(hparams: Any, args: Any) -> dict[str, Tensor]:
         leaves, spec = flatten(tree)
         named.update(zip(paths(spec, root), leaves, strict=True))
     return {path: leaf for path, leaf in named.items() if isinstance(leaf, Tensor)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What a tree is without its tensors: its structure, and all its other leaves.
+
+    Equal for trees that differ in their tensors alone, and hashable if these leaves are.
+    """
+
+    spec: TreeSpec
+    constants: tuple[Any, ...]
+
+    def fill(self, tensors: Iterable[Tensor]) -> Any:
+        """The tree with these tensors in it, the inverse of `partition`."""
+        remaining = iter(tensors)
+        return unflatten(
+            self.spec, [next(remaining) if leaf is None else leaf for leaf in self.constants]
+        )
+
+
+def partition(tree: Any) -> tuple[Leaves, Frame]:
+    """The tensors of a tree, in flattening order, and the `Frame` that they are put back into."""
+    leaves, spec = flatten(tree)
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    # no leaf of a tree is None
+    constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return tensors, Frame(spec, constants)
 
 
 def tree_map(fn: Callable[..., Any], tree: TensorTree, *rest: TensorTree) -> TensorTree:
