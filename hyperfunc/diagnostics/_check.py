@@ -24,7 +24,7 @@ from hyperfunc.diagnostics._differences import (
     noise_level,
     random_direction,
 )
-from hyperfunc.inner_solvers import IterativeSolver
+from hyperfunc.inner_solvers._solvers import IterativeSolver
 from hyperfunc.iterative import Reverse, ReverseUnroll
 from hyperfunc.linear_solvers import CG, Auto, Dense, FixedPoint, Neumann, Nystrom, PipelinedCG
 from hyperfunc.linear_solvers._spectrum import spectral_radius

@@ -5,12 +5,10 @@ with ``remember`` and ``bind`` in ``_steps``.
 """
 
 from hyperfunc.inner_solvers._maps import gradient_descent_map, proximal_gradient_map
-from hyperfunc.inner_solvers._proximal import ProximalLoss, proximal
-from hyperfunc.inner_solvers._solvers import IterativeSolver, iterate, minimize
+from hyperfunc.inner_solvers._proximal import proximal
+from hyperfunc.inner_solvers._solvers import iterate, minimize
 
 __all__ = [
-    "IterativeSolver",
-    "ProximalLoss",
     "gradient_descent_map",
     "iterate",
     "minimize",

@@ -16,8 +16,7 @@ from hyperfunc._rule.conditions import Arguments
 from hyperfunc._torch import sharding, tracking
 from hyperfunc._torch.captured import refuse_captured_tensors
 from hyperfunc._types import InnerSolver, Leaves
-from hyperfunc.inner_solvers import IterativeSolver
-from hyperfunc.inner_solvers._solvers import FlatSteps, block_size
+from hyperfunc.inner_solvers._solvers import FlatSteps, IterativeSolver, block_size
 from hyperfunc.iterative._compiled import Compiled
 from hyperfunc.iterative._loop import Loop, Schedule, Steps
 from hyperfunc.iterative._products import STEP

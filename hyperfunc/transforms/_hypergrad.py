@@ -20,7 +20,7 @@ from hyperfunc._types import (
     RuleOptions,
     TensorTree,
 )
-from hyperfunc.inner_solvers import IterativeSolver
+from hyperfunc.inner_solvers._solvers import IterativeSolver
 from hyperfunc.linear_solvers import StochasticAID
 from hyperfunc.transforms._evaluation import Hypergradient, make_rule
 from hyperfunc.transforms._methods import is_implicit, resolve_method

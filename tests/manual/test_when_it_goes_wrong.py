@@ -29,13 +29,12 @@ def phrases() -> list[str]:
     ]
 
 
-def constants() -> dict[str, str]:
-    """The texts that modules keep under a name in capitals."""
+def constants(text: str) -> dict[str, str]:
+    """The texts that a module keeps under a name in capitals."""
     found: dict[str, str] = {}
-    for text in SOURCES.values():
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                found[node.targets[0].id] = literals(node.value)
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = literals(node.value)
     return found
 
 
@@ -46,8 +45,12 @@ def literals(node: ast.AST) -> str:
 
 def raised() -> list[tuple[str, str]]:
     """Where errors of these families are raised, and the fixed parts of their texts."""
-    known, found = constants(), []
+    everywhere: dict[str, str] = {}
+    for text in SOURCES.values():
+        everywhere.update(constants(text))
+    found = []
     for path, text in SOURCES.items():
+        known = everywhere | constants(text)
         for node in ast.walk(ast.parse(text)):
             call = node.exc if isinstance(node, ast.Raise) else None
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") in FAMILIES:

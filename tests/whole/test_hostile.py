@@ -361,7 +361,7 @@ def test_compiled_losses_of_a_differentiable_solver(name: str) -> None:
 
 def test_one_graph_is_refused() -> None:
     torch.compiler.reset()
-    with pytest.raises(Exception, match=r"(?s)disable.*_transformed.py"):
+    with pytest.raises(Exception, match=r"(?s)disable.*_transformed_solver.py"):
         torch.compile(make("cg"), backend="eager", fullgraph=True)(H, A)
 
 
