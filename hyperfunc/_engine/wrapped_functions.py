@@ -1,15 +1,13 @@
-"""Functions made from functions, which pickle and copy as what they were made from does."""
+"""Functions made from functions and numbers, which pickle, copy and print as these do."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import types
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
-
-P = ParamSpec("P")
-T = TypeVar("T", bound=tuple[Any, ...])
+from typing import Any, ClassVar
 
 
 class Wrapped:
@@ -45,43 +43,12 @@ class WrappedFunction(Wrapped):
         return f"{self.maker}({getattr(fn, '__qualname__', None) or repr(fn)})"
 
 
-class _Part:
-    """One of several functions that are made together; it pickles as the call that makes them."""
+class PrintsAsCall:
+    """A dataclass that prints as the call of the function, ``name``, that makes it."""
 
-    def __init__(self, name: str, made: Any, recipe: tuple[Any, ...]) -> None:
-        self._name = name
-        self._fn = getattr(made, name)
-        self._recipe = recipe
-
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        return self._fn(*args, **keywords)
-
-    @property
-    def bind(self) -> Any:
-        """The function's own ``bind``, for one that can be given a part of its arguments."""
-        return getattr(self._fn, "bind", None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self._name, *self._recipe)
+    name: ClassVar[str]
 
     def __repr__(self) -> str:
-        factory, args, keywords = self._recipe
-        arguments = [repr(arg) for arg in args]
-        arguments += [f"{key}={value!r}" for key, value in keywords.items()]
-        return f"{factory.__name__}({', '.join(arguments)}).{self._name}"
-
-
-def picklable(factory: Callable[P, T]) -> Callable[P, T]:
-    """Make the functions in the named tuple that a function returns picklable, if its args are."""
-
-    @functools.wraps(factory)
-    def make(*args: P.args, **keywords: P.kwargs) -> T:
-        made: Any = factory(*args, **keywords)
-        parts = (_Part(name, made, (make, args, keywords)) for name in made._fields)
-        return type(made)(*parts)  # type: ignore[no-any-return]
-
-    return make
-
-
-def _remake(name: str, factory: Callable[..., Any], args: Any, keywords: Any) -> Any:
-    return getattr(factory(*args, **keywords), name)
+        named: Any = self
+        shown = [field.name for field in dataclasses.fields(named) if field.repr]
+        return f"{self.name}({', '.join(f'{key}={getattr(self, key)!r}' for key in shown)})"

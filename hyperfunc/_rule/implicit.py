@@ -64,10 +64,7 @@ class ImplicitProblem:
         self.bound = BoundCondition(self.condition, self.arguments, spec, len(leaves))
         if self.throw:
             raise_unless_finite(leaves, spec)
-        detached: Leaves = tracking.detach(leaves)
-        if getattr(self.inner_solver, "makes_result", False):
-            return detached
-        return tuple(leaf.clone() for leaf in detached)
+        return tuple(leaf.clone() for leaf in tracking.detach(leaves))
 
     def solution(self, theta: Leaves) -> Leaves:
         """The inner solution, with the implicit rule attached if derivatives may be asked for."""

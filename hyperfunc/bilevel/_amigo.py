@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.wrapped_functions import picklable
 from hyperfunc._types import Leaves, Loss
-from hyperfunc.bilevel._base import Loop, Point, Settings, StepSize, check_count
-from hyperfunc.bilevel._two_loops import two_loops
+from hyperfunc.bilevel._base import Loop, Point, StepSize
+from hyperfunc.bilevel._two_loops import TwoLoops
 
 
-@picklable
 def amigo(
     inner_loss: Loss,
     outer_loss: Loss,
@@ -68,13 +67,25 @@ def amigo(
         Arbel and Mairal, Amortized implicit differentiation for stochastic bilevel optimization,
         arXiv 2111.14580.
     """
+    method = _AmIGO(
+        inner_loss=inner_loss,
+        outer_loss=outer_loss,
+        inner_lr=inner_lr,
+        outer_lr=outer_lr,
+        adjoint_lr=adjoint_lr,
+        num_inner_steps=num_inner_steps,
+        num_adjoint_steps=num_adjoint_steps,
+    )
+    return Loop(method.init, method.update)
 
-    def descend(point: Point, batches: list[tuple[Any, ...]], b: Leaves, lr: Any) -> Leaves:
+
+@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+class _AmIGO(TwoLoops):
+    name = "amigo"
+    least_adjoint_steps = 1
+
+    def solve(self, point: Point, batches: list[tuple[Any, ...]], b: Leaves, lr: Any) -> Leaves:
         u = point.u
         for batch in batches:
             u = trees.axpy(-lr, trees.sub(point.product(u, batch), b), u)
         return u
-
-    settings = Settings.make("amigo", inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr)
-    check_count("amigo", "num_adjoint_steps", num_adjoint_steps, 1)
-    return two_loops("amigo", settings, descend, num_inner_steps, num_adjoint_steps)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.checks import check_scalar
+from hyperfunc._engine.checks import check_callable, check_number, check_scalar, is_number
+from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._types import Leaves, Loss, TensorTree
 
@@ -59,33 +60,26 @@ class Terms(NamedTuple):
     outer_hparams: Leaves
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Settings:
-    """What the loops have in common."""
+@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+class Method(PrintsAsCall):
+    """What the loops have in common; a loop adds its own settings and its ``update``."""
 
-    name: str
     inner_loss: Loss
     outer_loss: Loss
     inner_lr: StepSize
     outer_lr: StepSize
-    adjoint_lr: StepSize
+    adjoint_lr: StepSize | None
 
-    @staticmethod
-    def make(
-        name: str, inner_loss: Any, outer_loss: Any, inner_lr: Any, outer_lr: Any, adjoint_lr: Any
-    ) -> Settings:
-        for key, loss in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
-            if not callable(loss):
-                raise TypeError(
-                    f"{name}: {key} is {loss!r} of type {type(loss).__name__}; expected a function "
-                    f"(params, hparams, *batch) -> scalar"
-                )
-        adjoint_lr = inner_lr if adjoint_lr is None else adjoint_lr
-        rates = {"inner_lr": inner_lr, "outer_lr": outer_lr, "adjoint_lr": adjoint_lr}
-        for key, rate in rates.items():
+    def __post_init__(self) -> None:
+        if self.adjoint_lr is None:
+            object.__setattr__(self, "adjoint_lr", self.inner_lr)
+        for key in ("inner_loss", "outer_loss"):
+            signature = "(params, hparams, *batch) -> scalar"
+            check_callable(getattr(self, key), f"{self.name}: {key}", signature)
+        for key in ("inner_lr", "outer_lr", "adjoint_lr"):
+            rate = getattr(self, key)
             if not callable(rate):
-                check_rate(name, key, rate)
-        return Settings(name, inner_loss, outer_loss, **rates)
+                check_rate(self.name, key, rate)
 
     def init(self, params: TensorTree, hparams: TensorTree) -> State:
         """The start, cut from any graph: a loop is nothing to differentiate through."""
@@ -119,7 +113,7 @@ class Settings:
 class Point:
     """The variables of a state as leaves, and what the losses give there."""
 
-    settings: Settings
+    method: Method
     state: State
     w: Leaves
     u: Leaves
@@ -170,11 +164,11 @@ class Point:
 
     def rate(self, key: str) -> Any:
         """A step size at this step."""
-        rate = getattr(self.settings, key)
+        rate = getattr(self.method, key)
         if not callable(rate):
             return rate
         value = rate(self.state.step)
-        check_rate(self.settings.name, f"{key}(step)", value)
+        check_rate(self.method.name, f"{key}(step)", value)
         return value
 
     def leave(self, w: Leaves, u: Leaves, h: Leaves) -> State:
@@ -204,10 +198,10 @@ class Point:
         return autodiff.gradient(loss, w, create_graph=create_graph)
 
     def _loss(self, key: str, w: Leaves, h: Leaves, batch: tuple[Any, ...]) -> Tensor:
-        value = getattr(self.settings, key)(
+        value = getattr(self.method, key)(
             trees.unflatten(self.params_spec, w), trees.unflatten(self.hparams_spec, h), *batch
         )
-        return check_scalar(value, f"{self.settings.name}: {key}")
+        return check_scalar(value, f"{self.method.name}: {key}")
 
 
 def unbind(name: str, batches: Any, length: int) -> list[tuple[Any, ...]]:
@@ -239,12 +233,6 @@ def check_batch(name: str, key: str, batch: Any) -> None:
         )
 
 
-def check_count(name: str, key: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: {key} is {value!r}; expected an integer >= {least}")
-    return value
-
-
 def check_rate(name: str, key: str, rate: Any) -> None:
     if isinstance(rate, Tensor):
         if rate.ndim or not rate.is_floating_point():
@@ -253,10 +241,9 @@ def check_rate(name: str, key: str, rate: Any) -> None:
                 f"expected a 0-d floating-point tensor"
             )
         return
-    if isinstance(rate, bool) or not isinstance(rate, int | float):
+    if not is_number(rate):
         raise TypeError(
             f"{name}: {key} is {rate!r} of type {type(rate).__name__}; expected a number or a "
             f"function of the step that returns one"
         )
-    if not rate >= 0:
-        raise ValueError(f"{name}: {key} is {rate}; expected a number >= 0")
+    check_number(name, key, rate)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.wrapped_functions import picklable
+from hyperfunc._engine.checks import check_count
 from hyperfunc._types import Loss, TensorTree
-from hyperfunc.bilevel._base import Loop, Settings, State, StepSize, Terms, check_batch, check_count
+from hyperfunc.bilevel._base import Loop, Method, State, StepSize, Terms, check_batch
 
 
 class Memory(NamedTuple):
@@ -31,7 +32,6 @@ class Memory(NamedTuple):
     outer_hparams: TensorTree
 
 
-@picklable
 def saba(
     inner_loss: Loss,
     outer_loss: Loss,
@@ -95,21 +95,32 @@ def saba(
         Dagreou, Ablin, Vaiter and Moreau, arXiv 2201.13409; Defazio, Bach and Lacoste-Julien,
         SAGA, arXiv 1407.0202.
     """
-    settings = Settings.make("saba", inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr)
-    n = check_count("saba", "num_inner_batches", num_inner_batches, 1)
-    m = check_count("saba", "num_outer_batches", num_outer_batches, 1)
+    method = _SABA(
+        inner_loss=inner_loss,
+        outer_loss=outer_loss,
+        num_inner_batches=check_count("saba", "num_inner_batches", num_inner_batches),
+        num_outer_batches=check_count("saba", "num_outer_batches", num_outer_batches),
+        inner_lr=inner_lr,
+        outer_lr=outer_lr,
+        adjoint_lr=adjoint_lr,
+    )
+    return Loop(method.init, method.update)
 
-    def init(params: TensorTree, hparams: TensorTree) -> State:
-        state = settings.init(params, hparams)
+
+@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+class _SABA(Method):
+    num_inner_batches: int
+    num_outer_batches: int
+
+    name = "saba"
+
+    def init(self, params: TensorTree, hparams: TensorTree) -> State:
+        state = super().init(params, hparams)
 
         def table(tree: TensorTree, size: int) -> TensorTree:
-            return trees.tree_map(
-                lambda leaf: (
-                    leaf.new_zeros(size, *leaf.shape) if isinstance(leaf, Tensor) else leaf
-                ),
-                tree,
-            )
+            return trees.tree_map(lambda leaf: leaf.new_zeros(size, *leaf.shape), tree)
 
+        n, m = self.num_inner_batches, self.num_outer_batches
         memory = Memory(
             inner_gradient=table(state.params, n),
             product=table(state.params, n),
@@ -120,17 +131,18 @@ def saba(
         return state._replace(memory=memory)
 
     def update(
+        self,
         state: State,
         inner_batch: tuple[Any, ...],
         outer_batch: tuple[Any, ...],
         inner_index: int | Tensor,
         outer_index: int | Tensor,
     ) -> State:
-        point = settings.enter(state)
+        point = self.enter(state)
         check_batch("saba", "inner_batch", inner_batch)
         check_batch("saba", "outer_batch", outer_batch)
-        i = _check_index("saba", "inner_index", inner_index, n)
-        j = _check_index("saba", "outer_index", outer_index, m)
+        i = _check_index("saba", "inner_index", inner_index, self.num_inner_batches)
+        j = _check_index("saba", "outer_index", outer_index, self.num_outer_batches)
         seen = point.terms(inner_batch, outer_batch)
         if not isinstance(state.memory, Memory):
             raise TypeError(
@@ -144,8 +156,6 @@ def saba(
             memory.append(trees.unflatten(spec, [rows for _, rows in pairs]))
         moved = point.moved(Terms(*reduced))
         return moved._replace(memory=Memory(*memory))
-
-    return Loop(init, update)
 
 
 def _saga(new: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from hyperfunc._engine.wrapped_functions import picklable
 from hyperfunc._types import Loss
-from hyperfunc.bilevel._base import Loop, Settings, State, StepSize, check_batch
+from hyperfunc.bilevel._base import Loop, Method, State, StepSize, check_batch
 
 
-@picklable
 def soba(
     inner_loss: Loss,
     outer_loss: Loss,
@@ -61,12 +60,24 @@ def soba(
         Dagreou, Ablin, Vaiter and Moreau, A framework for bilevel optimization that enables
         stochastic and global variance reduction algorithms, arXiv 2201.13409.
     """
-    settings = Settings.make("soba", inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr)
+    method = _SOBA(
+        inner_loss=inner_loss,
+        outer_loss=outer_loss,
+        inner_lr=inner_lr,
+        outer_lr=outer_lr,
+        adjoint_lr=adjoint_lr,
+    )
+    return Loop(method.init, method.update)
 
-    def update(state: State, inner_batch: tuple[Any, ...], outer_batch: tuple[Any, ...]) -> State:
-        point = settings.enter(state)
-        check_batch("soba", "inner_batch", inner_batch)
-        check_batch("soba", "outer_batch", outer_batch)
+
+@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+class _SOBA(Method):
+    name = "soba"
+
+    def update(
+        self, state: State, inner_batch: tuple[Any, ...], outer_batch: tuple[Any, ...]
+    ) -> State:
+        point = self.enter(state)
+        check_batch(self.name, "inner_batch", inner_batch)
+        check_batch(self.name, "outer_batch", outer_batch)
         return point.moved(point.terms(inner_batch, outer_batch))
-
-    return Loop(settings.init, update)

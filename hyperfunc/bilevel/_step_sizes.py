@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hyperfunc._engine.checks import check_number
+
 
 def power_decay(initial: float, exponent: float) -> Callable[[int | Tensor], float | Tensor]:
     """The step sizes ``initial / (1 + step) ** exponent``.
@@ -23,15 +25,14 @@ def power_decay(initial: float, exponent: float) -> Callable[[int | Tensor], flo
 
     Raises:
         ValueError: a number out of its range.
+        TypeError: no number.
 
     Example:
         >>> hf.bilevel.power_decay(0.5, exponent=0.5)(torch.tensor(3))
         tensor(0.2500, dtype=torch.float64)
     """
-    if not initial > 0:
-        raise ValueError(f"power_decay: initial is {initial!r}; expected a number > 0")
-    if not exponent >= 0:
-        raise ValueError(f"power_decay: exponent is {exponent!r}; expected a number >= 0")
+    check_number("power_decay", "initial", initial, above=True)
+    check_number("power_decay", "exponent", exponent)
     return functools.partial(_decayed, initial, exponent)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.wrapped_functions import picklable
 from hyperfunc._types import Leaves, Loss
-from hyperfunc.bilevel._base import Loop, Point, Settings, StepSize
-from hyperfunc.bilevel._two_loops import two_loops
+from hyperfunc.bilevel._base import Loop, Point, StepSize
+from hyperfunc.bilevel._two_loops import TwoLoops
 
 
-@picklable
 def stocbio(
     inner_loss: Loss,
     outer_loss: Loss,
@@ -71,13 +70,26 @@ def stocbio(
         Ji, Yang and Liang, Bilevel optimization: convergence analysis and enhanced design,
         algorithms 2 and 3, arXiv 2010.07962.
     """
+    method = _StocBiO(
+        inner_loss=inner_loss,
+        outer_loss=outer_loss,
+        inner_lr=inner_lr,
+        outer_lr=outer_lr,
+        adjoint_lr=adjoint_lr,
+        num_inner_steps=num_inner_steps,
+        num_adjoint_steps=num_adjoint_steps,
+    )
+    return Loop(method.init, method.update)
 
-    def neumann(point: Point, batches: list[tuple[Any, ...]], b: Leaves, lr: Any) -> Leaves:
+
+@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+class _StocBiO(TwoLoops):
+    name = "stocbio"
+    least_adjoint_steps = 0
+
+    def solve(self, point: Point, batches: list[tuple[Any, ...]], b: Leaves, lr: Any) -> Leaves:
         term = total = b
         for batch in batches:
             term = trees.axpy(-lr, point.product(term, batch), term)
             total = trees.add(total, term)
         return trees.scale(lr, total)
-
-    settings = Settings.make("stocbio", inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr)
-    return two_loops("stocbio", settings, neumann, num_inner_steps, num_adjoint_steps)

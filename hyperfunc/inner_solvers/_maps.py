@@ -12,14 +12,11 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_scalar
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._types import Loss, ParamsFunction, TensorTree
-from hyperfunc.inner_solvers._proximal import ProximalLoss
+from hyperfunc.inner_solvers._proximal import ProximalLoss, ScalarCoefficient
 from hyperfunc.prox._base import check_prox
 
-Coefficient = float | Tensor | Callable[[TensorTree], Any]
-"""A number, a 0-d tensor, or a function of the hparams that returns one of them."""
 
-
-def gradient_descent_map(inner_loss: Loss, lr: Coefficient) -> ParamsFunction:
+def gradient_descent_map(inner_loss: Loss, lr: ScalarCoefficient) -> ParamsFunction:
     r"""The fixed-point map of gradient descent.
 
     $$\varphi(w, \lambda, \ldots) = w - \eta(\lambda)\, \nabla_w \ell(w, \lambda, \ldots)$$
@@ -44,7 +41,7 @@ def gradient_descent_map(inner_loss: Loss, lr: Coefficient) -> ParamsFunction:
 
 
 def proximal_gradient_map(
-    loss: Loss, prox: Callable[..., TensorTree], lr: Coefficient
+    loss: Loss, prox: Callable[..., TensorTree], lr: ScalarCoefficient
 ) -> ParamsFunction:
     r"""The fixed-point map of proximal gradient descent, for constraints and non-smooth terms.
 
@@ -94,7 +91,7 @@ def proximal_gradient_map(
 @dataclass(frozen=True, eq=False)
 class _GradientDescentMap:
     inner_loss: Loss
-    lr: Coefficient
+    lr: ScalarCoefficient
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree:
         lr = self.lr(hparams) if callable(self.lr) else self.lr
@@ -105,7 +102,7 @@ class _GradientDescentMap:
 class _ProximalGradientMap:
     loss: Loss
     prox: Callable[..., TensorTree]
-    lr: Coefficient
+    lr: ScalarCoefficient
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree:
         lr = self.lr(hparams) if callable(self.lr) else self.lr
@@ -133,7 +130,5 @@ def _gradient(
     tracked = tracking.is_tracked(trees.flatten((params, hparams, args))[0])
     grads = autodiff.gradient(value, leaves, create_graph=tracked)
     if isinstance(loss, ProximalLoss):
-        offset = trees.sub(leaves, loss.center_at(hparams, leaves, spec))
-        weight = loss.weight_at(hparams)
-        grads = trees.axpy(weight, offset, grads, out=trees.reusable(offset, grads))
+        grads = loss.at(hparams, leaves, spec).add_gradient(grads, leaves)
     return trees.unflatten(spec, grads)

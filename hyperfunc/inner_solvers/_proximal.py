@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_callable, check_number, is_number
 from hyperfunc._types import Leaves, Loss, TensorTree
+
+ScalarCoefficient: TypeAlias = float | Tensor | Callable[[TensorTree], Any]
+"""A number, a 0-d tensor, or a function of the hparams that returns one of them."""
 
 
 def proximal(
     loss: Loss,
-    weight: float | Tensor | Callable[[TensorTree], Tensor],
+    weight: ScalarCoefficient,
     center: TensorTree | Callable[[TensorTree], TensorTree] | None = None,
 ) -> ProximalLoss:
     r"""The inner loss with a quadratic regulariser, which costs no differentiation.
@@ -57,11 +61,9 @@ def proximal(
         Rajeswaran, Finn, Kakade and Levine, Meta-learning with implicit gradients,
         arXiv 1909.04630; Denevi et al., arXiv 1903.10399.
     """
-    if not callable(loss):
-        raise TypeError(f"proximal: loss is {loss!r}; expected a function of (params, hparams)")
-    if isinstance(weight, int | float) and not isinstance(weight, bool):
-        if not weight >= 0:
-            raise ValueError(f"proximal: weight is {weight!r}; expected a number >= 0")
+    check_callable(loss, "proximal: loss", "(params, hparams, *args) -> scalar")
+    if is_number(weight):
+        check_number("proximal", "weight", weight)
     elif not (callable(weight) or isinstance(weight, Tensor)):
         raise TypeError(
             f"proximal: weight is {weight!r}; expected a number >= 0, a 0-d tensor, or a function "
@@ -75,7 +77,7 @@ class ProximalLoss:
     """``loss + weight/2 ||params - center||^2``; made by `proximal`."""
 
     loss: Callable[..., Any]
-    weight: float | Tensor | Callable[[TensorTree], Tensor]
+    weight: ScalarCoefficient
     center: Any
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> Any:
@@ -104,6 +106,28 @@ class ProximalLoss:
         trees.check_like(leaves, center_spec, like, spec, name, "params")
         return tuple(leaves)
 
+    def at(self, hparams: TensorTree, like: Leaves, spec: trees.TreeSpec) -> Regulariser:
+        """The regulariser at given hparams, for params of given structure."""
+        return Regulariser(self.weight_at(hparams), self.center_at(hparams, like, spec))
+
     def gradient(self, w: Leaves, spec: trees.TreeSpec, hparams: TensorTree) -> Leaves:
         """The gradient ``weight (w - center)`` of the regulariser."""
         return trees.scale(self.weight_at(hparams), trees.sub(w, self.center_at(hparams, w, spec)))
+
+
+class Regulariser(NamedTuple):
+    """``weight/2 ||params - center||^2`` for params as leaves."""
+
+    weight: float | Tensor
+    center: Leaves
+
+    def add_gradient(self, grads: Leaves, w: Leaves) -> Leaves:
+        """``grads + weight (w - center)``."""
+        offset = trees.sub(w, self.center)
+        return trees.axpy(self.weight, offset, grads, out=trees.reusable(offset, grads))
+
+    def descend(self, w: Leaves, grads: Leaves, rate: float) -> Leaves:
+        """``w - rate (grads + weight (w - center))`` for a number as weight, in two passes."""
+        t = rate * self.weight
+        moved = tuple([torch.lerp(u, c, t) for u, c in zip(w, self.center, strict=True)])
+        return trees.axpy(-rate, grads, moved, out=trees.reusable(moved, grads))

@@ -11,11 +11,10 @@ from torch import Tensor
 from hyperfunc import optim
 from hyperfunc._compile.compiler import Backend, Compiler, applies, check_backend
 from hyperfunc._engine import trees
-from hyperfunc._engine.checks import check_callable
+from hyperfunc._engine.checks import check_callable, check_count, check_number
 from hyperfunc._torch import batching, tracking
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
 from hyperfunc.inner_solvers._steps import _LONGEST_BLOCK, DescentStep, FlatStep, MapStep, Step
-from hyperfunc.optim._leafwise import Leafwise
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,16 +46,6 @@ class IterativeSolver:
     def can_stop(self) -> bool:
         """Whether there may be fewer steps than ``num_steps``."""
         return self.rtol > 0 or self.atol > 0
-
-    @property
-    def makes_result(self) -> bool:
-        """Whether it is known that the params it returns share no memory with anything else."""
-        return (
-            self.num_steps > 0
-            and self.compiler is None
-            and isinstance(self.step, DescentStep)
-            and isinstance(self.step.optimizer.update, Leafwise)
-        )
 
     def compiled(self, backend: Backend) -> IterativeSolver:
         """The solver with its steps compiled, as it says itself or else by this backend."""
@@ -132,7 +121,7 @@ def iterate(
     """
     check_callable(step, "step", "(params, hparams, *args) -> params")
     condition = ("fixed_point", step) if inputs is None else None
-    return _build(MapStep(step), num_steps, init, inputs, rtol, atol, condition, compile)
+    return _build("iterate", MapStep(step), num_steps, init, inputs, rtol, atol, condition, compile)
 
 
 def minimize(
@@ -160,15 +149,9 @@ def minimize(
         inputs: minibatches: a tree of tensors with leading dimension ``num_steps``; step $t$ takes
             the gradient of ``inner_loss(params, hparams, *args, inputs_t)``. Implicit methods must
             then be given a condition.
-        rtol: stop once $\lVert w_{t+1} - w_t \rVert \le$ ``atol + rtol`` $\lVert w_{t+1} \rVert$.
-            Under ``vmap`` each task stops by itself.
-        atol: the absolute part of that tolerance.
-        compile: whether to compile steps by ``torch.compile``; see `hypergrad`. The
-            first call with arguments of a shape takes long, all others are faster, under ``vmap``
-            too. So are the derivatives by `Reverse`, `ReverseUnroll` and `ForwardMode` of the first
-            order, for blocks of steps whose products are compiled; those of higher order, or
-            through a solver that stops early or is called without a method, run uncompiled. Not
-            for steps that draw random numbers.
+        rtol: as for `iterate`, on the params.
+        atol: as for `iterate`.
+        compile: as for `iterate`.
 
     Returns:
         The inner solver, ``(hparams, *args) -> params``.
@@ -191,7 +174,7 @@ def minimize(
     optim.check_optimizer(optimizer, "minimize")
     condition = ("inner_loss", inner_loss) if inputs is None else None
     step = DescentStep(inner_loss, optimizer)
-    return _build(step, num_steps, init, inputs, rtol, atol, condition, compile)
+    return _build("minimize", step, num_steps, init, inputs, rtol, atol, condition, compile)
 
 
 class FlatSteps:
@@ -336,6 +319,7 @@ def unbind(inputs: TensorTree, num_steps: int) -> Iterable[tuple[Any, ...]]:
 
 
 def _build(
+    caller: str,
     step: Step,
     num_steps: int,
     init: InnerSolver,
@@ -345,14 +329,11 @@ def _build(
     condition: tuple[str, Callable[..., Any]] | None,
     compile: bool | str | Mapping[str, Any],
 ) -> IterativeSolver:
-    if not isinstance(num_steps, int) or isinstance(num_steps, bool):
-        raise TypeError(f"num_steps is {num_steps!r}; expected an integer, 0 or more")
-    if num_steps < 0:
-        raise ValueError(f"num_steps is {num_steps}; expected 0 or more")
-    check_callable(init, "init", "(hparams, *args) -> params")
+    check_count(caller, "num_steps", num_steps, 0)
+    check_callable(init, f"{caller}: init", "(hparams, *args) -> params")
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"{name} is {value!r}; expected a number, 0 or more")
+        if value is not None:
+            check_number(caller, name, value)
     if inputs is not None:
         _check_inputs(inputs, num_steps)
     backend = check_backend(compile)

@@ -14,7 +14,8 @@ from hyperfunc._engine.checks import check_scalar
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._types import Leaves, Loss, ParamsFunction, TensorTree
 from hyperfunc.inner_solvers._proximal import ProximalLoss
-from hyperfunc.optim._base import Pull
+from hyperfunc.optim._leafwise import Leafwise
+from hyperfunc.optim._rules import SGD
 
 # Steps that are compiled as one, at most: the time of compiling grows with them.
 _LONGEST_BLOCK = 4
@@ -78,12 +79,14 @@ class DescentStep:
         args: tuple[Any, ...],
     ) -> FlatStep:
         loss, spec = self.inner_loss, specs[0]
-        pull = None
-        if isinstance(loss, ProximalLoss):
-            center = loss.center_at(hparams, like, spec)
-            pull = Pull(loss.weight_at(hparams), center)
-            loss = loss.loss
+        optimizer = self.optimizer.update
         update = self._update(specs, like, hparams)
+        regulariser, rate = None, None
+        if isinstance(loss, ProximalLoss):
+            regulariser = loss.at(hparams, like, spec)
+            loss = loss.loss
+            if isinstance(optimizer, SGD) and not isinstance(regulariser.weight, Tensor):
+                rate = optimizer.plain_rate(like, hparams)
         tracked = tracking.is_tracked(trees.flatten((hparams, args))[0])
 
         def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
@@ -94,28 +97,23 @@ class DescentStep:
             row = trees.flatten(extra)[0] if extra else ()
             recorded = tracked or tracking.is_tracked((*leaves, *row))
             grads = autodiff.gradient(value, leaves, create_graph=recorded)
-            return update(leaves, grads, memory, pull)
+            if regulariser is not None:
+                if rate is not None:
+                    return regulariser.descend(leaves, grads, rate), memory
+                grads = regulariser.add_gradient(grads, leaves)
+            return update(leaves, grads, memory)
 
         return step
 
     def _update(
         self, specs: tuple[trees.TreeSpec, trees.TreeSpec], like: Leaves, hparams: TensorTree
-    ) -> Callable[..., tuple[Leaves, Leaves]]:
-        bind = getattr(self.optimizer.update, "bind", None)
-        if bind is not None:
-            update: Callable[..., tuple[Leaves, Leaves]] = bind(like, specs[0], hparams)
-            return update
+    ) -> Callable[[Leaves, Leaves, Leaves], tuple[Leaves, Leaves]]:
+        update = self.optimizer.update
+        if isinstance(update, Leafwise):
+            return update.bind(like, specs[0], hparams)
 
-        def by_trees(
-            leaves: Leaves, grads: Leaves, memory: Leaves, pull: Pull | None
-        ) -> tuple[Leaves, Leaves]:
-            if pull is not None:
-                reuse = pull.may_overwrite(leaves, grads)
-                grads = tuple(
-                    pull.add(grad, leaf, i, reuse)
-                    for i, (grad, leaf) in enumerate(zip(grads, leaves, strict=True))
-                )
-            params, state = self.optimizer.update(
+        def by_trees(leaves: Leaves, grads: Leaves, memory: Leaves) -> tuple[Leaves, Leaves]:
+            params, state = update(
                 trees.unflatten(specs[0], grads),
                 trees.unflatten(specs[1], memory),
                 trees.unflatten(specs[0], leaves),

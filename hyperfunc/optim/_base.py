@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._torch.tracking import is_tracked
+from hyperfunc._engine.checks import is_number
+from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._types import Leaves, TensorTree
 
 Coefficient: TypeAlias = float | TensorTree | Callable[[Any], Any]
@@ -40,6 +42,12 @@ class Optimizer(NamedTuple):
     init: Callable[[TensorTree], Any]
     update: Callable[..., tuple[TensorTree, Any]]
 
+    def __repr__(self) -> str:
+        update: Any = self.update
+        if isinstance(update, PrintsAsCall):
+            return repr(update)
+        return f"Optimizer(init={self.init!r}, update={update!r})"
+
 
 class State(NamedTuple):
     """The state of the optimisers of this module.
@@ -54,20 +62,14 @@ class State(NamedTuple):
     slots: Any
 
 
-class Pull(NamedTuple):
-    """A term ``weight (leaf - center)`` of the gradient, in closed form."""
+@dataclasses.dataclass(frozen=True)
+class Initializer:
+    """The ``init`` of an update that has one, which compares as the update does."""
 
-    weight: float | Tensor
-    center: Leaves
+    update: Any
 
-    def add(self, grad: Tensor, leaf: Tensor, index: int, reuse: bool) -> Tensor:
-        """The gradient of a leaf with this term; ``reuse`` if what `may_overwrite` says holds."""
-        offset = (torch.sub(leaf, self.center[index]),)
-        return trees.axpy(self.weight, offset, (grad,), out=offset if reuse else None)[0]
-
-    def may_overwrite(self, leaves: Leaves, grads: Leaves) -> bool:
-        """Whether what is made from these and the centre may be written over."""
-        return not is_tracked(self.center) and trees.may_overwrite(leaves, grads)
+    def __call__(self, params: TensorTree) -> Any:
+        return self.update.init(params)
 
 
 def check_optimizer(optimizer: Any, caller: str) -> Optimizer:
@@ -220,7 +222,7 @@ def _check_values(name: str, key: str, value: Any, label: str) -> None:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             continue
         path = label if spec is None else trees.paths(spec, label)[index]
-        if isinstance(leaf, bool) or not isinstance(leaf, int | float):
+        if not is_number(leaf):
             got = f"a tensor of dtype {leaf.dtype}" if isinstance(leaf, Tensor) else describe(leaf)
             raise TypeError(f"{name}: {path} is {got}; expected {_KINDS}")
         if not low <= leaf <= high:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.wrapped_functions import picklable
+from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._types import TensorTree
 from hyperfunc.optim._base import (
     Coefficient,
@@ -23,7 +24,6 @@ from hyperfunc.optim._base import (
 from hyperfunc.optim._leafwise import safe_root
 
 
-@picklable
 def clip_grad_norm(optimizer: Optimizer, max_norm: Coefficient) -> Optimizer:
     """The optimiser on gradients scaled down to a Euclidean norm of at most ``max_norm``.
 
@@ -56,23 +56,9 @@ def clip_grad_norm(optimizer: Optimizer, max_norm: Coefficient) -> Optimizer:
     check_coefficient("clip_grad_norm", "max_norm", max_norm)
     if not callable(max_norm):
         check_single("clip_grad_norm: max_norm", max_norm, "use clip_grad_value")
-
-    def update(
-        grads: TensorTree, state: Any, params: TensorTree, hparams: Any = None
-    ) -> tuple[TensorTree, Any]:
-        leaves, _, spec = flatten_like_params("clip_grad_norm", grads, params)
-        limit = evaluate("clip_grad_norm", "max_norm", max_norm, hparams)
-        check_single("clip_grad_norm: max_norm", limit, "use clip_grad_value")
-        total = safe_root(trees.dot(leaves, leaves))
-        factor = (limit / (total + 1e-6)).clamp(max=1.0)
-        return inner.update(
-            trees.unflatten(spec, trees.scale(factor, leaves)), state, params, hparams
-        )
-
-    return Optimizer(inner.init, update)
+    return Optimizer(inner.init, _ClippedByNorm(inner, max_norm))
 
 
-@picklable
 def clip_grad_value(optimizer: Optimizer, clip_value: Coefficient) -> Optimizer:
     """The optimiser on gradients whose entries are cut off at ``-clip_value`` and ``clip_value``.
 
@@ -101,17 +87,43 @@ def clip_grad_value(optimizer: Optimizer, clip_value: Coefficient) -> Optimizer:
     """
     inner = check_optimizer(optimizer, "clip_grad_value")
     check_coefficient("clip_grad_value", "clip_value", clip_value)
+    return Optimizer(inner.init, _ClippedByValue(inner, clip_value))
 
-    def update(
-        grads: TensorTree, state: Any, params: TensorTree, hparams: Any = None
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _ClippedByNorm(PrintsAsCall):
+    optimizer: Optimizer
+    max_norm: Coefficient
+
+    name = "clip_grad_norm"
+
+    def __call__(
+        self, grads: TensorTree, state: Any, params: TensorTree, hparams: Any = None
     ) -> tuple[TensorTree, Any]:
-        leaves, _, spec = flatten_like_params("clip_grad_value", grads, params)
-        limits = {"clip_value": clip_value}
-        rows = values_by_leaf("clip_grad_value", limits, hparams, params, leaves, spec)
+        leaves, _, spec = flatten_like_params(self.name, grads, params)
+        limit = evaluate(self.name, "max_norm", self.max_norm, hparams)
+        check_single(f"{self.name}: max_norm", limit, "use clip_grad_value")
+        total = safe_root(trees.dot(leaves, leaves))
+        factor = (limit / (total + 1e-6)).clamp(max=1.0)
+        clipped = trees.unflatten(spec, trees.scale(factor, leaves))
+        return self.optimizer.update(clipped, state, params, hparams)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _ClippedByValue(PrintsAsCall):
+    optimizer: Optimizer
+    clip_value: Coefficient
+
+    name = "clip_grad_value"
+
+    def __call__(
+        self, grads: TensorTree, state: Any, params: TensorTree, hparams: Any = None
+    ) -> tuple[TensorTree, Any]:
+        leaves, _, spec = flatten_like_params(self.name, grads, params)
+        limits = {"clip_value": self.clip_value}
+        rows = values_by_leaf(self.name, limits, hparams, params, leaves, spec)
         clipped = []
         for leaf, row in zip(leaves, rows, strict=True):
             (limit,) = cast(row, leaf.dtype, leaf.device)
             clipped.append(torch.clamp(leaf, -limit, limit))
-        return inner.update(trees.unflatten(spec, clipped), state, params, hparams)
-
-    return Optimizer(inner.init, update)
+        return self.optimizer.update(trees.unflatten(spec, clipped), state, params, hparams)

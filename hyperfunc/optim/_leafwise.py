@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
+import abc
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._torch.tracking import is_tracked, transforms_active
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import (
     Coefficient,
+    Initializer,
     Optimizer,
-    Pull,
     State,
     cast,
     check_coefficient,
@@ -26,37 +27,57 @@ from hyperfunc.optim._base import (
 )
 
 
-def leafwise(
-    name: str,
-    coefficients: dict[str, Coefficient],
-    prepare: Callable[..., tuple[Any, ...]],
-    step: Callable[..., tuple[Tensor, Leaves]],
-    slots: dict[str, Any],
-    drawn: Callable[..., Tensor | None] | None = None,
-    timed: bool = True,
-) -> Optimizer:
-    """The optimiser that takes one step leaf by leaf; a slot starts as its value, or as params.
+class Leafwise(PrintsAsCall, abc.ABC):
+    """The update of an optimiser that takes one step rule leaf by leaf.
 
-    ``drawn(leaf, grad, weight, center, c, reuse)`` is the new leaf for the gradient
-    ``grad + weight (leaf - center)`` where that takes fewer passes than `step`, else None; with
-    ``reuse`` it may write over what it makes. ``timed`` says whether `prepare` depends on the
-    number of the step.
+    A rule is a frozen dataclass of its coefficients, whose fields ``keys`` names, and its flags.
     """
-    for key, coefficient in coefficients.items():
-        check_coefficient(name, key, coefficient)
-    for start in slots.values():
-        if start is not None:
-            check_coefficient(name, "initial_accumulator_value", start)
 
-    def init(params: TensorTree) -> State:
+    keys: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def coefficients(self) -> dict[str, Coefficient]:
+        """The coefficients in the order in which `prepare` takes them, under the user's names."""
+        return {key: getattr(self, key) for key in self.keys}
+
+    @property
+    @abc.abstractmethod
+    def slots(self) -> dict[str, Any]:
+        """What each slot starts as, in the order of `step`: values, or None for the params."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether `prepare` depends on the number of the step."""
+        return True
+
+    @abc.abstractmethod
+    def prepare(self, t: Any, *coefficients: Any) -> tuple[Any, ...]:
+        """What step number ``t``, counted from 1, needs of the values of the coefficients."""
+
+    @abc.abstractmethod
+    def step(
+        self, leaf: Tensor, grad: Tensor, slots: Leaves, c: tuple[Any, ...]
+    ) -> tuple[Tensor, Leaves]:
+        """The new leaf and its new slots; ``c`` is what `prepare` returned."""
+
+    def optimizer(self) -> Optimizer:
+        """The optimiser with this update, checked."""
+        for key, coefficient in self.coefficients.items():
+            check_coefficient(self.name, key, coefficient)
+        for start in self.slots.values():
+            if start is not None:
+                check_coefficient(self.name, "initial_accumulator_value", start)
+        return Optimizer(Initializer(self), self)
+
+    def init(self, params: TensorTree) -> State:
         leaves, spec = trees.flatten_floating(params, "params")
         filled: dict[str, TensorTree] = {}
-        for slot, start in slots.items():
+        for slot, start in self.slots.items():
             if start is None:
                 filled[slot] = params
                 continue
             rows = values_by_leaf(
-                name, {"initial_accumulator_value": start}, None, params, leaves, spec
+                self.name, {"initial_accumulator_value": start}, None, params, leaves, spec
             )
             filled[slot] = trees.unflatten(
                 spec,
@@ -64,44 +85,30 @@ def leafwise(
             )
         return State(torch.zeros((), dtype=torch.int64, device="cpu"), filled)
 
-    return Optimizer(init, Leafwise(name, coefficients, prepare, step, tuple(slots), drawn, timed))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Leafwise:
-    """The update of an optimiser that takes one step rule leaf by leaf."""
-
-    name: str
-    coefficients: dict[str, Coefficient]
-    prepare: Callable[..., tuple[Any, ...]]
-    step: Callable[..., tuple[Tensor, Leaves]]
-    slots: tuple[str, ...]
-    drawn: Callable[..., Tensor | None] | None
-    timed: bool
-
     def __call__(
         self, grads: TensorTree, state: State, params: TensorTree, hparams: Any = None
     ) -> tuple[TensorTree, State]:
         grad_leaves, leaves, spec = flatten_like_params(self.name, grads, params)
-        memory = _flatten_slots(self.name, state, sorted(self.slots), spec)
+        slots = sorted(self.slots)
+        memory = _flatten_slots(self.name, state, slots, spec)
         flat = tuple(leaf for slot in memory for leaf in slot)
         update = self.bind(leaves, spec, hparams)
-        new, (step, *rest) = update(leaves, grad_leaves, (state.step, *flat), None)
+        new, (step, *rest) = update(leaves, grad_leaves, (state.step, *flat))
         step = step if self.timed else step + 1
         n = len(leaves)
         filled = {
             slot: trees.unflatten(spec, rest[index * n : (index + 1) * n])
-            for index, slot in enumerate(sorted(self.slots))
+            for index, slot in enumerate(slots)
         }
         return trees.unflatten(spec, new), State(step, filled)
 
     def bind(
         self, like: Leaves, spec: trees.TreeSpec, hparams: Any
-    ) -> Callable[[Leaves, Leaves, Leaves, Pull | None], tuple[Leaves, Leaves]]:
-        """The update at given hparams, on leaves: ``(params, grads, state, pull) -> (new, state)``.
+    ) -> Callable[[Leaves, Leaves, Leaves], tuple[Leaves, Leaves]]:
+        """The update at given hparams, on leaves: ``(params, grads, state) -> (new, state)``.
 
         The state is the leaves of a `State`, whose step is not counted on where nothing depends on
-        it; a pull is one more term of the gradients.
+        it.
         """
         params = trees.unflatten(spec, like)
         rows = values_by_leaf(self.name, self.coefficients, hparams, params, like, spec)
@@ -109,31 +116,21 @@ class Leafwise:
         parts = zip(rows, dtypes, like, strict=True)
         keys = [(id(row), dtype, leaf.device) for row, dtype, leaf in parts]
         distinct = dict(zip(keys, rows, strict=True))
-        places = [1 + sorted(self.slots).index(slot) * len(like) for slot in self.slots]
+        slots, timed = [*self.slots], self.timed
+        places = [1 + sorted(slots).index(slot) * len(like) for slot in slots]
 
         def prepared(t: Any) -> list[tuple[Any, ...]]:
             values = {key: cast(self.prepare(t, *row), *key[1:]) for key, row in distinct.items()}
             return [values[key] for key in keys]
 
-        constant = None if self.timed else prepared(1)
+        constant = None if timed else prepared(1)
 
-        def update(
-            leaves: Leaves, grads: Leaves, state: Leaves, pull: Pull | None
-        ) -> tuple[Leaves, Leaves]:
+        def update(leaves: Leaves, grads: Leaves, state: Leaves) -> tuple[Leaves, Leaves]:
             values = prepared(_step_number(state[0])) if constant is None else constant
-            reuse = pull is not None and pull.may_overwrite(leaves, grads)
             new_leaves = []
-            new_state = [state[0] + 1 if self.timed else state[0], *state[1:]]
+            new_state = [state[0] + 1 if timed else state[0], *state[1:]]
             for index, (leaf, grad, c) in enumerate(zip(leaves, grads, values, strict=True)):
                 dtype = dtypes[index]
-                if pull is not None:
-                    if self.drawn is not None and dtype is leaf.dtype:
-                        center = pull.center[index]
-                        new = self.drawn(leaf, grad, pull.weight, center, c, reuse)
-                        if new is not None:
-                            new_leaves.append(new)
-                            continue
-                    grad = pull.add(grad, leaf, index, reuse)
                 before = tuple([state[place + index] for place in places])
                 if dtype is leaf.dtype:
                     new, after = self.step(leaf, grad, before, c)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperfunc._engine.wrapped_functions import picklable
 from hyperfunc._types import Leaves, TensorTree
-from hyperfunc.optim._base import Coefficient, Optimizer, is_zero
+from hyperfunc.optim._base import Coefficient, Optimizer, evaluate, is_zero
 from hyperfunc.optim._leafwise import (
+    Leafwise,
     after_first,
     average_square,
     axpy,
-    leafwise,
     quotient_step,
     regularised,
     root_plus,
@@ -22,7 +22,6 @@ from hyperfunc.optim._leafwise import (
 )
 
 
-@picklable
 def sgd(
     lr: Coefficient = 1e-3,
     momentum: Coefficient = 0.0,
@@ -69,49 +68,55 @@ def sgd(
         Sutskever, Martens, Dahl, Hinton. On the importance of initialization and momentum in deep
         learning. ICML 2013.
     """
-    has_momentum = not is_zero(momentum)
-    if nesterov and not (has_momentum and is_zero(dampening)):
+    if nesterov and (is_zero(momentum) or not is_zero(dampening)):
         raise ValueError(
             f"sgd: nesterov=True needs momentum and no dampening; got momentum={momentum!r}, "
             f"dampening={dampening!r}. Write sgd(lr, momentum=0.9, nesterov=True)"
         )
+    return SGD(lr, momentum, dampening, weight_decay, nesterov, maximize).optimizer()
 
-    def prepare(t: Any, lr: Any, momentum: Any, dampening: Any, weight_decay: Any) -> Any:
-        gain = 1 if is_zero(dampening) else 1 - dampening * after_first(t)
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SGD(Leafwise):
+    lr: Coefficient
+    momentum: Coefficient
+    dampening: Coefficient
+    weight_decay: Coefficient
+    nesterov: bool
+    maximize: bool
+
+    name = "sgd"
+    keys = ("lr", "momentum", "dampening", "weight_decay")
+
+    @property
+    def slots(self) -> dict[str, Any]:
+        return {} if is_zero(self.momentum) else {"momentum_buffer": 0.0}
+
+    @property
+    def timed(self) -> bool:
+        return not is_zero(self.dampening)
+
+    def plain_rate(self, like: Leaves, hparams: Any) -> float | None:
+        """The number ``lr`` where a step on such leaves is ``w - lr g`` in their own dtypes."""
+        lr = evaluate(self.name, "lr", self.lr, hparams)
+        plain = not self.slots and is_zero(self.weight_decay) and not self.maximize
+        rounded = any(torch.promote_types(w.dtype, torch.float32) is not w.dtype for w in like)
+        return lr if plain and not rounded and isinstance(lr, int | float) else None
+
+    def prepare(self, t: Any, lr: Any, momentum: Any, dampening: Any, weight_decay: Any) -> Any:
+        gain = 1 - dampening * after_first(t) if self.timed else 1
         return -lr, momentum, gain, weight_decay
 
-    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
+    def step(self, leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
         rate, momentum, gain, weight_decay = c
-        grad = regularised(grad, leaf, weight_decay, maximize)
-        if not has_momentum:
+        grad = regularised(grad, leaf, weight_decay, self.maximize)
+        if not slots:
             return axpy(rate, grad, leaf), ()
         buffer = axpy(momentum, slots[0], scale(gain, grad))
-        direction = axpy(momentum, buffer, grad) if nesterov else buffer
+        direction = axpy(momentum, buffer, grad) if self.nesterov else buffer
         return axpy(rate, direction, leaf), (buffer,)
 
-    plain = not has_momentum and is_zero(weight_decay) and not maximize
 
-    def drawn(
-        leaf: Tensor, grad: Tensor, weight: Any, center: Tensor, c: Any, reuse: bool
-    ) -> Tensor | None:
-        rate = c[0]
-        if isinstance(rate, Tensor) or isinstance(weight, Tensor):
-            return None
-        moved = torch.lerp(leaf, center, -rate * weight)
-        return moved.add_(grad, alpha=rate) if reuse else torch.add(moved, grad, alpha=rate)
-
-    return leafwise(
-        "sgd",
-        {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay},
-        prepare,
-        step,
-        {"momentum_buffer": 0.0} if has_momentum else {},
-        drawn if plain else None,
-        timed=not is_zero(dampening),
-    )
-
-
-@picklable
 def heavy_ball(lr: Coefficient, beta: Coefficient) -> Optimizer:
     """Polyak's heavy ball, started at rest.
 
@@ -144,21 +149,34 @@ def heavy_ball(lr: Coefficient, beta: Coefficient) -> Optimizer:
         Polyak. Some methods of speeding up the convergence of iteration methods. USSR Computational
         Mathematics and Mathematical Physics 4(5), 1964.
     """
+    return _HeavyBall(lr, beta).optimizer()
 
-    def prepare(t: Any, lr: Any, beta: Any) -> Any:
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _HeavyBall(Leafwise):
+    lr: Coefficient
+    beta: Coefficient
+
+    name = "heavy_ball"
+    keys = ("lr", "beta")
+
+    @property
+    def slots(self) -> dict[str, Any]:
+        return {"previous": None}
+
+    @property
+    def timed(self) -> bool:
+        return False
+
+    def prepare(self, t: Any, lr: Any, beta: Any) -> Any:
         return -lr, 1 + beta
 
-    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
+    def step(self, leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
         rate, reach = c
         # One pass over the leaves: lerp goes from the previous iterate through this one and beyond.
         return axpy(rate, grad, torch.lerp(slots[0], leaf, reach)), (leaf,)
 
-    return leafwise(
-        "heavy_ball", {"lr": lr, "beta": beta}, prepare, step, {"previous": None}, timed=False
-    )
 
-
-@picklable
 def adam(
     lr: Coefficient = 1e-3,
     betas: tuple[Coefficient, Coefficient] = (0.9, 0.999),
@@ -211,12 +229,11 @@ def adam(
         Kingma, Ba. Adam: a method for stochastic optimization. ICLR 2015.
         Reddi, Kale, Kumar. On the convergence of Adam and beyond. ICLR 2018.
     """
-    return _adam(
-        "adam", lr, betas, eps, weight_decay, amsgrad, maximize, decoupled=decoupled_weight_decay
-    )
+    return _Adam(
+        lr, _pair("adam", betas), eps, weight_decay, amsgrad, maximize, decoupled_weight_decay
+    ).optimizer()
 
 
-@picklable
 def adamw(
     lr: Coefficient = 1e-3,
     betas: tuple[Coefficient, Coefficient] = (0.9, 0.999),
@@ -258,10 +275,69 @@ def adamw(
     References:
         Loshchilov, Hutter. Decoupled weight decay regularization. ICLR 2019.
     """
-    return _adam("adamw", lr, betas, eps, weight_decay, amsgrad, maximize, decoupled=True)
+    return _AdamW(lr, _pair("adamw", betas), eps, weight_decay, amsgrad, maximize).optimizer()
 
 
-@picklable
+def _pair(name: str, betas: Any) -> tuple[Coefficient, Coefficient]:
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(
+            f"{name}: betas is {betas!r}; expected a pair of coefficients such as (0.9, 0.999), "
+            f"either of which may be a function of hparams"
+        )
+    return betas[0], betas[1]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Adam(Leafwise):
+    lr: Coefficient
+    betas: tuple[Coefficient, Coefficient]
+    eps: Coefficient
+    weight_decay: Coefficient
+    amsgrad: bool
+    maximize: bool
+    decoupled_weight_decay: bool
+
+    name = "adam"
+
+    @property
+    def coefficients(self) -> dict[str, Coefficient]:
+        betas = {"betas[0]": self.betas[0], "betas[1]": self.betas[1]}
+        return {"lr": self.lr, **betas, "eps": self.eps, "weight_decay": self.weight_decay}
+
+    @property
+    def slots(self) -> dict[str, Any]:
+        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * self.amsgrad
+        return dict.fromkeys(names, 0.0)
+
+    def prepare(self, t: Any, lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay: Any) -> Any:
+        correction = (1 - beta2**t) ** 0.5
+        # The root of v^ is multiplied out: one pass over the leaves less.
+        rate = -lr * correction / (1 - beta1**t)
+        return rate, 1 - beta1, beta2, 1 - beta2, eps * correction, weight_decay, lr * weight_decay
+
+    def step(self, leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
+        rate, gain1, beta2, gain2, eps, weight_decay, shrink = c
+        if self.decoupled_weight_decay:
+            grad = regularised(grad, leaf, 0.0, self.maximize)
+            leaf = scale(1 - shrink, leaf)
+        else:
+            grad = regularised(grad, leaf, weight_decay, self.maximize)
+        mean = torch.lerp(slots[0], grad, gain1)
+        square = average_square(slots[1], grad, beta2, gain2)
+        if not self.amsgrad:
+            return quotient_step(leaf, rate, mean, square, eps), (mean, square)
+        largest = torch.maximum(slots[2], square)
+        new = quotient_step(leaf, rate, mean, largest, eps)
+        return new, (mean, square, largest)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _AdamW(_Adam):
+    decoupled_weight_decay: bool = dataclasses.field(default=True, init=False, repr=False)
+
+    name = "adamw"
+
+
 def rmsprop(
     lr: Coefficient = 1e-2,
     alpha: Coefficient = 0.99,
@@ -312,40 +388,55 @@ def rmsprop(
         2012.
         Graves. Generating sequences with recurrent neural networks. arXiv:1308.0850 (``centered``).
     """
-    has_momentum = not is_zero(momentum)
+    return _RMSprop(lr, alpha, eps, weight_decay, momentum, centered, maximize).optimizer()
 
-    def prepare(t: Any, lr: Any, alpha: Any, eps: Any, weight_decay: Any, momentum: Any) -> Any:
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _RMSprop(Leafwise):
+    lr: Coefficient
+    alpha: Coefficient
+    eps: Coefficient
+    weight_decay: Coefficient
+    momentum: Coefficient
+    centered: bool
+    maximize: bool
+
+    name = "rmsprop"
+    keys = ("lr", "alpha", "eps", "weight_decay", "momentum")
+
+    @property
+    def timed(self) -> bool:
+        return False
+
+    @property
+    def slots(self) -> dict[str, Any]:
+        has_momentum = not is_zero(self.momentum)
+        names = ["square_avg"] + ["momentum_buffer"] * has_momentum + ["grad_avg"] * self.centered
+        return dict.fromkeys(names, 0.0)
+
+    def prepare(
+        self, t: Any, lr: Any, alpha: Any, eps: Any, weight_decay: Any, momentum: Any
+    ) -> Any:
         return -lr, alpha, 1 - alpha, eps, weight_decay, momentum
 
-    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
+    def step(self, leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
         rate, alpha, gain, eps, weight_decay, momentum = c
-        grad = regularised(grad, leaf, weight_decay, maximize)
+        grad = regularised(grad, leaf, weight_decay, self.maximize)
         square = average_square(slots[0], grad, alpha, gain)
         new_slots = [square]
-        if centered:
+        if self.centered:
             mean = torch.lerp(slots[-1], grad, gain)
             # Rounding can make the variance negative; its root would be NaN.
             square = torch.addcmul(square, mean, mean, value=-1).clamp(min=0)
-        if not has_momentum:
+        if is_zero(self.momentum):
             new = quotient_step(leaf, rate, grad, square, eps)
         else:
             buffer = axpy(momentum, slots[1], grad / root_plus(square, eps))
             new_slots.append(buffer)
             new = axpy(rate, buffer, leaf)
-        return new, (*new_slots, mean) if centered else tuple(new_slots)
-
-    slots = ["square_avg"] + ["momentum_buffer"] * has_momentum + ["grad_avg"] * centered
-    coefficients = {
-        "lr": lr,
-        "alpha": alpha,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "momentum": momentum,
-    }
-    return leafwise("rmsprop", coefficients, prepare, step, dict.fromkeys(slots, 0.0), timed=False)
+        return new, (*new_slots, mean) if self.centered else tuple(new_slots)
 
 
-@picklable
 def adagrad(
     lr: Coefficient = 1e-2,
     lr_decay: Coefficient = 0.0,
@@ -397,70 +488,36 @@ def adagrad(
             "which sees no hparams. Pass a number or a tensor, or put the value into the state: "
             "state._replace(slots={'sum': ...})"
         )
+    return _Adagrad(
+        lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize
+    ).optimizer()
 
-    def prepare(t: Any, lr: Any, lr_decay: Any, weight_decay: Any, eps: Any) -> Any:
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Adagrad(Leafwise):
+    lr: Coefficient
+    lr_decay: Coefficient
+    weight_decay: Coefficient
+    initial_accumulator_value: float | TensorTree
+    eps: Coefficient
+    maximize: bool
+
+    name = "adagrad"
+    keys = ("lr", "lr_decay", "weight_decay", "eps")
+
+    @property
+    def slots(self) -> dict[str, Any]:
+        return {"sum": self.initial_accumulator_value}
+
+    @property
+    def timed(self) -> bool:
+        return not is_zero(self.lr_decay)
+
+    def prepare(self, t: Any, lr: Any, lr_decay: Any, weight_decay: Any, eps: Any) -> Any:
         return -lr / (1 + (t - 1) * lr_decay), weight_decay, eps
 
-    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
+    def step(self, leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
         rate, weight_decay, eps = c
-        grad = regularised(grad, leaf, weight_decay, maximize)
+        grad = regularised(grad, leaf, weight_decay, self.maximize)
         total = torch.addcmul(slots[0], grad, grad)
         return quotient_step(leaf, rate, grad, total, eps), (total,)
-
-    return leafwise(
-        "adagrad",
-        {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay, "eps": eps},
-        prepare,
-        step,
-        {"sum": initial_accumulator_value},
-        timed=not is_zero(lr_decay),
-    )
-
-
-def _adam(
-    name: str,
-    lr: Coefficient,
-    betas: tuple[Coefficient, Coefficient],
-    eps: Coefficient,
-    weight_decay: Coefficient,
-    amsgrad: bool,
-    maximize: bool,
-    *,
-    decoupled: bool,
-) -> Optimizer:
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise TypeError(
-            f"{name}: betas is {betas!r}; expected a pair of coefficients such as (0.9, 0.999), "
-            f"either of which may be a function of hparams"
-        )
-
-    def prepare(t: Any, lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay: Any) -> Any:
-        correction = (1 - beta2**t) ** 0.5
-        # The root of v^ is multiplied out: one pass over the leaves less.
-        rate = -lr * correction / (1 - beta1**t)
-        return rate, 1 - beta1, beta2, 1 - beta2, eps * correction, weight_decay, lr * weight_decay
-
-    def step(leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
-        rate, gain1, beta2, gain2, eps, weight_decay, shrink = c
-        if decoupled:
-            grad = regularised(grad, leaf, 0.0, maximize)
-            leaf = scale(1 - shrink, leaf)
-        else:
-            grad = regularised(grad, leaf, weight_decay, maximize)
-        mean = torch.lerp(slots[0], grad, gain1)
-        square = average_square(slots[1], grad, beta2, gain2)
-        if not amsgrad:
-            return quotient_step(leaf, rate, mean, square, eps), (mean, square)
-        largest = torch.maximum(slots[2], square)
-        new = quotient_step(leaf, rate, mean, largest, eps)
-        return new, (mean, square, largest)
-
-    slots = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
-    coefficients = {
-        "lr": lr,
-        "betas[0]": betas[0],
-        "betas[1]": betas[1],
-        "eps": eps,
-        "weight_decay": weight_decay,
-    }
-    return leafwise(name, coefficients, prepare, step, dict.fromkeys(slots, 0.0))

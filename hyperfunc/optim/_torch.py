@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,9 +12,10 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.wrapped_functions import picklable
+from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import (
+    Initializer,
     Optimizer,
     State,
     check_single,
@@ -25,7 +28,6 @@ from hyperfunc.optim._leafwise import safe_root
 from hyperfunc.optim._rules import adagrad, adam, adamw, rmsprop, sgd
 
 
-@picklable
 def from_torch(
     optimizer_class: type[torch.optim.Optimizer], /, *, differentiable: bool = False, **options: Any
 ) -> Optimizer:
@@ -76,7 +78,9 @@ def from_torch(
     if native is not None:
         kept = {name: value for name, value in options.items() if name not in _EXECUTION_OPTIONS}
         return native(**kept)
-    return _torch_step(optimizer_class, differentiable, options)
+    update = _TorchUpdate(optimizer_class, differentiable, options)
+    update.check()
+    return Optimizer(Initializer(update), update)
 
 
 _NATIVE: dict[type[torch.optim.Optimizer], Callable[..., Optimizer]] = {
@@ -127,31 +131,47 @@ def _check_torch_class(optimizer_class: Any) -> None:
         )
 
 
-def _torch_step(
-    optimizer_class: type[torch.optim.Optimizer], differentiable: bool, options: dict[str, Any]
-) -> Optimizer:
-    name = class_name(optimizer_class)
-    rule = _TorchRule(optimizer_class, options)
-    right = _DIFFERENTIABLE.get(name, frozenset())
-    if differentiable and "differentiable" not in inspect.signature(optimizer_class).parameters:
-        raise TypeError(
-            f"from_torch: differentiable=True, but {name} has no option of that name: its step "
-            f"cannot be differentiated. Use one of the functions of hf.optim"
-        )
-    differentiable = differentiable or name in _DIFFERENTIABLE
-    # A wrong option raises here, and not at the first step.
-    rule.build([torch.zeros(1, 1)], rule.placeholders, {})
+@dataclasses.dataclass(frozen=True, repr=False)
+class _TorchUpdate(PrintsAsCall):
+    """The update of `from_torch` for a class that takes its own step."""
 
-    def init(params: TensorTree) -> State:
+    optimizer_class: type[torch.optim.Optimizer]
+    differentiable: bool
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return class_name(self.optimizer_class)
+
+    @functools.cached_property
+    def rule(self) -> _TorchRule:
+        return _TorchRule(self.optimizer_class, self.options)
+
+    def __repr__(self) -> str:
+        options = {"differentiable": True, **self.options} if self.differentiable else self.options
+        arguments = [self.name, *(f"{key}={value!r}" for key, value in options.items())]
+        return f"from_torch({', '.join(arguments)})"
+
+    def check(self) -> None:
+        accepted = inspect.signature(self.optimizer_class).parameters
+        if self.differentiable and "differentiable" not in accepted:
+            raise TypeError(
+                f"from_torch: differentiable=True, but {self.name} has no option of that name: its "
+                f"step cannot be differentiated. Use one of the functions of hf.optim"
+            )
+        # A wrong option raises here, and not at the first step.
+        self.rule.build([torch.zeros(1, 1)], self.rule.placeholders, {})
+
+    def init(self, params: TensorTree) -> State:
         leaves, _ = trees.flatten_floating(params, "params")
         with torch.no_grad():
             zeros = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in leaves]
-            _, states = rule.run(zeros, zeros, None, rule.placeholders, {})
+            _, states = self.rule.run(zeros, zeros, None, self.rule.placeholders, {})
         for entries in states:
             for key, value in entries.items():
                 if not isinstance(value, Tensor):
                     raise TypeError(
-                        f"from_torch: {name} keeps {key!r} in its state as {describe(value)}; "
+                        f"from_torch: {self.name} keeps {key!r} in its state as {describe(value)}; "
                         f"expected tensors only, since a state is a pytree of tensors"
                     )
         slots = tuple(
@@ -163,9 +183,11 @@ def _torch_step(
         )
         return State(torch.zeros((), dtype=torch.int64, device="cpu"), slots)
 
-    def update(
-        grads: TensorTree, state: State, params: TensorTree, hparams: Any = None
+    def __call__(
+        self, grads: TensorTree, state: State, params: TensorTree, hparams: Any = None
     ) -> tuple[TensorTree, State]:
+        rule, name = self.rule, self.name
+        right = _DIFFERENTIABLE.get(name, frozenset())
         grad_leaves, leaves, spec = flatten_like_params(name, grads, params)
         if not (isinstance(state, State) and isinstance(state.slots, tuple)) or (
             len(state.slots) != len(leaves)
@@ -193,7 +215,7 @@ def _torch_step(
         first_value = 2 * n + 1 + len(slot_leaves)
 
         def refuse(index: int) -> None:
-            if not differentiable:
+            if not (self.differentiable or name in _DIFFERENTIABLE):
                 raise RuntimeError(
                     f"from_torch: a step of {name} cannot be differentiated. Use one of the "
                     f"functions of hf.optim, or an implicit method such as method='cg', which "
@@ -219,8 +241,6 @@ def _torch_step(
         )
         new_slots = trees.unflatten(slot_spec, outputs[n:])
         return trees.unflatten(spec, outputs[:n]), State(state.step + 1, new_slots)
-
-    return Optimizer(init, update)
 
 
 class _TorchRule:

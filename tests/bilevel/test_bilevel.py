@@ -591,7 +591,7 @@ MISUSE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "negative rate": (
         lambda: hf.bilevel.amigo(*losses, inner_lr=-1, outer_lr=1),
         ValueError,
-        r"amigo: inner_lr is -1; expected a number >= 0",
+        r"amigo: inner_lr is -1; expected a finite number >= 0",
     ),
     "rate that is none": (
         lambda: hf.bilevel.soba(*losses, inner_lr="1", outer_lr=1),
@@ -611,7 +611,7 @@ MISUSE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "schedule that grows negative": (
         lambda: make("soba", outer_lr=lambda step: -1.0).update(state, inner_batch, outer_batch),
         ValueError,
-        r"soba: outer_lr\(step\) is -1\.0; expected a number >= 0",
+        r"soba: outer_lr\(step\) is -1\.0; expected a finite number >= 0",
     ),
     "no batches": (
         lambda: hf.bilevel.saba(*losses, num_inner_batches=0, num_outer_batches=2, **rates),
@@ -684,12 +684,12 @@ MISUSE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "decay from zero": (
         lambda: hf.bilevel.power_decay(0.0, 0.5),
         ValueError,
-        r"power_decay: initial is 0\.0; expected a number > 0",
+        r"power_decay: initial is 0\.0; expected a finite number > 0",
     ),
     "growth": (
         lambda: hf.bilevel.power_decay(1.0, -0.5),
         ValueError,
-        r"power_decay: exponent is -0\.5; expected a number >= 0",
+        r"power_decay: exponent is -0\.5; expected a finite number >= 0",
     ),
 }
 

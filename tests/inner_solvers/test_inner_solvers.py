@@ -227,7 +227,11 @@ def _stack(*leaves: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: iterate(halve, -1, init=zeros), ValueError, "num_steps is -1; expected 0 or more"),
+        (
+            lambda: iterate(halve, -1, init=zeros),
+            ValueError,
+            "iterate: num_steps is -1; expected an integer >= 0",
+        ),
         (lambda: iterate(halve, 2.0, init=zeros), TypeError, "num_steps is 2.0; expected an int"),
         (lambda: iterate(halve, True, init=zeros), TypeError, "num_steps is True"),
         (lambda: iterate(None, 2, init=zeros), TypeError, "step is None"),

@@ -1100,7 +1100,17 @@ def test_a_check_passes_an_optimizer_through():
 
 
 def test_an_optimiser_prints_as_the_call_that_makes_it():
-    optimizer = optim.clip_grad_norm(optim.sgd(lr=0.1, momentum=0.9), max_norm=1.0)
-    call = "clip_grad_norm(Optimizer(init=sgd(lr=0.1, momentum=0.9).init"
-    assert repr(optimizer).startswith(f"Optimizer(init={call}")
-    assert " object at " not in repr(optimizer)
+    inner = optim.sgd(lr=0.1, momentum=0.9)
+    call = (
+        "sgd(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False)"
+    )
+    assert repr(inner) == call
+    clipped = optim.clip_grad_norm(inner, max_norm=1.0)
+    assert repr(clipped) == f"clip_grad_norm(optimizer={call}, max_norm=1.0)"
+    foreign = optim.from_torch(torch.optim.NAdam, lr=0.1)
+    assert repr(foreign) == "from_torch(torch.optim.NAdam, lr=0.1)"
+    for optimizer in COMMON.values():
+        assert eval(repr(optimizer), {**vars(optim), "torch": torch}) == optimizer
+    assert repr(optim.Optimizer(init=len, update=abs)) == (
+        "Optimizer(init=<built-in function len>, update=<built-in function abs>)"
+    )

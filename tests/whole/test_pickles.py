@@ -267,6 +267,7 @@ MADE: dict[str, list[Case]] = {
         (lambda: hf.minimize(inner_loss, hf.optim.adam(0.1), 5, init=start), call),
         (lambda: hf.minimize(inner_loss, hf.optim.sgd(0.1, momentum=0.9), 5, init=start), call),
     ],
+    "inner_solvers.IterativeSolver": [(lambda: SOLVER, call)],
     "gradient_descent_map": [
         (lambda: hf.gradient_descent_map(inner_loss, 0.1), lambda phi: phi(H, H, A))
     ],
@@ -429,6 +430,18 @@ def test_wrapped_functions_are_functions_still() -> None:
     assert torch.equal(CELL.block(H), torch.tanh(CELL.linear(H)))
     assert torch.equal(Cell.block(CELL, H), CELL.block(H))
     assert list(inspect.signature(hf.checkpoint(outer_loss)).parameters) == ["w", "h", "A"]
+
+
+def test_optimisers_and_loops_are_compared_by_what_they_are_made_from() -> None:
+    for make in (
+        lambda lr: hf.optim.sgd(lr, momentum=0.9),
+        lambda lr: hf.optim.clip_grad_norm(hf.optim.adamw(lr, amsgrad=True), 1.0),
+        lambda lr: hf.optim.from_torch(torch.optim.NAdam, lr=lr),
+    ):
+        assert make(0.1) == make(0.1) == pickle.loads(pickle.dumps(make(0.1))) != make(0.2)
+    assert hf.optim.adam(0.1, weight_decay=0.01) != hf.optim.adamw(0.1)
+    loop = hf.bilevel.soba(inner_loss, outer_loss, **RATES)
+    assert pickle.loads(pickle.dumps(loop)).update.__self__.outer_lr == 0.1
 
 
 def test_objects_are_read_from_files(tmp_path: Path) -> None:
