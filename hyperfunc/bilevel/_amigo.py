@@ -68,11 +68,7 @@ def amigo(
         arXiv 2111.14580.
     """
     method = _AmIGO(
-        inner_loss=inner_loss,
-        outer_loss=outer_loss,
-        inner_lr=inner_lr,
-        outer_lr=outer_lr,
-        adjoint_lr=adjoint_lr,
+        *(inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr),
         num_inner_steps=num_inner_steps,
         num_adjoint_steps=num_adjoint_steps,
     )

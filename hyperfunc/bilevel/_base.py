@@ -60,7 +60,7 @@ class Terms(NamedTuple):
     outer_hparams: Leaves
 
 
-@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Method(PrintsAsCall):
     """What the loops have in common; a loop adds its own settings and its ``update``."""
 

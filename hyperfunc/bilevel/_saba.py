@@ -96,13 +96,9 @@ def saba(
         SAGA, arXiv 1407.0202.
     """
     method = _SABA(
-        inner_loss=inner_loss,
-        outer_loss=outer_loss,
+        *(inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr),
         num_inner_batches=check_count("saba", "num_inner_batches", num_inner_batches),
         num_outer_batches=check_count("saba", "num_outer_batches", num_outer_batches),
-        inner_lr=inner_lr,
-        outer_lr=outer_lr,
-        adjoint_lr=adjoint_lr,
     )
     return Loop(method.init, method.update)
 

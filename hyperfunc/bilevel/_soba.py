@@ -60,13 +60,7 @@ def soba(
         Dagreou, Ablin, Vaiter and Moreau, A framework for bilevel optimization that enables
         stochastic and global variance reduction algorithms, arXiv 2201.13409.
     """
-    method = _SOBA(
-        inner_loss=inner_loss,
-        outer_loss=outer_loss,
-        inner_lr=inner_lr,
-        outer_lr=outer_lr,
-        adjoint_lr=adjoint_lr,
-    )
+    method = _SOBA(inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr)
     return Loop(method.init, method.update)
 
 

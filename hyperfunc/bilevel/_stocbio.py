@@ -71,11 +71,7 @@ def stocbio(
         algorithms 2 and 3, arXiv 2010.07962.
     """
     method = _StocBiO(
-        inner_loss=inner_loss,
-        outer_loss=outer_loss,
-        inner_lr=inner_lr,
-        outer_lr=outer_lr,
-        adjoint_lr=adjoint_lr,
+        *(inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr),
         num_inner_steps=num_inner_steps,
         num_adjoint_steps=num_adjoint_steps,
     )

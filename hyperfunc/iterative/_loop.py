@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.operations import Recorded
 from hyperfunc._rule.conditions import Arguments
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves
 from hyperfunc.inner_solvers._solvers import FlatSteps
 from hyperfunc.iterative._compiled import Compiled, differentiable_indices
 from hyperfunc.iterative._products import STEP, pull, push
-from hyperfunc.iterative._segment import Circumstances, Recorded, Segment, lanes, split
+from hyperfunc.iterative._segment import Circumstances, Segment, lanes, split
 
 _BLOCK = 16
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.operations import Recorded
 from hyperfunc._rule.conditions import Arguments
 from hyperfunc._torch import sharding, tracking
 from hyperfunc._torch.captured import refuse_captured_tensors
@@ -20,7 +21,7 @@ from hyperfunc.inner_solvers._solvers import FlatSteps, IterativeSolver, block_s
 from hyperfunc.iterative._compiled import Compiled
 from hyperfunc.iterative._loop import Loop, Schedule, Steps
 from hyperfunc.iterative._products import STEP
-from hyperfunc.iterative._segment import Circumstances, Recorded, lanes
+from hyperfunc.iterative._segment import Circumstances, lanes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,6 @@
 """A function of flat tensors that is computed again when its derivative is needed.
 
-An operation is a function of flat tensors that can run without recording a graph, and that knows
-the operations of its pull (vector-Jacobian product), its push (Jacobian-vector product) and its
-version for a batch. One `torch.autograd.Function`, `Recorded`, presents operations to autograd and
-to torch.func. It peels off one transform at a time, so that an operation itself always runs with no
-transform active, on plain tensors and on the fast engine.
+Its random numbers and the state of autocast are then those of the first time.
 """
 
 from __future__ import annotations
@@ -12,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +21,7 @@ from torch._functorch.pyfunctorch import (
 from torch.overrides import TorchFunctionMode
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.operations import Recomputed, Recorded
 from hyperfunc._engine.wrapped_functions import WrappedFunction
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.captured import captured_message, refuse_captured_tensors
@@ -105,85 +102,6 @@ class _Checkpointed(WrappedFunction):
         return trees.unflatten(outputs_spec, _merge(output_constants, outputs))
 
 
-class Operation(Protocol):
-    """A function of flat tensors, with the operations of its derivatives."""
-
-    def run(self, operands: Leaves) -> Leaves:
-        """The value; called with gradient mode off and no transform active."""
-        ...
-
-    def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Operation:
-        """``(operands, cotangents of the live outputs) -> gradients`` for the operands ``wrt``."""
-        ...
-
-    def push(self, wrt: tuple[int, ...]) -> Operation:
-        """``(operands, tangents of the operands wrt) -> tangents`` of differentiable outputs."""
-        ...
-
-    def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
-        """The outputs for a batch, and their batch dimension."""
-        ...
-
-
-class Recorded(torch.autograd.Function):
-    """An operation as autograd and torch.func see it."""
-
-    @staticmethod
-    def forward(operation: Operation, *operands: Tensor) -> Leaves:
-        # Detached: code that switches gradient mode on again must not extend a graph from here.
-        operands = tracking.detach(operands)
-        taken = {id(tensor) for tensor in operands}
-        outputs = []
-        for output in operation.run(operands):
-            # Autograd wants outputs that are neither inputs, nor views of them, nor equal.
-            fresh = output.clone() if id(output) in taken or output._is_view() else output
-            taken.add(id(output))
-            outputs.append(fresh)
-        return tuple(outputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
-        ctx.operation, *operands = inputs
-        ctx.smooth = [tracking.is_differentiable(out) for out in output]
-        ctx.mark_non_differentiable(*(out for out in output if not tracking.is_differentiable(out)))
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*operands)
-        ctx.save_for_forward(*operands)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        operands = ctx.saved_tensors
-        live = tuple(i for i, cotangent in enumerate(cotangents) if cotangent is not None)
-        wrt = tuple(
-            i
-            for i, (need, operand) in enumerate(
-                zip(ctx.needs_input_grad[1:], operands, strict=True)
-            )
-            if need and tracking.is_differentiable(operand)
-        )
-        result: list[Tensor | None] = [None] * len(operands)
-        if live and wrt:
-            pull = ctx.operation.pull(wrt, live)
-            grads = Recorded.apply(pull, *operands, *(cotangents[i] for i in live))
-            for index, grad in zip(wrt, grads, strict=True):
-                result[index] = grad
-        return (None, *result)
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        with autodiff.nested_forward_mode(ctx.saved_tensors) as operands:
-            wrt = tuple(i for i, tangent in enumerate(tangents) if tangent is not None)
-            push = ctx.operation.push(wrt)
-            results = iter(Recorded.apply(push, *operands, *(tangents[i] for i in wrt)))
-            return tuple(next(results) if smooth else None for smooth in ctx.smooth)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], operation: Operation, *operands: Tensor
-    ) -> Any:
-        return operation.vmap(info, tuple(in_dims[1:]), operands)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Circumstances:
     """What besides its operands a segment depends on: random number streams and autocast."""
@@ -247,7 +165,7 @@ class Circumstances:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Segment:
+class Segment(Recomputed):
     """Any differentiable function of flat tensors, computed again for each derivative.
 
     Its random numbers are drawn at the first ``num_points`` operands; what follows are cotangents
@@ -268,20 +186,16 @@ class Segment:
         with self.circumstances.restored():
             return self.fn(*operands)
 
-    def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Segment:
-        def pulled(*tensors: Tensor) -> Leaves:
-            operands, cotangents = split(tensors, len(tensors) - len(live))
-            linearized = self._linearize(operands, wrt, lambda outputs: [outputs[i] for i in live])
-            return linearized.pull(cotangents)
+    def derivative(self, fn: Callable[..., Leaves], wrt: tuple[int, ...]) -> Segment:
+        return Segment(fn, self.circumstances, self.num_points)
 
-        return Segment(pulled, self.circumstances, self.num_points)
-
-    def push(self, wrt: tuple[int, ...]) -> Segment:
-        def pushed(*tensors: Tensor) -> Leaves:
-            operands, tangents = split(tensors, len(tensors) - len(wrt))
-            return self._linearize(operands, wrt, _differentiable).push(tangents)
-
-        return Segment(pushed, self.circumstances, self.num_points)
+    def linearize(
+        self, operands: Leaves, wrt: tuple[int, ...], select: Callable[[Leaves], Sequence[Tensor]]
+    ) -> autodiff.Linearization:
+        linearized = super().linearize(operands, wrt, select)
+        if self.name is not None and linearized.captures_gradient:
+            raise ValueError(captured_message(self.name))
+        return linearized
 
     def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
         # A vmap over directions at one point is not one that the random numbers were drawn in.
@@ -289,19 +203,6 @@ class Segment:
         randomness = "same" if same_point else info.randomness
         fn = torch.func.vmap(self.fn, in_dims=in_dims, randomness=randomness)
         return Recorded.apply(dataclasses.replace(self, fn=fn), *operands), 0
-
-    def _linearize(
-        self,
-        operands: Leaves,
-        wrt: tuple[int, ...],
-        select: Callable[[Leaves], Sequence[Tensor]],
-    ) -> autodiff.Linearization:
-        linearized = autodiff.Linearization(
-            lambda *leaves: tuple(select(self.fn(*leaves))), operands, (wrt,)
-        )
-        if self.name is not None and linearized.captures_gradient:
-            raise ValueError(captured_message(self.name))
-        return linearized
 
 
 def lanes() -> Leaves:
@@ -370,7 +271,3 @@ def _merge(constants: Sequence[Any], tensors: Iterable[Tensor]) -> list[Any]:
     """The inverse of `_separate`; no leaf of a tree is None."""
     remaining = iter(tensors)
     return [next(remaining) if leaf is None else leaf for leaf in constants]
-
-
-def _differentiable(outputs: Leaves) -> Leaves:
-    return tuple(out for out in outputs if tracking.is_differentiable(out))

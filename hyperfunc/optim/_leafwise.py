@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -27,11 +28,19 @@ from hyperfunc.optim._base import (
 )
 
 
+@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
 class Leafwise(PrintsAsCall, abc.ABC):
     """The update of an optimiser that takes one step rule leaf by leaf.
 
     A rule is a frozen dataclass of its coefficients, whose fields ``keys`` names, and its flags.
+
+    Attributes:
+        slots: what each slot starts as: a value, or None for the params.
+        timed: whether `prepare` depends on the number of the step.
     """
+
+    slots: dict[str, Any] = dataclasses.field(repr=False, compare=False)
+    timed: bool = dataclasses.field(default=True, repr=False, compare=False)
 
     keys: ClassVar[tuple[str, ...]] = ()
 
@@ -39,16 +48,6 @@ class Leafwise(PrintsAsCall, abc.ABC):
     def coefficients(self) -> dict[str, Coefficient]:
         """The coefficients in the order in which `prepare` takes them, under the user's names."""
         return {key: getattr(self, key) for key in self.keys}
-
-    @property
-    @abc.abstractmethod
-    def slots(self) -> dict[str, Any]:
-        """What each slot starts as, in the order of `step`: values, or None for the params."""
-
-    @property
-    def timed(self) -> bool:
-        """Whether `prepare` depends on the number of the step."""
-        return True
 
     @abc.abstractmethod
     def prepare(self, t: Any, *coefficients: Any) -> tuple[Any, ...]:
@@ -116,19 +115,18 @@ class Leafwise(PrintsAsCall, abc.ABC):
         parts = zip(rows, dtypes, like, strict=True)
         keys = [(id(row), dtype, leaf.device) for row, dtype, leaf in parts]
         distinct = dict(zip(keys, rows, strict=True))
-        slots, timed = [*self.slots], self.timed
-        places = [1 + sorted(slots).index(slot) * len(like) for slot in slots]
+        places = [1 + sorted(self.slots).index(slot) * len(like) for slot in self.slots]
 
         def prepared(t: Any) -> list[tuple[Any, ...]]:
             values = {key: cast(self.prepare(t, *row), *key[1:]) for key, row in distinct.items()}
             return [values[key] for key in keys]
 
-        constant = None if timed else prepared(1)
+        constant = None if self.timed else prepared(1)
 
         def update(leaves: Leaves, grads: Leaves, state: Leaves) -> tuple[Leaves, Leaves]:
             values = prepared(_step_number(state[0])) if constant is None else constant
             new_leaves = []
-            new_state = [state[0] + 1 if timed else state[0], *state[1:]]
+            new_state = [state[0] + 1 if self.timed else state[0], *state[1:]]
             for index, (leaf, grad, c) in enumerate(zip(leaves, grads, values, strict=True)):
                 dtype = dtypes[index]
                 before = tuple([state[place + index] for place in places])

@@ -73,7 +73,11 @@ def sgd(
             f"sgd: nesterov=True needs momentum and no dampening; got momentum={momentum!r}, "
             f"dampening={dampening!r}. Write sgd(lr, momentum=0.9, nesterov=True)"
         )
-    return SGD(lr, momentum, dampening, weight_decay, nesterov, maximize).optimizer()
+    return SGD(
+        *(lr, momentum, dampening, weight_decay, nesterov, maximize),
+        slots={} if is_zero(momentum) else {"momentum_buffer": 0.0},
+        timed=not is_zero(dampening),
+    ).optimizer()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -87,14 +91,6 @@ class SGD(Leafwise):
 
     name = "sgd"
     keys = ("lr", "momentum", "dampening", "weight_decay")
-
-    @property
-    def slots(self) -> dict[str, Any]:
-        return {} if is_zero(self.momentum) else {"momentum_buffer": 0.0}
-
-    @property
-    def timed(self) -> bool:
-        return not is_zero(self.dampening)
 
     def plain_rate(self, like: Leaves, hparams: Any) -> float | None:
         """The number ``lr`` where a step on such leaves is ``w - lr g`` in their own dtypes."""
@@ -149,7 +145,7 @@ def heavy_ball(lr: Coefficient, beta: Coefficient) -> Optimizer:
         Polyak. Some methods of speeding up the convergence of iteration methods. USSR Computational
         Mathematics and Mathematical Physics 4(5), 1964.
     """
-    return _HeavyBall(lr, beta).optimizer()
+    return _HeavyBall(lr, beta, slots={"previous": None}, timed=False).optimizer()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -159,14 +155,6 @@ class _HeavyBall(Leafwise):
 
     name = "heavy_ball"
     keys = ("lr", "beta")
-
-    @property
-    def slots(self) -> dict[str, Any]:
-        return {"previous": None}
-
-    @property
-    def timed(self) -> bool:
-        return False
 
     def prepare(self, t: Any, lr: Any, beta: Any) -> Any:
         return -lr, 1 + beta
@@ -230,7 +218,8 @@ def adam(
         Reddi, Kale, Kumar. On the convergence of Adam and beyond. ICLR 2018.
     """
     return _Adam(
-        lr, _pair("adam", betas), eps, weight_decay, amsgrad, maximize, decoupled_weight_decay
+        *(lr, _pair("adam", betas), eps, weight_decay, amsgrad, maximize, decoupled_weight_decay),
+        slots=_adam_slots(amsgrad),
     ).optimizer()
 
 
@@ -275,7 +264,10 @@ def adamw(
     References:
         Loshchilov, Hutter. Decoupled weight decay regularization. ICLR 2019.
     """
-    return _AdamW(lr, _pair("adamw", betas), eps, weight_decay, amsgrad, maximize).optimizer()
+    return _AdamW(
+        *(lr, _pair("adamw", betas), eps, weight_decay, amsgrad, maximize),
+        slots=_adam_slots(amsgrad),
+    ).optimizer()
 
 
 def _pair(name: str, betas: Any) -> tuple[Coefficient, Coefficient]:
@@ -285,6 +277,10 @@ def _pair(name: str, betas: Any) -> tuple[Coefficient, Coefficient]:
             f"either of which may be a function of hparams"
         )
     return betas[0], betas[1]
+
+
+def _adam_slots(amsgrad: bool) -> dict[str, Any]:
+    return dict.fromkeys(["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad, 0.0)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -303,11 +299,6 @@ class _Adam(Leafwise):
     def coefficients(self) -> dict[str, Coefficient]:
         betas = {"betas[0]": self.betas[0], "betas[1]": self.betas[1]}
         return {"lr": self.lr, **betas, "eps": self.eps, "weight_decay": self.weight_decay}
-
-    @property
-    def slots(self) -> dict[str, Any]:
-        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * self.amsgrad
-        return dict.fromkeys(names, 0.0)
 
     def prepare(self, t: Any, lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay: Any) -> Any:
         correction = (1 - beta2**t) ** 0.5
@@ -388,7 +379,13 @@ def rmsprop(
         2012.
         Graves. Generating sequences with recurrent neural networks. arXiv:1308.0850 (``centered``).
     """
-    return _RMSprop(lr, alpha, eps, weight_decay, momentum, centered, maximize).optimizer()
+    momenta = [] if is_zero(momentum) else ["momentum_buffer"]
+    slots = ["square_avg", *momenta] + ["grad_avg"] * centered
+    return _RMSprop(
+        *(lr, alpha, eps, weight_decay, momentum, centered, maximize),
+        slots=dict.fromkeys(slots, 0.0),
+        timed=False,
+    ).optimizer()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -403,16 +400,6 @@ class _RMSprop(Leafwise):
 
     name = "rmsprop"
     keys = ("lr", "alpha", "eps", "weight_decay", "momentum")
-
-    @property
-    def timed(self) -> bool:
-        return False
-
-    @property
-    def slots(self) -> dict[str, Any]:
-        has_momentum = not is_zero(self.momentum)
-        names = ["square_avg"] + ["momentum_buffer"] * has_momentum + ["grad_avg"] * self.centered
-        return dict.fromkeys(names, 0.0)
 
     def prepare(
         self, t: Any, lr: Any, alpha: Any, eps: Any, weight_decay: Any, momentum: Any
@@ -489,7 +476,9 @@ def adagrad(
             "state._replace(slots={'sum': ...})"
         )
     return _Adagrad(
-        lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize
+        *(lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize),
+        slots={"sum": initial_accumulator_value},
+        timed=not is_zero(lr_decay),
     ).optimizer()
 
 
@@ -504,14 +493,6 @@ class _Adagrad(Leafwise):
 
     name = "adagrad"
     keys = ("lr", "lr_decay", "weight_decay", "eps")
-
-    @property
-    def slots(self) -> dict[str, Any]:
-        return {"sum": self.initial_accumulator_value}
-
-    @property
-    def timed(self) -> bool:
-        return not is_zero(self.lr_decay)
 
     def prepare(self, t: Any, lr: Any, lr_decay: Any, weight_decay: Any, eps: Any) -> Any:
         return -lr / (1 + (t - 1) * lr_decay), weight_decay, eps

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.operations import Recomputed, Recorded
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import (
@@ -93,7 +94,7 @@ _NATIVE: dict[type[torch.optim.Optimizer], Callable[..., Optimizer]] = {
 _EXECUTION_OPTIONS = ("foreach", "fused", "capturable")
 
 # The classes whose step torch differentiates rightly in gradients, parameters and state, and the
-# options in which it does too. tests/test_optim.py compares every class with finite differences.
+# options in which it does too. tests/optim compares every class with finite differences.
 _DIFFERENTIABLE: dict[str, frozenset[str]] = {
     "torch.optim.Adadelta": frozenset(),
     "torch.optim.Adamax": frozenset(),
@@ -212,33 +213,30 @@ class _TorchUpdate(PrintsAsCall):
             new_leaves, new_states = rule.run(first, second, states, numbers, execution)
             return (*new_leaves, *trees.flatten(tuple(new_states))[0])
 
-        first_value = 2 * n + 1 + len(slot_leaves)
-
-        def refuse(index: int) -> None:
-            if not (self.differentiable or name in _DIFFERENTIABLE):
-                raise RuntimeError(
-                    f"from_torch: a step of {name} cannot be differentiated. Use one of the "
-                    f"functions of hf.optim, or an implicit method such as method='cg', which "
-                    f"does not differentiate steps. If the class is written to be differentiated, "
-                    f"write from_torch({name}, differentiable=True, ...)"
+        operands = (*leaves, *grad_leaves, state.step, *slot_leaves, *values)
+        if self.differentiable or name in _DIFFERENTIABLE:
+            first_value = len(operands) - len(values)
+            errors = {
+                first_value + index: (
+                    f"from_torch: the derivative of a step of {name} with respect to {label} is "
+                    f"wrong or missing in torch. Use one of the functions of hf.optim, which have "
+                    f"it for every coefficient"
                 )
-            if index >= first_value and rule.labels[index - first_value] not in right:
-                raise RuntimeError(
-                    f"from_torch: the derivative of a step of {name} with respect to "
-                    f"{rule.labels[index - first_value]} is wrong or missing in torch. Use one of "
-                    f"the functions of hf.optim, which have it for every coefficient"
-                )
-
-        outputs = _TaskByTask.apply(
-            lambda *inputs: take_step(False, *inputs),
-            lambda *inputs: take_step(True, *inputs),
-            refuse,
-            *leaves,
-            *grad_leaves,
-            state.step,
-            *slot_leaves,
-            *values,
+                for index, label in enumerate(rule.labels)
+                if label not in right
+            }
+        else:
+            errors = dict.fromkeys(
+                range(len(operands)),
+                f"from_torch: a step of {name} cannot be differentiated. Use one of the functions "
+                f"of hf.optim, or an implicit method such as method='cg', which does not "
+                f"differentiate steps. If the class is written to be differentiated, write "
+                f"from_torch({name}, differentiable=True, ...)",
+            )
+        operation = _TaskByTask(
+            functools.partial(take_step, True), errors, functools.partial(take_step, False)
         )
+        outputs = Recorded.apply(operation, *operands)
         new_slots = trees.unflatten(slot_spec, outputs[n:])
         return trees.unflatten(spec, outputs[:n]), State(state.step + 1, new_slots)
 
@@ -331,130 +329,36 @@ class _SafeRoots(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _TaskByTask(torch.autograd.Function):
-    """A function that ``vmap`` runs task by task, and whose derivatives are such functions again.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _TaskByTask(Recomputed):
+    """An operation that ``vmap`` runs task by task.
 
-    ``plain`` computes values, ``traced`` the same values for differentiation; both see tensors
-    without a batch dimension only. ``refuse(index)`` raises if no derivative with respect to that
-    input can be had.
+    ``fn`` is to be differentiated, but not in the operands of which ``errors`` says why; ``plain``
+    computes the same values, if something else does. Both see plain tensors only.
     """
 
-    @staticmethod
-    def forward(plain: Any, traced: Any, refuse: Any, *inputs: Tensor) -> Leaves:
-        outputs = plain(*inputs)
-        # An output that is an input cannot be saved for backward.
-        return tuple(x.clone() if any(x is y for y in inputs) else x for x in outputs)
+    fn: Callable[..., Leaves]
+    errors: dict[int, str]
+    plain: Callable[..., Leaves] | None = None
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
-        _, ctx.traced, ctx.refuse, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(x for x in output if not x.is_floating_point()))
-        ctx.smooth = [i for i, x in enumerate(output) if x.is_floating_point()]
-        ctx.num_outputs = len(output)
+    def run(self, operands: Leaves) -> Leaves:
+        return (self.plain or self.fn)(*operands)
 
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
-        given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
-        for index in wanted:
-            ctx.refuse(index)
-        if not given:
-            return (None,) * (3 + len(inputs))
+    def derivative(self, fn: Callable[..., Leaves], wrt: tuple[int, ...]) -> _TaskByTask:
+        for index in wrt:
+            if index in self.errors:
+                raise RuntimeError(self.errors[index])
+        return _TaskByTask(fn, self.errors)
 
-        def pull(*inputs_and_cotangents: Tensor) -> Leaves:
-            primals = inputs_and_cotangents[: len(inputs)]
-            restricted = _restrict(ctx.traced, primals, wanted, given)
-            vjp = torch.func.vjp(restricted, *(primals[i] for i in wanted))[1]
-            return tuple(vjp(inputs_and_cotangents[len(inputs) :]))
-
-        pulled = _TaskByTask.apply(
-            pull,
-            pull,
-            _refuse_before(ctx.refuse, len(inputs)),
-            *inputs,
-            *(cotangents[i] for i in given),
-        )
-        return None, None, None, *_spread(pulled, wanted, len(inputs))
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        moved = [i for i, tangent in enumerate(tangents[3:]) if tangent is not None]
-        for index in moved:
-            ctx.refuse(index)
-
-        def push(*inputs_and_tangents: Tensor) -> Leaves:
-            primals = inputs_and_tangents[: len(inputs)]
-            restricted = _restrict(ctx.traced, primals, moved, ctx.smooth)
-            # The transpose of the transpose: forward mode fails in torch's in-place updates.
-            outputs, pull, *_ = torch.func.vjp(restricted, *(primals[i] for i in moved))
-            zeros = tuple(torch.zeros_like(x) for x in outputs)
-            transpose = torch.func.vjp(lambda *cotangents: pull(cotangents), *zeros)[1]
-            return tuple(transpose(inputs_and_tangents[len(inputs) :]))
-
-        pushed = _TaskByTask.apply(
-            push,
-            push,
-            _refuse_before(ctx.refuse, len(inputs)),
-            *inputs,
-            *(tangents[3 + i] for i in moved),
-        )
-        return tuple(_spread(pushed, ctx.smooth, ctx.num_outputs))
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        plain: Any,
-        traced: Any,
-        refuse: Any,
-        *inputs: Tensor,
-    ) -> tuple[Leaves, tuple[int, ...]]:
+    def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
         tasks = [
-            _TaskByTask.apply(
-                plain,
-                traced,
-                refuse,
+            Recorded.apply(
+                self,
                 *(
                     x if dim is None else x.select(dim, task)
-                    for x, dim in zip(inputs, in_dims[3:], strict=True)
+                    for x, dim in zip(operands, in_dims, strict=True)
                 ),
             )
             for task in range(info.batch_size)
         ]
-        outputs = tuple(torch.stack(values) for values in zip(*tasks, strict=True))
-        return outputs, (0,) * len(outputs)
-
-
-def _restrict(
-    fn: Callable[..., Leaves],
-    inputs: Sequence[Tensor],
-    indices: Sequence[int],
-    outputs: Sequence[int],
-) -> Callable[..., Leaves]:
-    """The function of some of its inputs, and some of its outputs, alone."""
-
-    def restricted(*selected: Tensor) -> Leaves:
-        filled = list(inputs)
-        for index, value in zip(indices, selected, strict=True):
-            filled[index] = value
-        values = fn(*filled)
-        return tuple(values[i] for i in outputs)
-
-    return restricted
-
-
-def _spread(values: Sequence[Any], indices: Sequence[int], size: int) -> list[Any]:
-    """The values at their indices in a list of None."""
-    spread = [None] * size
-    for index, value in zip(indices, values, strict=True):
-        spread[index] = value
-    return spread
-
-
-def _refuse_before(refuse: Callable[[int], None], end: int) -> Callable[[int], None]:
-    return lambda index: refuse(index) if index < end else None
+        return tuple(torch.stack(values) for values in zip(*tasks, strict=True)), 0
