@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.operations import Recorded
+from hyperfunc._engine.operations import Operation, Recorded
 from hyperfunc._rule.conditions import Arguments
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves
@@ -608,10 +608,10 @@ class _Product:
             for i in indices
         )
 
-    def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Segment:
+    def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Operation:
         return self._segment().pull(wrt, live)
 
-    def push(self, wrt: tuple[int, ...]) -> Segment:
+    def push(self, wrt: tuple[int, ...]) -> Operation:
         return self._segment().push(wrt)
 
     def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:

@@ -267,7 +267,6 @@ MADE: dict[str, list[Case]] = {
         (lambda: hf.minimize(inner_loss, hf.optim.adam(0.1), 5, init=start), call),
         (lambda: hf.minimize(inner_loss, hf.optim.sgd(0.1, momentum=0.9), 5, init=start), call),
     ],
-    "inner_solvers.IterativeSolver": [(lambda: SOLVER, call)],
     "gradient_descent_map": [
         (lambda: hf.gradient_descent_map(inner_loss, 0.1), lambda phi: phi(H, H, A))
     ],
