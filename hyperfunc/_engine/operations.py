@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._torch import autodiff, tracking
+from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves
 
 
@@ -100,27 +101,23 @@ class Recorded(torch.autograd.Function):
 
 
 class Recomputed(abc.ABC):
-    """An operation that computes its function again for each derivative."""
+    """An operation that computes its function again for each derivative.
+
+    With a name, it is refused if it uses differentiable tensors that are not among its operands.
+    """
 
     fn: Callable[..., Leaves]
+    name: str | None = None
 
     @abc.abstractmethod
     def derivative(self, fn: Callable[..., Leaves], wrt: tuple[int, ...]) -> Operation:
         """The operation of a function of the operands, then cotangents or tangents."""
 
-    def linearize(
-        self, operands: Leaves, wrt: tuple[int, ...], select: Callable[[Leaves], Sequence[Tensor]]
-    ) -> autodiff.Linearization:
-        """The function at a point, with products for the operands ``wrt`` and selected outputs."""
-        return autodiff.Linearization(
-            lambda *leaves: tuple(select(self.fn(*leaves))), operands, (wrt,)
-        )
-
     def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Operation:
         def pulled(*tensors: Tensor) -> Leaves:
             n = len(tensors) - len(live)
             operands, cotangents = tensors[:n], tensors[n:]
-            linearized = self.linearize(operands, wrt, lambda outputs: [outputs[i] for i in live])
+            linearized = self._linearize(operands, wrt, lambda outputs: [outputs[i] for i in live])
             return linearized.pull(cotangents)
 
         return self.derivative(pulled, wrt)
@@ -129,9 +126,19 @@ class Recomputed(abc.ABC):
         def pushed(*tensors: Tensor) -> Leaves:
             n = len(tensors) - len(wrt)
             operands, tangents = tensors[:n], tensors[n:]
-            return self.linearize(operands, wrt, _differentiable).push(tangents)
+            return self._linearize(operands, wrt, _differentiable).push(tangents)
 
         return self.derivative(pushed, wrt)
+
+    def _linearize(
+        self, operands: Leaves, wrt: tuple[int, ...], select: Callable[[Leaves], Sequence[Tensor]]
+    ) -> autodiff.Linearization:
+        linearized = autodiff.Linearization(
+            lambda *leaves: tuple(select(self.fn(*leaves))), operands, (wrt,)
+        )
+        if self.name is not None and linearized.captures_gradient:
+            raise ValueError(captured_message(self.name))
+        return linearized
 
 
 def _differentiable(outputs: Leaves) -> Leaves:

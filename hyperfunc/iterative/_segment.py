@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from hyperfunc._engine import trees
 from hyperfunc._engine.operations import Recomputed, Recorded
 from hyperfunc._engine.wrapped_functions import WrappedFunction
-from hyperfunc._torch import autodiff, tracking
+from hyperfunc._torch import tracking
 from hyperfunc._torch.captured import captured_message, refuse_captured_tensors
 from hyperfunc._types import Leaves
 
@@ -188,14 +188,6 @@ class Segment(Recomputed):
 
     def derivative(self, fn: Callable[..., Leaves], wrt: tuple[int, ...]) -> Segment:
         return Segment(fn, self.circumstances, self.num_points)
-
-    def linearize(
-        self, operands: Leaves, wrt: tuple[int, ...], select: Callable[[Leaves], Sequence[Tensor]]
-    ) -> autodiff.Linearization:
-        linearized = super().linearize(operands, wrt, select)
-        if self.name is not None and linearized.captures_gradient:
-            raise ValueError(captured_message(self.name))
-        return linearized
 
     def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
         # A vmap over directions at one point is not one that the random numbers were drawn in.

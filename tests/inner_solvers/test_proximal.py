@@ -217,7 +217,7 @@ def test_the_hparams_are_the_default_center():
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ((1.0, 2.0), TypeError, "proximal: loss is 1.0; expected a function"),
+        ((1.0, 2.0), TypeError, "proximal: loss is 1.0 of type float; expected a function"),
         ((base, -1.0), ValueError, "weight is -1.0; expected a finite number >= 0"),
         ((base, "big"), TypeError, "weight is 'big'; expected a number >= 0, a 0-d tensor"),
         ((base, True), TypeError, "weight is True"),
