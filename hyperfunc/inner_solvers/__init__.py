@@ -6,6 +6,7 @@ with ``remember`` and ``bind`` in ``_steps``.
 
 from hyperfunc.inner_solvers._maps import gradient_descent_map, proximal_gradient_map
 from hyperfunc.inner_solvers._proximal import proximal
+from hyperfunc.inner_solvers._solvers import IterativeSolver as IterativeSolver
 from hyperfunc.inner_solvers._solvers import iterate, minimize
 
 __all__ = [
