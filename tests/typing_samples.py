@@ -32,7 +32,7 @@ assert_type(
 assert_type(hf.hypergrad_and_value(solve, loss, inner_loss=loss)(h, x), tuple[Weights, Tensor])
 assert_type(
     hf.hypergrad_and_value(solve, loss_and_aux, inner_loss=loss, has_aux=True)(h, x),
-    tuple[Weights, tuple[Tensor, Any]],
+    tuple[Weights, tuple[Tensor, str]],
 )
 assert_type(
     hf.hypergrad_and_solution(solve, loss, inner_loss=loss, method=hf.CG(maxiter=3))(h, x),
@@ -58,7 +58,7 @@ def differentiable(h: Weights, x: Tensor) -> Tensor:
 
 assert_type(decorated(h, x, adjoint_init=x), Weights)
 assert_type(decorated.__wrapped__(h, x), Any)
-assert_type(with_aux(h, x), tuple[Weights, tuple[Tensor, Any]])
+assert_type(with_aux(h, x), tuple[Weights, tuple[Tensor, str]])
 assert_type(differentiable(h, x), Tensor)
 
 hf.hypergrad(solve, loss, inner_los=loss)  # wrong: no such keyword

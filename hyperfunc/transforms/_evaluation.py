@@ -65,9 +65,7 @@ class Rule:
         return trees.unflatten(problem.bound.params_spec, w)
 
 
-def make_rule(
-    inner_solver: Any, conditions: tuple[Any, Any, Any], method: Any, throw: bool
-) -> Rule:
+def make_rule(inner_solver: Any, conditions: tuple[Any, ...], method: Any, throw: bool) -> Rule:
     if not callable(inner_solver):
         raise TypeError(
             f"the inner solver is {inner_solver!r}; expected a function (hparams, *args) -> params"

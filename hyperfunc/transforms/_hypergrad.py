@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, overload
-
-from torch import Tensor
 
 from hyperfunc._compile.compiler import Backend, Compiler, check_backend
 from hyperfunc._engine.results import Solution
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     H = TypeVar("H")
     P = ParamSpec("P")
     R = TypeVar("R")
+    V = TypeVar("V")
     Solver: TypeAlias = Callable[Concatenate[H, ...], Any]
 
 
@@ -79,13 +79,8 @@ def hypergrad(
     inner_solver: InnerSolver | None = None,
     outer_loss: Loss | None = None,
     *,
-    fixed_point: ParamsFunction | None = None,
-    inner_loss: Loss | None = None,
-    optimality: ParamsFunction | None = None,
-    method: Any = "cg",
     has_aux: bool = False,
-    throw: bool = True,
-    compile: bool | str | Mapping[str, Any] = False,
+    **options: Unpack[HypergradOptions],
 ) -> Any:
     r"""Turn an inner solver and an outer loss into a function that returns hypergradients.
 
@@ -163,83 +158,39 @@ def hypergrad(
         Pedregosa, Hyperparameter optimization with approximate gradient, arXiv 1602.02355;
         Grazzi, Franceschi, Pontil and Salzo, arXiv 2006.16218.
     """
-    transform = _Transform(
-        "hypergrad",
-        _gradient,
-        outer_loss,
-        (fixed_point, inner_loss, optimality),
-        method,
-        has_aux,
-        throw,
-        compile,
-    )
-    return transform if inner_solver is None else transform(inner_solver)
+    return _transform(hypergrad, _gradient, inner_solver, outer_loss, has_aux, **options)
 
 
 @overload
 def hypergrad_and_value(
     inner_solver: Solver[H],
-    outer_loss: Loss,
+    outer_loss: Callable[..., V],
     *,
-    has_aux: Literal[False] = False,
+    has_aux: bool = False,
     **options: Unpack[HypergradOptions],
-) -> HypergradFunction[H, tuple[H, Tensor]]: ...
-
-
-@overload
-def hypergrad_and_value(
-    inner_solver: Solver[H],
-    outer_loss: Loss,
-    *,
-    has_aux: Literal[True],
-    **options: Unpack[HypergradOptions],
-) -> HypergradFunction[H, tuple[H, tuple[Tensor, Any]]]: ...
+) -> HypergradFunction[H, tuple[H, V]]: ...
 
 
 @overload
 def hypergrad_and_value(
     inner_solver: None = None,
     *,
-    outer_loss: Loss,
-    has_aux: Literal[False] = False,
+    outer_loss: Callable[..., V],
+    has_aux: bool = False,
     **options: Unpack[HypergradOptions],
-) -> Callable[[Solver[H]], HypergradFunction[H, tuple[H, Tensor]]]: ...
-
-
-@overload
-def hypergrad_and_value(
-    inner_solver: None = None,
-    *,
-    outer_loss: Loss,
-    has_aux: Literal[True],
-    **options: Unpack[HypergradOptions],
-) -> Callable[[Solver[H]], HypergradFunction[H, tuple[H, tuple[Tensor, Any]]]]: ...
+) -> Callable[[Solver[H]], HypergradFunction[H, tuple[H, V]]]: ...
 
 
 def hypergrad_and_value(
     inner_solver: InnerSolver | None = None,
     outer_loss: Loss | None = None,
     *,
-    fixed_point: ParamsFunction | None = None,
-    inner_loss: Loss | None = None,
-    optimality: ParamsFunction | None = None,
-    method: Any = "cg",
     has_aux: bool = False,
-    throw: bool = True,
-    compile: bool | str | Mapping[str, Any] = False,
+    **options: Unpack[HypergradOptions],
 ) -> Any:
     """Like `hypergrad`, returning the value of the outer loss too.
 
-    Args:
-        inner_solver: see `hypergrad`, as for all other arguments.
-        outer_loss: see `hypergrad`.
-        fixed_point: see `hypergrad`.
-        inner_loss: see `hypergrad`.
-        optimality: see `hypergrad`.
-        method: see `hypergrad`.
-        has_aux: see `hypergrad`.
-        throw: see `hypergrad`.
-        compile: see `hypergrad`.
+    All arguments are those of `hypergrad`.
 
     Returns:
         ``fn(hparams, *args, adjoint_init=None) -> (hypergradient, value)``, or
@@ -253,17 +204,8 @@ def hypergrad_and_value(
         >>> fn(torch.tensor(4.0))
         (tensor(1.), tensor(1.))
     """
-    transform = _Transform(
-        "hypergrad_and_value",
-        _gradient_and_value,
-        outer_loss,
-        (fixed_point, inner_loss, optimality),
-        method,
-        has_aux,
-        throw,
-        compile,
-    )
-    return transform if inner_solver is None else transform(inner_solver)
+    select = _gradient_and_value
+    return _transform(hypergrad_and_value, select, inner_solver, outer_loss, has_aux, **options)
 
 
 @overload
@@ -288,35 +230,23 @@ def hypergrad_and_solution(
 ) -> Callable[[Solver[H]], HypergradFunction[H, tuple[H, Solution]]]: ...
 
 
-def hypergrad_and_solution(
+def hypergrad_and_solution(  # noqa: D417
     inner_solver: InnerSolver | None = None,
     outer_loss: Loss | None = None,
     *,
-    fixed_point: ParamsFunction | None = None,
-    inner_loss: Loss | None = None,
-    optimality: ParamsFunction | None = None,
-    method: Any = "cg",
     has_aux: bool = False,
-    throw: bool = True,
-    compile: bool | str | Mapping[str, Any] = False,
     error_bound: bool | ErrorBound = False,
+    **options: Unpack[HypergradOptions],
 ) -> Any:
     """Like `hypergrad`, returning the whole `hyperfunc.Solution` too.
 
     Args:
-        inner_solver: see `hypergrad`, as for all other arguments.
-        outer_loss: see `hypergrad`.
-        fixed_point: see `hypergrad`.
-        inner_loss: see `hypergrad`.
-        optimality: see `hypergrad`.
-        method: see `hypergrad`.
-        has_aux: see `hypergrad`.
-        throw: see `hypergrad`.
-        compile: see `hypergrad`.
         error_bound: whether to bound the error of the hypergradient, by residuals and estimated
             norms; or a `hyperfunc.ErrorBound` with the contraction factor or the strong convexity
             of the inner problem, which are estimated otherwise. It takes about ``10 num_steps``
             products more. Implicit methods only, without minibatches.
+
+    All other arguments are those of `hypergrad`.
 
     Returns:
         ``fn(hparams, *args, adjoint_init=None) -> (hypergradient, Solution)``. The solution holds
@@ -325,7 +255,7 @@ def hypergrad_and_solution(
         what there is none of is ``()``. The bound is detached from the graph.
 
     Raises:
-        ValueError: see `hypergrad`; or a bound that the method or condition has none of.
+        ValueError: as `hypergrad`; or where the method or condition has no bound.
 
     Example:
         >>> fn = hf.hypergrad_and_solution(
@@ -347,18 +277,8 @@ def hypergrad_and_solution(
         >>> grads, solution.error_bound.bound
         (tensor(1.1000), tensor(0.1000))
     """
-    transform = _Transform(
-        "hypergrad_and_solution",
-        _gradient_and_solution,
-        outer_loss,
-        (fixed_point, inner_loss, optimality),
-        method,
-        has_aux,
-        throw,
-        compile,
-        error_bound,
-    )
-    return transform if inner_solver is None else transform(inner_solver)
+    given = (inner_solver, outer_loss, has_aux, error_bound)
+    return _transform(hypergrad_and_solution, _gradient_and_solution, *given, **options)
 
 
 @overload
@@ -394,13 +314,7 @@ def implicit_diff(
     The starting point of an iterative solver, if it is an argument, has derivative zero, as it
     does not enter the condition.
 
-    Args:
-        inner_solver: ``(hparams, *args) -> params``, any code; see `hypergrad`.
-        fixed_point: see `hypergrad`; exactly one of the three conditions.
-        inner_loss: see `hypergrad`.
-        optimality: see `hypergrad`.
-        method: see `hypergrad`.
-        throw: see `hypergrad`.
+    All arguments are those of `hypergrad`, which has more of them.
 
     Returns:
         ``fn(hparams, *args) -> params``; without ``inner_solver``, a decorator.
@@ -421,88 +335,98 @@ def implicit_diff(
     References:
         Blondel et al., Efficient and modular implicit differentiation, arXiv 2105.15183.
     """
-    transform = _ImplicitDiff((fixed_point, inner_loss, optimality), method, throw)
+    method = resolve_method(method)
+    if isinstance(method, StochasticAID) and method.outer_sampler is not None:
+        raise ValueError(
+            "implicit_diff: the method has an outer_sampler, but there is no outer loss here to "
+            "take minibatches of. Leave outer_sampler and num_outer_batches out"
+        )
+
+    def transform(inner_solver: InnerSolver) -> Transformed:
+        rule = make_rule(inner_solver, (fixed_point, inner_loss, optimality), method, throw)
+        return Transformed("implicit_diff", inner_solver, method, rule.solution_map)
+
     return transform if inner_solver is None else transform(inner_solver)
 
 
-class _Transform:
-    """A transform with all of its settings, which are checked before it gets an inner solver."""
+def _transform(
+    function: Any,
+    select: Callable[[bool, TensorTree, Solution], Any],
+    inner_solver: InnerSolver | None,
+    outer_loss: Loss | None,
+    has_aux: bool,
+    error_bound: bool | ErrorBound = False,
+    /,
+    *,
+    fixed_point: ParamsFunction | None = None,
+    inner_loss: Loss | None = None,
+    optimality: ParamsFunction | None = None,
+    method: Any = "cg",
+    throw: bool = True,
+    compile: bool | str | Mapping[str, Any] = False,
+    **unknown: Any,
+) -> Any:
+    """What a public function returns; everything is checked before there is an inner solver."""
+    name = function.__name__
+    if unknown:
+        raise TypeError(
+            f"{name} got the keyword argument {next(iter(unknown))!r}, which it does not know; "
+            f"expected some of {', '.join(inspect.signature(function).parameters)}"
+        )
+    method = resolve_method(method)
+    backend = check_backend(compile)
+    bound = _check_error_bound(error_bound, method)
+    if outer_loss is None or not callable(outer_loss):
+        raise TypeError(
+            f"{name}: outer_loss is {outer_loss!r}; expected a function of (params, hparams, "
+            f"*args). Write {name}(inner_solver, outer_loss, ...) or, as a decorator, "
+            f"@{name}(outer_loss=..., ...)"
+        )
 
-    def __init__(
-        self,
-        name: str,
-        select: Callable[[bool, TensorTree, Solution], Any],
-        outer_loss: Any,
-        conditions: tuple[Any, Any, Any],
-        method: Any,
-        has_aux: bool,
-        throw: bool,
-        compile: bool | str | Mapping[str, Any],
-        error_bound: bool | ErrorBound = False,
-    ) -> None:
-        self.name = name
-        self.select = select
-        self.outer_loss = outer_loss
-        self.conditions = conditions
-        self.method = resolve_method(method)
-        self.has_aux = has_aux
-        self.throw = throw
-        self.backend = check_backend(compile)
-        self.bound = _check_error_bound(error_bound, self.method)
-        if outer_loss is None or not callable(outer_loss):
-            raise TypeError(
-                f"{name}: outer_loss is {outer_loss!r}; expected a function of (params, hparams, "
-                f"*args). Write {name}(inner_solver, outer_loss, ...) or, as a decorator, "
-                f"@{name}(outer_loss=..., ...)"
-            )
-
-    def __call__(self, inner_solver: InnerSolver) -> Transformed:
+    def transform(inner_solver: InnerSolver) -> Transformed:
         solver, compiler = inner_solver, None
-        if self.backend is not None and not is_implicit(self.method):
-            solver = self._compile_steps(self.backend, inner_solver)
-        rule = make_rule(solver, self.conditions, self.method, self.throw)
+        if backend is not None and not is_implicit(method):
+            solver = _compile_steps(name, method, backend, inner_solver)
+        rule = make_rule(solver, (fixed_point, inner_loss, optimality), method, throw)
         condition = rule.condition
-        if self.bound is not None and condition is not None:
-            self.bound.check(condition.kind)
-        if self.backend is not None and is_implicit(self.method):
-            functions = (condition.fn if condition else None, self.outer_loss)
-            compiler = Compiler(self.backend, "the adjoint", functions)
-        compute = Hypergradient(rule, self.outer_loss, self.has_aux, self.bound, compiler)
-        call = functools.partial(_call, compute, self.select)
-        return Transformed(self.name, inner_solver, self.method, call)
+        if bound is not None and condition is not None:
+            bound.check(condition.kind)
+        if backend is not None and is_implicit(method):
+            functions = (condition.fn if condition else None, outer_loss)
+            compiler = Compiler(backend, "the adjoint", functions)
+        compute = Hypergradient(rule, outer_loss, has_aux, bound, compiler)
+        return Transformed(name, inner_solver, method, functools.partial(_call, compute, select))
 
-    def _compile_steps(self, backend: Backend, inner_solver: Any) -> IterativeSolver:
-        """The inner solver with compiled steps, which are all that an iterative method runs."""
-        if not isinstance(inner_solver, IterativeSolver):
-            raise ValueError(
-                f"{self.name}: with {self.method!r}, compile compiles the inner solver's steps, "
-                f"but {inner_solver!r} does not tell them. Make the solver with hf.iterate or "
-                f"hf.minimize, or leave compile out"
-            )
-        if inner_solver.can_stop:
-            raise ValueError(
-                f"{self.name}: with {self.method!r}, compile needs a fixed number of steps, but "
-                f"the inner solver stops early. Drop rtol and atol from it, or leave compile out"
-            )
-        return inner_solver.compiled(backend)
+    return transform if inner_solver is None else transform(inner_solver)
 
 
-class _ImplicitDiff:
-    """`implicit_diff` with all of its settings, which are checked before it is used."""
+def _show_options(function: Any) -> None:
+    """Put what ``**options`` stands for into a function's signature, as ``help`` shows it."""
+    signature = inspect.signature(function)
+    known = inspect.signature(_transform).parameters
+    named = list(signature.parameters.values())[:-1]
+    options = [known[name] for name in HypergradOptions.__annotations__]
+    function.__signature__ = signature.replace(parameters=named + options)
 
-    def __init__(self, conditions: tuple[Any, Any, Any], method: Any, throw: bool) -> None:
-        self.conditions = conditions
-        self.method = resolve_method(method)
-        self.throw = throw
 
-    def __call__(self, inner_solver: InnerSolver) -> Transformed:
-        if isinstance(self.method, StochasticAID) and self.method.outer_sampler is not None:
-            raise ValueError(
-                "implicit_diff: the method has an outer_sampler, but there is no outer loss here "
-                "to take minibatches of. Leave outer_sampler and num_outer_batches out"
-            )
-        rule = make_rule(inner_solver, self.conditions, self.method, self.throw)
-        return Transformed("implicit_diff", inner_solver, self.method, rule.solution_map)
+for _function in (hypergrad, hypergrad_and_value, hypergrad_and_solution):
+    _show_options(_function)
+
+
+def _compile_steps(name: str, method: Any, backend: Backend, inner_solver: Any) -> IterativeSolver:
+    """The inner solver with compiled steps, which are all that an iterative method runs."""
+    if not isinstance(inner_solver, IterativeSolver):
+        raise ValueError(
+            f"{name}: with {method!r}, compile compiles the inner solver's steps, but "
+            f"{inner_solver!r} does not tell them. Make the solver with hf.iterate or "
+            f"hf.minimize, or leave compile out"
+        )
+    if inner_solver.can_stop:
+        raise ValueError(
+            f"{name}: with {method!r}, compile needs a fixed number of steps, but the inner "
+            f"solver stops early. Drop rtol and atol from it, or leave compile out"
+        )
+    return inner_solver.compiled(backend)
 
 
 def _call(

@@ -32,11 +32,8 @@ def resolve_method(method: Any) -> Any:
         if method in METHODS:
             return METHODS[method]()
         key = method.lower().replace("-", "_")
-        initials = "".join(word[:1] for word in key.split("_"))
-        near = [name for name in METHODS if name in (key, initials) or (key and key in name)]
-        near += [name for name in METHODS if name in key]
-        near += difflib.get_close_matches(key, METHODS, n=3, cutoff=0.5)
-        advice = f"Did you mean {' or '.join(map(repr, dict.fromkeys(near)))}? " if near else ""
+        near = difflib.get_close_matches(key, METHODS)
+        advice = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ValueError(
             f"unknown method {method!r}. {advice}Known methods: {', '.join(map(repr, METHODS))}"
         )

@@ -1,6 +1,7 @@
 """Bad input: what was got, what was expected, what to type, and which leaf it is about."""
 
 import collections
+import inspect
 import re
 import types
 from collections.abc import Callable
@@ -84,6 +85,17 @@ CONSTRUCTION: dict[str, Case] = {
         "hypergrad: outer_loss is None; expected a function of (params, hparams, *args). Write "
         "hypergrad(inner_solver, outer_loss, ...) or, as a decorator, @hypergrad(outer_loss=..., ",
     ),
+    "an unknown keyword": (
+        lambda: make(inner_los=inner_loss),
+        TypeError,
+        "hypergrad got the keyword argument 'inner_los', which it does not know; expected some of "
+        "inner_solver, outer_loss, has_aux, fixed_point, inner_loss, optimality, method, throw, ",
+    ),
+    "a keyword of another transform": (
+        lambda: make(inner_solver=None, error_bound=True),
+        TypeError,
+        "hypergrad got the keyword argument 'error_bound', which it does not know; expected",
+    ),
     "a solver that is no function": (
         lambda: make(inner_solver=torch.ones(2)),
         TypeError,
@@ -147,10 +159,11 @@ CONSTRUCTION: dict[str, Case] = {
 
 METHOD_NAMES = {
     "CG": "'cg'",
-    "CG_normaleq": "'cg' or 'normal_cg'",
+    "CG_normaleq": "'normal_cg'",
     "normal-cg": "'normal_cg'",
-    "conjugate_gradient": "'cg'",
     "neuman": "'neumann'",
+    "gmers": "'gmres'",
+    "ReverseUnroll": "'reverse_unroll' or 'reverse'",
     "Neumann series": "'neumann'",
     "fixedpoint": "'fixed_point'",
     "Dense": "'dense'",
@@ -169,7 +182,9 @@ def test_near_names_are_suggested(name: str) -> None:
         assert expected in suggestion[1].split(" or ")
 
 
-@pytest.mark.parametrize("name", ["", "xyz", "backpropagation through the weather"])
+@pytest.mark.parametrize(
+    "name", ["", "xyz", "conjugate_gradient", "backpropagation through the weather"]
+)
 def test_far_names_are_not(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^unknown method '{name}'\. Known methods: 'cg', "):
         make(method=name)
@@ -598,6 +613,21 @@ def test_the_other_transforms_have_the_same_errors(transform: Any) -> None:
         transform(solver, outer_loss)
     with pytest.raises(TypeError, match="the inner solver returned None"):
         transform(lambda h: None, outer_loss, inner_loss=inner_loss)(H)
+
+
+def test_signatures_show_all_keywords_and_their_defaults() -> None:
+    keywords = {"fixed_point": None, "inner_loss": None, "optimality": None}
+    keywords |= {"method": "cg", "throw": True}
+    more = {"outer_loss": None, "has_aux": False, "compile": False}
+    for transform, expected in {
+        hf.implicit_diff: keywords,
+        hf.hypergrad: keywords | more,
+        hf.hypergrad_and_value: keywords | more,
+        hf.hypergrad_and_solution: keywords | more | {"error_bound": False},
+    }.items():
+        parameters = inspect.signature(transform).parameters
+        shown = {name: parameter.default for name, parameter in parameters.items()}
+        assert shown == {"inner_solver": None} | expected
 
 
 def test_errors_of_the_users_functions_come_through() -> None:
