@@ -14,6 +14,8 @@ from torch import Tensor
 
 from hyperfunc._engine.results import HypergradError
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class Ranks:
     """The ranks of a group, or this process alone."""
@@ -49,6 +51,10 @@ class Ranks:
         rows = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(rows, own, group=self._group)
         return [row.tolist() for row in rows]
+
+    def start_count(self, flag: bool) -> Callable[[], Tensor]:
+        """Start to count the ranks on which a flag is set."""
+        return self.start_sum(torch.tensor(int(flag), device=self._device()))
 
     def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
         """Start a sum over the ranks; the function that is returned waits for it."""
@@ -123,24 +129,31 @@ class Ranks:
             f"{name} failed on rank {first} of {self.size}{place}{more}: {cause}"
         ) from error
 
-    def compare(
-        self, name: str, what: str, lines: list[str], sums: list[int], among: list[int]
-    ) -> None:
-        """Raise on all ranks if what some were given differs, by `checksum` of its description."""
-        first = among[0]
-        for rank in among[1:]:
-            if sums[rank] == sums[first]:
-                continue
-            theirs, ours = (self.from_rank(number, lines) for number in (rank, first))
-            pairs = itertools.zip_longest(theirs, ours, fillvalue="nothing more")
-            got, expected = next((a, b) for a, b in pairs if a != b)
-            raise ValueError(
-                f"{name}: {what} on rank {rank} differ from those on rank {first}: got {got}, "
-                f"expected {expected}. Make the call alike on all ranks"
-            )
+    def compare_values(self, name: str, given: dict[str, list[str]], advice: str) -> None:
+        """Raise on all ranks, with the first line to differ, if they were given different things.
+
+        Each is described by lines; ranks that have none of it are left out.
+        """
+        if self.size == 1:
+            return
+        rows = self.exchange([checksum(repr(lines)) if lines else 0 for lines in given.values()])
+        for what, lines, *sums in zip(given, given.values(), *rows, strict=True):
+            first, *others = [rank for rank, number in enumerate(sums) if number] or [0]
+            for rank in others:
+                if sums[rank] == sums[first]:
+                    continue
+                theirs, ours = (self.from_rank(number, lines) for number in (rank, first))
+                pairs = itertools.zip_longest(theirs, ours, fillvalue="nothing more")
+                got, expected = next((a, b) for a, b in pairs if a != b)
+                raise ValueError(
+                    f"{name}: {what} on rank {rank} differ from those on rank {first}: got {got}, "
+                    f"expected {expected}. {advice}"
+                )
 
     def _device(self) -> torch.device:
         """Where the group takes small tensors from, whatever is to be computed on."""
+        if self._alone:
+            return torch.device("cpu")
         config = dist.get_backend_config(self._group)
         kinds = [pair.split(":")[0] for pair in config.split(",")]
         return torch.device("cpu" if "cpu" in kinds else kinds[0])
@@ -149,3 +162,18 @@ class Ranks:
 def checksum(text: str) -> int:
     """A number that tells texts apart, the same in all processes."""
     return zlib.crc32(text.encode())
+
+
+def fingerprint(value: Any) -> str:
+    """A few characters that tell values apart; those of a tensor are computed on its device."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    numbers = value.detach().resolve_conj()
+    numbers = (torch.view_as_real(numbers) if numbers.is_complex() else numbers).reshape(-1)
+    if numbers.is_floating_point() and numbers.element_size() > 1:
+        numbers = numbers + 0.0  # zeros have one sign
+    # integers add up to the same in any order
+    bits = numbers.view(_BITS[numbers.element_size()]).to(torch.int64)
+    weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+    number = int(((bits ^ (bits >> 7)) * weights).sum())
+    return f"checksum {number & (2**64 - 1):016x}"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import os
 import re
 import shutil
 import threading
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_count
 from hyperfunc._torch import sharding
 from hyperfunc._types import TensorTree
-from hyperfunc.distributed._ranks import Ranks, checksum
+from hyperfunc.distributed._ranks import Ranks, fingerprint
 
 _NAME = re.compile(r"step-(\d+)")
 # Ordinary tensors up to this size are compared between ranks before they are saved.
@@ -64,7 +63,8 @@ def save_state(
         raises what went wrong in the thread. Wait for it before the next call and at the end.
 
     Raises:
-        ValueError: for a step or a number to keep out of range, leaves that cannot be saved, small
+        TypeError: for a step or a number to keep that is no integer.
+        ValueError: for one out of range, leaves that cannot be saved, small
             ordinary tensors that differ between ranks, or ``background`` without a group.
         HypergradError: on every rank, naming the first, where some of them met such an error, or
             could not write.
@@ -84,7 +84,7 @@ def save_state(
     try:
         _check_settings(step, keep, background and group is None and ranks.size > 1)
         named = _named_leaves(_expanded(state))
-    except ValueError as problem:
+    except (TypeError, ValueError) as problem:
         error = problem
     ranks.agree("save_state", error)
     _check_equal(named, ranks)
@@ -190,9 +190,8 @@ def load_state(
 
 
 def _check_settings(step: int, keep: int, needs_group: bool) -> None:
-    for name, value, least in (("step", step, 0), ("keep", keep, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"save_state: {name} is {value!r}; expected an integer >= {least}")
+    check_count("save_state", "step", step, 0)
+    check_count("save_state", "keep", keep)
     if needs_group:
         raise ValueError(
             "save_state: background=True sends from a thread, which takes a group of its own. "
@@ -331,27 +330,18 @@ def _check_saved(wanted: dict[str, Any], saved: dict[str, Any], folder: Path) ->
 
 def _check_equal(named: dict[str, Any], ranks: Ranks) -> None:
     """Raise if a small leaf that is saved once differs between the ranks."""
-    if ranks.size == 1:
-        return
-    sums = {}
-    for path, leaf in named.items():
-        if not isinstance(leaf, Tensor):
-            sums[path] = checksum(repr(leaf))
-        elif not sharding.is_dtensor(leaf) and leaf.nbytes <= _COMPARED_BYTES:
-            data = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            sums[path] = zlib.crc32(ctypes.string_at(data.data_ptr(), data.numel()))
-    rows = ranks.exchange([checksum(repr(sums))])
-    for rank in range(1, ranks.size):
-        if rows[rank] == rows[0]:
-            continue
-        theirs, ours = ranks.from_rank(rank, sums), ranks.from_rank(0, sums)
-        path = next(p for p in {**ours, **theirs} if ours.get(p) != theirs.get(p))
-        raise ValueError(
-            f"save_state: {path} on rank {rank} is not what it is on rank 0; expected the "
-            f"same on all ranks, as it is saved once. Make what differs a DTensor, or "
-            f"derive it from the step and the rank, as in "
-            f"torch.Generator().manual_seed(hash((seed, step, rank)))"
-        )
+    lines = [
+        f"{path} with {fingerprint(leaf)}"
+        for path, leaf in named.items()
+        if not isinstance(leaf, Tensor)
+        or (not sharding.is_dtensor(leaf) and leaf.nbytes <= _COMPARED_BYTES)
+    ]
+    ranks.compare_values(
+        "save_state",
+        {"the leaves that are saved once": lines},
+        "Make what differs a DTensor, or derive it from the step and the rank, as in "
+        "torch.Generator().manual_seed(hash((seed, step, rank)))",
+    )
 
 
 def _steps(folder: Path) -> list[int]:

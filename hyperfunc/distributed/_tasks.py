@@ -12,15 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_callable, check_count
 from hyperfunc._engine.results import Solution
 from hyperfunc._engine.wrapped_functions import WrappedFunction
 from hyperfunc._torch import sharding, tracking
 from hyperfunc._types import Leaves, TensorTree
-from hyperfunc.distributed._ranks import Ranks, checksum
+from hyperfunc.distributed._ranks import Ranks, checksum, fingerprint
 
 Reduction: TypeAlias = Literal["mean", "sum"]
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def task_parallel(
@@ -40,11 +39,11 @@ def task_parallel(
     the mean over all tasks, however unevenly they are spread, or the sum. The numbers are those of
     one process up to the order of summation.
 
-    A call takes two collectives of a few integers, before and after the tasks, by which the ranks
-    tell each other how many tasks they have and whether all is well; one all-reduce for each dtype
-    of ``hparams``, of all leaves flattened; and, for what else ``fn`` returns, one all-gather for
-    each dtype. Half precision is summed in float32. Without an initialised process group this is a
-    world of one, and nothing is sent.
+    A call takes three collectives of a few integers, two before the tasks and one after, by which
+    the ranks tell each other how many tasks they have and whether all is well; one all-reduce for
+    each dtype of ``hparams``, of all leaves flattened; and, for what else ``fn`` returns, one
+    all-gather for each dtype. Half precision is summed in float32. Without an initialised process
+    group this is a world of one, and nothing is sent.
 
     ``hparams`` may hold DTensors, over ranks that adapt the same tasks: with a mesh of dimensions
     ``tasks`` and ``shard``, distribute them over ``mesh["shard"]``, and share the tasks by
@@ -64,7 +63,8 @@ def task_parallel(
             each task, gathered like ``rest``.
         chunk_size: call ``fn`` with so many tasks at a time, >= 1, and add up a chunk's
             hypergradients over the ranks while the next is under way, where the backend sends in
-            the background. Takes an all-reduce for each chunk in place of one. None: all at once.
+            the background. Takes an all-reduce for each chunk in place of one, and between two
+            chunks one of an integer, which tells whether a rank has failed. None: all at once.
 
     Returns:
         ``call(hparams, tasks, *args)``, with this rank's own tasks, any number of them, or none:
@@ -75,6 +75,7 @@ def task_parallel(
         no graph.
 
     Raises:
+        TypeError: if ``fn`` is no function, or ``chunk_size`` no integer.
         ValueError: for a ``reduce`` or ``chunk_size`` not listed above; when called, inside a
             ``torch.func`` transform, with no tasks on any rank, with DTensors over ranks that have
             different tasks, or, on every rank, where one was called otherwise than another: with
@@ -100,19 +101,15 @@ def task_parallel(
         >>> call(torch.tensor(0.0), hf.distributed.local_tasks(tasks))
         (tensor(0.), tensor([1., 0., 1.]))
     """
-    if not callable(fn):
-        raise TypeError(
-            f"task_parallel: fn is {fn!r}; expected a function (hparams, tasks, *args) such as "
-            f"torch.func.vmap(adapt, in_dims=(None, 0))"
-        )
+    check_callable(
+        fn,
+        "task_parallel: fn",
+        "(hparams, tasks, *args) such as torch.func.vmap(adapt, in_dims=(None, 0))",
+    )
     if reduce not in (*get_args(Reduction), None):
         raise ValueError(f"task_parallel: reduce is {reduce!r}; expected 'mean', 'sum' or None")
-    if chunk_size is not None and (
-        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-    ):
-        raise ValueError(
-            f"task_parallel: chunk_size is {chunk_size!r}; expected an integer >= 1, or None"
-        )
+    if chunk_size is not None:
+        check_count("task_parallel", "chunk_size", chunk_size)
     return _TaskParallel(fn, group, reduce, chunk_size)
 
 
@@ -146,19 +143,15 @@ class _TaskParallel(WrappedFunction):
         share = _Share(self._fn, reduce, hparams, tasks, args)
         counts = share.agree_on_inputs(ranks, (reduce, chunk_size))
         total = _Total(share.zeros())
-        if chunk_size is None:
-            sums = share.adapt(slice(0, share.count))
-        else:
-            # every rank takes part in as many sums as the one with the most chunks
-            for start in range(0, max(counts), chunk_size):
-                sums = share.adapt(slice(start, min(start + chunk_size, share.count)))
-                total.add_pending()
-                if total.failed:
-                    break
-                total.start(ranks, sums, failed=share.error is not None)
+        most = max(counts)  # every rank takes part in as many sums as the one with the most chunks
+        size = most if chunk_size is None else chunk_size
+        for start in range(0, most, size):
+            sums = share.adapt(slice(start, min(start + size, share.count)))
+            if total.add_pending():
+                break
+            is_last = start + size >= most
+            total.start(ranks, sums, failed=None if is_last else share.error is not None)
         share.agree_on_results(ranks, counts)
-        if chunk_size is None:
-            total.start(ranks, sums)
         gathered, rest_spec = share.gather(ranks, counts)
         if reduce is None:
             num = len(share.flat.like)
@@ -283,22 +276,22 @@ class _Total:
     """Sums over chunks and ranks, of which one is under way while the next chunk is adapted."""
 
     def __init__(self, zeros: list[Tensor]) -> None:
-        self.sums, self.failed = zeros, False
-        self._pending: list[Callable[[], Tensor]] = []
+        self.sums = zeros
+        self._sums: list[Callable[[], Tensor]] = []
+        self._failures: Callable[[], Tensor] | None = None
 
-    def start(self, ranks: Ranks, sums: list[Tensor], failed: bool = False) -> None:
-        """Start to sum over the ranks; whether one has failed goes along with the first."""
-        sent = [torch.cat([part, part.new_full((1,), failed)]) for part in sums[:1]] + sums[1:]
-        self._pending = [ranks.start_sum(part) for part in sent]
+    def start(self, ranks: Ranks, sums: list[Tensor], failed: bool | None) -> None:
+        """Start to sum over the ranks, and to count those that failed; None where nobody asks."""
+        self._sums = [ranks.start_sum(part) for part in sums]
+        self._failures = None if failed is None else ranks.start_count(failed)
 
-    def add_pending(self) -> None:
-        """Wait for what was started, and add it."""
-        if self._pending:
-            first, *others = (wait() for wait in self._pending)
-            self.failed = bool(first[-1] != 0)
-            parts = [first[:-1], *others]
+    def add_pending(self) -> bool:
+        """Wait for what was started, and add it; returns whether a rank failed."""
+        if self._sums:
+            parts = [wait() for wait in self._sums]
+            self._sums = []
             self.sums = [total + part for total, part in zip(self.sums, parts, strict=True)]
-        self._pending = []
+        return self._failures is not None and bool(self._failures())
 
 
 class _Share:
@@ -332,24 +325,21 @@ class _Share:
                 _check_apart(self.flat, ranks)
             except ValueError as error:
                 self.error = error
-        described: dict[str, list[str]] = {}
-        if self.error is None and ranks.size > 1:
-            described = {
-                "reduce and chunk_size": [repr(settings)],
-                "hparams": _describe(self.flat.like, self.flat.spec, "hparams", shapes=True),
-                "the values of hparams": _fingerprints(self.flat),
-                "further arguments": _describe(*trees.flatten(self._args), "args"),
-                "tasks": _describe(*trees.flatten(self._tasks), "tasks"),
-            }
-        sums = [checksum(repr(lines)) for lines in described.values()] or [0] * 5
-        rows = ranks.agree("task_parallel", self.error, (self.count, *sums))
+        rows = ranks.agree("task_parallel", self.error, (self.count,))
         counts = [row[0] for row in rows]
-        busy = [rank for rank, count in enumerate(counts) if count]
-        if not busy:
+        if not any(counts):
             raise ValueError("task_parallel: no rank has a task. Pass at least one in all")
-        for index, (what, lines) in enumerate(described.items(), 1):
-            among = busy if what == "tasks" else list(range(ranks.size))
-            ranks.compare("task_parallel", what, lines, [row[index] for row in rows], among)
+        if ranks.size > 1:
+            leaves, spec = self.flat.like, self.flat.spec
+            tasks, tasks_spec = trees.flatten(self._tasks)
+            given = {
+                "reduce and chunk_size": [repr(settings)],
+                "hparams": _types(leaves, spec, "hparams", shapes=True),
+                "the values of hparams": _values(self.flat),
+                "further arguments": _types(*trees.flatten(self._args), "args"),
+                "tasks": _types(tasks, tasks_spec, "tasks") if self.count else [],
+            }
+            ranks.compare_values("task_parallel", given, "Make the call alike on all ranks")
         return counts
 
     def agree_on_results(self, ranks: Ranks, counts: list[int]) -> None:
@@ -505,18 +495,18 @@ def _check_apart(flat: _Flat, ranks: Ranks) -> None:
         if not sharding.is_dtensor(leaf):
             continue
         mesh: Any = leaf.device_mesh  # type: ignore[attr-defined]
-        held = set(mesh.mesh.flatten().tolist())
-        if len(held & set(ranks.global_ranks())) > 1:
+        sharing = set(mesh.mesh.flatten().tolist())
+        if len(sharing & set(ranks.global_ranks())) > 1:
             raise ValueError(
-                f"{path} is a DTensor over ranks {sorted(held)}, among which tasks are shared too; "
-                f"each of them would need the others for each of its tasks. Pass "
+                f"{path} is a DTensor over ranks {sorted(sharing)}, among which tasks are shared "
+                f"too; each of them would need the others for each of its tasks. Pass "
                 f"{path}.full_tensor(), or share tasks and tensors over two dimensions of a mesh: "
                 f'mesh = init_device_mesh("{mesh.device_type}", (4, 2), mesh_dim_names=("tasks", '
                 f'"shard")), with DTensors on mesh["shard"] and group=mesh["tasks"].get_group()'
             )
 
 
-def _describe(
+def _types(
     leaves: Sequence[Any], spec: trees.TreeSpec, root: str, shapes: bool = False
 ) -> list[str]:
     """A line for each leaf, with what the ranks have to have in common, and one for the nodes."""
@@ -528,22 +518,12 @@ def _describe(
     return [*lines, f"structure {spec}"]
 
 
-def _fingerprints(flat: _Flat) -> list[str]:
-    """A line for each leaf with a number that tells values apart, from integer arithmetic alone.
-
-    Of DTensors, ranks hold different parts, of which nothing is said.
-    """
+def _values(flat: _Flat) -> list[str]:
+    """A line for each leaf; none for DTensors, of which ranks hold different parts."""
     if flat.layout is not None:
         return []
-    lines = []
-    for leaf, path in zip(flat.like, trees.paths(flat.spec, "hparams"), strict=True):
-        numbers = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
-        numbers = numbers.reshape(-1) + 0.0  # zeros have one sign
-        bits = numbers.view(_BITS[numbers.element_size()]).to(torch.int64)
-        weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)
-        number = int(((bits ^ (bits >> 7)) * weights).sum())
-        lines.append(f"{path} with checksum {number & (2**64 - 1):016x}")
-    return lines
+    paths = trees.paths(flat.spec, "hparams")
+    return [f"{path} with {fingerprint(leaf)}" for path, leaf in zip(paths, flat.like, strict=True)]
 
 
 def _count_tasks(tasks: TensorTree) -> int:

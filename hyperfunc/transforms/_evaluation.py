@@ -40,6 +40,7 @@ class Rule:
     throw: bool
 
     def make_problem(self, arguments: Arguments) -> ImplicitProblem:
+        """One call of the inner solver, for an implicit method."""
         assert self.condition is not None
         named = [
             (self.inner_solver, "the inner solver"),
@@ -94,10 +95,16 @@ class Hypergradient:
     def __call__(
         self, hparams: TensorTree, args: tuple[Any, ...], adjoint_init: TensorTree
     ) -> tuple[TensorTree, Solution]:
-        compute = self._implicit if is_implicit(self.rule.method) else self._iterative
-        return compute(hparams, args, adjoint_init)
+        if is_implicit(self.rule.method):
+            return self._by_implicit_rule(hparams, args, adjoint_init)
+        if adjoint_init is not None:
+            raise ValueError(
+                f"adjoint_init has no meaning for {self.rule.method!r}, which solves no linear "
+                f"system. Leave it out, or use an implicit method such as method='cg'"
+            )
+        return self._through_the_solver(hparams, args)
 
-    def _implicit(
+    def _by_implicit_rule(
         self, hparams: TensorTree, args: tuple[Any, ...], adjoint_init: TensorTree
     ) -> tuple[TensorTree, Solution]:
         arguments, theta, hparams_spec = Arguments.flatten(hparams, args)
@@ -105,25 +112,11 @@ class Hypergradient:
         w = problem.solution(theta)
         assert problem.bound is not None
         params_spec = problem.bound.params_spec
-
-        x0 = None
-        if adjoint_init is not None:
-            start, start_spec = trees.flatten(adjoint_init)
-            try:
-                trees.check_like(start, start_spec, w, params_spec, "adjoint_init", "params")
-            except ValueError as error:
-                if not tracking.transforms_active():
-                    raise
-                raise ValueError(
-                    f"{error}. If it is stacked: vmap maps no keywords, so write "
-                    f"vmap(lambda h, start: fn(h, adjoint_init=start))(hparams, start)"
-                ) from None
-            x0 = tuple(start)
-
+        start = None if adjoint_init is None else _flatten_start(adjoint_init, w, params_spec)
         differentiate = self._differentiate
         if self.compiler is not None and applies((*w, *theta)):
             differentiate = self._differentiate_compiled
-        value, aux, u, stats, grads = differentiate(problem, w, theta, x0)
+        value, aux, u, stats, grads = differentiate(problem, w, theta, start)
         if self.rule.throw:
             raise_unless_finite_gradient(grads, hparams_spec)
         solution = Solution(
@@ -137,7 +130,7 @@ class Hypergradient:
         return trees.unflatten(hparams_spec, grads), solution
 
     def _differentiate(
-        self, problem: ImplicitProblem, w: Leaves, theta: Leaves, x0: Leaves | None
+        self, problem: ImplicitProblem, w: Leaves, theta: Leaves, start: Leaves | None
     ) -> tuple[Tensor, Any, Leaves, SolveStats, Leaves]:
         """Outer value and aux, the adjoint with its statistics, and the hypergradient."""
         method, losses = self.rule.method, [self.outer_loss]
@@ -147,12 +140,12 @@ class Hypergradient:
         dw, dh = gradient[: len(w)], gradient[len(w) :]
         wrt = tuple(range(problem.arguments.num_hparams))
         linearization = problem.linearize(w, theta, wrt)
-        u, stats = problem.adjoint(linearization, w, theta, dw, x0)
+        u, stats = problem.adjoint(linearization, w, theta, dw, start)
         grads = cross_term(problem, linearization, w, theta, wrt, u, start=dh)
         return value, aux, u, stats, grads
 
     def _differentiate_compiled(
-        self, problem: ImplicitProblem, w: Leaves, theta: Leaves, x0: Leaves | None
+        self, problem: ImplicitProblem, w: Leaves, theta: Leaves, start: Leaves | None
     ) -> tuple[Tensor, Any, Leaves, SolveStats, Leaves]:
         """`_differentiate`, compiled; where it fails is told afterwards."""
         assert self.compiler is not None
@@ -162,12 +155,14 @@ class Hypergradient:
         n, m = len(w), len(theta)
 
         def compute(*operands: Tensor) -> Any:
-            w, theta, start = operands[:n], operands[n : n + m], operands[n + m :]
-            return self._differentiate(quiet, w, theta, start or None)
+            w, theta, rest = operands[:n], operands[n : n + m], operands[n + m :]
+            return self._differentiate(quiet, w, theta, rest or None)
 
         arguments = problem.arguments
         key = (problem.bound.params_spec, arguments.spec, arguments.leaves, arguments.num_hparams)
-        result = self.compiler.call(compute, key, self.compiler.read(), (*w, *theta, *(x0 or ())))
+        result = self.compiler.call(
+            compute, key, self.compiler.read(), (*w, *theta, *(start or ()))
+        )
         value, aux, u, stats, grads = result
         if self.rule.throw:
             raise_on_failure(stats, self.rule.method)
@@ -187,14 +182,9 @@ class Hypergradient:
         detached = (tracking.detach(leaves) for leaves in (w, theta, u))
         return error_bound(self.bound, bound, value, *detached)
 
-    def _iterative(
-        self, hparams: TensorTree, args: tuple[Any, ...], adjoint_init: TensorTree
+    def _through_the_solver(
+        self, hparams: TensorTree, args: tuple[Any, ...]
     ) -> tuple[TensorTree, Solution]:
-        if adjoint_init is not None:
-            raise ValueError(
-                f"adjoint_init has no meaning for {self.rule.method!r}, which solves no linear "
-                f"system. Leave it out, or use an implicit method such as method='cg'"
-            )
         arguments, theta, hparams_spec = Arguments.flatten(hparams, args)
         refuse_captured_tensors((self.rule.inner_solver, "the inner solver"))
         solution_map = self.rule.method.solution_map(self.rule.inner_solver)
@@ -229,3 +219,18 @@ class Hypergradient:
             stats=(),
         )
         return trees.unflatten(hparams_spec, grads), solution
+
+
+def _flatten_start(adjoint_init: TensorTree, w: Leaves, params_spec: trees.TreeSpec) -> Leaves:
+    """The leaves of a start of the linear solve, which has to be like params."""
+    leaves, spec = trees.flatten(adjoint_init)
+    try:
+        trees.check_like(leaves, spec, w, params_spec, "adjoint_init", "params")
+    except ValueError as error:
+        if not tracking.transforms_active():
+            raise
+        raise ValueError(
+            f"{error}. If it is stacked: vmap maps no keywords, so write "
+            f"vmap(lambda h, start: fn(h, adjoint_init=start))(hparams, start)"
+        ) from None
+    return tuple(leaves)

@@ -215,7 +215,7 @@ ENDINGS: dict[str, Any] = {
 }
 
 
-def _ending(name: str, chunk_size: int | None) -> tuple[str, str, int]:
+def _ending(name: str, chunk_size: int | None, reduce: Any) -> tuple[str, str, int]:
     """The error on this rank, and the calls of fn, when rank 1 ends in a batch of several tasks."""
     kind, details, _ = ENDINGS[name]
     hparams, tasks = _task_arguments(8)
@@ -227,7 +227,7 @@ def _ending(name: str, chunk_size: int | None) -> tuple[str, str, int]:
             raise kind(*details)
         return _plain(hparams, tasks)
 
-    call = hf.distributed.task_parallel(fn, chunk_size=chunk_size)
+    call = hf.distributed.task_parallel(fn, chunk_size=chunk_size, reduce=reduce)
     with pytest.raises(BaseException) as error:  # noqa: PT011
         call(hparams, _my_tasks(tasks, 6 if chunk_size else 4))
     assert _sum_of_ranks() == 1.0
@@ -235,12 +235,12 @@ def _ending(name: str, chunk_size: int | None) -> tuple[str, str, int]:
 
 
 @pytest.mark.parametrize("name", ENDINGS)
-@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize(("chunk_size", "reduce"), [(None, "mean"), (2, "mean"), (2, None)])
 def test_a_rank_that_ends_or_runs_out_of_memory_ends_the_call_on_all_ranks(
-    pair: ranks.Ranks, name: str, chunk_size: int | None
+    pair: ranks.Ranks, name: str, chunk_size: int | None, reduce: Any
 ) -> None:
     kind, _, text = ENDINGS[name]
-    (first, said, calls), (second, _, _) = pair.run(_ending, name, chunk_size)
+    (first, said, calls), (second, _, _) = pair.run(_ending, name, chunk_size, reduce)
     assert first == "HypergradError"
     assert f"task_parallel failed on rank 1 of 2: {text}" in said
     assert second == ("HypergradError" if issubclass(kind, Exception) else kind.__name__)
@@ -350,19 +350,23 @@ def _sent_by_tasks(chunk_size: int | None) -> list[tuple[str, int]]:
 def test_what_tasks_send(pair: ranks.Ranks) -> None:
     """Status, a vector for each dtype in at least float32, losses and hits of the busier rank.
 
-    The first vector has one number more, by which ranks tell that they have failed.
+    What was given is compared by five numbers. Between two chunks, ranks count those that failed.
     """
-    before, after = ("all_gather", 8 * 8), ("all_gather", 4 * 8)
-    sums = [("all_reduce", (5 + 1) * 4), ("all_reduce", 4 * 8)]
+    before, after = [("all_gather", 3 * 8), ("all_gather", 5 * 8)], ("all_gather", 4 * 8)
+    sums = [("all_reduce", 5 * 4), ("all_reduce", 4 * 8)]
+    failures = ("all_reduce", 8)
     rest = [("all_gather", 4), ("all_gather", 4 * 8)]
     for sent in pair.run(_sent_by_tasks, None):
-        assert sent == [before, after, *sums, *rest]
+        assert sent == [*before, *sums, after, *rest]
     for sent in pair.run(_sent_by_tasks, 3):
-        assert sent == [before, *sums, *sums, after, *rest]
+        assert sent == [*before, *sums, failures, *sums, after, *rest]
 
 
 def _overlap() -> list[str]:
-    """What rank 0 does in turn with three chunks: fn, and the start and the end of each sum."""
+    """What rank 0 does in turn with three chunks: fn, and the start and the end of each sum.
+
+    There is one of hypergradients, and, but for the last chunk, one of the ranks that failed.
+    """
     hparams, tasks = _task_arguments()
     events: list[str] = []
     all_reduce = dist.all_reduce
@@ -392,9 +396,9 @@ def _overlap() -> list[str]:
 
 
 def test_a_chunk_is_summed_while_the_next_is_adapted(pair: ranks.Ranks) -> None:
-    turn = ["fn", "end", "start"]
+    start, end = ["start", "start"], ["end", "end"]
     for events in pair.run(_overlap):
-        assert events == ["fn", "start", *turn, *turn, "end"]
+        assert events == ["fn", *start, "fn", *end, *start, "fn", *end, "start", "end"]
 
 
 # Hyperparameters sharded over one dimension of a mesh, tasks shared over the other ----------------
@@ -569,7 +573,7 @@ def test_alone_without_a_process_group() -> None:
     ("keywords", "message"),
     [
         ({"reduce": "max"}, "expected 'mean', 'sum' or None"),
-        ({"chunk_size": 0}, "expected an integer >= 1, or None"),
+        ({"chunk_size": 0}, "task_parallel: chunk_size is 0; expected an integer >= 1"),
         ({}, "Put it into fn"),
     ],
 )
