@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import pickle
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -106,18 +107,25 @@ class Ranks:
         error: BaseException | None,
         numbers: Sequence[int] = (),
         where: Callable[[int, list[list[int]]], str] = lambda rank, rows: "",
+        alike: Mapping[str, list[str]] = MappingProxyType({}),
+        advice: str = "Make the call alike on all ranks",
     ) -> list[list[int]]:
         """Exchange a few integers, or raise on all ranks what one of them has met.
 
         All raise what they have met themselves if it is the same everywhere, and so does a rank
         that is to end (by Ctrl-C, or by an exit). All others raise a `HypergradError` that names
-        the first rank to fail, with what ``where`` adds to it.
+        the first rank to fail, with what ``where`` adds to it. If none has met an error, they
+        compare what they have to have alike, as `_compare` says.
         """
         text = "" if error is None else f"{type(error).__name__}: {error}"
-        rows = self.exchange((error is not None, checksum(text), *numbers))
-        own = [row[2:] for row in rows]
+        sums = [checksum(repr(lines)) if lines else 0 for lines in alike.values()]
+        rows = self.exchange((error is not None, checksum(text), *numbers, *sums))
+        own = [row[2 : 2 + len(numbers)] for row in rows]
         failed = [rank for rank, row in enumerate(rows) if row[0]]
         if not failed:
+            columns = list(zip(*rows, strict=True))[2 + len(numbers) :]
+            for (what, lines), column in zip(alike.items(), columns, strict=True):
+                self._compare(f"{name}: {what}", lines, column, advice)
             return own
         first = failed[0]
         place, cause = where(first, own), self.from_rank(first, text).rstrip(": ")
@@ -129,26 +137,22 @@ class Ranks:
             f"{name} failed on rank {first} of {self.size}{place}{more}: {cause}"
         ) from error
 
-    def compare_values(self, name: str, given: dict[str, list[str]], advice: str) -> None:
-        """Raise on all ranks, with the first line to differ, if they were given different things.
+    def _compare(self, what: str, lines: list[str], sums: Sequence[int], advice: str) -> None:
+        """Raise on all ranks, with the first line to differ, if the checksums of theirs differ.
 
-        Each is described by lines; ranks that have none of it are left out.
+        A rank without lines, whose checksum is 0, is left out.
         """
-        if self.size == 1:
-            return
-        rows = self.exchange([checksum(repr(lines)) if lines else 0 for lines in given.values()])
-        for what, lines, *sums in zip(given, given.values(), *rows, strict=True):
-            first, *others = [rank for rank, number in enumerate(sums) if number] or [0]
-            for rank in others:
-                if sums[rank] == sums[first]:
-                    continue
-                theirs, ours = (self.from_rank(number, lines) for number in (rank, first))
-                pairs = itertools.zip_longest(theirs, ours, fillvalue="nothing more")
-                got, expected = next((a, b) for a, b in pairs if a != b)
-                raise ValueError(
-                    f"{name}: {what} on rank {rank} differ from those on rank {first}: got {got}, "
-                    f"expected {expected}. {advice}"
-                )
+        first, *others = [rank for rank, number in enumerate(sums) if number] or [0]
+        for rank in others:
+            if sums[rank] == sums[first]:
+                continue
+            theirs, ours = (self.from_rank(number, lines) for number in (rank, first))
+            pairs = itertools.zip_longest(theirs, ours, fillvalue="nothing more")
+            got, expected = next((a, b) for a, b in pairs if a != b)
+            raise ValueError(
+                f"{what} on rank {rank} differ from those on rank {first}: got {got}, "
+                f"expected {expected}. {advice}"
+            )
 
     def _device(self) -> torch.device:
         """Where the group takes small tensors from, whatever is to be computed on."""

@@ -86,8 +86,13 @@ def save_state(
         named = _named_leaves(_expanded(state))
     except (TypeError, ValueError) as problem:
         error = problem
-    ranks.agree("save_state", error)
-    _check_equal(named, ranks)
+    ranks.agree(
+        "save_state",
+        error,
+        alike={"the leaves that are saved once": _values(named) if ranks.size > 1 else []},
+        advice="Make what differs a DTensor, or derive it from the step and the rank, as in "
+        "torch.Generator().manual_seed(hash((seed, step, rank)))",
+    )
     if background:
         named = {
             name: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
@@ -328,20 +333,14 @@ def _check_saved(wanted: dict[str, Any], saved: dict[str, Any], folder: Path) ->
         )
 
 
-def _check_equal(named: dict[str, Any], ranks: Ranks) -> None:
-    """Raise if a small leaf that is saved once differs between the ranks."""
-    lines = [
+def _values(named: dict[str, Any]) -> list[str]:
+    """A line for each leaf that is saved once and small, and thus compared between ranks."""
+    return [
         f"{path} with {fingerprint(leaf)}"
         for path, leaf in named.items()
         if not isinstance(leaf, Tensor)
         or (not sharding.is_dtensor(leaf) and leaf.nbytes <= _COMPARED_BYTES)
     ]
-    ranks.compare_values(
-        "save_state",
-        {"the leaves that are saved once": lines},
-        "Make what differs a DTensor, or derive it from the step and the rank, as in "
-        "torch.Generator().manual_seed(hash((seed, step, rank)))",
-    )
 
 
 def _steps(folder: Path) -> list[int]:

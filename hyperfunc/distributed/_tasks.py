@@ -17,9 +17,18 @@ from hyperfunc._engine.results import Solution
 from hyperfunc._engine.wrapped_functions import WrappedFunction
 from hyperfunc._torch import sharding, tracking
 from hyperfunc._types import Leaves, TensorTree
-from hyperfunc.distributed._ranks import Ranks, checksum, fingerprint
+from hyperfunc.distributed._ranks import Ranks, fingerprint
 
 Reduction: TypeAlias = Literal["mean", "sum"]
+
+# What ranks have to be given alike.
+_ALIKE = (
+    "reduce and chunk_size",
+    "hparams",
+    "the values of hparams",
+    "further arguments",
+    "tasks",
+)
 
 
 def task_parallel(
@@ -39,11 +48,11 @@ def task_parallel(
     the mean over all tasks, however unevenly they are spread, or the sum. The numbers are those of
     one process up to the order of summation.
 
-    A call takes three collectives of a few integers, two before the tasks and one after, by which
-    the ranks tell each other how many tasks they have and whether all is well; one all-reduce for
-    each dtype of ``hparams``, of all leaves flattened; and, for what else ``fn`` returns, one
-    all-gather for each dtype. Half precision is summed in float32. Without an initialised process
-    group this is a world of one, and nothing is sent.
+    A call takes two collectives of a few integers, before and after the tasks, by which the ranks
+    tell each other how many tasks they have and whether all is well; one all-reduce for each dtype
+    of ``hparams``, of all leaves flattened; and, for what else ``fn`` returns, one all-gather for
+    each dtype. Half precision is summed in float32. Without an initialised process group this is a
+    world of one, and nothing is sent.
 
     ``hparams`` may hold DTensors, over ranks that adapt the same tasks: with a mesh of dimensions
     ``tasks`` and ``shard``, distribute them over ``mesh["shard"]``, and share the tasks by
@@ -140,8 +149,8 @@ class _TaskParallel(WrappedFunction):
             )
         reduce, chunk_size = self._reduce, self._chunk_size
         ranks = Ranks(self._group)
-        share = _Share(self._fn, reduce, hparams, tasks, args)
-        counts = share.agree_on_inputs(ranks, (reduce, chunk_size))
+        share = _Share(self._fn, reduce, hparams, tasks, args, ranks)
+        counts = share.agree_on_inputs((reduce, chunk_size))
         total = _Total(share.zeros())
         most = max(counts)  # every rank takes part in as many sums as the one with the most chunks
         size = most if chunk_size is None else chunk_size
@@ -151,8 +160,8 @@ class _TaskParallel(WrappedFunction):
                 break
             is_last = start + size >= most
             total.start(ranks, sums, failed=None if is_last else share.error is not None)
-        share.agree_on_results(ranks, counts)
-        gathered, rest_spec = share.gather(ranks, counts)
+        share.agree_on_results(counts)
+        gathered, rest_spec = share.gather(counts)
         if reduce is None:
             num = len(share.flat.like)
             grads = share.flat.wrap_tasks(gathered[:num])
@@ -304,8 +313,9 @@ class _Share:
         hparams: TensorTree,
         tasks: TensorTree,
         args: tuple[Any, ...],
+        ranks: Ranks,
     ) -> None:
-        self._fn, self._reduce = fn, reduce
+        self._fn, self._reduce, self._ranks = fn, reduce, ranks
         self._tasks, self._args = tasks, args
         self._own: list[tuple[TensorTree, TensorTree]] = []
         self._parts: list[Leaves] = []
@@ -315,34 +325,29 @@ class _Share:
         try:
             self.flat = _Flat.make(hparams)
             self.count = _count_tasks(tasks)
+            _check_apart(self.flat, ranks)
         except BaseException as error:
             self.error = error
 
-    def agree_on_inputs(self, ranks: Ranks, settings: tuple[Any, ...]) -> list[int]:
+    def agree_on_inputs(self, settings: tuple[Any, ...]) -> list[int]:
         """The numbers of tasks on the ranks, or the same error on all if one was called amiss."""
-        if self.error is None:
-            try:
-                _check_apart(self.flat, ranks)
-            except ValueError as error:
-                self.error = error
-        rows = ranks.agree("task_parallel", self.error, (self.count,))
+        alike: dict[str, list[str]] = {what: [] for what in _ALIKE}
+        if self.error is None and self._ranks.size > 1:
+            lines = (
+                [repr(settings)],
+                _types(self.flat.like, self.flat.spec, "hparams", shapes=True),
+                _values(self.flat),
+                _types(*trees.flatten(self._args), "args"),
+                _types(*trees.flatten(self._tasks), "tasks") if self.count else [],
+            )
+            alike = dict(zip(_ALIKE, lines, strict=True))
+        rows = self._ranks.agree("task_parallel", self.error, (self.count,), alike=alike)
         counts = [row[0] for row in rows]
         if not any(counts):
             raise ValueError("task_parallel: no rank has a task. Pass at least one in all")
-        if ranks.size > 1:
-            leaves, spec = self.flat.like, self.flat.spec
-            tasks, tasks_spec = trees.flatten(self._tasks)
-            given = {
-                "reduce and chunk_size": [repr(settings)],
-                "hparams": _types(leaves, spec, "hparams", shapes=True),
-                "the values of hparams": _values(self.flat),
-                "further arguments": _types(*trees.flatten(self._args), "args"),
-                "tasks": _types(tasks, tasks_spec, "tasks") if self.count else [],
-            }
-            ranks.compare_values("task_parallel", given, "Make the call alike on all ranks")
         return counts
 
-    def agree_on_results(self, ranks: Ranks, counts: list[int]) -> None:
+    def agree_on_results(self, counts: list[int]) -> None:
         """Raise the same error on all ranks if one has failed, or has other results."""
 
         def where(rank: int, rows: list[list[int]]) -> str:
@@ -350,21 +355,16 @@ class _Share:
             number = sum(counts[:rank]) + task
             return f" at its task {task}, number {number} of {sum(counts)}" if task >= 0 else ""
 
-        kinds = [(part.dtype, part.shape[1:]) for part in self._all_parts()]
-        rows = ranks.agree(
+        lines = [f"{part.dtype} of shape {tuple(part.shape[1:])}" for part in self._all_parts()]
+        lines.append(f"structure {self.rest_spec}")
+        self._ranks.agree(
             "task_parallel",
             self.error,
-            (self._failed_task, checksum(repr((self.rest_spec, kinds)))),
+            (self._failed_task,),
             where,
+            alike={"the results of fn for each task": lines if self.count else []},
+            advice="Return the same structure, dtypes and shapes on all ranks",
         )
-        busy = [rank for rank, count in enumerate(counts) if count]
-        for rank in busy:
-            if rows[rank][1] != rows[busy[0]][1]:
-                raise ValueError(
-                    f"task_parallel: fn returned something else beside the hypergradients on rank "
-                    f"{rank} than on rank {busy[0]}; expected the same structure, dtypes and "
-                    f"shapes, but for the number of tasks"
-                )
 
     def zeros(self) -> list[Tensor]:
         """What `adapt` returns where there is nothing to add."""
@@ -379,13 +379,13 @@ class _Share:
                 self._note(error, chunk)
         return self.zeros()
 
-    def gather(self, ranks: Ranks, counts: list[int]) -> tuple[list[Tensor], trees.TreeSpec | None]:
+    def gather(self, counts: list[int]) -> tuple[list[Tensor], trees.TreeSpec | None]:
         """What the ranks have for each of their tasks, put together, and its structure."""
         parts, spec = self._all_parts(), self.rest_spec
         if 0 in counts:  # a rank without tasks does not know what fn returns
             kinds = [(part.dtype, tuple(part.shape[1:])) for part in parts]
             busy = next(rank for rank, count in enumerate(counts) if count)
-            spec, kinds = ranks.from_rank(busy, (spec, kinds))
+            spec, kinds = self._ranks.from_rank(busy, (spec, kinds))
             if not self.count:
                 parts = [torch.empty((0, *shape), dtype=dtype) for dtype, shape in kinds]
         device = self.flat.like[0].device
@@ -397,7 +397,7 @@ class _Share:
                 parts[i].reshape(self.count, n).to(device)
                 for i, n in zip(indices, sizes, strict=True)
             ]
-            rows = ranks.gather_rows(torch.cat(columns, 1), counts)
+            rows = self._ranks.gather_rows(torch.cat(columns, 1), counts)
             for i, column in zip(indices, torch.split(rows, sizes, 1), strict=True):
                 result[i] = column.reshape(-1, *parts[i].shape[1:]).to(parts[i].device)
         return [result[i] for i in range(len(parts))], spec

@@ -304,7 +304,10 @@ FAILURES = {
     "NaN": (TASK, "the hypergradient with respect to hparams['shift'] is not finite"),
     "no tree": ("rank 1 of 2: ValueError", "tasks['x'] has 3 tasks, but tasks['y'] has 2"),
     "division": ("rank 0 of 2 at its task 0, number 0 of 6 (2 ranks", "ZeroDivisionError"),
-    "other parts": ("something else beside the hypergradients on rank 1 than on rank 0", "ValueE"),
+    "other parts": (
+        "ValueError: task_parallel: the results of fn for each task on rank 1 differ from those on",
+        "rank 0: got torch.float64 of shape (4,), expected torch.float64 of shape (4, 3). Return",
+    ),
 }
 
 
@@ -350,16 +353,16 @@ def _sent_by_tasks(chunk_size: int | None) -> list[tuple[str, int]]:
 def test_what_tasks_send(pair: ranks.Ranks) -> None:
     """Status, a vector for each dtype in at least float32, losses and hits of the busier rank.
 
-    What was given is compared by five numbers. Between two chunks, ranks count those that failed.
+    Between two chunks, ranks count those that failed.
     """
-    before, after = [("all_gather", 3 * 8), ("all_gather", 5 * 8)], ("all_gather", 4 * 8)
+    before, after = ("all_gather", 8 * 8), ("all_gather", 4 * 8)
     sums = [("all_reduce", 5 * 4), ("all_reduce", 4 * 8)]
     failures = ("all_reduce", 8)
     rest = [("all_gather", 4), ("all_gather", 4 * 8)]
     for sent in pair.run(_sent_by_tasks, None):
-        assert sent == [*before, *sums, after, *rest]
+        assert sent == [before, *sums, after, *rest]
     for sent in pair.run(_sent_by_tasks, 3):
-        assert sent == [*before, *sums, failures, *sums, after, *rest]
+        assert sent == [before, *sums, failures, *sums, after, *rest]
 
 
 def _overlap() -> list[str]:
