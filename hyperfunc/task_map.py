@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_callable, check_count
 from hyperfunc._engine.wrapped_functions import WrappedFunction
 from hyperfunc._types import Leaves
 
@@ -73,7 +74,8 @@ def task_map(
         A function of the batched arguments, whose results have a new first dimension for tasks.
 
     Raises:
-        TypeError: if ``fn`` is no function, or returns something that is not a tensor.
+        TypeError: if ``fn`` is no function, or returns something that is not a tensor, or
+            ``chunk_size`` is of another type.
         ValueError: for other values of ``chunk_size`` or ``randomness``, and, when called, if
             ``in_dims`` does not suit the arguments, or the arguments differ in their number of
             tasks.
@@ -91,19 +93,14 @@ def task_map(
         >>> hf.task_map(meta_grad, in_dims=(None, 0, 0))(meta, x, y).shape
         torch.Size([3, 2])
     """
-    if not callable(fn):
-        raise TypeError(f"task_map: fn is {fn!r}; expected a function for one task")
-    is_size = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
-    if not (is_size or chunk_size is None or chunk_size == "auto"):
-        raise ValueError(
-            f"task_map: chunk_size is {chunk_size!r}; expected 'auto', an integer >= 1, or None "
-            f"for one batch"
-        )
+    check_callable(fn, "task_map: fn", "(*args) -> tree of tensors, for one task")
+    if chunk_size not in ("auto", None):
+        check_count("task_map", "chunk_size", chunk_size, also="'auto', None or ")
     if randomness not in _RANDOMNESS:
         raise ValueError(
             f"task_map: randomness is {randomness!r}; expected one of {', '.join(_RANDOMNESS)}"
         )
-    return _Mapped(fn, in_dims, chunk_size, randomness)
+    return _MappedFunction(fn, in_dims, chunk_size, randomness)
 
 
 def _budget(cache: int) -> int:
@@ -122,7 +119,7 @@ def _cache_size(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache/index3")
 _BUDGET = _budget(_cache_size())
 
 
-class _Mapped(WrappedFunction):
+class _MappedFunction(WrappedFunction):
     """What `task_map` returns."""
 
     maker = "task_map"
@@ -141,11 +138,11 @@ class _Mapped(WrappedFunction):
         size = num_tasks if self._chunk_size is None else self._chunk_size
         if size == "auto":
             size = _best_size(num_tasks, leaves, dims)
-        call = _Call(self._fn, spec, dims, self._randomness)
+        call = _MappedCall(self._fn, spec, dims, self._randomness)
         return call.one_by_one(leaves) if size == 1 else call.in_chunks(leaves, num_tasks, size)
 
 
-class _Call:
+class _MappedCall:
     """One call of a mapped function."""
 
     def __init__(

@@ -195,9 +195,10 @@ ONES = torch.ones(3, 2)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: hf.task_map(3), TypeError, r"fn is 3; expected a function"),
+        (lambda: hf.task_map(3), TypeError, r"fn is 3 of type int; expected a function"),
         (lambda: hf.task_map(len, 0, 0), ValueError, r"chunk_size is 0; expected 'auto'"),
-        (lambda: hf.task_map(len, 0, True), ValueError, r"chunk_size is True"),
+        (lambda: hf.task_map(len, 0, True), TypeError, r"chunk_size is True"),
+        (lambda: hf.task_map(len, 0, "all"), TypeError, r"'all'; expected 'auto', None or an int"),
         (lambda: hf.task_map(len, randomness="x"), ValueError, r"randomness is 'x'"),
         (lambda: hf.task_map(len)(3), ValueError, r"args\[0\] is 3 of type int.*Write None"),
         (lambda: hf.task_map(len, 5)(ONES), ValueError, r"args\[0\] has shape \(3, 2\), and in_d"),

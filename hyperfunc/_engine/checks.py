@@ -39,12 +39,13 @@ def check_callable(value: Any, name: str, signature: str) -> None:
         )
 
 
-def check_count(owner: object, name: str, value: Any, least: int = 1) -> int:
+def check_count(owner: object, name: str, value: Any, least: int = 1, also: str = "") -> int:
     """Return an integer, or raise unless it is one and not below the least.
 
-    ``owner`` is what the argument belongs to: a name, or an object of a class.
+    ``owner`` is what the argument belongs to: a name, or an object of a class; ``also`` says what
+    else the caller takes, as ``"None or "``.
     """
-    message = f"{_name(owner)}: {name} is {value!r}; expected an integer >= {least}"
+    message = f"{_name(owner)}: {name} is {value!r}; expected {also}an integer >= {least}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(message)
     if value < least:

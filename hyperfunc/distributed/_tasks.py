@@ -118,7 +118,7 @@ def task_parallel(
     if reduce not in (*get_args(Reduction), None):
         raise ValueError(f"task_parallel: reduce is {reduce!r}; expected 'mean', 'sum' or None")
     if chunk_size is not None:
-        check_count("task_parallel", "chunk_size", chunk_size)
+        check_count("task_parallel", "chunk_size", chunk_size, also="None or ")
     return _TaskParallel(fn, group, reduce, chunk_size)
 
 

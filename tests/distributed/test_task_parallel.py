@@ -576,7 +576,7 @@ def test_alone_without_a_process_group() -> None:
     ("keywords", "message"),
     [
         ({"reduce": "max"}, "expected 'mean', 'sum' or None"),
-        ({"chunk_size": 0}, "task_parallel: chunk_size is 0; expected an integer >= 1"),
+        ({"chunk_size": 0}, "chunk_size is 0; expected None or an integer >= 1"),
         ({}, "Put it into fn"),
     ],
 )
