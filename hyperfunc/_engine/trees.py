@@ -91,7 +91,8 @@ def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:
         path = paths(spec, root)[index]
         if not isinstance(leaf, Tensor):
             raise TypeError(
-                f"{path} is {_describe(leaf)}; expected a floating-point tensor. {_advice(leaf)}"
+                f"{path} is {_value_and_type(leaf)}; expected a floating-point tensor. "
+                f"{_advice(leaf)}"
             )
         if leaf.is_complex():
             raise TypeError(
@@ -122,7 +123,7 @@ def check_like(
         if leaf is ref:
             continue
         if not isinstance(leaf, Tensor):
-            problem = f"is {_describe(leaf)}, expected a tensor"
+            problem = f"is {_value_and_type(leaf)}, expected a tensor"
         elif leaf.shape != ref.shape:
             problem = f"has shape {tuple(leaf.shape)}, expected {tuple(ref.shape)}"
         elif leaf.dtype != ref.dtype:
@@ -356,5 +357,5 @@ def _advice(leaf: Any) -> str:
     return "Write torch.tensor(...) around a number"
 
 
-def _describe(leaf: Any) -> str:
+def _value_and_type(leaf: Any) -> str:
     return f"{leaf!r} of type {type(leaf).__name__}"
