@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -342,10 +343,7 @@ def implicit_diff(
             "take minibatches of. Leave outer_sampler and num_outer_batches out"
         )
 
-    def transform(inner_solver: InnerSolver) -> Transformed:
-        rule = make_rule(inner_solver, (fixed_point, inner_loss, optimality), method, throw)
-        return Transformed("implicit_diff", inner_solver, method, rule.solution_map)
-
+    transform = _ImplicitDiff((fixed_point, inner_loss, optimality), method, throw)
     return transform if inner_solver is None else transform(inner_solver)
 
 
@@ -383,20 +381,17 @@ def _transform(
             f"@{name}(outer_loss=..., ...)"
         )
 
-    def transform(inner_solver: InnerSolver) -> Transformed:
-        solver, compiler = inner_solver, None
-        if backend is not None and not is_implicit(method):
-            solver = _compile_steps(name, method, backend, inner_solver)
-        rule = make_rule(solver, (fixed_point, inner_loss, optimality), method, throw)
-        condition = rule.condition
-        if bound is not None and condition is not None:
-            bound.check(condition.kind)
-        if backend is not None and is_implicit(method):
-            functions = (condition.fn if condition else None, outer_loss)
-            compiler = Compiler(backend, "the adjoint", functions)
-        compute = Hypergradient(rule, outer_loss, has_aux, bound, compiler)
-        return Transformed(name, inner_solver, method, functools.partial(_call, compute, select))
-
+    transform = _Transform(
+        name=name,
+        select=select,
+        outer_loss=outer_loss,
+        has_aux=has_aux,
+        conditions=(fixed_point, inner_loss, optimality),
+        method=method,
+        throw=throw,
+        backend=backend,
+        bound=bound,
+    )
     return transform if inner_solver is None else transform(inner_solver)
 
 
@@ -413,20 +408,62 @@ for _function in (hypergrad, hypergrad_and_value, hypergrad_and_solution):
     _show_options(_function)
 
 
-def _compile_steps(name: str, method: Any, backend: Backend, inner_solver: Any) -> IterativeSolver:
-    """The inner solver with compiled steps, which are all that an iterative method runs."""
-    if not isinstance(inner_solver, IterativeSolver):
-        raise ValueError(
-            f"{name}: with {method!r}, compile compiles the inner solver's steps, but "
-            f"{inner_solver!r} does not tell them. Make the solver with hf.iterate or "
-            f"hf.minimize, or leave compile out"
-        )
-    if inner_solver.can_stop:
-        raise ValueError(
-            f"{name}: with {method!r}, compile needs a fixed number of steps, but the inner "
-            f"solver stops early. Drop rtol and atol from it, or leave compile out"
-        )
-    return inner_solver.compiled(backend)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Transform:
+    """A transform that waits for an inner solver."""
+
+    name: str
+    select: Callable[[bool, TensorTree, Solution], Any]
+    outer_loss: Loss
+    has_aux: bool
+    conditions: tuple[Any, ...]
+    method: Any
+    throw: bool
+    backend: Backend | None
+    bound: ErrorBound | None
+
+    def __call__(self, inner_solver: InnerSolver) -> Transformed:
+        solver, compiler = inner_solver, None
+        if self.backend is not None and not is_implicit(self.method):
+            solver = self._compile_steps(self.backend, inner_solver)
+        rule = make_rule(solver, self.conditions, self.method, self.throw)
+        condition = rule.condition
+        if self.bound is not None and condition is not None:
+            self.bound.check(condition.kind)
+        if self.backend is not None and is_implicit(self.method):
+            functions = (condition.fn if condition else None, self.outer_loss)
+            compiler = Compiler(self.backend, "the adjoint", functions)
+        compute = Hypergradient(rule, self.outer_loss, self.has_aux, self.bound, compiler)
+        call = functools.partial(_call, compute, self.select)
+        return Transformed(self.name, inner_solver, self.method, call)
+
+    def _compile_steps(self, backend: Backend, inner_solver: Any) -> IterativeSolver:
+        """The inner solver with compiled steps, which are all that an iterative method runs."""
+        if not isinstance(inner_solver, IterativeSolver):
+            raise ValueError(
+                f"{self.name}: with {self.method!r}, compile compiles the inner solver's steps, "
+                f"but {inner_solver!r} does not tell them. Make the solver with hf.iterate or "
+                f"hf.minimize, or leave compile out"
+            )
+        if inner_solver.can_stop:
+            raise ValueError(
+                f"{self.name}: with {self.method!r}, compile needs a fixed number of steps, but "
+                f"the inner solver stops early. Drop rtol and atol from it, or leave compile out"
+            )
+        return inner_solver.compiled(backend)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ImplicitDiff:
+    """`implicit_diff` that waits for an inner solver."""
+
+    conditions: tuple[Any, ...]
+    method: Any
+    throw: bool
+
+    def __call__(self, inner_solver: InnerSolver) -> Transformed:
+        rule = make_rule(inner_solver, self.conditions, self.method, self.throw)
+        return Transformed("implicit_diff", inner_solver, self.method, rule.solution_map)
 
 
 def _call(
