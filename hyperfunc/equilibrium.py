@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.results import SolveStats
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._types import TensorTree
@@ -39,10 +40,10 @@ class EquilibriumLayer(nn.Module):
     memory does not grow with the number of steps. The cell may do anything that has a fixed point;
     with Dropout in training mode it has none.
 
-    The layer stands in the cell's place: it has the cell's parameters, buffers and submodules
-    under the names that they have there, so that a state dictionary of one loads into the other.
-    The cell itself, which shares them, is ``layer.cell``, and the other settings are attributes
-    too, which may be replaced; what the cell itself calls by such a name comes first.
+    The cell is a submodule, ``layer.cell``, and the other settings are attributes too; all of them
+    may be replaced. The cell's submodules are attributes of the layer too, ``layer.linear`` for
+    ``layer.cell.linear``; its own tensors are not, and parametrisations of these belong on
+    ``layer.cell``. A state dictionary of the cell loads into the layer.
 
     Within one call the cell is a function: its weights, those of parametrisations such as
     ``torch.nn.utils.parametrizations.spectral_norm`` included, are computed once, and what its
@@ -85,15 +86,13 @@ class EquilibriumLayer(nn.Module):
         >>> layer.linear.weight.grad.shape
         torch.Size([4, 4])
         >>> list(layer.state_dict())
-        ['linear.weight', 'linear.bias']
+        ['cell.linear.weight', 'cell.linear.bias']
 
     References:
         Bai, Kolter and Koltun, Deep equilibrium models, arXiv 1909.01377; Fung et al.,
         Jacobian-free backpropagation, arXiv 2103.12803; Geng et al., On training implicit models
         (phantom gradients), arXiv 2111.05177.
     """
-
-    _settings: _Settings
 
     def __init__(
         self,
@@ -104,28 +103,28 @@ class EquilibriumLayer(nn.Module):
         init: Callable[..., TensorTree] | None = None,
         throw: bool = True,
     ) -> None:
-        settings = _Settings(cell, solver, _check_method(method), init, throw)
         super().__init__()
-        # The cell is no submodule: what is registered here is what is registered there.
-        vars(self)["_settings"] = settings
-        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-            vars(self)[name] = vars(cell)[name]
+        self.solver, self.method, self.init, self.throw = solver, method, init, throw
+        self.cell = cell
         self.training = cell.training
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name not in _SETTINGS:  # what the cell calls so comes first
-                raise
-            return getattr(self._settings, name)
+        return (
+            super().__getattr__(name) if self._cell_with(name) is None else getattr(self.cell, name)
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _SETTINGS and name not in self._modules:
-            value = _check_method(value) if name == "method" else value
-            value = dataclasses.replace(self._settings, **{name: value})
-            name = "_settings"
-        super().__setattr__(name, value)
+        if name == "method":
+            value = _check_method(value)
+        kind, expected = _EXPECTED.get(name, (object, ""))
+        if not isinstance(value, kind):
+            raise TypeError(f"EquilibriumLayer: {name} is {value!r}; expected {expected}")
+        if self._cell_with(name) is not None:
+            setattr(self.cell, name, value)
+        elif name == "init":  # has no derivative, so that a module is no part of the layer
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def forward(
         self, *inputs: Any, init: TensorTree = None, return_stats: bool = False
@@ -152,28 +151,20 @@ class EquilibriumLayer(nn.Module):
             run = torch.compiler.disable(run)
         return run(inputs, init, return_stats)
 
-    def train(self, mode: bool = True) -> EquilibriumLayer:
-        """Set the mode of the layer and of the cell."""
-        self._settings.cell.train(mode)
-        self.training = self._settings.cell.training
-        return self
-
     def extra_repr(self) -> str:
         """What the layer's repr says besides its submodules."""
-        settings = self._settings
-        name = type(settings.cell).__name__
-        return f"cell={name}, solver={settings.solver!r}, method={settings.method!r}"
+        return f"solver={self.solver!r}, method={self.method!r}"
 
     def _forward(self, inputs: tuple[Any, ...], init: TensorTree, return_stats: bool) -> TensorTree:
         state = self._initial_state(inputs) if init is None else init
-        apply, weights, buffers = _snapshot(self._settings.cell, "batch")
+        apply, weights, buffers = _snapshot(self.cell, "batch")
         device_type, dtype = _autocast_of(state)
         cell = _Cell(apply, device_type, dtype)
         # what the backward pass needs must not change when the buffers are updated
         args = ({name: buffer.clone() for name, buffer in buffers.items()}, *inputs)
-        solver = _reachable(self._settings.solver, dtype, throw=False)
+        solver = _reachable(self.solver, dtype, throw=False)
         with torch.autocast(device_type, enabled=False) if dtype else contextlib.nullcontext():
-            if isinstance(self._settings.method, ReverseUnroll):
+            if isinstance(self.method, ReverseUnroll):
                 solution, stats = solver(cell, state, (weights, state), *args)
                 self._check(stats)
             else:
@@ -186,8 +177,8 @@ class EquilibriumLayer(nn.Module):
         return (solution, stats) if return_stats else solution
 
     def _initial_state(self, inputs: tuple[Any, ...]) -> TensorTree:
-        if self._settings.init is not None:
-            return self._settings.init(*inputs)
+        if self.init is not None:
+            return self.init(*inputs)
         if not inputs or not tracking.is_differentiable(inputs[0]):
             first = "missing"
             if inputs:
@@ -201,20 +192,20 @@ class EquilibriumLayer(nn.Module):
         return torch.zeros_like(inputs[0])
 
     def _check(self, stats: SolveStats) -> None:
-        if self._settings.throw:
-            raise_unless_solved(self._settings.solver, stats, finished=True)
+        if self.throw:
+            raise_unless_solved(self.solver, stats, finished=True)
 
     def _attach(
         self, cell: _Cell, hparams: TensorTree, args: tuple[Any, ...], dtype: torch.dtype | None
     ) -> TensorTree:
         """The solution, which is the second part of the hparams, with its derivatives."""
-        method = _reachable(self._settings.method, dtype)
+        method = _reachable(self.method, dtype)
         if isinstance(method, Reverse):
             assert method.last is not None
             return implicit_diff(iterate(cell, method.last, init=_second), method=method)(
                 hparams, *args
             )
-        rule = implicit_diff(_second, fixed_point=cell, method=method, throw=self._settings.throw)
+        rule = implicit_diff(_second, fixed_point=cell, method=method, throw=self.throw)
         return rule(hparams, *args)
 
     def _update_buffers(
@@ -226,17 +217,36 @@ class EquilibriumLayer(nn.Module):
     ) -> None:
         if not buffers or tracking.transforms_active():
             return
-        apply, _, _ = _snapshot(self._settings.cell, "update")
+        apply, _, _ = _snapshot(self.cell, "update")
         with torch.no_grad():
             _, updated = apply(weights, solution, *inputs, buffers=buffers)
             for name, buffer in updated.items():
                 buffers[name].copy_(buffer)
 
-    def _save_to_state_dict(self, *args: Any) -> None:
-        self._settings.cell._save_to_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The state of a cell, as layers saved it before they had "cell." in their names.
+        cell = self.cell
+        registered = {*cell._parameters, *cell._buffers, *cell._modules}
+        names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
+        paths = [name.split(".") for name in names]
+        with_cell = sum(path[0] == "cell" and path[1] in registered for path in paths)
+        if with_cell < sum(path[0] in registered for path in paths):
+            values = {f"{prefix}cell.{name}": state_dict.pop(prefix + name) for name in names}
+            state_dict.update(values)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._settings.cell._load_from_state_dict(*args)
+    def _cell_with(self, name: str) -> nn.Module | None:
+        """The cell, if a name that the layer has no use for is that of a submodule there."""
+        modules = vars(self).get("_modules", {})  # a copy in the making has none
+        cell = modules.get("cell")
+        if cell is None or name in vars(self) or name in modules:
+            return None
+        if name in cell._parameters or name in cell._buffers:
+            raise AttributeError(
+                f"EquilibriumLayer: {name!r} is a tensor of the cell; write layer.cell.{name}, and "
+                f"layer.cell where a function of torch takes a module and the name of its tensor"
+            )
+        return cell if name in cell._modules and name != "parametrizations" else None
 
 
 def jacobian_frobenius_squared(
@@ -282,8 +292,7 @@ def jacobian_frobenius_squared(
         Bai, Koltun and Kolter, Stabilizing equilibrium models by Jacobian regularization,
         arXiv 2106.14342.
     """
-    if isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 1:
-        raise ValueError(f"num_probes is {num_probes!r}; expected an integer >= 1")
+    check_count("jacobian_frobenius_squared", "num_probes", num_probes)
     leaves, spec = trees.flatten_floating(params, "params")
 
     def flat(*z: Tensor) -> tuple[Tensor, ...]:
@@ -322,30 +331,13 @@ class _Cell:
         return trees.unflatten(spec, [leaf.to(ref.dtype) for leaf, ref in pairs])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Settings:
-    """What a layer was made of."""
-
-    cell: nn.Module
-    solver: AbstractFixedPointSolver
-    method: Any
-    init: Callable[..., TensorTree] | None
-    throw: bool
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.cell, nn.Module):
-            raise TypeError(
-                f"EquilibriumLayer: cell is {self.cell!r} of type {type(self.cell).__name__}; "
-                f"expected a torch.nn.Module with forward(state, *inputs) -> state"
-            )
-        if not isinstance(self.solver, AbstractFixedPointSolver):
-            raise TypeError(
-                f"EquilibriumLayer: solver is {self.solver!r}; expected a fixed-point solver such "
-                f"as hf.fixed_point_solvers.Anderson(batch_dim=0)"
-            )
-
-
-_SETTINGS = tuple(field.name for field in dataclasses.fields(_Settings))
+_EXPECTED = {
+    "cell": (nn.Module, "a torch.nn.Module with forward(state, *inputs) -> state"),
+    "solver": (
+        AbstractFixedPointSolver,
+        "a fixed-point solver such as hf.fixed_point_solvers.Anderson(batch_dim=0)",
+    ),
+}
 
 
 def _second(hparams: TensorTree, *args: Any) -> TensorTree:

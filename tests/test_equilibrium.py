@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import datetime
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import hyperfunc as hf
@@ -270,40 +273,170 @@ def test_batches_of_zero_and_one(size: int, method: Any) -> None:
 # A module like any other --------------------------------------------------------------------------
 
 
-def test_checkpoints_of_cell_and_layer_are_the_same() -> None:
-    cell, other = Cell(), Cell()
-    layer = hf.EquilibriumLayer(cell)
-    names = ["state.weight", "state.bias", "input.weight", "input.bias"]
-    assert list(layer.state_dict()) == list(cell.state_dict()) == names
-    assert [name for name, _ in layer.named_parameters()] == names
-    other.load_state_dict(layer.state_dict())
-    check_close(other(inputs(), inputs()), cell(inputs(), inputs()))
-    fresh = hf.EquilibriumLayer(Cell())
-    fresh.load_state_dict(cell.state_dict())
-    assert torch.equal(fresh(inputs()), layer(inputs()))
-    with pytest.raises(RuntimeError, match=r"Missing key.*state\.weight"):
-        layer.load_state_dict({}, strict=True)
-    model = nn.Sequential(nn.Linear(N, N).double(), layer)
-    assert list(model.state_dict())[2:] == [f"1.{name}" for name in names]
-    assert functional_call(model, model.state_dict(), (inputs(),)).shape == (BATCH, N)
-
-
-def test_settings_are_attributes_and_the_names_of_the_cell_come_first() -> None:
+def test_state_dictionaries() -> None:
     cell, x = Cell(), inputs()
     layer = hf.EquilibriumLayer(cell)
-    assert (layer.cell, layer.throw) == (cell, True)
+    names = [f"cell.{name}" for name in cell.state_dict()]
+    assert list(layer.state_dict()) == [name for name, _ in layer.named_parameters()] == names
+    model = nn.Sequential(nn.Linear(N, N).double(), layer)
+    assert list(model.state_dict())[2:] == [f"1.{name}" for name in names]
+    z = layer(x)
+    assert torch.equal(functional_call(layer, layer.state_dict(), (x,)), z)
+    halved = {name: 0.5 * value for name, value in model.state_dict().items()}
+    y = functional_call(model, halved, (x,))
+    model.load_state_dict(halved)
+    assert torch.equal(model(x), y)
+    assert not torch.equal(layer(x), z)
+    with pytest.raises(RuntimeError, match=r"Missing key.*cell\.state\.weight"):
+        layer.load_state_dict({}, strict=True)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*other"):
+        layer.load_state_dict({**layer.state_dict(), "other": x})
+    assert layer.load_state_dict({"cell.state.weight": x[:N]}, strict=False).missing_keys
+
+
+class Ambiguous(nn.Module):
+    """Whose tensors have the same name with "cell." in front of them and without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.cell = nn.Parameter(torch.rand(N, N).double() / N), Direct()
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.cell(0.5 * z @ self.weight, x)
+
+
+@pytest.mark.parametrize("make", ["Cell", "Direct", "Halved", "Ambiguous", "Normalised", "Around"])
+def test_state_of_a_cell_and_of_layers_before_they_had_a_submodule(make: str) -> None:
+    def new() -> nn.Module:
+        if make == "Halved":
+            return Halved(Cell())
+        return Around(hf.EquilibriumLayer(Cell())) if make == "Around" else globals()[make]()
+
+    cell, twin, x = new(), hf.EquilibriumLayer(new()).eval(), inputs()
+    state = cell.state_dict()  # as layers saved it
+    z = hf.EquilibriumLayer(cell).eval()(x)
+    twin.load_state_dict(state)
+    assert torch.equal(twin(x), z)
+    assert list(state) == list(cell.state_dict())
+    twin = hf.EquilibriumLayer(new()).eval()
+    nn.Sequential(nn.Identity(), twin).load_state_dict({f"1.{k}": v for k, v in state.items()})
+    assert torch.equal(twin(x), z)
+    other = hf.EquilibriumLayer(new()).eval()
+    other.load_state_dict(dict(twin.state_dict()))
+    assert torch.equal(other(x), z)
+
+
+def test_settings_are_attributes_and_so_are_the_submodules_of_the_cell() -> None:
+    cell, x = Cell(), inputs()
+    layer = hf.EquilibriumLayer(cell)
+    assert (layer.cell, layer.throw, layer.init) == (cell, True, None)
     layer.solver, layer.method = SOLVERS["newton"], "one_step"
     assert layer(x, return_stats=True)[1].num_steps.max() < 8
     assert layer.method == hf.OneStep()
+    assert repr(layer).startswith("EquilibriumLayer(\n  solver=Newton(")
     with pytest.raises(TypeError, match="solver is 3; expected a fixed-point solver"):
         layer.solver = 3
+    with pytest.raises(TypeError, match=r"cell is None; expected a torch.nn.Module"):
+        layer.cell = None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = layer.nothing
-    layer = hf.EquilibriumLayer(Halved(cell))
-    assert layer.cell is cell
-    assert functional_call(layer, layer.state_dict(), (x,)).shape == x.shape
-    layer.cell = Cell()
-    assert not torch.equal(layer(x), hf.EquilibriumLayer(Halved(cell))(x))
+    assert layer.state is cell.state
+    layer.state = other = nn.Linear(N, N).double()
+    assert cell.state is other
+    assert len(list(layer.parameters())) == 4
+    assert hf.EquilibriumLayer(Halved(cell)).cell.cell is cell
+    named = nn.Linear(N, N).double()
+    layer.init = named  # no part of the layer
+    assert not any(p is named.weight for p in layer.parameters())
+    assert torch.equal(layer(x), layer(x, init=named(x)))
+
+
+def test_another_cell() -> None:
+    x, cell = inputs(), Direct()
+    layer = hf.EquilibriumLayer(Cell())
+    layer.cell = cell
+    assert torch.equal(layer(x), hf.EquilibriumLayer(cell)(x))
+    assert [p is cell.weight for p in layer.parameters()] == [True]
+    assert list(layer.state_dict()) == ["cell.weight"]
+    assert not hasattr(layer, "state")
+    before, optimizer = cell.weight.detach().clone(), torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, cell.weight)
+    assert torch.equal(layer(x), hf.EquilibriumLayer(cell)(x))
+
+
+class Around(nn.Module):
+    """A cell with a layer in it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.cell = layer
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.cell(0.3 * z + x)
+
+
+class Direct(nn.Module):
+    """A cell with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(N, N).double() / N)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(0.7 * z @ self.weight + x)
+
+
+def test_parametrisations_belong_on_the_cell() -> None:
+    layer, x = hf.EquilibriumLayer(Direct(), SOLVERS["anderson"], METHODS["gmres"]), inputs()
+    z = layer(x)
+    for parametrise in (spectral_norm, weight_norm):
+        with pytest.raises(
+            ValueError, match=r"EquilibriumLayer\((.|\n)*\(cell\): Direct(.|\n)*'weight'"
+        ):
+            parametrise(layer, "weight")
+    with pytest.raises(
+        AttributeError, match=r"'weight' is a tensor of the cell; write layer\.cell"
+    ):
+        prune.l1_unstructured(layer, "weight", 0.5)
+    with pytest.raises(AttributeError, match=r"write layer\.cell\.weight"):
+        layer.weight = nn.Parameter(x)
+    assert list(layer.state_dict()) == ["cell.weight"]
+    assert torch.equal(layer(x), z)
+    spectral_norm(layer.cell, "weight")
+    layer.eval()
+    check_close(gradients(layer, x), unrolled(layer.cell, x))
+    assert not parametrize.is_parametrized(layer)
+    outer = hf.EquilibriumLayer(Around(layer), SOLVERS["anderson"])
+    check_close(outer(x), outer.cell(outer(x), x))
+    twin = hf.EquilibriumLayer(prune.l1_unstructured(Direct(), "weight", 0.5))
+    check_close(twin(x), twin.cell(twin(x), x), 1e-4)
+
+
+def test_hooks() -> None:
+    layer, x, calls = hf.EquilibriumLayer(Cell()), inputs().requires_grad_(), []
+    layer.register_forward_pre_hook(lambda *_: calls.append("before"))
+    layer.register_forward_hook(lambda module, args, output: calls.append("after"))
+    layer.register_full_backward_hook(lambda *_: calls.append("backward"))
+    layer(x).sum().backward()
+    assert calls == ["before", "after", "backward"]
+    layer.cell.register_forward_hook(lambda module, args, output: 0.0 * output)
+    assert not layer(x).any()
+
+
+def test_a_layer_and_its_graph_are_freed_at_once() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        layer, x = hf.EquilibriumLayer(Cell()), inputs()
+        z = layer(x)
+        z.sum().backward()
+        kept = [weakref.ref(value) for value in (layer, layer.cell, layer.cell.state.weight, z)]
+        del layer, z
+        assert [ref() for ref in kept] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_copies_are_whole() -> None:
@@ -373,7 +506,7 @@ def test_parametrised_weights_are_computed_once_a_call() -> None:
     check_close(gradients(layer, x), unrolled(whole, x))
     assert torch.equal(before, vector)
     assert torch.linalg.matrix_norm(cell.state.weight, 2) < 1.5
-    assert "cell.state.parametrizations.weight.0._u" in layer.state_dict()
+    assert "cell.cell.state.parametrizations.weight.0._u" in layer.state_dict()
 
 
 class Normalised(nn.Module):
