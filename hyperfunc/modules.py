@@ -434,11 +434,8 @@ def _check_module(module: Any) -> None:
             )
         if isinstance(layer, torch.jit.ScriptModule):
             raise TypeError(f"{where}; pass the module before torch.jit.script or trace")
-    for kind, named in (
-        ("parameter", module.named_parameters()),
-        ("buffer", module.named_buffers()),
-    ):
-        for name, tensor in named:
+    for kind in ("parameter", "buffer"):
+        for name, tensor in getattr(module, f"named_{kind}s")():
             if is_lazy(tensor):
                 raise ValueError(
                     f"functional(module): {kind} {name!r} has no shape yet, as its layer is lazy. "

@@ -1,6 +1,7 @@
 """Params and hparams as trees of every kind, layout and dtype."""
 
 import collections
+import itertools
 from typing import Any, NamedTuple
 
 import optree
@@ -125,11 +126,22 @@ def assert_like(actual: Any, h: Any, expected: Any) -> None:
 
 
 METHODS = ["cg", "normal_cg", "dense", "fixed_point"]
+# Of the product, each tree by two methods and two trees by all; the rest is slow.
+KEPT = ("cg", "inner_loss"), ("fixed_point", "fixed_point")
 
 
-@pytest.mark.parametrize("name", TREES)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["inner_loss", "fixed_point"])
+@pytest.mark.parametrize(
+    ("kind", "method", "name"),
+    [
+        pytest.param(
+            *(kind, method, name),
+            marks=()
+            if (method, kind) in KEPT or name in ("a dict", "bfloat16 and float32")
+            else pytest.mark.slow,
+        )
+        for kind, method, name in itertools.product(("inner_loss", "fixed_point"), METHODS, TREES)
+    ],
+)
 def test_trees(name: str, method: str, kind: str) -> None:
     h = TREES[name]
     leaves, spec = flatten(h)

@@ -65,6 +65,10 @@ def _adapt(transform: str, throw: bool = True) -> Any:
     )
 
 
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def _my_tasks(tasks: Any, split: int) -> Any:
     mine = slice(0, split) if dist.get_rank() == 0 else slice(split, None)
     return {name: leaf[mine] for name, leaf in tasks.items()}
@@ -97,7 +101,7 @@ def _tasks_like_one_process(
             assert (solution.params, solution.adjoint) == ((), ())
 
 
-@pytest.mark.parametrize("split", [3, 5, 6, 0])
+@pytest.mark.parametrize("split", [*map(slow, (3, 6)), 5, 0])
 @pytest.mark.parametrize(
     ("transform", "reduce", "chunk_size"),
     [
@@ -115,7 +119,7 @@ def test_tasks_give_the_numbers_of_one_process(
     pair.run(_tasks_like_one_process, transform, split, reduce, chunk_size)
 
 
-@pytest.mark.parametrize("split", [3, 5, 0])
+@pytest.mark.parametrize("split", [5, *map(slow, (3, 0))])
 @pytest.mark.parametrize("at_once", ["auto", 1, 2])
 @pytest.mark.parametrize("chunk_size", [None, 3])
 def test_task_map_within_ranks(

@@ -92,10 +92,19 @@ def objective(method: Any, solver: Any) -> Callable[..., Tensor]:
     return lambda h, *args: outer_loss(solve(h, *args), h, *args)
 
 
-def assert_same(method: Any, solver: Any, operate: Callable[..., Any], tol: float = 1e-11) -> None:
-    """A method gives what unrolling gives, whatever operation derives it."""
-    expected = operate(objective(ReverseUnroll(), solver))
-    torch.testing.assert_close(operate(objective(method, solver)), expected, rtol=tol, atol=tol)
+def assert_same(
+    run: Callable[[Any], Any], methods: list[Any] = METHODS, tol: float = 1e-11
+) -> None:
+    """What is run with each of the methods gives what it gives by unrolling."""
+    expected = run(ReverseUnroll())
+    for method in methods:
+        torch.testing.assert_close(
+            run(method),
+            expected,
+            rtol=tol,
+            atol=tol,
+            msg=lambda text: f"{method!r}: {text}",  # noqa: B023
+        )
 
 
 def by_autograd(f: Callable[..., Tensor], orders: int = 1) -> Any:
@@ -156,30 +165,29 @@ def _by_dual_numbers(f: Callable[..., Tensor]) -> Tensor:
         return fwad.unpack_dual(result).tangent
 
 
-@all_methods
 @pytest.mark.parametrize("operation", FIRST_ORDER)
-def test_all_methods_agree(method: Any, operation: str) -> None:
-    assert_same(method, by_iterate(7), OPERATIONS[operation])
+def test_all_methods_agree(operation: str) -> None:
+    assert_same(lambda method: OPERATIONS[operation](objective(method, by_iterate(7))))
 
 
-@kinds
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_kind_composes(method: Any, operation: str) -> None:
-    assert_same(method, by_minimize(4), OPERATIONS[operation])
+def test_every_kind_composes(operation: str) -> None:
+    assert_same(lambda method: OPERATIONS[operation](objective(method, by_minimize(4))), KINDS)
 
 
-@all_methods
 @pytest.mark.parametrize("num_steps", [0, 1, 2])
-def test_few_steps(method: Any, num_steps: int) -> None:
-    for operation in ("autograd", "double autograd", "jvp", "vmap of grad"):
-        assert_same(method, by_minimize(num_steps), OPERATIONS[operation])
+@pytest.mark.parametrize("operation", ["autograd", "double autograd", "jvp", "vmap of grad"])
+def test_few_steps(operation: str, num_steps: int) -> None:
+    assert_same(lambda method: OPERATIONS[operation](objective(method, by_minimize(num_steps))))
 
 
-@pytest.mark.parametrize("method", [ReverseUnroll(), *METHODS], ids=repr)
 @SOLVERS
-def test_finite_differences(method: Any, make: Any) -> None:
-    f = objective(method, make(5))
-    gradient = grad(f)(hparams(), *data())
+def test_finite_differences(make: Any) -> None:
+    f = objective(ReverseUnroll(), make(5))
+    gradients = {
+        method: grad(objective(method, make(5)))(hparams(), *data())
+        for method in [ReverseUnroll(), *METHODS]
+    }
     for key, leaf in hparams().items():
         for index in range(leaf.numel()):
             step = torch.zeros_like(leaf)
@@ -193,7 +201,8 @@ def test_finite_differences(method: Any, make: Any) -> None:
             difference = (
                 45 * (value(1) - value(-1)) - 9 * (value(2) - value(-2)) + value(3) - value(-3)
             ) / 0.06
-            assert abs(difference - gradient[key].view(-1)[index]) < 1e-8
+            for method, gradient in gradients.items():
+                assert abs(difference - gradient[key].view(-1)[index]) < 1e-8, method
 
 
 def truncated(solver_steps: int, last: int) -> Any:
@@ -209,18 +218,21 @@ def truncated(solver_steps: int, last: int) -> Any:
     return f
 
 
-@pytest.mark.parametrize("checkpoint_", [1, 2, "sqrt", "binomial"])
 @pytest.mark.parametrize("last", [1, 3, 6])
 @pytest.mark.parametrize("operation", ["grad", "autograd", "hessian", "vmap of grad"])
-def test_truncation(checkpoint_: Any, last: int, operation: str) -> None:
-    f = objective(Reverse(checkpoint_, last=last), by_iterate(7))
-    expected = OPERATIONS[operation](truncated(7, last))
-    torch.testing.assert_close(OPERATIONS[operation](f), expected, rtol=1e-12, atol=1e-12)
+def test_truncation(last: int, operation: str) -> None:
+    def run(method: Any) -> Any:
+        unrolled = method == ReverseUnroll()
+        f = truncated(7, last) if unrolled else objective(method, by_iterate(7))
+        return OPERATIONS[operation](f)
+
+    methods = [Reverse(checkpoint_, last=last) for checkpoint_ in (1, 2, "sqrt", "binomial")]
+    assert_same(run, methods, tol=1e-12)
 
 
 def test_truncation_beyond_the_first_step_is_no_truncation() -> None:
-    for last in (7, 8):
-        assert_same(Reverse(last=last), by_iterate(7), OPERATIONS["autograd"])
+    methods = [Reverse(last=7), Reverse(last=8)]
+    assert_same(lambda method: by_autograd(objective(method, by_iterate(7))), methods)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 10])
@@ -481,9 +493,26 @@ NOISY: dict[str, Callable[..., Any]] = {
 }
 
 
-@all_methods
-@pytest.mark.parametrize("operation", NOISY)
-def test_replay_is_exact(method: Any, operation: str, device: torch.device) -> None:
+# One of each kind for every operation, and all schedules for two; with the slow tests for all.
+REPLAYS = pytest.mark.parametrize(
+    ("operation", "methods"),
+    [
+        *(pytest.param(operation, KINDS, id=operation) for operation in NOISY),
+        *(
+            pytest.param(
+                operation,
+                [method for method in METHODS if method not in KINDS],
+                id=f"{operation}, other schedules",
+                marks=() if operation in ("autograd", "vmap, different") else pytest.mark.slow,
+            )
+            for operation in NOISY
+        ),
+    ],
+)
+
+
+@REPLAYS
+def test_replay_is_exact(methods: list[Any], operation: str, device: torch.device) -> None:
     solver = noisy_solver()
 
     def run(method: Any) -> tuple[Any, Tensor]:
@@ -492,10 +521,7 @@ def test_replay_is_exact(method: Any, operation: str, device: torch.device) -> N
         result = NOISY[operation](lambda h: (solve(h) ** 3).sum())
         return result, torch.rand(4)
 
-    expected, stream = run(ReverseUnroll())
-    result, stream_after = run(method)
-    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
-    assert torch.equal(stream, stream_after)
+    assert_same(run, methods, tol=1e-10)
 
 
 def restless_solver() -> Any:
@@ -512,9 +538,8 @@ def restless_solver() -> Any:
     return iterate(step, 40, init=start, inputs=torch.arange(40.0), rtol=1e-2)
 
 
-@all_methods
-@pytest.mark.parametrize("operation", NOISY)
-def test_replay_is_exact_where_tasks_stop_early(method: Any, operation: str) -> None:
+@REPLAYS
+def test_replay_is_exact_where_tasks_stop_early(methods: list[Any], operation: str) -> None:
     solver = restless_solver()
 
     def run(method: Any) -> tuple[Any, Tensor]:
@@ -522,7 +547,7 @@ def test_replay_is_exact_where_tasks_stop_early(method: Any, operation: str) -> 
         solve = method.solution_map(solver)
         return NOISY[operation](lambda h: (solve(h)["w"] ** 3).sum()), torch.rand(4)
 
-    torch.testing.assert_close(run(method), run(ReverseUnroll()), rtol=1e-10, atol=1e-10)
+    assert_same(run, methods, tol=1e-10)
 
 
 def test_tasks_with_noise_stop_apart() -> None:
@@ -536,8 +561,7 @@ def test_tasks_with_noise_stop_apart() -> None:
     assert trace.num_steps < 40
 
 
-@all_methods
-def test_replay_of_a_generator_that_was_passed(method: Any, device: torch.device) -> None:
+def test_replay_of_a_generator_that_was_passed(device: torch.device) -> None:
     def step(w: Tensor, h: Tensor, generator: torch.Generator) -> Tensor:
         return torch.tanh(h * w) + torch.rand(3, generator=generator, device=device)
 
@@ -550,11 +574,10 @@ def test_replay_of_a_generator_that_was_passed(method: Any, device: torch.device
         derivative = jacrev(grad(lambda h: (solve(h, generator) ** 2).sum()))(h)
         return derivative, torch.rand(3, generator=generator, device=device)
 
-    torch.testing.assert_close(run(method), run(ReverseUnroll()), rtol=1e-12, atol=1e-12)
+    assert_same(run, tol=1e-12)
 
 
-@all_methods
-def test_replay_leaves_a_stream_that_has_moved_on(method: Any) -> None:
+def test_replay_leaves_a_stream_that_has_moved_on() -> None:
     def run(method: Any) -> Any:
         torch.manual_seed(3)
         h = {key: leaf.clone().requires_grad_() for key, leaf in noisy_hparams().items()}
@@ -564,11 +587,10 @@ def test_replay_leaves_a_stream_that_has_moved_on(method: Any) -> None:
         again = torch.autograd.grad(result, list(h.values()))
         return grads, again, between, torch.rand(2)
 
-    torch.testing.assert_close(run(method), run(ReverseUnroll()), rtol=1e-10, atol=1e-10)
+    assert_same(run, tol=1e-10)
 
 
-@kinds
-def test_buffers_of_modules_are_not_advanced(method: Any) -> None:
+def test_buffers_of_modules_are_not_advanced() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh())
     apply, weights = hf.functional(module)
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -582,7 +604,7 @@ def test_buffers_of_modules_are_not_advanced(method: Any) -> None:
         solve = method.solution_map(solver)
         return grad(lambda h: (apply(solve(h, *data()), data()[0]) ** 3).sum())(hparams())
 
-    torch.testing.assert_close(run(method), run(ReverseUnroll()), rtol=1e-11, atol=1e-11)
+    assert_same(run, KINDS)
     assert all(torch.equal(before[name], buffer) for name, buffer in module.named_buffers())
 
 
@@ -616,14 +638,13 @@ def test_inputs_have_gradients_too() -> None:
 # --- through the transform
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
 @SOLVERS
-def test_hypergrad(method: Any, make: Any) -> None:
+def test_hypergrad(make: Any) -> None:
     def compute(method: Any) -> Any:
         fn = hf.hypergrad_and_value(make(6), outer_loss, method=method)
         return fn(hparams(), *data()), vmap(fn, (None, 0, 0))(hparams(), *data(3))
 
-    torch.testing.assert_close(compute(method), compute(ReverseUnroll()), rtol=1e-11, atol=1e-11)
+    assert_same(compute)
 
 
 @kinds
