@@ -423,11 +423,11 @@ def test_nothing_is_left_behind(f: Any) -> None:
     for number in range(12):
         uses[number % len(uses)]()
     before = count()
-    for number in range(80):
+    for number in range(40):
         uses[number % len(uses)]()
     after = count()
     assert after[1:] == before[1:]
-    assert after[0] - before[0] < 40
+    assert after[0] - before[0] < 20
 
 
 def test_a_second_backward_runs_the_steps_again() -> None:

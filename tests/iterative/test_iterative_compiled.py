@@ -65,29 +65,37 @@ def compiled(solver: Any, backend: str = BACKEND) -> Any:
     return dataclasses.replace(solver, compiler=Compiler(Backend(backend), "step", (solver.step,)))
 
 
-def close(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+def slow(*cell: Any) -> Any:
+    return pytest.param(*cell, marks=pytest.mark.slow)
+
+
+def close(got: Any, expected: Any, what: Any = "") -> None:
+    torch.testing.assert_close(
+        got, expected, rtol=1e-10, atol=1e-11, msg=lambda text: f"{what}: {text}"
+    )
 
 
 @pytest.mark.parametrize(
     "operation",
-    ["autograd", pytest.param("hessian", marks=pytest.mark.slow), "vmap of grad", "jvp"],
+    ["autograd", slow("hessian"), "vmap of grad", "jvp"],
 )
-@kinds
-def test_derivatives(method: Any, operation: str, calls: Counter[str]) -> None:
+def test_derivatives(operation: str, calls: Counter[str]) -> None:
     operate, plain = OPERATIONS[operation], by_iterate(4)
     expected = operate(objective(hf.ReverseUnroll(), plain))
     assert not calls
-    close(operate(objective(method, compiled(plain))), expected)
-    assert calls
+    solver = compiled(plain)
+    for method in KINDS:  # what they have in common is compiled once
+        close(operate(objective(method, solver)), expected, method)
+        assert calls, method
+        calls.clear()
 
 
 @pytest.mark.parametrize("operation", ["grad of vmap", "jacrev of vmap", "nested vmap"])
-@pytest.mark.parametrize("method", KINDS[:2], ids=repr)
-def test_tasks(method: Any, operation: str) -> None:
+def test_tasks(operation: str) -> None:
     operate, plain = OPERATIONS[operation], by_iterate(2)
-    expected = operate(objective(hf.ReverseUnroll(), plain))
-    close(operate(objective(method, compiled(plain))), expected)
+    expected, solver = operate(objective(hf.ReverseUnroll(), plain)), compiled(plain)
+    for method in KINDS[:2]:
+        close(operate(objective(method, solver)), expected, method)
 
 
 BACK = {hf.ReverseUnroll(): "recorded", hf.ForwardMode(): "push"}
@@ -102,7 +110,7 @@ BACK = {hf.ReverseUnroll(): "recorded", hf.ForwardMode(): "push"}
         (hf.Reverse(), 5, 5, 5),
         (hf.Reverse(100), 12, 4, 3),
         (hf.Reverse("sqrt"), 12, 4, 3),
-        (hf.Reverse("binomial", slots=1), 12, 4, 3),
+        slow(hf.Reverse("binomial", slots=1), 12, 4, 3),
         (hf.Reverse(last=8), 12, 2, 2),
         (hf.ForwardMode(), 12, 3, 3),
     ],
@@ -127,9 +135,22 @@ def by_minimize_sgd(num_steps: int, **options: Any) -> Any:
     return hf.minimize(loss, optimizer, num_steps, init=init, **options)
 
 
-@pytest.mark.parametrize("method", [*KINDS, hf.Reverse("sqrt"), hf.Reverse(last=4)], ids=repr)
-def test_minibatches(method: Any) -> None:
-    batches = torch.randn(8, 4, 3)
+@pytest.mark.parametrize(
+    ("method", "mapped"),
+    [
+        slow(hf.ReverseUnroll(), False),
+        (hf.ReverseUnroll(), True),
+        (hf.Reverse(), False),
+        slow(hf.Reverse("binomial", slots=2), False),
+        slow(hf.Reverse("sqrt"), False),
+        slow(hf.Reverse(last=4), False),
+        (hf.ForwardMode(chunk_size=2), False),
+        slow(hf.ForwardMode(chunk_size=2), True),
+    ],
+    ids=repr,
+)
+def test_minibatches(method: Any, mapped: bool) -> None:
+    batches, results = torch.randn(8, 4, 3), []
 
     def f(compile: Any, batches: Tensor) -> Tensor:
         solver = hf.minimize(
@@ -142,10 +163,11 @@ def test_minibatches(method: Any) -> None:
         )
         return (method.solution_map(solver)(torch.tensor(0.1)) ** 3).sum()
 
-    close(*(grad(functools.partial(f, compile))(batches) for compile in (BACKEND, False)))
-    if method in KINDS[::3]:  # the rest does the same with batches
-        tasks = torch.stack([batches, batches.cos()])
-        close(*(vmap(grad(functools.partial(f, compile)))(tasks) for compile in (BACKEND, False)))
+    tasks = torch.stack([batches, batches.cos()])
+    for compile in (BACKEND, False):
+        derivative = grad(functools.partial(f, compile))
+        results.append(vmap(derivative)(tasks) if mapped else derivative(batches))
+    close(*results)
 
 
 def test_what_was_not_foreseen_is_computed_again(calls: Counter[str]) -> None:
