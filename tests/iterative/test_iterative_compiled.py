@@ -80,7 +80,7 @@ def close(got: Any, expected: Any, what: Any = "") -> None:
     ["autograd", slow("hessian"), "vmap of grad", "jvp"],
 )
 def test_derivatives(operation: str, calls: Counter[str]) -> None:
-    operate, plain = OPERATIONS[operation], by_iterate(4)
+    operate, plain = OPERATIONS[operation], by_iterate(2)
     expected = operate(objective(hf.ReverseUnroll(), plain))
     assert not calls
     solver = compiled(plain)
