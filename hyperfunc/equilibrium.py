@@ -331,7 +331,7 @@ class _Cell:
         return trees.unflatten(spec, [leaf.to(ref.dtype) for leaf, ref in pairs])
 
 
-_EXPECTED = {
+_EXPECTED: dict[str, tuple[type[Any], str]] = {
     "cell": (nn.Module, "a torch.nn.Module with forward(state, *inputs) -> state"),
     "solver": (
         AbstractFixedPointSolver,
