@@ -126,6 +126,25 @@ class BoundCondition:
             raise ValueError(captured_message(self.condition.kind))
         return linearization
 
+    def linearize_residual(
+        self, w: Leaves, theta: Leaves, wrt: Sequence[int]
+    ) -> tuple[autodiff.Linearization, LinearOperator]:
+        """The residual at a point, in the groups of `linearize`, and ``A = dr/dw`` made of it."""
+        n = self.num_params
+        linearization = autodiff.Linearization(
+            lambda *leaves: self.residual_at(leaves[:n], leaves[n:]),
+            (*w, *theta),
+            (tuple(range(n)), tuple(n + i for i in wrt)),
+        )
+        if linearization.captures_gradient:
+            raise ValueError(captured_message(self.condition.kind))
+        symmetric = self.condition.symmetric
+        product = linearization.pull if symmetric else linearization.push
+        operator = LinearOperator(
+            product, linearization.pull, symmetric=symmetric, spec=self.params_spec
+        )
+        return linearization, operator
+
     @property
     def proximal(self) -> ProximalLoss | None:
         """The inner loss, if it is one with a regulariser in closed form."""
@@ -172,6 +191,10 @@ class BoundCondition:
             return value
         hparams = self.arguments.unflatten(theta)[0]
         return trees.add(value, self.proximal.gradient(w, self.params_spec, hparams))
+
+    def residual_at(self, w: Leaves, theta: Leaves) -> Leaves:
+        """The residual at a point."""
+        return self.residual(w, theta, self.function(*w, *theta))
 
     def operator(self, linearization: autodiff.Linearization, theta: Leaves) -> LinearOperator:
         """``A = dr/dw`` as a linear operator."""

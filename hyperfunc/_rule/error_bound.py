@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc._rule.conditions import BoundCondition
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves
@@ -95,18 +96,14 @@ class ErrorBound:
                 f"ErrorBound: contraction is {self.contraction!r}; expected a number from 0 to "
                 f"below 1, the factor by which the fixed-point map shrinks distances"
             )
-        if self.strong_convexity is not None and not 0 < self.strong_convexity < float("inf"):
-            raise ValueError(
-                f"ErrorBound: strong_convexity is {self.strong_convexity!r}; expected a number > 0"
-            )
+        if self.strong_convexity is not None:
+            check_number(self, "strong_convexity", self.strong_convexity, above=True)
         if self.contraction is not None and self.strong_convexity is not None:
             raise ValueError(
                 "ErrorBound: got contraction and strong_convexity; expected one of them: the first "
                 "for a fixed-point map, the second for an inner loss or optimality function"
             )
-        steps = self.num_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"ErrorBound: num_steps is {steps!r}; expected an integer, 1 or more")
+        check_count(self, "num_steps", self.num_steps)
 
     def check(self, kind: str) -> None:
         """Raise if the constant that is given is not the one that a kind of condition has."""
@@ -171,36 +168,35 @@ def error_bound(
 
     ``outer`` is the outer loss of the leaves of ``w`` followed by the tensors of ``theta``.
     """
-    point = _Point.make(bound, outer, w, theta, u)
+    point = _Lagrangian.make(bound, outer, w, theta, u)
     norms = _Norms.estimate(settings, point)
-    residuals = trees.norm(point.residual), trees.norm(point.adjoint_residual)
-    inner_term, linear_term = norms.terms(*residuals)
+    inner_residual, linear_residual = trees.norm(point.residual), trees.norm(point.gradient)
+    inner_term, linear_term = norms.terms(inner_residual, linear_residual)
     total = inner_term + linear_term
     if settings.sharpen:
-        better, adjoint_residual, distance = point.improve(settings.num_steps)
-        rest = sum(norms.terms(trees.norm(better.residual), trees.norm(adjoint_residual)))
-        sharp = distance + rest
+        better, rest, distance = point.improve(settings.num_steps)
+        sharp = distance + sum(norms.terms(trees.norm(better.residual), trees.norm(rest)))
         total = torch.where(sharp < total, sharp, total)
-    size = trees.norm(point.hypergradient) + norms.cross.upper * trees.norm(u)
+    size = trees.norm(point.hypergradient) + norms.cross_norm.upper * trees.norm(u)
     rounding = 10 * max(trees.epsilon(w), trees.epsilon(point.hypergradient)) * size
     return HypergradBound(
         bound=total + rounding,
         inner_term=inner_term,
         linear_term=linear_term,
-        inner_residual=residuals[0],
-        linear_residual=residuals[1],
-        gamma=norms.gamma,
-        gamma_is_estimate=torch.full_like(total, norms.estimated, dtype=torch.bool),
-        inner_distance=_times(norms.inverse, residuals[0]),
-        cross_norm=norms.cross,
-        curvature=norms.curvature,
-        cross_curvature=norms.cross_curvature,
+        inner_residual=inner_residual,
+        linear_residual=linear_residual,
+        inner_distance=_times(norms.inverse, inner_residual),
+        **norms._asdict(),
     )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Point:
-    """The residual and the gradient of ``L`` at params, for a fixed adjoint, linearised."""
+class _Lagrangian:
+    """``L`` at params for a fixed adjoint, and the residual there.
+
+    ``first`` is the residual as a function of params and hparams, linearised; ``second`` the
+    gradient of ``L`` by both, as a function of params.
+    """
 
     bound: BoundCondition
     outer: Callable[..., Tensor]
@@ -209,48 +205,40 @@ class _Point:
     u: Leaves
     first: autodiff.Linearization
     second: autodiff.Linearization
+    operator: LinearOperator
 
     @staticmethod
     def make(
         bound: BoundCondition, outer: Callable[..., Tensor], w: Leaves, theta: Leaves, u: Leaves
-    ) -> _Point:
+    ) -> _Lagrangian:
         n, m = len(w), bound.arguments.num_hparams
-
-        def residual(*leaves: Tensor) -> Leaves:
-            return bound.residual(leaves[:n], leaves[n:], bound.function(*leaves))
 
         def gradients(*leaves: Tensor) -> Leaves:
             def lagrangian(*chosen: Tensor) -> Tensor:
                 point = (*chosen, *leaves[n + m :])
-                return outer(*point) - trees.dot(residual(*point), u)
+                return outer(*point) - trees.dot(bound.residual_at(point[:n], point[n:]), u)
 
             return autodiff.gradient(lagrangian, leaves[: n + m])
 
-        inner, hparams = tuple(range(n)), tuple(range(n, n + m))
-        first = autodiff.Linearization(residual, (*w, *theta), (inner, hparams))
-        second = autodiff.Linearization(gradients, (*w, *theta), (inner,))
-        return _Point(bound, outer, w, theta, u, first, second)
+        first, operator = bound.linearize_residual(w, theta, range(m))
+        second = autodiff.Linearization(gradients, (*w, *theta), (range(n),))
+        return _Lagrangian(bound, outer, w, theta, u, first, second, operator)
 
     @property
     def residual(self) -> Leaves:
         return self.first.outputs
 
     @property
-    def adjoint_residual(self) -> Leaves:
+    def gradient(self) -> Leaves:
+        """By params, which is the residual of the linear solve for the adjoint."""
         return self.second.outputs[: len(self.w)]
 
     @property
     def hypergradient(self) -> Leaves:
+        """The gradient by hparams."""
         return self.second.outputs[len(self.w) :]
 
-    @property
-    def operator(self) -> LinearOperator:
-        symmetric = self.bound.condition.symmetric
-        return LinearOperator(
-            self.first.pull if symmetric else self.first.push, self.first.pull, symmetric=symmetric
-        )
-
-    def improve(self, num_steps: int) -> tuple[_Point, Leaves, Tensor]:
+    def improve(self, num_steps: int) -> tuple[_Lagrangian, Leaves, Tensor]:
         """The point after a Newton step, the residual of a better adjoint, and the way there.
 
         That is the distance from the hypergradient here to the one there.
@@ -258,81 +246,85 @@ class _Point:
         solver = GMRES(maxiter=num_steps)
         step, _ = solver.solve(self.operator, self.residual)
         w = trees.sub(self.w, step)
-        better = _Point.make(self.bound, self.outer, w, self.theta, self.u)
-        change, _ = solver.solve(better.operator.T, better.adjoint_residual)
-        rest = better.operator.T.residual(change, better.adjoint_residual)
+        better = _Lagrangian.make(self.bound, self.outer, w, self.theta, self.u)
+        change, _ = solver.solve(better.operator.T, better.gradient)
+        rest = better.operator.T.residual(change, better.gradient)
         hypergradient = trees.sub(better.hypergradient, better.first.pull(change, 1))
         return better, rest, trees.norm(trees.sub(hypergradient, self.hypergradient))
 
 
 class _Norms(NamedTuple):
+    """The norms in the bound, as fields of `HypergradBound`."""
+
     gamma: Estimate
-    estimated: bool
-    inverse: Tensor
-    cross: Estimate
+    gamma_is_estimate: Tensor
+    cross_norm: Estimate
     curvature: Estimate
     cross_curvature: Estimate
 
     @staticmethod
-    def estimate(settings: ErrorBound, point: _Point) -> _Norms:
+    def estimate(settings: ErrorBound, point: _Lagrangian) -> _Norms:
         first, second, w = point.first, point.second, point.w
-        n, h = len(w), point.hypergradient
+        n, h, steps = len(w), point.hypergradient, settings.num_steps
         zeros_w, zeros_h = trees.zeros_like(w), trees.zeros_like(h)
-
-        def cross_gram(v: Leaves) -> tuple[Leaves, Leaves]:
-            image = first.pull(v, 1)
-            return image, first.push(image, 1)
-
-        def cross_curvature_gram(v: Leaves) -> tuple[Leaves, Leaves]:
-            image = second.pull((*zeros_w, *v))
-            return image, second.push(image)[n:]
-
-        steps = settings.num_steps
-        ritz = eigenvalues(lambda v: second.pull((*v, *zeros_h)), w, steps)
-        gamma, estimated = _gamma(settings, point)
-        inverse = torch.where(gamma.lower > 0, 1 / gamma.lower, torch.inf)
-        return _Norms(
-            gamma,
-            estimated,
-            inverse,
-            cross=singular_values(cross_gram, w, steps)[1],
-            curvature=ritz.extremes()[3],
-            cross_curvature=singular_values(cross_curvature_gram, h, steps)[1],
+        cross = _gram(lambda v: first.pull(v, 1), lambda image: first.push(image, 1))
+        cross_curvature = _gram(
+            lambda v: second.pull((*zeros_w, *v)), lambda image: second.push(image)[n:]
         )
+        ritz = eigenvalues(lambda v: second.pull((*v, *zeros_h)), w, steps)
+        return _Norms(
+            *_gamma(settings, point),
+            cross_norm=singular_values(cross, w, steps)[1],
+            curvature=ritz.extremes()[3],
+            cross_curvature=singular_values(cross_curvature, h, steps)[1],
+        )
+
+    @property
+    def inverse(self) -> Tensor:
+        """``1 / gamma``, or Inf where that may be negative."""
+        return torch.where(self.gamma.lower > 0, 1 / self.gamma.lower, torch.inf)
 
     def terms(self, inner_residual: Tensor, linear_residual: Tensor) -> tuple[Tensor, Tensor]:
         """What the residuals of the inner problem and of the linear solve contribute."""
-        both = self.cross.upper * self.curvature.upper
+        both = self.cross_norm.upper * self.curvature.upper
         factor = self.cross_curvature.upper + _times(self.inverse, both)
         inner = _times(_times(self.inverse, inner_residual), factor)
-        return inner, _times(self.inverse, self.cross.upper * linear_residual)
+        return inner, _times(self.inverse, self.cross_norm.upper * linear_residual)
 
 
-def _gamma(settings: ErrorBound, point: _Point) -> tuple[Estimate, bool]:
-    bound, residual, w = point.bound, point.first, point.w
-    given: float | None = settings.strong_convexity
+def _gamma(settings: ErrorBound, point: _Lagrangian) -> tuple[Estimate, Tensor]:
+    """``1 - q`` or ``mu``, and whether it is an estimate."""
+    operator, w, steps = point.operator, point.w, settings.num_steps
+    given = settings.strong_convexity
     if settings.contraction is not None:
         given = 1 - settings.contraction
     norm = trees.norm(w)
+    is_estimate = torch.full_like(norm, given is None, dtype=torch.bool)
     if given is not None:
-        return Estimate(torch.full_like(norm, given), torch.zeros_like(norm)), False
-    if bound.condition.kind == "fixed_point":
+        gamma = Estimate(torch.full_like(norm, given), torch.zeros_like(norm))
+    elif point.bound.condition.kind == "fixed_point":
+        jacobian = LinearOperator(operator.product, operator.transposed_product, 1.0, -1.0)
+        _, q = singular_values(_gram(jacobian.mv, jacobian.T.mv), w, steps)
+        gamma = Estimate(1 - q.value, q.uncertainty)
+    else:
+        gamma = eigenvalues(_symmetric_part(operator), w, steps).extremes()[0]
+    return gamma, is_estimate
 
-        def gram(v: Leaves) -> tuple[Leaves, Leaves]:
-            image = trees.sub(v, residual.push(v))
-            return image, trees.sub(image, residual.pull(image))
 
-        _, contraction = singular_values(gram, w, settings.num_steps)
-        return Estimate(1 - contraction.value, contraction.uncertainty), True
+def _gram(
+    product: Callable[[Leaves], Leaves], transposed_product: Callable[[Leaves], Leaves]
+) -> Callable[[Leaves], tuple[Leaves, Leaves]]:
+    def gram(v: Leaves) -> tuple[Leaves, Leaves]:
+        image = product(v)
+        return image, transposed_product(image)
 
-    def product(v: Leaves) -> Leaves:
-        image = residual.pull(v)
-        if bound.condition.symmetric:
-            return image
-        half = torch.full((), 0.5, dtype=norm.dtype, device=norm.device)
-        return trees.scale(half, trees.add(image, residual.push(v)))
+    return gram
 
-    return eigenvalues(product, w, settings.num_steps).extremes()[0], True
+
+def _symmetric_part(operator: LinearOperator) -> Callable[[Leaves], Leaves]:
+    if operator.symmetric:
+        return operator.mv
+    return lambda v: trees.scale(0.5, trees.add(operator.mv(v), operator.T.mv(v)))
 
 
 def _times(inverse: Tensor, value: Tensor) -> Tensor:

@@ -4,8 +4,9 @@
 says which ingredient is off. `hyperfunc.diagnose` measures what the methods assume.
 """
 
-from hyperfunc.diagnostics._check import Causes, HypergradCheck, check_hypergrad
+from hyperfunc.diagnostics._check import check_hypergrad
 from hyperfunc.diagnostics._diagnose import Diagnosis, Recommendation, diagnose
+from hyperfunc.diagnostics._report import Causes, HypergradCheck
 from hyperfunc.linear_solvers._spectrum import Estimate
 
 __all__ = [

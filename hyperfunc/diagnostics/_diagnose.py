@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.random_vectors import random_signs
 from hyperfunc._rule.conditions import Arguments, BoundCondition, make_condition
 from hyperfunc._torch import tracking
@@ -114,7 +115,8 @@ class Diagnosis(NamedTuple):
         eps = torch.finfo(self.residual.value.dtype).eps
         # a diagnosis that comes out of vmap holds a batch of equal sizes and kinds
         size, is_map = int(self.size.reshape(-1)[0]), bool(self.is_map.reshape(-1)[0])
-        choice = choose(self._spectrum(), size, is_map, accuracy or eps**0.75)
+        spectrum = Spectrum(**{name: getattr(self, name) for name in Spectrum._fields})
+        choice = choose(spectrum, size, is_map, accuracy or eps**0.75)
         products = {name: count for name, count in choice.products.items() if count >= 0}
         longest = max(products.get(choice.name, products.get("normal_cg", 0)), 500)
         method = make_solver(choice.name, min(2 * longest, 10**6), accuracy)
@@ -169,21 +171,6 @@ class Diagnosis(NamedTuple):
         if not bool(torch.isfinite(self.sigma_max.value).all()):
             lines.append("  A has non-finite entries (NaN or Inf)")
         return lines
-
-    def _spectrum(self) -> Spectrum:
-        return Spectrum(
-            self.asymmetry,
-            self.symmetric,
-            self.eig_min,
-            self.eig_max,
-            self.curvature_signs,
-            self.sigma_min,
-            self.sigma_max,
-            self.step_size,
-            self.contraction,
-            self.spectral_radius,
-            self.num_products,
-        )
 
 
 def diagnose(
@@ -249,8 +236,7 @@ def diagnose(
             "diagnose: got none of fixed_point=, inner_loss=, optimality=. Pass the one that "
             "characterises params"
         )
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"diagnose: num_steps is {num_steps!r}; expected an integer, 1 or more")
+    check_count("diagnose", "num_steps", num_steps)
     leaves, spec = trees.flatten_floating(params, "params")
     arguments, theta, _ = Arguments.flatten(hparams, args)
     bound = BoundCondition(condition, arguments, spec, len(leaves))
@@ -265,30 +251,20 @@ def diagnose_bound(
 ) -> Diagnosis:
     """The diagnosis of a condition at a detached point."""
     is_map = bound.condition.kind == "fixed_point"
-    linearization = bound.linearize(w, theta, ())
-    operator = bound.operator(linearization, theta)
-    residual = bound.residual(w, theta, linearization.outputs)
+    linearization, operator = bound.linearize_residual(w, theta, ())
+    norm = trees.norm(linearization.outputs)
     rounded = tuple(leaf * sign for leaf, sign in zip(w, random_signs(w, seed), strict=True))
-    eps = trees.epsilon(w)
-    norm = trees.norm(residual)
-    noise = eps * (trees.norm(operator.mv(rounded)) + norm)
+    noise = trees.epsilon(w) * (trees.norm(operator.mv(rounded)) + norm)
     spectrum = measure(operator, w, num_steps, is_map=is_map, full=True, seed=seed)
+    facts = spectrum._asdict()
+    num_products = facts.pop("num_products") + 1
     return Diagnosis(
         residual=Estimate(norm, noise),
-        contraction=spectrum.contraction,
-        spectral_radius=spectrum.spectral_radius,
-        step_size=spectrum.step_size,
-        asymmetry=spectrum.asymmetry,
-        eig_min=spectrum.eig_min,
-        eig_max=spectrum.eig_max,
-        curvature_signs=spectrum.signs,
         condition_number=condition_number(spectrum),
-        sigma_min=spectrum.sigma_min,
-        sigma_max=spectrum.sigma_max,
-        symmetric=spectrum.symmetric,
-        is_map=torch.full_like(spectrum.num_products, is_map, dtype=torch.bool),
-        size=torch.full_like(spectrum.num_products, sum(leaf.numel() for leaf in w)),
-        num_products=spectrum.num_products + 1,
+        is_map=torch.full_like(num_products, is_map, dtype=torch.bool),
+        size=torch.full_like(num_products, sum(leaf.numel() for leaf in w)),
+        num_products=num_products,
+        **facts,
     )
 
 

@@ -15,7 +15,7 @@ from hyperfunc._types import Leaves
 ScalarFunction: TypeAlias = Callable[[Leaves], float]
 
 
-class Difference(NamedTuple):
+class DerivativeEstimate(NamedTuple):
     """A directional derivative and an estimate of its error."""
 
     value: float
@@ -30,6 +30,12 @@ def random_direction(x: Leaves, generator: torch.Generator) -> Leaves:
         size = leaf.double().square().mean().sqrt().item() if leaf.numel() else 0.0
         direction.append((noise * (max(size, 1e-3) if size else 1.0)).to(leaf))
     return tuple(direction)
+
+
+def magnitude(fn: ScalarFunction, x: Leaves, direction: Leaves) -> float:
+    """The largest finite absolute value of a function at a point and close by."""
+    nearby = [abs(fn(trees.axpy(t, direction, x))) for t in (-0.1, 0.0, 0.1)]
+    return max(filter(math.isfinite, nearby), default=0.0)
 
 
 def noise_level(fn: ScalarFunction, x: Leaves, direction: Leaves) -> float:
@@ -50,28 +56,29 @@ def noise_level(fn: ScalarFunction, x: Leaves, direction: Leaves) -> float:
     return max(*levels[2:], rounding)
 
 
-def difference(fn: ScalarFunction, x: Leaves, direction: Leaves, noise: float) -> Difference:
+def directional_derivative(
+    fn: ScalarFunction, x: Leaves, direction: Leaves, noise: float
+) -> DerivativeEstimate:
     """The derivative along a direction, by central differences extrapolated to fourth order.
 
     Steps go down from one that suits the noise; each gives a value, and an error from what the
     extrapolation changes plus what the noise may do. The value with the smallest error wins, and
     its error is not less than its distance from the nearest other, as two values agree by chance.
     """
-    nearby = [abs(fn(trees.axpy(t, direction, x))) for t in (-0.1, 0.0, 0.1)]
-    size = max(*filter(math.isfinite, nearby), noise, torch.finfo(torch.float64).tiny)
+    size = max(magnitude(fn, x, direction), noise, torch.finfo(torch.float64).tiny)
     start = max(noise / size, trees.epsilon(x)) ** 0.2
     found = []
     for shrink in (1.0, 2.0**-2, 2.0**-4, 2.0**-8):
         step = start * shrink
         wide, narrow = _central(fn, x, direction, step), _central(fn, x, direction, step / 2)
         value = (4 * narrow - wide) / 3
-        found.append(Difference(value, abs(value - narrow) + 6 * noise / step))
+        found.append(DerivativeEstimate(value, abs(value - narrow) + 6 * noise / step))
     finite = [each for each in found if math.isfinite(each.value)]
     if len(finite) < 2:
-        return Difference(math.nan, math.inf)
+        return DerivativeEstimate(math.nan, math.inf)
     best = min(finite, key=lambda each: each.error)
     distance = min(abs(best.value - each.value) for each in finite if each is not best)
-    return Difference(best.value, max(best.error, distance))
+    return DerivativeEstimate(best.value, max(best.error, distance))
 
 
 def _central(fn: ScalarFunction, x: Leaves, direction: Leaves, step: float) -> float:

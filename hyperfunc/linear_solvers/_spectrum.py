@@ -52,8 +52,8 @@ class Spectrum(NamedTuple):
         symmetric: whether that is zero up to rounding.
         eig_min: the smallest eigenvalue of the symmetric part ``(A + A^T) / 2``.
         eig_max: the largest one.
-        signs: int64, of shape (3,): how many Ritz values of the symmetric part are negative, zero
-            up to rounding, and positive.
+        curvature_signs: int64, of shape (3,): how many Ritz values of the symmetric part are
+            negative, zero up to rounding, and positive.
         sigma_min: the smallest singular value of ``A``.
         sigma_max: the largest one.
         step_size: the ``s`` of the two rows below.
@@ -66,7 +66,7 @@ class Spectrum(NamedTuple):
     symmetric: Tensor
     eig_min: Estimate
     eig_max: Estimate
-    signs: Tensor
+    curvature_signs: Tensor
     sigma_min: Estimate
     sigma_max: Estimate
     step_size: Tensor

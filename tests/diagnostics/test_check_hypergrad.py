@@ -11,7 +11,8 @@ from problems import PROBLEMS, Problem
 from torch import Tensor
 
 import hyperfunc as hf
-from hyperfunc.diagnostics._differences import difference, noise_level
+from hyperfunc._torch.autodiff import Linearization
+from hyperfunc.diagnostics._differences import directional_derivative, noise_level
 
 F64 = torch.float64
 GENERATOR = torch.Generator().manual_seed(0)
@@ -337,6 +338,39 @@ def test_the_leaf_that_lost_its_dependence_is_named() -> None:
     assert "It concerns hparams['shift'][0]" in str(report)
 
 
+# What is the same for all leaves of hparams is evaluated once, not for each leaf.
+def test_the_search_for_causes_takes_as_many_derivatives_for_many_leaves_as_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts = dict.fromkeys(("outer loss", "product"), 0)
+    pull = Linearization.pull
+
+    def counted(self: Linearization, *args: Any) -> Any:
+        counts["product"] += 1
+        return pull(self, *args)
+
+    monkeypatch.setattr(Linearization, "pull", counted)
+
+    def tree_outer(w: Tensor, h: tuple[Tensor, ...]) -> Tensor:
+        counts["outer loss"] += w.requires_grad
+        return outer(w, torch.cat(h))
+
+    found = []
+    for sizes in ([4], [1, 1, 1, 1]):
+        counts.update(dict.fromkeys(counts, 0))
+        report = hf.check_hypergrad(
+            lambda h: solve(torch.cat(h)),
+            tree_outer,
+            REG.split(sizes),
+            inner_loss=lambda w, h: loss(w, torch.cat(h) + 1),
+            max_dense=0,
+            unroll=False,
+        )
+        assert bool(report.causes.condition_mismatch)
+        found.append(dict(counts))
+    assert found[0] == found[1]
+
+
 def test_a_check_that_fails_raises_if_asked_to() -> None:
     with pytest.raises(hf.HypergradError, match="solver not converged"):
         hf.check_hypergrad(descent(5), outer, REG, throw=True)
@@ -366,7 +400,7 @@ def test_differences_know_their_errors(
         x, one = (torch.tensor(point, dtype=F64),), (torch.ones((), dtype=F64),)
         level = noise_level(noisy_fn, x, one)
         assert noise / 8 <= level <= 4 * noise + 1e-12
-        value, error = difference(noisy_fn, x, one, level)
+        value, error = directional_derivative(noisy_fn, x, one, level)
         assert abs(value - float(derivative(x[0]))) <= error
         assert error <= accuracy * (1 + abs(value)) * (1e3 if float(fn(x[0])) > 100 else 1)
 
@@ -436,9 +470,9 @@ def test_hparams_that_require_grad_stay_untouched() -> None:
 @pytest.mark.parametrize(
     ("keywords", "match"),
     [
-        ({"num_directions": 0}, "num_directions is 0; expected an integer, 1 or more"),
-        ({"max_dense": -1}, "max_dense is -1; expected an integer, 0 or more"),
-        ({"rtol": 0.0}, "rtol is 0.0; expected a number > 0"),
+        ({"num_directions": 0}, "num_directions is 0; expected an integer >= 1"),
+        ({"max_dense": -1}, "max_dense is -1; expected an integer >= 0"),
+        ({"rtol": 0.0}, "rtol is 0.0; expected a finite number > 0"),
         ({"inner_loss": None}, "needs to know what the inner solution satisfies"),
     ],
 )

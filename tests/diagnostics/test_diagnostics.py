@@ -223,7 +223,7 @@ def test_nonfinite_operators_are_told_not_raised() -> None:
     [
         ({}, "got none of fixed_point=, inner_loss=, optimality="),
         ({"inner_loss": sum, "optimality": sum}, "got inner_loss= and optimality="),
-        ({"inner_loss": sum, "num_steps": 0}, "num_steps is 0; expected an integer, 1 or more"),
+        ({"inner_loss": sum, "num_steps": 0}, "num_steps is 0; expected an integer >= 1"),
     ],
 )
 def test_bad_arguments(keywords: dict[str, Any], match: str) -> None:
@@ -631,9 +631,9 @@ def test_bounds_that_there_are_none_of(
     ("settings", "match"),
     [
         ({"contraction": 1.0}, "contraction is 1.0; expected a number from 0 to below 1"),
-        ({"strong_convexity": 0.0}, "strong_convexity is 0.0; expected a number > 0"),
+        ({"strong_convexity": 0.0}, "strong_convexity is 0.0; expected a finite number > 0"),
         ({"contraction": 0.5, "strong_convexity": 0.5}, "expected one of them"),
-        ({"num_steps": 0}, "num_steps is 0; expected an integer, 1 or more"),
+        ({"num_steps": 0}, "num_steps is 0; expected an integer >= 1"),
     ],
 )
 def test_bad_settings_of_bounds(settings: dict[str, Any], match: str) -> None:

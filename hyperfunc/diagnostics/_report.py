@@ -1,0 +1,162 @@
+"""What `check_hypergrad` reports: numbers, the causes of a failure, and what to do about them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hyperfunc._engine import trees
+from hyperfunc._engine.results import RESULTS, HypergradError
+from hyperfunc._types import TensorTree
+from hyperfunc.diagnostics._diagnose import Diagnosis
+
+ADVICE = {
+    "solver_not_converged": (
+        "the params that the inner solver returned do not satisfy the condition, or are not "
+        "finite. Give it more steps, or use an iterative method such as method='reverse_unroll', "
+        "which is right for the params that were reached"
+    ),
+    "condition_mismatch": (
+        "the inner solver solves another problem than the one that fixed_point, inner_loss or "
+        "optimality states. Pass the function that it solves, with every term and every "
+        "hyperparameter"
+    ),
+    "linear_solve": (
+        "the adjoint does not solve its linear system. Raise maxiter or lower rtol, or take "
+        "another method: see hf.diagnose"
+    ),
+    "assumption_broken": (
+        "the method assumes what does not hold here: symmetry, positive curvature, contraction, or "
+        "that late steps alone matter. Use the method that hf.diagnose recommends, or method='auto'"
+    ),
+    "dependence_lost": (
+        "a function ignores or detaches what it depends on (.detach(), .item(), torch.no_grad(), a "
+        "tensor that it closes over, a hyperparameter that it leaves out)"
+    ),
+    "inconclusive": (
+        "the finite differences are too noisy to judge by. Is the inner solver random, or stopped "
+        "by a loose tolerance? Use float64, fix its number of steps, or pass a larger rtol"
+    ),
+}
+
+
+class Causes(NamedTuple):
+    """Which ingredients are off: bool tensors, all false if the check passed."""
+
+    solver_not_converged: Tensor
+    condition_mismatch: Tensor
+    linear_solve: Tensor
+    assumption_broken: Tensor
+    dependence_lost: Tensor
+    inconclusive: Tensor
+
+
+Causes.__doc__ = f"{Causes.__doc__}\n\nAttributes:\n" + "".join(
+    f"    {name}: {text}.\n" for name, text in ADVICE.items()
+)
+
+
+class HypergradCheck(NamedTuple):
+    """What `hyperfunc.check_hypergrad` found: a tree of numbers; its ``str`` is a table.
+
+    A column holds the derivatives along each direction, in float64; what was left out is ``()``.
+
+    Attributes:
+        hypergradient: by the method, a tree like hparams.
+        by_method: its products with the directions.
+        by_dense: by the implicit formula with a direct solve, at the same params.
+        by_unrolling: by differentiating the inner solver.
+        by_differences: by finite differences through the inner solver.
+        difference_errors: the estimated errors of these.
+        tolerance: the gaps between method and differences that are allowed.
+        inner_residual: the norm of the condition's residual at the returned params.
+        newton_distance: how far a Newton step on the condition goes from there, relative to the
+            norm of the params.
+        linear_residual: of the linear solve, ``||b - A^T u|| / ||b||``.
+        result: int64, its code of `hyperfunc.RESULTS`.
+        causes: what is wrong, as bools.
+        lost: a tree like hparams of bools: where a dependence on hparams was found to be lost.
+        diagnosis: what `hyperfunc.diagnose` finds at the returned params.
+    """
+
+    hypergradient: TensorTree
+    by_method: Tensor
+    by_dense: Any
+    by_unrolling: Any
+    by_differences: Tensor
+    difference_errors: Tensor
+    tolerance: Tensor
+    inner_residual: Any
+    newton_distance: Any
+    linear_residual: Any
+    result: Any
+    causes: Causes
+    lost: TensorTree
+    diagnosis: Diagnosis | tuple[()]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no cause of a wrong hypergradient was found."""
+        return not any(bool(cause) for cause in self.causes)
+
+    def raise_if_failed(self) -> None:
+        """Raise a `hyperfunc.HypergradError` with the causes and the table, if there are any."""
+        if not self.passed:
+            raise HypergradError(f"check_hypergrad: {self}")
+
+    def __str__(self) -> str:
+        lines = ["passed" if self.passed else "failed"]
+        for name, cause in zip(Causes._fields, self.causes, strict=True):
+            if bool(cause):
+                lines.append(f"- {name.replace('_', ' ')}: {ADVICE[name]}{self._details(name)}")
+        columns = {
+            "method": self.by_method,
+            "dense": self.by_dense,
+            "unrolled": self.by_unrolling,
+            "differences": self.by_differences,
+            "± error": self.difference_errors,
+            "allowed gap": self.tolerance,
+        }
+        shown = {name: column for name, column in columns.items() if isinstance(column, Tensor)}
+        lines.append("direction" + "".join(f"{name:>15}" for name in shown))
+        for i in range(len(self.by_method)):
+            row = "".join(f"{float(column[i]):>15.6e}" for column in shown.values())
+            lines.append(f"{i + 1:>9}{row}")
+        if isinstance(self.inner_residual, Tensor):
+            lines.append(
+                f"inner residual {float(self.inner_residual):.2e}, "
+                f"Newton step {float(self.newton_distance):.2e} of the params"
+            )
+        if isinstance(self.linear_residual, Tensor):
+            code = outcome(self.result)
+            lines.append(f"linear residual {float(self.linear_residual):.2e} ({code.name})")
+        if not isinstance(self.by_dense, Tensor):
+            lines.append("left out: dense (too many inner parameters, or no condition)")
+        if not isinstance(self.by_unrolling, Tensor):
+            lines.append("left out: unrolled (the inner solver cannot be differentiated)")
+        return "\n".join(lines)
+
+    def _details(self, name: str) -> str:
+        facts = self.diagnosis
+        if name in ("linear_solve", "assumption_broken") and isinstance(self.result, Tensor):
+            text = f". The solve reported: {outcome(self.result).message}"
+            if name == "assumption_broken" and isinstance(facts, Diagnosis):
+                text += (
+                    f". Asymmetry {float(facts.asymmetry.value):.2g}, smallest curvature "
+                    f"{float(facts.eig_min.value):.3g}, largest {float(facts.eig_max.value):.3g}, "
+                    f"spectral radius of I - s A {float(facts.spectral_radius.value):.3g} for s = "
+                    f"{float(facts.step_size):.3g}"
+                )
+            return text
+        if name == "dependence_lost":
+            leaves, spec = trees.flatten(self.lost)
+            paths = trees.paths(spec, "hparams")
+            lost = [path for path, leaf in zip(paths, leaves, strict=True) if bool(leaf)]
+            return f". It concerns {', '.join(lost)}" if lost else ". It concerns params"
+        return ""
+
+
+def outcome(result: Tensor) -> RESULTS:
+    """The result code that a tensor holds."""
+    return next(code for code in RESULTS if code == int(result))
