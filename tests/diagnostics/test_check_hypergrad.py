@@ -13,6 +13,7 @@ from torch import Tensor
 import hyperfunc as hf
 from hyperfunc._torch.autodiff import Linearization
 from hyperfunc.diagnostics._differences import directional_derivative, noise_level
+from tests.cells import thinned
 
 F64 = torch.float64
 GENERATOR = torch.Generator().manual_seed(0)
@@ -53,8 +54,7 @@ def descent(num_steps: int, fn: Callable[..., Tensor] = loss) -> Any:
 # Right problems pass ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+@pytest.mark.parametrize(("problem", "dtype"), thinned(PROBLEMS, [F64, torch.float32]))
 def test_right_problems_pass(problem: Problem, dtype: torch.dtype) -> None:
     hparams, args = problem.tasks(dtype)[0]
     methods = problem.methods(dtype) | {name: name for name in ("auto", "gmres", "bicgstab")}
@@ -108,11 +108,12 @@ def test_one_step_of_a_map_that_solves_at_once_passes() -> None:
     hf.check_hypergrad(solve, outer, REG, fixed_point=newton, method="one_step").raise_if_failed()
 
 
-@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "method",
-    ["reverse_unroll", "reverse", "forward", hf.Reverse("sqrt"), "cg", "normal_cg", "dense"],
-    ids=str,
+    ("method", "dtype"),
+    thinned(
+        ["reverse_unroll", "reverse", "forward", hf.Reverse("sqrt"), "cg", "normal_cg", "dense"],
+        [F64, torch.float32],
+    ),
 )
 def test_right_iterations_pass(method: Any, dtype: torch.dtype) -> None:
     def narrow(w: Tensor, reg: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def test_right_iterations_pass(method: Any, dtype: torch.dtype) -> None:
         return 0.5 * ((x @ w - y) ** 2).sum() + 0.5 * (reg.exp() * w**2).sum()
 
     solver = hf.minimize(
-        narrow, hf.optim.sgd(lr=0.5), 50, init=lambda reg: torch.zeros(4, dtype=dtype)
+        narrow, hf.optim.sgd(lr=0.5), 30, init=lambda reg: torch.zeros(4, dtype=dtype)
     )
     report = hf.check_hypergrad(solver, outer, REG.to(dtype), method=method)
     report.raise_if_failed()
@@ -309,8 +310,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("case", BROKEN, ids=lambda case: case.name)
-@pytest.mark.parametrize("max_dense", [500, 0])
+@pytest.mark.parametrize(("case", "max_dense"), thinned(BROKEN, [500, 0]))
 def test_wrong_problems_are_named(case: Broken, max_dense: int) -> None:
     report = hf.check_hypergrad(
         case.solver, case.outer_loss, REG, max_dense=max_dense, **case.keywords

@@ -14,6 +14,7 @@ from torch.func import grad, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
 from hyperfunc.transforms._methods import METHODS
+from tests.cells import each_cell, thinned
 
 F64 = torch.float64
 A = torch.tensor([[1.0, 0.2, 0.0], [0.2, 0.9, 0.1], [0.0, 0.1, 1.1]], dtype=F64)
@@ -96,17 +97,20 @@ MODES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ALL)
-def test_modes_do_not_change_the_numbers(name: str, mode: str) -> None:
+@pytest.mark.parametrize(("name", "some"), thinned(ALL, [0, 1]))
+def test_modes_do_not_change_the_numbers(name: str, some: int) -> None:
+    """Every other mode, of which the rest is slow."""
     fn = make(name)
     expected = fn(H, A)
-    with MODES[mode]():
-        alone = fn(H.clone(), A.clone())
-        batch = vmap(fn, (0, None))(torch.stack([H, H]), A.clone())
-    for got in (alone, batch[0], batch[1]):
-        assert not got.requires_grad
-        torch.testing.assert_close(got.clone(), expected, rtol=1e-9, atol=1e-11)
+    with each_cell() as cell:
+        for mode in list(MODES)[some::2]:
+            with cell(mode):
+                with MODES[mode]():
+                    alone = fn(H.clone(), A.clone())
+                    batch = vmap(fn, (0, None))(torch.stack([H, H]), A.clone())
+                for got in (alone, batch[0], batch[1]):
+                    assert not got.requires_grad
+                    torch.testing.assert_close(got.clone(), expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -194,11 +198,11 @@ ODD: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ODD)
 @pytest.mark.parametrize(
-    "name", ["cg", "normal_cg", "dense", "reverse_unroll", "reverse", "forward"]
+    ("name", "kind"),
+    thinned(["cg", "normal_cg", "dense", "reverse_unroll", "reverse", "forward"], ODD),
 )
-def test_odd_tensors_among_the_arguments(kind: str, name: str) -> None:
+def test_odd_tensors_among_the_arguments(name: str, kind: str) -> None:
     """As data; as hparams and params they are refused by name."""
     X, y = ODD[kind]()
 
@@ -249,8 +253,14 @@ MAPPED: dict[str, Callable[[Any, Any, Tensor, Tensor], Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta state")
-@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "sparse_csc"])
-@pytest.mark.parametrize("name", ["cg", "gmres", "dense", hf.FixedPoint(step_size=0.4)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    thinned(
+        ["cg", "gmres", "dense", hf.FixedPoint(step_size=0.4)],
+        ["sparse_coo", "sparse_csr", "sparse_csc"],
+        every=3,
+    ),
+)
 def test_sparse_data_are_named_where_torch_cannot_map_them(name: Any, layout: str) -> None:
     X = EYE.to_sparse(layout=getattr(torch, layout))
     h = torch.zeros(2, dtype=F64)
@@ -281,18 +291,21 @@ NO_TASKS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("call", NO_TASKS)
 @pytest.mark.parametrize("name", ALL)
-def test_a_batch_without_tasks(name: str, call: str) -> None:
+def test_a_batch_without_tasks(name: str) -> None:
     """Empty where torch has all operations for it, as torch.vmap itself; else the error says so."""
     with pytest.raises(IndexError):  # of torch, for a 0-d tensor of each task times a vector
         vmap(lambda h: h.sum() * h)(torch.zeros(0, 3))
-    if name in ("reverse_unroll", "reverse") and call != "data":
-        assert NO_TASKS[call](make(name)).numel() == 0
-        return
-    path = r"args\[0\]" if call == "data" else "hparams"
-    with pytest.raises(ValueError, match=rf"^hypergrad\(.*: {path} is mapped over no tasks, by a "):
-        NO_TASKS[call](make(name))
+    with each_cell() as cell:
+        for call, mapped in NO_TASKS.items():
+            with cell(call):
+                if name in ("reverse_unroll", "reverse") and call != "data":
+                    assert mapped(make(name)).numel() == 0
+                    continue
+                path = r"args\[0\]" if call == "data" else "hparams"
+                error = rf"^hypergrad\(.*: {path} is mapped over no tasks, by a "
+                with pytest.raises(ValueError, match=error):
+                    mapped(make(name))
 
 
 def test_a_batch_without_tasks_in_other_calls() -> None:
@@ -329,11 +342,11 @@ NO_TRACE = pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace 
 
 
 @NO_TRACE
-@pytest.mark.parametrize("form", COMPILED)
 @pytest.mark.parametrize(
-    "name", ["cg", "normal_cg", "dense", "reverse_unroll", "reverse", "forward"]
+    ("name", "form"),
+    thinned(["cg", "normal_cg", "dense", "reverse_unroll", "reverse", "forward"], COMPILED),
 )
-def test_compiled(form: str, name: str) -> None:
+def test_compiled(name: str, form: str) -> None:
     torch.compiler.reset()
     fn = make(name)
     compiled = torch.compile(COMPILED[form](fn), backend="eager")
