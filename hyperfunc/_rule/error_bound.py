@@ -267,16 +267,16 @@ class _Norms(NamedTuple):
         first, second, w = point.first, point.second, point.w
         n, h, steps = len(w), point.hypergradient, settings.num_steps
         zeros_w, zeros_h = trees.zeros_like(w), trees.zeros_like(h)
-        cross = _gram(lambda v: first.pull(v, 1), lambda image: first.push(image, 1))
-        cross_curvature = _gram(
-            lambda v: second.pull((*zeros_w, *v)), lambda image: second.push(image)[n:]
+        cross = LinearOperator(lambda v: first.pull(v, 1), lambda v: first.push(v, 1))
+        cross_curvature = LinearOperator(
+            lambda v: second.pull((*zeros_w, *v)), lambda v: second.push(v)[n:]
         )
         ritz = eigenvalues(lambda v: second.pull((*v, *zeros_h)), w, steps)
         return _Norms(
             *_gamma(settings, point),
-            cross_norm=singular_values(cross, w, steps)[1],
+            cross_norm=singular_values(cross.gram, w, steps)[1],
             curvature=ritz.extremes()[3],
-            cross_curvature=singular_values(cross_curvature, h, steps)[1],
+            cross_curvature=singular_values(cross_curvature.gram, h, steps)[1],
         )
 
     @property
@@ -303,28 +303,12 @@ def _gamma(settings: ErrorBound, point: _Lagrangian) -> tuple[Estimate, Tensor]:
     if given is not None:
         gamma = Estimate(torch.full_like(norm, given), torch.zeros_like(norm))
     elif point.bound.condition.kind == "fixed_point":
-        jacobian = LinearOperator(operator.product, operator.transposed_product, 1.0, -1.0)
-        _, q = singular_values(_gram(jacobian.mv, jacobian.T.mv), w, steps)
+        jacobian = dataclasses.replace(operator, shift=1.0, scale=-1.0)  # I - A
+        _, q = singular_values(jacobian.gram, w, steps)
         gamma = Estimate(1 - q.value, q.uncertainty)
     else:
-        gamma = eigenvalues(_symmetric_part(operator), w, steps).extremes()[0]
+        gamma = eigenvalues(operator.symmetric_part, w, steps).extremes()[0]
     return gamma, is_estimate
-
-
-def _gram(
-    product: Callable[[Leaves], Leaves], transposed_product: Callable[[Leaves], Leaves]
-) -> Callable[[Leaves], tuple[Leaves, Leaves]]:
-    def gram(v: Leaves) -> tuple[Leaves, Leaves]:
-        image = product(v)
-        return image, transposed_product(image)
-
-    return gram
-
-
-def _symmetric_part(operator: LinearOperator) -> Callable[[Leaves], Leaves]:
-    if operator.symmetric:
-        return operator.mv
-    return lambda v: trees.scale(0.5, trees.add(operator.mv(v), operator.T.mv(v)))
 
 
 def _times(inverse: Tensor, value: Tensor) -> Tensor:

@@ -66,6 +66,17 @@ class LinearOperator:
         """The product ``A v``."""
         return _combine(self.scale, self.product(v), self.shift, v)
 
+    def gram(self, v: Leaves) -> tuple[Leaves, Leaves]:
+        """The products ``A v`` and ``A^T A v``."""
+        image = self.mv(v)
+        return image, self.T.mv(image)
+
+    def symmetric_part(self, v: Leaves) -> Leaves:
+        """The product ``(A + A^T) v / 2``."""
+        if self.symmetric:
+            return self.mv(v)
+        return trees.scale(0.5, trees.add(self.mv(v), self.T.mv(v)))
+
     def residual(self, v: Leaves, b: Leaves) -> Leaves:
         """The residual ``b - A v``."""
         return _combine(-1.0, self.mv(v), 1.0, b)
