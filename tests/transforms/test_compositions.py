@@ -12,7 +12,8 @@ from torch.func import vmap
 
 import hyperfunc as hf
 from hyperfunc.linear_solvers import LinearOperator
-from tests._torch.test_derivatives import BATCHED_SECOND, FIRST, SECOND
+from tests._torch.test_derivatives import BATCHED_SECOND, FIRST, SECOND, Table
+from tests.cells import each_cell
 
 # torch compiles its rules for forward mode by a deprecated function when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -49,16 +50,26 @@ METHODS: dict[str, tuple[Any, Problem, float]] = {
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_every_method_under_a_third_of_the_transforms(name: str, device: torch.device) -> None:
+    """Another third for each next method, of the first and of the second derivatives."""
+    table = FIRST | SECOND | BATCHED_SECOND
+    some = list(table)[list(METHODS).index(name) % 3 :: 3]
+    check_transforms(name, {transform: table[transform] for transform in some}, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_every_transform_of_every_method(name: str, device: torch.device) -> None:
+    check_transforms(name, FIRST | SECOND | BATCHED_SECOND, device)
+
+
+def check_transforms(name: str, table: Table, device: torch.device) -> None:
     method, problem, tolerance = METHODS[name]
-    for transform, (compute, expect) in (FIRST | SECOND | BATCHED_SECOND).items():
-        torch.testing.assert_close(
-            compute(Flat(problem, method, device=device)).cpu(),
-            expect(problem),
-            rtol=tolerance,
-            atol=tolerance,
-            msg=lambda text, transform=transform: f"{transform}: {text}",
-        )
+    with each_cell() as cell:
+        for transform, (compute, expect) in table.items():
+            with cell(transform):
+                got = compute(Flat(problem, method, device=device)).cpu()
+                torch.testing.assert_close(got, expect(problem), rtol=tolerance, atol=tolerance)
 
 
 # Warm starts --------------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ COMMON: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("holds", PROPERTIES)
-@settings(max_examples=200 // len(PROPERTIES), derandomize=True, **COMMON)
+@settings(max_examples=128 // len(PROPERTIES), derandomize=True, **COMMON)
 @given(data=st.data())
 def test_property(holds: Callable[[st.DataObject], None], data: st.DataObject) -> None:
     holds(data)
