@@ -344,7 +344,9 @@ NO_TRACE = pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace 
 @NO_TRACE
 @pytest.mark.parametrize(
     ("name", "form"),
-    thinned(["cg", "normal_cg", "dense", "reverse_unroll", "reverse", "forward"], COMPILED),
+    thinned(
+        ["cg", "normal_cg", "dense", "reverse_unroll", "reverse", "forward"], COMPILED, every=3
+    ),
 )
 def test_compiled(name: str, form: str) -> None:
     torch.compiler.reset()
@@ -395,17 +397,18 @@ import torch
 from tests.transforms import test_errors
 torch.set_num_threads(1)
 assert False, "asserts are on"
-for cases in (test_errors.CONSTRUCTION, test_errors.CALLS):
-    for case in cases.values():
-        test_errors.check(case, test_errors.TRANSFORMS["plain"])
-print(len(test_errors.CALLS))
+cases = [*test_errors.CONSTRUCTION.values(), *test_errors.CALLS.values()][::EVERY]
+for case in cases:
+    test_errors.check(case, test_errors.TRANSFORMS["plain"])
+print(len(cases))
 """
 
 
-def test_errors_do_not_rely_on_asserts() -> None:
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_errors_do_not_rely_on_asserts(every: int) -> None:
     """Under ``python -O``, which leaves them out."""
     result = subprocess.run(
-        [sys.executable, "-O", "-c", WITHOUT_ASSERTS],
+        [sys.executable, "-O", "-c", WITHOUT_ASSERTS.replace("EVERY", str(every))],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -413,4 +416,4 @@ def test_errors_do_not_rely_on_asserts() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) > 50
+    assert int(result.stdout) > 50 // every
