@@ -16,6 +16,7 @@ from hyperfunc.diagnostics import Estimate
 from hyperfunc.linear_solvers import LinearOperator
 from hyperfunc.linear_solvers._auto import choose
 from hyperfunc.linear_solvers._spectrum import measure
+from tests.cells import thinned
 
 F64 = torch.float64
 MAPS = [p for p in PROBLEMS if p.condition == "fixed_point"]
@@ -314,7 +315,7 @@ def test_advice_names_negative_curvature_and_loose_estimates() -> None:
 # method="auto" ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", thinned(PROBLEMS))
 def test_auto_under_every_transform(problem: Problem) -> None:
     f = Flat(problem, "auto")
     calls = {
@@ -456,7 +457,7 @@ def bounded(problem: Problem, solver: Any, method: Any, bound: Any = True) -> An
     return errors, solution.error_bound
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", thinned(PROBLEMS))
 def test_bounds_hold_and_are_not_far_off(problem: Problem) -> None:
     short = hf.FixedPoint(maxiter=3, rtol=0, step_size=problem.step_size)
     cases = [

@@ -63,6 +63,7 @@ def test_glyphs_are_dark_enough_and_all_differ(glyphs):
         assert len(split.images.flatten(0, 1).flatten(1).unique(dim=0)) == 24 * len(split.names)
 
 
+@pytest.mark.slow
 def test_glyphs_are_the_same_every_time(glyphs):
     again = fewshot.load_glyphs()
     assert all(torch.equal(a.images, b.images) for a, b in zip(glyphs, again, strict=True))
@@ -272,7 +273,11 @@ def crash():
 
 
 @pytest.mark.parametrize(
-    ("stop", "error", "done"), [(interrupt, SystemExit, 4), (crash, RuntimeError, 3)]
+    ("stop", "error", "done"),
+    [
+        (interrupt, SystemExit, 4),
+        pytest.param(crash, RuntimeError, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_ends_with_the_same_bits(
     run, monkeypatch, tmp_path, capsys, stop, error, done
@@ -335,7 +340,15 @@ def test_seeds_change_the_run_but_not_its_test_tasks(run):
     assert a["history"] != b["history"]
 
 
-@pytest.mark.parametrize("method", ["cg", "neumann", "fixed_point", "normal_cg"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "cg",
+        "neumann",
+        pytest.param("fixed_point", marks=pytest.mark.slow),
+        pytest.param("normal_cg", marks=pytest.mark.slow),
+    ],
+)
 def test_every_method_runs(run, method, capsys):
     numbers, state = run("out", "--method", method, iterations=1)
     assert numbers["settings"]["method"] == method

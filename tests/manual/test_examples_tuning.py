@@ -98,7 +98,11 @@ def test_newsgroups_are_not_downloaded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("load", "count", "pixels"), [(datasets.digits, 1797, 64), (datasets.mnist, 5000, 784)]
+    ("load", "count", "pixels"),
+    [
+        (datasets.digits, 1797, 64),
+        pytest.param(datasets.mnist, 5000, 784, marks=pytest.mark.slow),
+    ],
 )
 def test_images_come_in_parts_that_do_not_overlap(load, count, pixels):
     parts = load(700, count - 700)
