@@ -397,18 +397,17 @@ import torch
 from tests.transforms import test_errors
 torch.set_num_threads(1)
 assert False, "asserts are on"
-cases = [*test_errors.CONSTRUCTION.values(), *test_errors.CALLS.values()][::EVERY]
-for case in cases:
-    test_errors.check(case, test_errors.TRANSFORMS["plain"])
-print(len(cases))
+for cases in (test_errors.CONSTRUCTION, test_errors.CALLS):
+    for case in cases.values():
+        test_errors.check(case, test_errors.TRANSFORMS["plain"])
+print(len(test_errors.CALLS))
 """
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_errors_do_not_rely_on_asserts(every: int) -> None:
+def test_errors_do_not_rely_on_asserts() -> None:
     """Under ``python -O``, which leaves them out."""
     result = subprocess.run(
-        [sys.executable, "-O", "-c", WITHOUT_ASSERTS.replace("EVERY", str(every))],
+        [sys.executable, "-O", "-c", WITHOUT_ASSERTS],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -416,4 +415,4 @@ def test_errors_do_not_rely_on_asserts(every: int) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) > 50 // every
+    assert int(result.stdout) > 50
