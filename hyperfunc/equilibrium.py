@@ -10,19 +10,18 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _WeightNorm
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.results import SolveStats
-from hyperfunc._torch import autodiff, tracking
+from hyperfunc._torch import autodiff, layers, tracking
 from hyperfunc._types import TensorTree
 from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson
 from hyperfunc.fixed_point_solvers._base import raise_unless_solved
 from hyperfunc.inner_solvers import iterate
 from hyperfunc.iterative import Reverse, ReverseUnroll
 from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver
-from hyperfunc.modules import FunctionalModule, _weight_norm
+from hyperfunc.modules import FunctionalModule
 from hyperfunc.transforms._hypergrad import implicit_diff
 from hyperfunc.transforms._methods import resolve_method
 
@@ -401,9 +400,9 @@ def _weight(module: nn.Module, name: str) -> Tensor:
     """A parametrised weight."""
     chain: Any = module.parametrizations[name]  # type: ignore[index]
     first, *others = chain
-    if isinstance(first, _WeightNorm) and not others:
+    if layers.is_weight_norm(first) and not others:
         # torch's own has a wrong second derivative
-        return _weight_norm(first, chain.original0, chain.original1)
+        return layers.weight_norm(first, chain.original0, chain.original1)
     weight: Tensor = getattr(module, name)
     return weight
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, cast, final, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _functorch
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
-from torch.utils._pytree import tree_leaves
 
 from hyperfunc._engine.trees import check_like, flatten, flatten_floating
+from hyperfunc._torch.batching import mapped_zero
+from hyperfunc._torch.internals import is_wrapped, tree_leaves
+from hyperfunc._torch.layers import is_compiled, use_values
 from hyperfunc._torch.tensordicts import is_tensordict
-from hyperfunc._torch.tracking import is_tracked, transforms_active
+from hyperfunc._torch.tracking import foreign_leaves, is_tracked, transforms_active
 from hyperfunc._types import TensorTree
 
 # Classes of torch.distributed.fsdp, which takes a moment to import.
@@ -214,7 +211,7 @@ def assign_grads(
             f"assign_grads: {root} holds a tensor that was computed from others, which keeps no "
             f".grad. Pass the tensors that the optimiser holds"
         )
-    if any(_functorch.is_functorch_wrapped_tensor(value) for value in values):
+    if any(is_wrapped(value) for value in values):
         raise ValueError(
             "assign_grads: grads belong to a torch.func transform that is still running. Return "
             "them from the transformed function, and assign what the transform returns"
@@ -259,7 +256,7 @@ class FunctionalModule:
             name for name in self._buffers if module.get_submodule(name.rpartition(".")[0]).training
         }
         for layer in module.modules():
-            _purify(layer, mode)
+            use_values(layer, mode)
         self._module = module
         self._layers = tuple(module.modules())
         tensors: dict[str, Tensor] = dict(module.named_parameters())
@@ -322,7 +319,7 @@ class FunctionalModule:
         """Copies of the buffers that forward may write to, mapped under vmap where they must be."""
         zero = None
         if self._mode == "update" and self._stateful and transforms_active():
-            zero = _mapped_zero((arguments, dict(buffers)))
+            zero = mapped_zero((arguments, dict(buffers)))
         return {
             name: buffer.clone()
             if zero is None or name not in self._stateful
@@ -358,8 +355,8 @@ class FunctionalModule:
         """Raise if the output depends on a parameter of a module instead of on params."""
         if transforms_active() or is_tracked(tree_leaves(arguments)):
             return
-        tracked = [t.grad_fn for t in tree_leaves(output) if isinstance(t, Tensor)]
-        if any(isinstance(leaf, nn.Parameter) for leaf in _graph_leaves(tracked)):
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if any(isinstance(leaf, nn.Parameter) for leaf in foreign_leaves(outputs, ())):
             raise RuntimeError(
                 f"{self._name}: its forward uses a trainable parameter that it does not reach by "
                 f"its registered name (but by a list or a closure), so apply cannot put params in "
@@ -427,7 +424,7 @@ def _check_module(module: Any) -> None:
                 f"for name, p in params.items()}}. Modules whose parameters are DTensors, such as "
                 f"made by parallelize_module, can be passed as they are"
             )
-        if hasattr(layer, "_orig_mod"):
+        if is_compiled(layer):
             raise TypeError(
                 f"{where}, made by torch.compile; pass the module that was compiled, and compile "
                 f"the result: torch.compile(apply)"
@@ -463,76 +460,6 @@ def _private_copy(module: nn.Module, chosen: Mapping[str, nn.Parameter]) -> nn.M
             f"functional(module): {type(module).__name__} could not be copied ({error}). It must "
             f"work with copy.deepcopy: keep locks, files and generators out of it and its hooks"
         ) from error
-
-
-def _purify(layer: nn.Module, mode: BufferMode) -> None:
-    """Change a layer of the private copy so that its state is read and written as values."""
-    if isinstance(layer, _NormBase) and layer.running_mean is not None and layer.training:
-        if mode == "frozen":
-            layer.training = False
-        elif mode == "batch":
-            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
-        elif layer.momentum is None and type(layer).forward is _BatchNorm.forward:
-            vars(layer)["forward"] = partial(_cumulative_batch_norm, layer)
-    elif isinstance(layer, _WeightNorm):
-        vars(layer)["forward"] = partial(_weight_norm, layer)
-    elif isinstance(layer, _SpectralNorm):
-        if mode == "frozen":
-            layer.training = False
-        vars(layer)["_power_method"] = partial(_power_method, layer)
-
-
-def _cumulative_batch_norm(self: Any, x: Tensor) -> Tensor:
-    """BatchNorm with ``momentum=None``, whose step size 1 / count differs from task to task."""
-    self._check_input_dim(x)
-    # With momentum 1, what batch_norm writes to the statistics is those of the batch.
-    mean = x.new_zeros(self.running_mean.shape, dtype=self.running_mean.dtype)
-    var = torch.zeros_like(mean)
-    output = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
-    self.num_batches_tracked = self.num_batches_tracked + 1
-    step = 1.0 / self.num_batches_tracked.to(mean.dtype)
-    self.running_mean = (1.0 - step) * self.running_mean + step * mean
-    self.running_var = (1.0 - step) * self.running_var + step * var
-    return output
-
-
-def _weight_norm(self: Any, length: Tensor, direction: Tensor) -> Tensor:
-    """The weight of weight_norm, by operations that have all derivatives and vmap rules."""
-    others = [dim for dim in range(direction.ndim) if dim != self.dim]
-    norm: Tensor = direction.abs()
-    if others:  # none means all of them to vector_norm
-        norm = torch.linalg.vector_norm(direction, dim=others, keepdim=True)
-    return direction * (length / norm)
-
-
-def _power_method(self: Any, weight: Tensor, steps: int) -> None:
-    """The power iteration of spectral_norm, by assignment instead of in place."""
-    weight = weight.detach()
-    for _ in range(steps):
-        self._u = F.normalize(weight.mv(self._v), dim=0, eps=self.eps)
-        self._v = F.normalize(weight.mH.mv(self._u), dim=0, eps=self.eps)
-
-
-def _mapped_zero(tree: Any) -> Tensor:
-    """A 0-d False that is mapped by every vmap that maps a tensor of the tree."""
-    zero = torch.zeros((), dtype=torch.bool)
-    # torch's own notion of a tree, as it is vmap's.
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            zero = zero | leaf.new_zeros((), dtype=torch.bool, layout=torch.strided)
-    return zero
-
-
-def _graph_leaves(nodes: list[Any]) -> Iterator[Tensor]:
-    """The tensors that autograd would accumulate a gradient in."""
-    seen = set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes.extend(following for following, _ in node.next_functions)
-            if hasattr(node, "variable"):
-                yield node.variable
 
 
 def _named_targets(module: nn.Module, grads: Any) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:

@@ -13,12 +13,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import (
-    temporarily_pop_interpreter_stack,
-)
 
-from hyperfunc._torch import sharding, tracking
+from hyperfunc._torch import internals, sharding, tracking
 from hyperfunc._types import Leaves
 
 LeavesFunction = Callable[..., Leaves]
@@ -147,7 +143,7 @@ def gradient(
         if not value.requires_grad:
             return tuple(torch.zeros_like(leaf) for leaf in primals)
         grads = torch.autograd.grad(value, inputs, create_graph=tracked, allow_unused=True)
-    return _fill(grads, primals)
+    return sharding.align(_zeros_for_none(grads, primals), primals)
 
 
 def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
@@ -156,7 +152,7 @@ def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
     A tensor of a level that has ended is not what it seems: it says that it requires grad, while
     what is computed from it has no graph.
     """
-    return tuple(map(_functorch.unwrap_if_dead, ctx.saved_tensors))
+    return tuple(map(internals.unwrap_if_over, ctx.saved_tensors))
 
 
 @contextlib.contextmanager
@@ -170,32 +166,30 @@ def nested_forward_mode(tensors: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
     if not _forward_mode_is_nested():
         yield tuple(tensors)
         return
-    with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+    with internals.forward_mode_enabled(True):
         yield tuple(_primal(t) if tracking.is_differentiable(t) else t for t in tensors)
 
 
 def _forward_mode_is_nested() -> bool:
     if torch.compiler.is_compiling():
         return False
-    stack = _functorch.get_interpreter_stack() or ()
-    return sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1
+    stack = internals.active_transforms() or ()
+    return sum(transform.key() == internals.JVP for transform in stack) > 1
 
 
 def _primal(value: Tensor) -> Tensor:
     """The tensor without the tangent of the innermost jvp level, below any vmap levels."""
-    interpreter = _functorch.peek_interpreter_stack()
-    if interpreter.key() != _functorch.TransformType.Vmap:
+    transform = internals.innermost_transform()
+    if transform.key() != internals.VMAP:
         primal: Tensor = torch.autograd.forward_ad.unpack_dual(value, level=0).primal
         return primal
-    level = interpreter.level()
-    if _functorch.maybe_get_level(value) != level:
-        with temporarily_pop_interpreter_stack():
+    level = transform.level()
+    if internals.level_of(value) != level:
+        with internals.outside_innermost():
             return _primal(value)
-    inner, dim = _functorch._unwrap_batched(value, level)
-    with temporarily_pop_interpreter_stack():
-        inner = _primal(inner)
-    assert dim is not None
-    return _functorch._add_batch_dim(inner, dim, level)
+    with internals.outside_innermost():
+        inner = _primal(internals.unwrapped(value))
+    return internals.with_batch_dim(inner, internals.batch_dim(value), level)
 
 
 class _Engine(Protocol):
@@ -231,11 +225,7 @@ class _GraphEngine:
         self._live_outputs = [outputs[index] for index in self._live]
 
     def pull(self, cotangents: Leaves, group: int) -> Leaves:
-        inputs = self._inputs[group]
-        return tuple(
-            torch.zeros_like(leaf) if grad is None else grad
-            for grad, leaf in zip(self.pull_used(cotangents, group), inputs, strict=True)
-        )
+        return _zeros_for_none(self.pull_used(cotangents, group), self._inputs[group])
 
     def pull_used(self, cotangents: Leaves, group: int) -> tuple[Tensor | None, ...]:
         inputs = self._inputs[group]
@@ -318,11 +308,10 @@ def _enter(leaf: Tensor, tracked: bool) -> Tensor:
     return own
 
 
-def _fill(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
-    filled = tuple(
+def _zeros_for_none(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
+    return tuple(
         [
             torch.zeros_like(leaf) if grad is None else grad
             for grad, leaf in zip(grads, like, strict=True)
         ]
     )
-    return sharding.align(filled, like)

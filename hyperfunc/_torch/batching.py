@@ -6,20 +6,15 @@ A tensor inside ``vmap`` is, outside of it, one tensor with the batch in front.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import (
-    VmapInterpreter,
-    coerce_cinterpreter,
-    retrieve_current_functorch_interpreter,
-    temporarily_pop_interpreter_stack,
-)
 
-from hyperfunc._torch import tracking
+from hyperfunc._torch import internals, tracking
+from hyperfunc._torch.internals import active_transforms, innermost_transform, is_traced
 from hyperfunc._types import Leaves
 
 _OLD_VMAP = (
@@ -28,54 +23,44 @@ _OLD_VMAP = (
     "jacfwd, hessian or vmap instead"
 )
 
-# Entries from which on an inner product costs more than the call that takes it.
-_LONG = 4096
+# Entries of a vector that are multiplied at a time under vmap, so that the products stay in cache.
+_PIECE = 16384
 
 Levels: TypeAlias = tuple[tuple[int, int], ...]
 """The level and the batch size of each ``vmap``, the outermost first."""
-
-
-def is_traced() -> bool:
-    """Whether ``make_fx`` records what is computed."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def vmap_levels() -> Levels:
     """The active transforms, if these are ``vmap`` alone and nothing else follows values; or ()."""
     if torch.compiler.is_compiling():
         return ()
-    stack = _functorch.get_interpreter_stack()
+    stack = active_transforms()
     if (
         not stack
-        or any(entry.key() != _functorch.TransformType.Vmap for entry in stack)
-        or torch.autograd.forward_ad._current_level >= 0
+        or any(transform.key() != internals.VMAP for transform in stack)
+        or internals.forward_mode_active()
         or torch.is_inference_mode_enabled()
         or is_traced()
     ):
         return ()
-    interpreters = [coerce_cinterpreter(entry) for entry in stack]
-    return tuple(
-        (interpreter.level(), interpreter.batch_size())
-        for interpreter in interpreters
-        if isinstance(interpreter, VmapInterpreter)
-    )
+    return tuple((vmap.level(), internals.vmap_size(vmap)) for vmap in stack)
 
 
 def is_batched(tensor: Tensor, levels: Levels) -> bool:
     """Whether a tensor has the batch dimension of every level."""
     for level, _ in reversed(levels):
-        if _functorch.maybe_get_level(tensor) != level:
+        if internals.level_of(tensor) != level:
             return False
-        tensor = _functorch.get_unwrapped(tensor)
+        tensor = internals.unwrapped(tensor)
     return True
 
 
 def lower(tensor: Tensor, levels: Levels) -> Tensor:
     """The tensor below all levels, with a dimension for each of them in front."""
     for level, size in reversed(levels):
-        if _functorch.maybe_get_level(tensor) == level:
-            dim = _functorch.maybe_get_bdim(tensor)
-            tensor = _functorch.get_unwrapped(tensor)
+        if internals.level_of(tensor) == level:
+            dim = internals.batch_dim(tensor)
+            tensor = internals.unwrapped(tensor)
             tensor = tensor.movedim(dim, 0) if dim else tensor
         else:
             tensor = tensor.expand(size, *tensor.shape)
@@ -106,8 +91,7 @@ def can_read(tensors: Sequence[Tensor]) -> bool:
     """
     return (
         not tracking.transforms_active()
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not internals.is_recorded()
         and all(tensor.device.type == "cpu" for tensor in tensors)
         and may_overwrite(tensors)
     )
@@ -117,7 +101,7 @@ def write_sum(alpha: Tensor | float, x: Leaves, y: Leaves, out: Leaves) -> None:
     """Write ``y + alpha x`` over x or y, which `may_overwrite` has to allow for both."""
     levels = vmap_levels()
     if out is y and not levels and not isinstance(alpha, Tensor):
-        torch._foreach_add_(y, x, alpha=alpha)  # less than half the time where leaves are small
+        internals.add_to_all(y, x, alpha)  # less than half the time where leaves are small
         return
     for u, v, place in zip(x, y, out, strict=True):
         factor: Any = alpha
@@ -162,35 +146,15 @@ def any_true(flag: Tensor) -> bool:
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """Inner product of two vectors, a task at a time under vmap where they are long.
+    """Inner product of two vectors.
 
-    torch batches inner products as products of matrices, which take several times as long.
+    torch batches ``torch.dot`` as a product of matrices, which takes several times as long.
     """
-    if x.shape[0] < _LONG or not _in_vmap() or tracking.is_tracked((x, y)):
+    if not _in_vmap():
         return torch.dot(x, y)
-    return _Dot.apply(x, y)  # type: ignore[no-any-return]
-
-
-class _Dot(torch.autograd.Function):
-    """The inner product where nothing is differentiated."""
-
-    @staticmethod
-    def forward(x: Tensor, y: Tensor) -> Tensor:
-        return torch.dot(x, y)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, y: Tensor
-    ) -> tuple[Tensor, int | None]:
-        rows = [
-            [vector] * info.batch_size if dim is None else vector.unbind(dim)
-            for vector, dim in zip((x, y), in_dims, strict=True)
-        ]
-        return torch.stack([dot(a, b) for a, b in zip(*rows, strict=True)]), 0
+    if x.shape[0] <= _PIECE:
+        return (x * y).sum()
+    return functools.reduce(torch.add, map(dot, x.split(_PIECE), y.split(_PIECE)))
 
 
 def true_indices(flag: Tensor) -> list[tuple[int, ...]]:
@@ -232,20 +196,49 @@ def outside_idle_vmaps(tensors: Sequence[Any]) -> Iterator[None]:
     Such levels come with ``jacfwd`` and ``hessian``, and inside them code that nobody maps over is
     not allowed what it does elsewhere: ``backward()``, in-place operations, random numbers.
     """
-    interpreter: Any = retrieve_current_functorch_interpreter() if _in_vmap() else None
+    vmap = innermost_transform() if _in_vmap() else None
     if (
-        interpreter is None
-        or interpreter.randomness() == "different"
-        or any(tracking.has_level(tensor, interpreter.level()) for tensor in tensors)
+        vmap is None
+        or internals.vmap_randomness(vmap) == "different"
+        or any(tracking.has_level(tensor, vmap.level()) for tensor in tensors)
     ):
         yield
         return
-    with temporarily_pop_interpreter_stack(), outside_idle_vmaps(tensors):
+    with internals.outside_innermost(), outside_idle_vmaps(tensors):
         yield
+
+
+def vmap_marker() -> Leaves:
+    """An operand that is batched in every vmap level with different randomness, if there is one.
+
+    It makes those levels run a step for each task even if no other operand tells tasks apart.
+    """
+    levels = []
+    for transform in active_transforms() or ():
+        is_vmap = transform.key() == internals.VMAP
+        if is_vmap and internals.vmap_randomness(transform) == "different":
+            levels.append((transform.level(), internals.vmap_size(transform)))
+    if not levels:
+        return ()
+    with internals.outside_all():
+        marker = torch.zeros([size for _, size in levels])
+    for level, _ in levels:
+        marker = internals.with_batch_dim(marker, 0, level)
+    return (marker,)
+
+
+def mapped_zero(tree: Any) -> Tensor:
+    """A 0-d False that is mapped by every vmap that maps a tensor of the tree."""
+    zero = torch.zeros((), dtype=torch.bool)
+    # torch's own notion of a tree, as it is vmap's.
+    for leaf in internals.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            zero = zero | leaf.new_zeros((), dtype=torch.bool, layout=torch.strided)
+    return zero
 
 
 def _in_vmap() -> bool:
     if torch.compiler.is_compiling():
         return False
-    interpreter = _functorch.peek_interpreter_stack()
-    return interpreter is not None and interpreter.key() == _functorch.TransformType.Vmap
+    transform = innermost_transform()
+    return transform is not None and transform.key() == internals.VMAP

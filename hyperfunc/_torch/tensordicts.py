@@ -95,10 +95,10 @@ def _unflatten(module: Any, node: _Node, children: Sequence[Any]) -> Any:
         common = itertools.takewhile(lambda column: len(set(column)) == 1, sizes)
         batch_size = tuple(column[0] for column in common)
     kept = len(batch_size) == node.batch_dims and change == 0
-    held = {getattr(child, "device", None) for child in children} <= {node.device}
+    same_device = {getattr(child, "device", None) for child in children} <= {node.device}
     return module.TensorDict(
         entries,
         batch_size=batch_size,
         names=node.names if kept else None,
-        device=node.device if held else None,
+        device=node.device if same_device else None,
     )

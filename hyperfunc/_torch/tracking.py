@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import (
-    temporarily_clear_interpreter_stack,
-    temporarily_pop_interpreter_stack,
-)
+
+from hyperfunc._torch import internals
+from hyperfunc._torch.internals import DIFFERENTIATING, active_transforms, innermost_transform
 
 # Marks the leaf variables made here, such as that of a gradient inside a function being recorded.
 OWN_LEAF = "_hyperfunc_own_leaf"
@@ -26,8 +24,8 @@ def transforms_active() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or _functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        or innermost_transform() is not None
+        or internals.forward_mode_active()
         or torch.is_inference_mode_enabled()
     )
 
@@ -36,13 +34,10 @@ def is_tracked(tensors: Sequence[Any]) -> bool:
     """Whether a derivative of what is computed from these tensors may be asked for later."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and any(map(requires_grad, tensors))
-    stack = _functorch.get_interpreter_stack()
-    if stack and any(
-        interpreter.key() in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
-        for interpreter in stack
-    ):
+    stack = active_transforms()
+    if stack and any(transform.key() in DIFFERENTIATING for transform in stack):
         return True
-    if torch.autograd.forward_ad._current_level >= 0:
+    if internals.forward_mode_active():
         return True
     if not torch.is_grad_enabled():
         return False
@@ -78,13 +73,15 @@ def versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """How often each tensor was written to in place, where torch counts it."""
     if torch.compiler.is_compiling():
         return ()
-    return tuple(0 if leaf.is_inference() else leaf._version for leaf in map(innermost, tensors))
+    return tuple(
+        0 if leaf.is_inference() else internals.version(leaf) for leaf in map(innermost, tensors)
+    )
 
 
 def innermost(tensor: Tensor) -> Tensor:
     """The tensor below all levels of transforms."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
+    while internals.is_wrapped(tensor):
+        tensor = internals.unwrapped(tensor)
     return tensor
 
 
@@ -98,19 +95,28 @@ def loses_gradients() -> bool:
     """Whether an enclosing transform makes zeros of gradients, as torch 2.4 in inference mode."""
     return (
         torch.is_inference_mode_enabled()
-        and any(
-            interpreter.key() == _functorch.TransformType.Grad
-            for interpreter in _functorch.get_interpreter_stack() or ()
-        )
+        and any(transform.key() == internals.GRAD for transform in active_transforms() or ())
         and not _records_in_inference_mode()
     )
+
+
+def is_foreign(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a transform that is not active here."""
+    level = internals.level_of(tensor)
+    if level is None or level < 0:
+        return False
+    stack = active_transforms() or ()
+    if level > len(stack):
+        return True
+    is_vmap = stack[level - 1].key() == internals.VMAP
+    return bool(internals.is_batched(tensor) != is_vmap)
 
 
 def has_level(value: Any, level: int | None = None) -> bool:
     """Whether a tensor belongs to this level of the transforms, or to any level."""
     if not isinstance(value, Tensor):
         return False
-    own: int = _functorch.maybe_get_level(value)
+    own: int = internals.level_of(value)
     return own > 0 if level is None else own == level
 
 
@@ -123,23 +129,21 @@ def is_attached(value: Any) -> bool:
     """Whether a tensor carries a derivative at any level: autograd's own or a transform's."""
     if not isinstance(value, Tensor):
         return False
-    interpreter: Any = _functorch.peek_interpreter_stack()
-    if interpreter is None:
-        tangents = torch.autograd.forward_ad._current_level >= 0
+    transform: Any = innermost_transform()
+    if transform is None:
+        tangents = internals.forward_mode_active()
         return value.requires_grad or (tangents and _has_tangent(value))
-    if interpreter.key() != _functorch.TransformType.Vmap and (
-        value.requires_grad or _has_tangent(value)
-    ):
+    if transform.key() != internals.VMAP and (value.requires_grad or _has_tangent(value)):
         return True
-    with temporarily_pop_interpreter_stack():
-        if _functorch.maybe_get_level(value) == interpreter.level():
-            value = _functorch.get_unwrapped(value)
+    with internals.outside_innermost():
+        if internals.level_of(value) == transform.level():
+            value = internals.unwrapped(value)
         return is_attached(value)
 
 
 @functools.lru_cache(maxsize=1)
 def _records_in_inference_mode() -> bool:
-    with temporarily_clear_interpreter_stack(), torch.inference_mode():
+    with internals.outside_all(), torch.inference_mode():
         return bool(torch.func.grad(torch.sin)(torch.zeros((), device="cpu")) == 1)
 
 
@@ -151,6 +155,11 @@ def _has_tangent(value: Tensor) -> bool:
 
 def reaches_foreign_leaf(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> bool:
     """Whether the graph of the outputs ends in a leaf variable that is not among the inputs."""
+    return any(True for _ in foreign_leaves(outputs, inputs))
+
+
+def foreign_leaves(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> Iterator[Tensor]:
+    """The leaf variables that the graph of the outputs ends in and that are not inputs."""
     known = {id(leaf) for leaf in inputs if requires_grad(leaf)}
     stop = {leaf.grad_fn for leaf in inputs if requires_grad(leaf) and leaf.grad_fn is not None}
     stack: list[Any] = list({out.grad_fn for out in outputs} - stop - {None})
@@ -169,14 +178,13 @@ def reaches_foreign_leaf(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> bo
                 and id(variable) not in known
                 and not hasattr(variable, OWN_LEAF)
             ):
-                return True
-    return False
+                yield variable
 
 
 def requires_grad(value: Any) -> bool:
     if not isinstance(value, Tensor):
         return False
     # a batched tensor does not tell that the tensor it wraps requires grad
-    while _functorch.is_batchedtensor(value) and not value.requires_grad:
-        value = _functorch.get_unwrapped(value)
+    while internals.is_batched(value) and not value.requires_grad:
+        value = internals.unwrapped(value)
     return bool(value.requires_grad)
