@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hyperfunc._torch import autodiff, tracking
+from hyperfunc._engine.flat import differentiable_indices, scatter, split
+from hyperfunc._torch import autodiff, internals, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves
 
@@ -52,7 +53,7 @@ class Recorded(torch.autograd.Function):
         outputs = []
         for output in operation.run(operands):
             # Autograd wants outputs that are neither inputs, nor views of them, nor equal.
-            fresh = output.clone() if id(output) in taken or output._is_view() else output
+            fresh = output.clone() if id(output) in taken or internals.is_view(output) else output
             taken.add(id(output))
             outputs.append(fresh)
         return tuple(outputs)
@@ -70,20 +71,12 @@ class Recorded(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         operands = ctx.saved_tensors
         live = tuple(i for i, cotangent in enumerate(cotangents) if cotangent is not None)
-        wrt = tuple(
-            i
-            for i, (need, operand) in enumerate(
-                zip(ctx.needs_input_grad[1:], operands, strict=True)
-            )
-            if need and tracking.is_differentiable(operand)
-        )
-        result: list[Tensor | None] = [None] * len(operands)
-        if live and wrt:
-            pull = ctx.operation.pull(wrt, live)
-            grads = Recorded.apply(pull, *operands, *(cotangents[i] for i in live))
-            for index, grad in zip(wrt, grads, strict=True):
-                result[index] = grad
-        return (None, *result)
+        wrt = differentiable_indices(operands, ctx.needs_input_grad[1:])
+        if not live or not wrt:
+            return (None,) * (1 + len(operands))
+        pull = ctx.operation.pull(wrt, live)
+        grads = Recorded.apply(pull, *operands, *(cotangents[i] for i in live))
+        return (None, *scatter(grads, wrt, len(operands)))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -115,8 +108,7 @@ class Recomputed(abc.ABC):
 
     def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Operation:
         def pulled(*tensors: Tensor) -> Leaves:
-            n = len(tensors) - len(live)
-            operands, cotangents = tensors[:n], tensors[n:]
+            operands, cotangents = split(tensors, len(tensors) - len(live))
             linearized = self._linearize(operands, wrt, lambda outputs: [outputs[i] for i in live])
             return linearized.pull(cotangents)
 
@@ -124,8 +116,7 @@ class Recomputed(abc.ABC):
 
     def push(self, wrt: tuple[int, ...]) -> Operation:
         def pushed(*tensors: Tensor) -> Leaves:
-            n = len(tensors) - len(wrt)
-            operands, tangents = tensors[:n], tensors[n:]
+            operands, tangents = split(tensors, len(tensors) - len(wrt))
             return self._linearize(operands, wrt, _differentiable).push(tangents)
 
         return self.derivative(pushed, wrt)

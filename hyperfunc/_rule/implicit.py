@@ -5,6 +5,9 @@ With ``A = dr/dw`` at the solution ``w*(theta)``, the implicit function theorem 
     vjp:  g  ->  -(dr/dtheta)^T u   with  A^T u = g
     jvp:  t  ->  -A^{-1} (dr/dtheta) t
 
+Here ``w`` are the leaves of params, and ``theta`` is all that the solution may depend on: the
+leaves of hparams, followed by the tensors in ``*args``.
+
 The linear solve is itself a solution map, with its own rule of the same kind; the two call each
 other, and that is what makes every order of derivative right whatever the linear solver does.
 """
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.flat import differentiable_indices, scatter, split
 from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, of_tasks
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition
 from hyperfunc._rule.minibatches import SECOND_DERIVATIVE, MinibatchLinearization
@@ -151,18 +155,18 @@ class _ImplicitSolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        w, theta = _split(autodiff.saved_tensors(ctx), ctx.num_params)
-        wrt = _wanted(ctx.needs_input_grad[1:], theta)
+        w, theta = split(autodiff.saved_tensors(ctx), ctx.num_params)
+        wrt = differentiable_indices(theta, ctx.needs_input_grad[1:])
         with ctx.problem.explained(theta):
             linearization = ctx.problem.linearize(w, theta, wrt)
             u, _ = ctx.problem.adjoint(linearization, w, theta, cotangents)
             cross = cross_term(ctx.problem, linearization, w, theta, wrt, u)
-        return (None, *_scatter(cross, wrt, len(theta)))
+        return (None, *scatter(cross, wrt, len(theta)))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Leaves:
         with autodiff.nested_forward_mode(ctx.saved_tensors) as saved:
-            w, theta = _split(saved, ctx.num_params)
+            w, theta = split(saved, ctx.num_params)
             wrt, directions = _directions(tangents, theta)
             linearization = ctx.problem.linearize(w, theta, wrt)
             b = trees.scale(-ctx.problem.condition.scale, linearization.push(directions, 1))
@@ -212,7 +216,7 @@ class _LinearSystem:
 
     def product(self, u: Leaves, point: Leaves) -> Leaves:
         """``A(w, theta)^T u`` (or ``A u``) as a function of the point ``(w, theta)``."""
-        w, theta = _split(point, self.num_params)
+        w, theta = split(point, self.num_params)
         linearization = self.problem.linearize(w, theta, ())
         if isinstance(linearization, MinibatchLinearization):
             raise RuntimeError(SECOND_DERIVATIVE)
@@ -220,9 +224,7 @@ class _LinearSystem:
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[Leaves, Leaves, Leaves, Leaves]:
         """``w, theta, b`` and what follows them (a starting iterate, or nothing)."""
-        w, rest = _split(tensors, self.num_params)
-        theta, rest = _split(rest, self.num_theta)
-        b, rest = _split(rest, self.num_params)
+        w, theta, b, rest = split(tensors, self.num_params, self.num_theta, self.num_params)
         return w, theta, b, rest
 
 
@@ -255,10 +257,10 @@ class _LinearSolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         system: _LinearSystem = ctx.system
-        u, point = _split(autodiff.saved_tensors(ctx), system.num_params)
-        w, theta = _split(point, system.num_params)
+        u, point = split(autodiff.saved_tensors(ctx), system.num_params)
+        w, theta = split(point, system.num_params)
         cotangent = cotangents[: system.num_params]
-        wrt = _wanted(ctx.needs_input_grad[1 : 1 + len(point)], point)
+        wrt = differentiable_indices(point, ctx.needs_input_grad[1 : 1 + len(point)])
         with system.problem.explained(theta):
             products = autodiff.Linearization(
                 lambda *leaves: system.product(u, leaves), point, (wrt,)
@@ -269,14 +271,14 @@ class _LinearSolution(torch.autograd.Function):
             )
             grads = trees.neg(products.pull(s))
         rest = ctx.num_inputs - 1 - len(point) - system.num_params
-        return (None, *_scatter(grads, wrt, len(point)), *s, *[None] * rest)
+        return (None, *scatter(grads, wrt, len(point)), *s, *[None] * rest)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         system: _LinearSystem = ctx.system
         with autodiff.nested_forward_mode(ctx.saved_tensors) as saved:
-            u, point = _split(saved, system.num_params)
-            w, theta = _split(point, system.num_params)
+            u, point = split(saved, system.num_params)
+            w, theta = split(point, system.num_params)
             b_tangents = tangents[len(point) : len(point) + len(u)]
             b_dot = tuple(
                 torch.zeros_like(leaf) if tangent is None else tangent.to(leaf.dtype)
@@ -390,36 +392,13 @@ def _where_not_finite(leaves: Leaves, spec: trees.TreeSpec, name: str) -> tuple[
     return path, of_tasks(~finite)
 
 
-def _split(tensors: Sequence[Tensor], size: int) -> tuple[Leaves, Leaves]:
-    return tuple(tensors[:size]), tuple(tensors[size:])
-
-
-def _wanted(needed: Sequence[bool], tensors: Leaves) -> tuple[int, ...]:
-    return tuple(
-        index
-        for index, (need, leaf) in enumerate(zip(needed, tensors, strict=True))
-        if need and tracking.is_differentiable(leaf)
-    )
-
-
 def _directions(
     tangents: Sequence[Tensor | None], tensors: Leaves
 ) -> tuple[tuple[int, ...], Leaves]:
-    wrt = tuple(
-        index
-        for index, (tangent, leaf) in enumerate(zip(tangents, tensors, strict=True))
-        if tangent is not None and tracking.is_differentiable(leaf)
-    )
+    wrt = differentiable_indices(tensors, [tangent is not None for tangent in tangents])
     # a number times a 0-d float32 tensor has a float64 tangent in torch
     return wrt, tuple(
         tangent.to(tensors[index].dtype)
         for index, tangent in enumerate(tangents)
         if index in wrt and tangent is not None
     )
-
-
-def _scatter(grads: Leaves, wrt: Sequence[int], size: int) -> list[Tensor | None]:
-    result: list[Tensor | None] = [None] * size
-    for index, grad in zip(wrt, grads, strict=True):
-        result[index] = grad
-    return result

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from hyperfunc._compile.compiler import Compiler, Variables
-from hyperfunc._torch import tracking
+from hyperfunc._engine.flat import differentiable_indices, split
 from hyperfunc._types import Leaves
 from hyperfunc.iterative import _products
-from hyperfunc.iterative._partition import cut
-from hyperfunc.iterative._segment import split
+from hyperfunc.iterative._partition import forward_and_backward
 
 # A function of the leaves of a state, and of what the steps from there see.
 Block = Callable[..., Leaves]
@@ -107,7 +106,7 @@ class Compiled:
         return grads
 
     def _halves(self, block: Block, state: Leaves, seen: Leaves) -> Callable[[Leaves], Any]:
-        """The two functions of `cut` at given primals, and which gradients the second returns."""
+        """`forward_and_backward` at given primals, and which gradients the second one returns."""
         assert self.kept is not None
         compute = _joint(block, len(state), len(seen), differentiable_indices(state), self.kept)
         found: list[Any] = []
@@ -123,7 +122,8 @@ class Compiled:
                 return (*outputs, *grads.values())
 
             vectors = _fill(primals[: len(state)], {})
-            first, second = cut(flat, (*primals, *vectors), len(primals), len(state))
+            operands = (*primals, *vectors)
+            first, second = forward_and_backward(flat, operands, len(primals), len(state))
             found[:] = first, second, indices
             return found
 
@@ -158,10 +158,6 @@ class Compiled:
             compute, key, self.variables, operands
         )
         return result
-
-
-def differentiable_indices(tensors: Leaves) -> tuple[int, ...]:
-    return tuple(i for i, tensor in enumerate(tensors) if tracking.is_differentiable(tensor))
 
 
 def _fill(state: Leaves, vectors: dict[int, Tensor], lead: Sequence[int] = ()) -> Leaves:

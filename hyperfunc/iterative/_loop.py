@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,118 +13,15 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.flat import differentiable_indices, split
 from hyperfunc._engine.operations import Operation, Recorded
-from hyperfunc._rule.conditions import Arguments
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves
-from hyperfunc.inner_solvers._solvers import FlatSteps
-from hyperfunc.iterative._compiled import Compiled, differentiable_indices
+from hyperfunc.iterative._compiled import Compiled
 from hyperfunc.iterative._products import STEP, pull, push
-from hyperfunc.iterative._segment import Circumstances, Segment, lanes, split
-
-_BLOCK = 16
-
-
-class Schedule(NamedTuple):
-    """Which iterates are kept: every ``stride``-th one, or ``slots`` of them at a time."""
-
-    stride: int | None = None
-    slots: int | None = None
-
-    def gap(self, length: int, held: int, *, first: bool) -> int:
-        """How far from the last of ``held`` iterates the next is kept, ``length`` for never.
-
-        ``length`` is the number of steps from that iterate to those already gone back over.
-        """
-        if self.slots is None:
-            return int(self.stride or 1) if first else 1
-        return _best_split(length, self.slots - held + 1)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Steps:
-    """The steps of one call as functions of flat operands.
-
-    The operands are those that every step sees (the tensors of hparams and args, then, for a
-    truncated derivative, the state it enters with, then the lane marker), followed by a series: the
-    inputs, of which each step sees one row.
-    """
-
-    flat: FlatSteps
-    arguments: Arguments
-    inputs_spec: trees.TreeSpec
-    num_steps: int
-    num_theta: int
-    num_entry: int
-    num_fixed: int
-
-    @property
-    def num_operands(self) -> int:
-        return self.num_fixed + self.inputs_spec.num_leaves
-
-    def start(self, fixed: Leaves) -> Leaves:
-        """The state before the first step that is differentiated."""
-        theta, rest = split(fixed, self.num_theta)
-        if self.num_entry:
-            return rest[: self.num_entry]
-        hparams, *args = self.arguments.unflatten(theta)
-        return self.flat.start(hparams, tuple(args))
-
-    def advance(self, active: Tensor | None, state: Leaves, fixed: Leaves, row: Leaves) -> Leaves:
-        """One step; see `bind`."""
-        return self.bind(fixed)(active, state, row)
-
-    def bind(self, fixed: Leaves) -> Callable[[Tensor | None, Leaves, Leaves], Leaves]:
-        """The function that takes a step, of the active tasks, with a row of the inputs."""
-        hparams, *args = self.arguments.unflatten(fixed[: self.num_theta])
-        advance = self.flat.bind(hparams, tuple(args))
-
-        def with_row(active: Tensor | None, state: Leaves, row: Leaves) -> Leaves:
-            extra = (trees.unflatten(self.inputs_spec, row),) if row else ()
-            return advance(active, state, extra)
-
-        return with_row
-
-    def advance_block(
-        self, size: int, _: Tensor | None, state: Leaves, fixed: Leaves, rows: Leaves
-    ) -> Leaves:
-        """Some steps, with that many rows of the inputs."""
-        advance = self.bind(fixed)
-        for row in self._rows(rows, size):
-            state = advance(None, state, row)
-        return state
-
-    def run(self, operands: Leaves) -> Leaves:
-        """The state after all steps."""
-        fixed, series = split(operands, self.num_fixed)
-        start = self.start(fixed)
-        return self.flat.run(self.bind(fixed), start, self._rows(series, self.num_steps))
-
-    def chain(self, *operands: Tensor) -> Leaves:
-        """The result by steps that are segments of their own, differentiable to every order."""
-        fixed, series = split(operands, self.num_fixed)
-
-        def advance(active: Tensor | None, state: Leaves, row: Leaves) -> Leaves:
-            flags = () if active is None else (active,)
-            sizes = len(flags), len(state), len(fixed), len(row)
-
-            def flat(*tensors: Tensor) -> Leaves:
-                flag, state, fixed, row, _ = split(tensors, *sizes)
-                return self.advance(flag[0] if flag else None, state, fixed, row)
-
-            tensors = (*flags, *state, *fixed, *row, *lanes())
-            circumstances = Circumstances.capture((*tensors, *self.arguments.leaves))
-            segment = Segment(flat, circumstances, len(tensors), STEP, first=True)
-            outputs: Leaves = Recorded.apply(segment, *tensors)
-            return outputs
-
-        state = self.flat.run(advance, self.start(fixed), self._rows(series, self.num_steps))
-        return state[: self.flat.num_params]
-
-    def _rows(self, series: Leaves, num_steps: int) -> Iterable[Leaves]:
-        if not series:
-            return [()] * num_steps
-        return zip(*(leaf.unbind(0) for leaf in series), strict=True)
+from hyperfunc.iterative._segment import RngAutocastState, Segment
+from hyperfunc.iterative._steps import Steps
+from hyperfunc.iterative._storage import Mark, Schedule, Trace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,7 +37,7 @@ class Loop:
     steps: Steps
     schedule: Schedule
     chunk: int | None
-    circumstances: Circumstances
+    rng_autocast: RngAutocastState
     compiled: Compiled | None = None
     memo: list[Trace] = dataclasses.field(default_factory=list)
     levels: tuple[_Level, ...] = ()
@@ -188,7 +84,7 @@ class Loop:
 
     def trace(self, operands: Leaves, *, keep: bool, first: bool = False) -> tuple[Leaves, Trace]:
         """Run the steps, keeping iterates by the schedule if they are needed."""
-        check = self.circumstances.no_strangers(STEP) if first else contextlib.nullcontext()
+        check = self.rng_autocast.refuse_foreign(STEP) if first else contextlib.nullcontext()
         with check:
             state = self._start(operands)
         trace = Trace(self.steps.num_steps, [], [])
@@ -206,7 +102,7 @@ class Loop:
             if step >= hold:
                 hold = self._mark(trace, step, state, trace.num_steps, first=True)
             elif keep and (self.steps.flat.can_stop or step == trace.num_steps - self._width):
-                last = Mark(step, state, self.circumstances.read(trace.marks[-1].streams))
+                last = Mark(step, state, self.rng_autocast.read(trace.marks[-1].streams))
             with check if step == 0 and self.compiled is None else contextlib.nullcontext():
                 outputs = advance(active, state, self._at(operands, step))
             state = outputs[: len(state)]
@@ -260,12 +156,12 @@ class Loop:
                 if (grad := grads.get(size + index)) is None:
                     continue
                 if index < num_fixed:
-                    totals[index] = totals[index] + grad if index in totals else grad
+                    _add(totals, index, grad)
                 else:
                     rows[index][step] = grad
             end = step
-        trace.blocks.clear()
-        self.circumstances.write(self.circumstances.states)
+        trace.buffers.clear()
+        self.rng_autocast.write(self.rng_autocast.states)
         starts = pull(
             lambda *tensors: self._start(tensors),
             operands,
@@ -274,7 +170,7 @@ class Loop:
             batched=batched,
         )
         for index, grad in starts.items():
-            totals[index] = totals[index] + grad if index in totals else grad
+            _add(totals, index, grad)
         for index, by_step in rows.items():
             if by_step:
                 totals[index] = self._stack(index, by_step, batched)
@@ -300,7 +196,7 @@ class Loop:
             return step, size, grads
         step, state, streams = trace.marks[-1]
         size = len(state)
-        self.circumstances.write(streams)
+        self.rng_autocast.write(streams)
         hold = step + self._gap(trace, step, end)
         while step < end - self._width:
             outputs = advance(trace.active(step), state, self._at(operands, step))
@@ -327,11 +223,11 @@ class Loop:
         self, operands: Leaves, tangents: dict[int, Tensor], *, batched: bool
     ) -> tuple[dict[int, Tensor], Leaves]:
         """Forward mode: the tangents of the outputs, carried along the steps, and the outputs."""
-        self.circumstances.write(self.circumstances.states)
+        self.rng_autocast.write(self.rng_autocast.states)
         trace = Trace(self.steps.num_steps, [], [])
         if self.steps.flat.can_stop:
             trace = self._known_trace(operands, keep=False)
-            self.circumstances.write(self.circumstances.states)
+            self.rng_autocast.write(self.rng_autocast.states)
         state, dots = push(
             lambda *tensors: self._start(tensors), operands, tangents, batched=batched
         )
@@ -452,7 +348,7 @@ class Loop:
             fn = _vmapped_advance(fn, level, self.steps.num_fixed)
 
         def block(*tensors: Tensor) -> Leaves:
-            with self.circumstances.no_strangers(STEP):
+            with self.rng_autocast.refuse_foreign(STEP):
                 return fn(None, *split(tensors, size, self.steps.num_fixed))
 
         return block, (self.levels, *self.steps.flat.structure)
@@ -490,8 +386,8 @@ class Loop:
         self, trace: Trace, step: int, state: Leaves, end: int, *, first: bool = False
     ) -> int:
         """Keep an iterate; returns the step at which the next one is to be kept."""
-        known = trace.marks[-1].streams if trace.marks else self.circumstances.states
-        trace.marks.append(Mark(step, trace.store(state), self.circumstances.read(known)))
+        known = trace.marks[-1].streams if trace.marks else self.rng_autocast.states
+        trace.marks.append(Mark(step, trace.store(state), self.rng_autocast.read(known)))
         return step + self._gap(trace, step, end, first=first)
 
     def _gap(self, trace: Trace, step: int, end: int, *, first: bool = False) -> int:
@@ -532,43 +428,6 @@ class Loop:
         return (products.sum(summed) if summed else products).movedim(1, -1)
 
 
-class Mark(NamedTuple):
-    """An iterate that is kept, and the states of the random number streams there."""
-
-    step: int
-    state: Leaves
-    streams: Leaves
-
-
-class Trace(NamedTuple):
-    """What a run of the steps leaves behind: the marks, and how long it (or each task) went on."""
-
-    num_steps: int
-    marks: list[Mark]
-    blocks: list[Leaves]
-    lengths: Tensor | None = None
-    shortest: int = sys.maxsize
-
-    def store(self, state: Leaves) -> Leaves:
-        """A copy of an iterate, in the place for the next mark.
-
-        Iterates that live long among many short-lived tensors would leave holes in the heap;
-        blocks of them do not.
-        """
-        block, row = divmod(len(self.marks), _BLOCK)
-        if block == len(self.blocks):
-            size = min(_BLOCK, self.num_steps)
-            self.blocks.append(tuple(_empty_rows(leaf, size) for leaf in state))
-        rows = tuple(buffer[row] for buffer in self.blocks[block])
-        for place, leaf in zip(rows, state, strict=True):
-            place.copy_(leaf)
-        return rows
-
-    def active(self, step: int) -> Tensor | None:
-        """Which tasks take a step; None for all of them."""
-        return None if self.lengths is None or step < self.shortest else self.lengths > step
-
-
 class _Level(NamedTuple):
     """A ``vmap`` around a loop: which operands it batches, its size and its randomness."""
 
@@ -592,7 +451,7 @@ class _Product:
 
     def run(self, operands: Leaves) -> Leaves:
         operands, vectors = split(operands, self.loop.steps.num_operands)
-        with self.loop.circumstances.restored():
+        with self.loop.rng_autocast.restored():
             if self.live is None:
                 tangents = dict(zip(self.wrt, vectors, strict=True))
                 results, like = self.loop.tangents(operands, tangents, batched=self.batched)
@@ -639,7 +498,7 @@ class _Product:
         return outputs, place
 
     def _segment(self) -> Segment:
-        return Segment(self._reference, self.loop.circumstances, self.loop.steps.num_operands)
+        return Segment(self._reference, self.loop.rng_autocast, self.loop.steps.num_operands)
 
     def _reference(self, *tensors: Tensor) -> Leaves:
         operands, vectors = split(tensors, self.loop.steps.num_operands)
@@ -657,25 +516,8 @@ class _Product:
         return tuple(torch.stack(column) for column in columns)
 
 
-def _empty_rows(leaf: Tensor, size: int) -> Tensor:
-    """Room for a number of tensors, each laid out in memory as this one."""
-    strides = torch.empty_like(leaf).stride()
-    return leaf.new_empty_strided((size, *leaf.shape), (leaf.numel(), *strides))
-
-
-def _best_split(length: int, slots: int) -> int:
-    """Where the next iterate is kept in the schedule with the fewest repeated steps (revolve).
-
-    With s slots and no step run more than r times, C(s + r, s) steps can be reversed.
-    """
-    if slots <= 1:
-        return length
-    repetitions = 1
-    while math.comb(slots + repetitions, slots) < length:
-        repetitions += 1
-    before = math.comb(slots + repetitions - 1, slots)
-    after = math.comb(slots + repetitions - 2, slots - 1)
-    return min(before, max(1, length - after))
+def _add(totals: dict[int, Tensor], index: int, grad: Tensor) -> None:
+    totals[index] = totals[index] + grad if index in totals else grad
 
 
 def _vmapped_start(fn: Callable[..., Leaves], level: _Level, num_fixed: int) -> Any:

@@ -14,14 +14,16 @@ import torch
 from hyperfunc._engine import trees
 from hyperfunc._engine.operations import Recorded
 from hyperfunc._rule.conditions import Arguments
-from hyperfunc._torch import sharding, tracking
+from hyperfunc._torch import batching, sharding, tracking
 from hyperfunc._torch.captured import refuse_captured_tensors
 from hyperfunc._types import InnerSolver, Leaves
 from hyperfunc.inner_solvers._solvers import FlatSteps, IterativeSolver, block_size
 from hyperfunc.iterative._compiled import Compiled
-from hyperfunc.iterative._loop import Loop, Schedule, Steps
+from hyperfunc.iterative._loop import Loop
 from hyperfunc.iterative._products import STEP
-from hyperfunc.iterative._segment import Circumstances, lanes
+from hyperfunc.iterative._segment import RngAutocastState
+from hyperfunc.iterative._steps import Steps
+from hyperfunc.iterative._storage import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,16 +215,16 @@ def _solve(
         with torch.no_grad():
             prefix = Steps(flat, arguments, inputs_spec, skipped, len(theta), 0, len(theta))
             entry = tracking.detach(prefix.run((*constants, *before)))
-    fixed = (*theta, *entry, *lanes())
+    fixed = (*theta, *entry, *batching.vmap_marker())
     steps = Steps(flat, arguments, inputs_spec, num_steps, len(theta), len(entry), len(fixed))
-    circumstances = Circumstances.capture((*theta, *inputs, *arguments.leaves))
+    rng_autocast = RngAutocastState.capture((*theta, *inputs, *arguments.leaves))
     operands = (*fixed, *inputs)
     compiled = _compiled(solver, steps)
     if compiled is not None and schedule is None:
         attached = (i for i, leaf in enumerate(operands) if tracking.is_attached(leaf))
         compiled = dataclasses.replace(compiled, kept=tuple(attached))
     kept = Schedule(stride=1) if schedule is None else schedule(num_steps)
-    loop = Loop(steps, kept, chunk, circumstances, compiled)
+    loop = Loop(steps, kept, chunk, rng_autocast, compiled)
     return flat.params(Recorded.apply(loop, *operands))
 
 

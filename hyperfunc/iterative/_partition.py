@@ -1,4 +1,4 @@
-"""A traced function and its transposed product, cut in two: what runs first, and what remains."""
+"""A traced function and its transposed product as two functions, one after the other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _VIEWS = {
 }
 
 
-def cut(
+def forward_and_backward(
     fn: Callable[..., Leaves], operands: Leaves, num_primals: int, num_outputs: int
 ) -> tuple[Callable[..., Leaves], Callable[..., Leaves]]:
     """Two functions that are ``fn(*operands) = (*outputs, *products)`` one after the other.

@@ -7,23 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import (
-    VmapInterpreter,
-    coerce_cinterpreter,
-    temporarily_clear_interpreter_stack,
-)
 from torch.overrides import TorchFunctionMode
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.operations import Recomputed, Recorded
 from hyperfunc._engine.wrapped_functions import WrappedFunction
-from hyperfunc._torch import tracking
+from hyperfunc._torch import batching, tracking
 from hyperfunc._torch.captured import captured_message, refuse_captured_tensors
 from hyperfunc._types import Leaves
 
@@ -80,30 +74,28 @@ class _Checkpointed(WrappedFunction):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         fn = self._fn
-        leaves, spec = trees.flatten((args, kwargs))
-        tensors, constants = _separate(leaves)
+        tensors, frame = trees.partition((args, kwargs))
         if not tensors or not tracking.is_tracked(tensors):
             return fn(*args, **kwargs)
         name = f"the checkpointed function {getattr(fn, '__name__', repr(fn))}"
         refuse_captured_tensors((fn, name))
-        result: list[Any] = []
+        result: list[trees.Frame] = []
 
         def flat(*operands: Tensor) -> Leaves:
-            inner_args, inner_kwargs = trees.unflatten(spec, _merge(constants, operands))
-            outputs, outputs_spec = trees.flatten(fn(*inner_args, **inner_kwargs))
-            output_tensors, output_constants = _separate(outputs)
-            result[:] = outputs_spec, output_constants
-            return output_tensors
+            inner_args, inner_kwargs = frame.fill(operands)
+            outputs, output_frame = trees.partition(fn(*inner_args, **inner_kwargs))
+            result[:] = [output_frame]
+            return outputs
 
-        operands = (*tensors, *lanes())
-        segment = Segment(flat, Circumstances.capture(leaves), len(operands), name, first=True)
+        operands = (*tensors, *batching.vmap_marker())
+        rng_autocast = RngAutocastState.capture((*tensors, *frame.constants))
+        segment = Segment(flat, rng_autocast, len(operands), name, first=True)
         outputs = Recorded.apply(segment, *operands)
-        outputs_spec, output_constants = result
-        return trees.unflatten(outputs_spec, _merge(output_constants, outputs))
+        return result[0].fill(outputs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Circumstances:
+class RngAutocastState:
     """What besides its operands a segment depends on: random number streams and autocast."""
 
     generators: tuple[torch.Generator, ...]
@@ -112,8 +104,8 @@ class Circumstances:
     transformed: bool
 
     @staticmethod
-    def capture(leaves: Sequence[Any]) -> Circumstances:
-        """Those at present, for a function of these arguments."""
+    def capture(leaves: Sequence[Any]) -> RngAutocastState:
+        """The present one, for a function of these arguments."""
         devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
         generators = [torch.default_generator]
         for device in devices:
@@ -129,7 +121,7 @@ class Circumstances:
             for kind in sorted(types)
         )
         states = tuple(generator.get_state() for generator in generators)
-        return Circumstances(tuple(generators), states, autocast, tracking.transforms_active())
+        return RngAutocastState(tuple(generators), states, autocast, tracking.transforms_active())
 
     def read(self, known: Leaves) -> Leaves:
         """The present states of the streams; those that are known already are not kept twice."""
@@ -143,13 +135,13 @@ class Circumstances:
         for generator, state in zip(self.generators, states, strict=True):
             generator.set_state(state)
 
-    def no_strangers(self, name: str | None) -> contextlib.AbstractContextManager[Any]:
+    def refuse_foreign(self, name: str | None) -> contextlib.AbstractContextManager[Any]:
         """A context that refuses tensors of enclosing transforms, if there are transforms."""
-        return _NoStrangers(name) if self.transformed else contextlib.nullcontext()
+        return _RefuseForeignTensors(name) if self.transformed else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """These circumstances, for as long as the context lasts."""
+        """This state, for as long as the context lasts."""
         present = self.read(self.states)
         with contextlib.ExitStack() as stack:
             for kind, enabled, dtype in self.autocast:
@@ -174,20 +166,20 @@ class Segment(Recomputed):
     """
 
     fn: Callable[..., Leaves]
-    circumstances: Circumstances
+    rng_autocast: RngAutocastState
     num_points: int
     name: str | None = None
     first: bool = False
 
     def run(self, operands: Leaves) -> Leaves:
         if self.first:
-            with self.circumstances.no_strangers(self.name):
+            with self.rng_autocast.refuse_foreign(self.name):
                 return self.fn(*operands)
-        with self.circumstances.restored():
+        with self.rng_autocast.restored():
             return self.fn(*operands)
 
     def derivative(self, fn: Callable[..., Leaves], wrt: tuple[int, ...]) -> Segment:
-        return Segment(fn, self.circumstances, self.num_points)
+        return Segment(fn, self.rng_autocast, self.num_points)
 
     def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
         # A vmap over directions at one point is not one that the random numbers were drawn in.
@@ -197,35 +189,7 @@ class Segment(Recomputed):
         return Recorded.apply(dataclasses.replace(self, fn=fn), *operands), 0
 
 
-def lanes() -> Leaves:
-    """An operand that is batched in every vmap level with different randomness.
-
-    It makes those levels run a step for each task even if no other operand tells tasks apart.
-    """
-    levels = []
-    for entry in _functorch.get_interpreter_stack() or ():
-        interpreter = coerce_cinterpreter(entry)
-        if isinstance(interpreter, VmapInterpreter) and interpreter.randomness() == "different":
-            levels.append((interpreter.level(), interpreter.batch_size()))
-    if not levels:
-        return ()
-    with temporarily_clear_interpreter_stack():
-        lane = torch.zeros([size for _, size in levels])
-    for level, _ in levels:
-        lane = _functorch._add_batch_dim(lane, 0, level)
-    return (lane,)
-
-
-def split(tensors: Sequence[Any], *sizes: int) -> tuple[tuple[Any, ...], ...]:
-    """Pieces of the given sizes, and what remains."""
-    pieces, begin = [], 0
-    for size in sizes:
-        pieces.append(tuple(tensors[begin : begin + size]))
-        begin += size
-    return (*pieces, tuple(tensors[begin:]))
-
-
-class _NoStrangers(TorchFunctionMode):
+class _RefuseForeignTensors(TorchFunctionMode):
     """Refuses tensors of transforms that are not active where the code in the context runs."""
 
     def __init__(self, name: str | None) -> None:
@@ -237,29 +201,6 @@ class _NoStrangers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         for leaf in trees.flatten((args, kwargs))[0]:
-            if isinstance(leaf, Tensor) and _is_stranger(leaf):
+            if isinstance(leaf, Tensor) and tracking.is_foreign(leaf):
                 raise ValueError(captured_message(self._name))
         return func(*args, **kwargs)
-
-
-def _is_stranger(tensor: Tensor) -> bool:
-    level = _functorch.maybe_get_level(tensor)
-    if level is None or level < 0:
-        return False
-    stack = _functorch.get_interpreter_stack() or ()
-    if level > len(stack):
-        return True
-    is_vmap = stack[level - 1].key() == _functorch.TransformType.Vmap
-    return bool(_functorch.is_batchedtensor(tensor) != is_vmap)
-
-
-def _separate(leaves: Sequence[Any]) -> tuple[Leaves, list[Any]]:
-    """The tensors among some leaves, and the leaves with None in their places."""
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-    return tensors, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-
-def _merge(constants: Sequence[Any], tensors: Iterable[Tensor]) -> list[Any]:
-    """The inverse of `_separate`; no leaf of a tree is None."""
-    remaining = iter(tensors)
-    return [next(remaining) if leaf is None else leaf for leaf in constants]

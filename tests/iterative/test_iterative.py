@@ -18,7 +18,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import hyperfunc as hf
 from hyperfunc.inner_solvers import gradient_descent_map, iterate, minimize
-from hyperfunc.iterative import ForwardMode, Reverse, ReverseUnroll, _loop, checkpoint
+from hyperfunc.iterative import ForwardMode, Reverse, ReverseUnroll, _storage, checkpoint
 
 METHODS = [
     Reverse(),
@@ -281,14 +281,14 @@ def count_steps(method: Any, num_steps: int) -> tuple[int, int, int]:
     result = method.solution_map(iterate(step, num_steps, init=lambda h: torch.ones(())))(h)
     forward = calls[0]
     most = [len(result.grad_fn.operation.memo[0].marks)]
-    store = _loop.Trace.store
+    store = _storage.Trace.store
 
     def counted(self: Any, state: Any) -> Any:
         most[0] = max(most[0], len(self.marks) + 1)
         return store(self, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_loop.Trace, "store", counted)
+        patch.setattr(_storage.Trace, "store", counted)
         result.backward()
     assert h.grad is not None
     torch.testing.assert_close(h.grad, torch.tensor(num_steps * 0.5 ** (num_steps - 1)))

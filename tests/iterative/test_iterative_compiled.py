@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 
 import hyperfunc as hf
 from hyperfunc._compile.compiler import Backend, Compiler
-from hyperfunc.iterative._partition import cut
+from hyperfunc.iterative._partition import forward_and_backward
 from tests.iterative.test_iterative import (
     OPERATIONS,
     by_iterate,
@@ -264,7 +264,7 @@ def test_a_cut_keeps_views_no_values_twice_and_nothing_unused() -> None:
         return value.cos(), (value.T @ v) * value.T.exp(), x.cos() * 1, v * 2
 
     tensors = tuple(torch.randn(3, 3) for _ in range(3))
-    first, second = cut(fn, tensors, 2, 1)
+    first, second = forward_and_backward(fn, tensors, 2, 1)
     output, *kept = first(*tensors[:2])
     close((output, *second(*kept, *tensors)), fn(*tensors))
     assert len(kept) == 3  # value, its transposed exp, and what depends on no cotangent
