@@ -153,7 +153,7 @@ def dot(a: Leaves, b: Leaves) -> Tensor:
     """Euclidean inner product over all leaves, accumulated in `accumulation_dtype`."""
     layout = sharding.layout_of(a)
     if layout is not None:
-        return layout.sum(_held_dots(layout, ((a, b),)))[0]
+        return layout.sum(_local_dots(layout, ((a, b),)))[0]
     return _dot(a, b)
 
 
@@ -161,7 +161,7 @@ def dots(*pairs: tuple[Leaves, Leaves]) -> tuple[Tensor, ...]:
     """Inner products of several pairs of vectors, with one reduction over ranks for all."""
     layout = sharding.layout_of(pairs[0][0])
     if layout is not None:
-        return layout.sum(_held_dots(layout, pairs)).unbind()
+        return layout.sum(_local_dots(layout, pairs)).unbind()
     return tuple(_dot(a, b) for a, b in pairs)
 
 
@@ -174,7 +174,7 @@ def start_dots(*pairs: tuple[Leaves, Leaves]) -> Callable[[], tuple[Tensor, ...]
     """`dots`, with the reduction over ranks under way until the returned function is called."""
     layout = sharding.layout_of(pairs[0][0])
     if layout is not None:
-        wait = layout.start_sum(_held_dots(layout, pairs))
+        wait = layout.start_sum(_local_dots(layout, pairs))
         return lambda: wait().unbind()
     values = dots(*pairs)
     return lambda: values
@@ -284,10 +284,10 @@ def ravel(x: Leaves, dtype: torch.dtype) -> Tensor:
                 f"StochasticAID, or hparams that every rank holds: "
                 f"hparams.redistribute(placements=[Replicate()])"
             )
-    return ravel_held(x, dtype)
+    return ravel_local(x, dtype)
 
 
-def ravel_held(x: Leaves, dtype: torch.dtype) -> Tensor:
+def ravel_local(x: Leaves, dtype: torch.dtype) -> Tensor:
     """The entries that this rank holds as one vector: all, but for DTensors."""
     layout = sharding.layout_of(x)
     parts = x if layout is None else layout.local(x)
@@ -295,7 +295,7 @@ def ravel_held(x: Leaves, dtype: torch.dtype) -> Tensor:
 
 
 def unravel(vector: Tensor, like: Leaves) -> Leaves:
-    """The inverse of `ravel`, and of `ravel_held`."""
+    """The inverse of `ravel`, and of `ravel_local`."""
     layout = sharding.layout_of(like)
     refs = like if layout is None else layout.local(like)
     parts = torch.split(vector, [ref.numel() for ref in refs])
@@ -325,17 +325,17 @@ def _dot(a: Leaves, b: Leaves) -> Tensor:
     return total
 
 
-def _held_dots(layout: sharding.Layout, pairs: Sequence[tuple[Leaves, Leaves]]) -> Tensor:
+def _local_dots(layout: sharding.Layout, pairs: Sequence[tuple[Leaves, Leaves]]) -> Tensor:
     """The inner products of what this rank holds of each vector, to be added up over the ranks."""
     counted = layout.counted()
 
-    def held(v: Leaves) -> Leaves:
+    def local(v: Leaves) -> Leaves:
         return tuple(part for part, count in zip(layout.local(v), counted, strict=True) if count)
 
     dtype = accumulation_dtype(pairs[0][0])
     if not any(counted):
         return torch.zeros(len(pairs), dtype=dtype, device=pairs[0][0][0].device)
-    return torch.stack([_dot(held(a), held(b)).to(dtype) for a, b in pairs])
+    return torch.stack([_dot(local(a), local(b)).to(dtype) for a, b in pairs])
 
 
 def _scalar_like(alpha: Tensor, leaf: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.results import RESULTS, SolveStats
-from hyperfunc._engine.trees import ravel_held, unravel
+from hyperfunc._engine.trees import ravel_local, unravel
 from hyperfunc._torch import batching, sharding, tracking
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
@@ -159,7 +159,7 @@ class _Vectors:
             self._counted = torch.cat(ones).to(like[0].device)
 
     def ravel(self, x: Leaves) -> Tensor:
-        return ravel_held(x, self._dtype)
+        return ravel_local(x, self._dtype)
 
     def products(self, rows: Tensor, w: Tensor) -> Tensor:
         """``rows @ w``."""

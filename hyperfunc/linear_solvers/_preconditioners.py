@@ -11,7 +11,7 @@ import torch
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.random_vectors import random_signs
-from hyperfunc._engine.trees import ravel, ravel_held, unravel
+from hyperfunc._engine.trees import ravel, ravel_local, unravel
 from hyperfunc._torch import tracking
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.linear_solvers._base import LinearOperator
@@ -78,8 +78,8 @@ class JacobiPreconditioner(AbstractPreconditioner):
         diagonal = square = torch.zeros((), dtype=dtype, device=b[0].device)
         for probe in range(self.num_probes):
             signs = random_signs(b, self.seed * self.num_probes + probe)
-            product = ravel_held(operator.mv(signs), dtype)
-            diagonal = diagonal + product * ravel_held(signs, dtype) / self.num_probes
+            product = ravel_local(operator.mv(signs), dtype)
+            diagonal = diagonal + product * ravel_local(signs, dtype) / self.num_probes
             square = square + product**2 / self.num_probes
         scale = torch.maximum(diagonal.abs(), (square / self.num_probes).sqrt())
         inverse = unravel(torch.where(scale > 0, 1 / scale, 1.0), b)
