@@ -1,5 +1,8 @@
 """Hypergradients in PyTorch, in the style of torch.func."""
 
+# Here: the public names. The rooms of the package and who may import whom are the table in
+# ``tests/test_architecture.py``.
+
 from hyperfunc import bilevel, distributed, fixed_point_solvers, optim, prox
 from hyperfunc._engine.results import RESULTS, HypergradError, Solution, SolveStats
 from hyperfunc._rule.error_bound import ErrorBound, HypergradBound

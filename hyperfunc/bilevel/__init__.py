@@ -21,10 +21,10 @@ depends on its arguments alone. `soba` and `saba` make one call of each oracle a
 
 Step sizes are numbers, or functions of the step (a 0-d int64 tensor, counted from 0) such as
 `power_decay`. Non-finite values are passed on, not looked for: the loops never wait for the device.
-
-May import what stands below the transforms. A new loop is a function in a module of its own that
-returns a `Loop`, from the terms of ``_base``.
 """
+
+# Here: one module a loop. May import what stands below the transforms. A new loop is a function in
+# a module of its own that returns a `Loop`, from the terms of ``_base``.
 
 from hyperfunc.bilevel._amigo import amigo
 from hyperfunc.bilevel._base import Loop, State, StepSize

@@ -4,6 +4,10 @@
 says which ingredient is off. `hyperfunc.diagnose` measures what the methods assume.
 """
 
+# Here: checks of a user's problem and of the answers to it. May import all but ``equilibrium``. A
+# new cause of a wrong hypergradient is a field of `Causes` and a test of it in ``_check``; a new
+# measurement is a field of `Diagnosis` and what it recommends in ``_diagnose``.
+
 from hyperfunc.diagnostics._check import check_hypergrad
 from hyperfunc.diagnostics._diagnose import Diagnosis, Recommendation, diagnose
 from hyperfunc.diagnostics._report import Causes, HypergradCheck

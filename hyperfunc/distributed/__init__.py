@@ -12,6 +12,10 @@ Started by ``torchrun``, each rank runs the same program. There are two ways to 
 run goes on after a failure, on another number of ranks if need be.
 """
 
+# Here: what is for several processes alone; that vectors may be sharded is seen to in ``_engine``
+# and ``_torch/sharding``. May import what stands below the transforms. What ranks tell each other
+# goes through ``_ranks``.
+
 from hyperfunc.distributed._state import load_state, save_state
 from hyperfunc.distributed._tasks import local_tasks, task_parallel
 

@@ -9,10 +9,11 @@ and returns the iterate :math:`z` that this was measured at. The norm is over al
 ``batch_dim`` each index of that dimension is a sample, with its own norm, stop and statistics, as
 each task is under ``torch.func.vmap``: a sample that has converged keeps its iterate, bit by bit,
 while the others go on. A sample that has not converged gets its iterate with the smallest residual.
-
-May import the rule and the linear solvers, and what these stand on. A new solver is a frozen
-dataclass in a module of its own, whose iteration maps a point to the next one.
 """
+
+# Here: one module a solver, and in ``_base`` the loop of all. May import the rule, the linear
+# solvers and what these stand on. A new solver is a frozen dataclass in a module of its own, whose
+# iteration maps a point to the next one.
 
 from hyperfunc.fixed_point_solvers._anderson import Anderson
 from hyperfunc.fixed_point_solvers._base import AbstractFixedPointSolver

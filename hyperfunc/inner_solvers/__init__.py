@@ -1,8 +1,8 @@
-"""Inner solvers built from a step or from an optimiser: ``(hparams, *args) -> params``.
+"""Inner solvers built from a step or from an optimiser: ``(hparams, *args) -> params``."""
 
-May import ``optim``, ``prox``, ``_compile`` and what these stand on. A new kind of step is a class
-with ``remember`` and ``bind`` in ``_steps``.
-"""
+# Here: steps, the loops over them, and losses with a proximal term. May import ``optim``, ``prox``,
+# ``_compile`` and what these stand on. A new kind of step is a class with ``remember`` and ``bind``
+# in ``_steps``.
 
 from hyperfunc.inner_solvers._maps import gradient_descent_map, proximal_gradient_map
 from hyperfunc.inner_solvers._proximal import proximal

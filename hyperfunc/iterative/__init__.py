@@ -5,6 +5,11 @@ order, in reverse and in forward mode, are those of the steps. What `Reverse` an
 not keep in memory they compute again, on the same inputs and with the same random numbers.
 """
 
+# Here: the methods, the loop that they share, and recomputation under every transform. May import
+# the rule, ``inner_solvers`` and what these stand on. A new method is a frozen dataclass with
+# ``solution_map`` in ``_methods``, and for a short name a row of the table in
+# ``transforms/_methods``.
+
 from hyperfunc.iterative._methods import ForwardMode, Reverse, ReverseUnroll
 from hyperfunc.iterative._segment import checkpoint
 

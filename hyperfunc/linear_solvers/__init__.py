@@ -6,6 +6,10 @@ leaves, works under ``torch.func.vmap`` (a task that has converged is frozen, wi
 returns the iterate together with `hyperfunc.SolveStats`.
 """
 
+# Here: one module a solver or family of solvers. May import ``optim``, ``_engine`` and what these
+# stand on. A new solver is a frozen dataclass with the one method of `AbstractLinearSolver`, in a
+# module of its own; for a short name, it gets a row of the table in ``transforms/_methods``.
+
 from hyperfunc.linear_solvers._anderson import AndersonFixedPoint
 from hyperfunc.linear_solvers._auto import Auto
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator

@@ -27,6 +27,10 @@ all their derivatives equal to zero at zero, which gives that value instead of N
 the dtype of the leaf; the state has the dtypes of the parameters.
 """
 
+# Here: the optimisers, and what makes them of rules for one leaf. May import ``_engine`` and what
+# it stands on. A new optimiser is a rule and a function that makes an `Optimizer` of it, in
+# ``_rules``.
+
 from hyperfunc.optim._base import Coefficient, Optimizer, State, check_optimizer
 from hyperfunc.optim._clip import clip_grad_norm, clip_grad_value
 from hyperfunc.optim._rules import adagrad, adam, adamw, heavy_ball, rmsprop, sgd

@@ -52,10 +52,11 @@ singular where a constraint is active with multiplier zero: the solution has a k
 
 References: Parikh and Boyd, Proximal algorithms, 2014; Bertrand et al., Implicit differentiation of
 Lasso-type models for hyperparameter optimization, 2020, arXiv 2002.08943.
-
-May import ``optim`` and what it stands on. A new operator is a rule for one leaf and a function
-that makes a `Prox` of it, beside those of its kind.
 """
+
+# Here: one module a kind of operator. May import ``optim``, for its coefficients, and what that
+# stands on. A new operator is a rule for one leaf and a function that makes a `Prox` of it, beside
+# those of its kind.
 
 from hyperfunc.prox._base import Prox
 from hyperfunc.prox._combinations import blocks, joint
