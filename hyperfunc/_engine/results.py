@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hyperfunc._torch import batching
@@ -103,6 +104,27 @@ class HypergradError(RuntimeError):
     """A solve failed: non-finite values, breakdown or divergence; the message says which."""
 
     __module__ = "hyperfunc"  # the name that users catch it by
+
+
+def code_where(mask: Tensor, code: RESULTS | Tensor, other: RESULTS | Tensor) -> Tensor:
+    """A code where the mask holds, else the other one; either may be a tensor of codes."""
+    chosen = [int(part) if isinstance(part, RESULTS) else part for part in (code, other)]
+    return torch.where(mask, *chosen)
+
+
+def find_failure(
+    result: Tensor, accepted: RESULTS = RESULTS.max_steps, what: str = "tasks"
+) -> tuple[RESULTS, str] | None:
+    """The first code beyond the accepted ones and which tasks have such; None if all are fine."""
+    failed = result > int(accepted)
+    if not batching.any_true(failed.sum()):
+        return None
+    code = next(
+        code
+        for code in RESULTS
+        if code > accepted and batching.count_true((result == int(code)).sum())
+    )
+    return code, of_tasks(failed, what)
 
 
 def of_tasks(failed: Tensor, what: str = "tasks") -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.flat import differentiable_indices, scatter, split
-from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, of_tasks
+from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, find_failure, of_tasks
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition
 from hyperfunc._rule.minibatches import SECOND_DERIVATIVE, MinibatchLinearization
 from hyperfunc._torch import autodiff, batching, tracking
@@ -367,16 +367,13 @@ def raise_unless_finite_gradient(grads: Leaves, spec: trees.TreeSpec) -> None:
 
 def raise_on_failure(stats: SolveStats, linear_solver: AbstractLinearSolver) -> None:
     """Raise if a solve failed, with the reason and the tasks it failed for."""
-    failed = stats.result > int(RESULTS.max_steps)
-    if not batching.any_true(failed):
-        return
-    code = next(
-        code for code in RESULTS if code.failed and batching.count_true(stats.result == int(code))
-    )
-    raise HypergradError(
-        f"the linear solve with {linear_solver!r} failed{of_tasks(failed)}: "
-        f"{code.message}. Pass throw=False to get the result codes instead"
-    )
+    failure = find_failure(stats.result)
+    if failure is not None:
+        code, tasks = failure
+        raise HypergradError(
+            f"the linear solve with {linear_solver!r} failed{tasks}: "
+            f"{code.message}. Pass throw=False to get the result codes instead"
+        )
 
 
 def _where_not_finite(leaves: Leaves, spec: trees.TreeSpec, name: str) -> tuple[str, str] | None:

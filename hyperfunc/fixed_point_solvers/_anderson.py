@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
 
+from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc.fixed_point_solvers._base import (
     AbstractFixedPointSolver,
     FlatMap,
     Iteration,
     Point,
     RowLayout,
-    check_solver_settings,
 )
 from hyperfunc.linear_solvers._anderson import append_row, mixing_coefficients
-from hyperfunc.linear_solvers._base import check_step_size
-from hyperfunc.linear_solvers._preconditioners import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +35,12 @@ class Anderson(AbstractFixedPointSolver):
     its memory and takes a plain step from its best iterate.
 
     Args:
-        maxiter: see `Picard`, as for all other arguments.
-        rtol: see `Picard`.
-        atol: see `Picard`.
         memory: differences to keep, two vectors each; >= 1.
         step_size: :math:`\eta > 0`, "mixing" or "beta" elsewhere.
         ridge: relative regularisation, >= 0; by default ``10 eps``, which only keeps the
             least-squares problem solvable. Larger values are for noisy maps.
-        batch_dim: see `Picard`; each sample has coefficients of its own.
-        throw: see `Picard`.
+
+    All other arguments are those of `Picard`; each sample has coefficients of its own.
 
     Example:
         >>> rotate = torch.tensor([[0.0, -0.9], [0.9, 0.0]])
@@ -71,11 +65,11 @@ class Anderson(AbstractFixedPointSolver):
     throw: bool = True
 
     def __post_init__(self) -> None:
-        check_solver_settings(self)
+        super().__post_init__()
         check_count(self, "memory", self.memory)
-        check_step_size(self, self.step_size)
-        if self.ridge is not None and not 0 <= self.ridge < math.inf:
-            raise ValueError(f"Anderson: ridge is {self.ridge!r}; expected a number >= 0, or None")
+        check_number(self, "step_size", self.step_size, above=True)
+        if self.ridge is not None:
+            check_number(self, "ridge", self.ridge)
 
     def _iteration(self, layout: RowLayout, apply: FlatMap) -> Iteration:
         return _AndersonIteration(apply, self)

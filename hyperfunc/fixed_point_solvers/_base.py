@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, of_tasks
+from hyperfunc._engine.checks import check_callable
+from hyperfunc._engine.results import (
+    RESULTS,
+    HypergradError,
+    SolveStats,
+    code_where,
+    find_failure,
+)
 from hyperfunc._torch import batching, sharding
 from hyperfunc._types import InnerSolver, Leaves, ParamsFunction, TensorTree
-from hyperfunc.linear_solvers._base import check_settings
+from hyperfunc.linear_solvers._base import check_stopping
 
 # A residual this many times the best one makes a method with a memory start anew from there.
 _GROWTH = 10.0
@@ -30,6 +37,17 @@ class AbstractFixedPointSolver(abc.ABC):
     atol: float
     batch_dim: int | None
     throw: bool
+
+    def __post_init__(self) -> None:
+        check_stopping(self)
+        batch_dim = self.batch_dim
+        if batch_dim is not None and (
+            isinstance(batch_dim, bool) or not isinstance(batch_dim, int)
+        ):
+            raise TypeError(
+                f"{type(self).__name__}: batch_dim is {batch_dim!r}; expected an integer, or None "
+                f"for one problem"
+            )
 
     def __call__(
         self, fixed_point: ParamsFunction, init: TensorTree, hparams: TensorTree, /, *args: Any
@@ -85,11 +103,8 @@ class AbstractFixedPointSolver(abc.ABC):
             >>> torch.func.grad(hf.implicit_diff(solve, method="gmres"))(torch.tensor(1.0))
             tensor(-0.2975)
         """
-        for name, value in (("fixed_point", fixed_point), ("init", init)):
-            if not callable(value):
-                raise TypeError(
-                    f"{name} is {value!r} of type {type(value).__name__}; expected a function"
-                )
+        check_callable(fixed_point, "fixed_point", "(params, hparams, *args) -> tree like params")
+        check_callable(init, "init", "(hparams, *args) -> params")
         return FixedPointInnerSolver(self, fixed_point, init)
 
     @abc.abstractmethod
@@ -129,18 +144,13 @@ def raise_unless_solved(
     The message says why, and for which of the samples of all batch and vmap dimensions.
     """
     accepted = RESULTS.success if finished else RESULTS.max_steps
-    failed = stats.result > int(accepted)
-    if not batching.any_true(failed.sum()):
-        return
-    code = next(
-        code
-        for code in RESULTS
-        if code > accepted and batching.count_true((stats.result == int(code)).sum())
-    )
-    raise HypergradError(
-        f"the fixed-point solve with {solver!r} failed{of_tasks(failed, 'samples')}: "
-        f"{_ADVICE[code]}. Pass throw=False to get the best iterates and the result codes instead"
-    )
+    failure = find_failure(stats.result, accepted, "samples")
+    if failure is not None:
+        code, samples = failure
+        raise HypergradError(
+            f"the fixed-point solve with {solver!r} failed{samples}: {_ADVICE[code]}. "
+            f"Pass throw=False to get the best iterates and the result codes instead"
+        )
 
 
 _ADVICE = {
@@ -313,13 +323,13 @@ def _solve(
         num_steps = num_steps + active
     if not adaptive:
         finite = torch.isfinite(point.norm) & torch.isfinite(z.detach()).all(dim=1)
-        result = torch.where(finite, int(RESULTS.success), int(RESULTS.nonfinite))
+        result = code_where(finite, RESULTS.success, RESULTS.nonfinite)
         return z, SolveStats(num_steps, point.norm, result)
     # rounding noise around a start that is the solution may grow
     grown = ~active | (point.norm > 1.001 * torch.maximum(first, eps * largest))
-    result = torch.where(grown, int(RESULTS.divergence), int(RESULTS.max_steps))
-    result = torch.where(torch.isfinite(point.norm), result, int(RESULTS.nonfinite))
-    result = torch.where(done, int(RESULTS.success), result)
+    result = code_where(grown, RESULTS.divergence, RESULTS.max_steps)
+    result = code_where(torch.isfinite(point.norm), result, RESULTS.nonfinite)
+    result = code_where(done, RESULTS.success, result)
     return best.z, SolveStats(num_steps, best.norm, result)
 
 
@@ -335,15 +345,3 @@ def _select(mask: Tensor, a: Point, b: Point) -> Point:
         torch.where(column, a.value, b.value),
         torch.where(mask, a.norm, b.norm),
     )
-
-
-def check_solver_settings(solver: AbstractFixedPointSolver) -> None:
-    name = type(solver).__name__
-    check_settings(solver, solver.maxiter, solver.rtol, solver.atol)
-    if solver.batch_dim is not None and not (
-        isinstance(solver.batch_dim, int) and not isinstance(solver.batch_dim, bool)
-    ):
-        raise ValueError(
-            f"{name}: batch_dim is {solver.batch_dim!r}; expected an integer, or None for one "
-            f"problem"
-        )

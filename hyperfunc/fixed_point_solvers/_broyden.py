@@ -7,17 +7,16 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from hyperfunc._engine.checks import check_count
 from hyperfunc.fixed_point_solvers._base import (
     AbstractFixedPointSolver,
     FlatMap,
     Iteration,
     Point,
     RowLayout,
-    check_solver_settings,
     row_norms,
 )
 from hyperfunc.linear_solvers._anderson import append_row
-from hyperfunc.linear_solvers._preconditioners import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +35,9 @@ class Broyden(AbstractFixedPointSolver):
     at rounding level is left out. Growth of the residual is dealt with as in `Anderson`.
 
     Args:
-        maxiter: see `Picard`, as for all other arguments.
-        rtol: see `Picard`.
-        atol: see `Picard`.
         memory: updates to keep, two vectors each; >= 1.
-        batch_dim: see `Picard`; each sample has an inverse Jacobian of its own.
-        throw: see `Picard`.
+
+    All other arguments are those of `Picard`; each sample has an inverse Jacobian of its own.
 
     Example:
         >>> f = lambda z, h: torch.tanh(h - 3 * z)  # not a contraction
@@ -62,7 +58,7 @@ class Broyden(AbstractFixedPointSolver):
     throw: bool = True
 
     def __post_init__(self) -> None:
-        check_solver_settings(self)
+        super().__post_init__()
         check_count(self, "memory", self.memory)
 
     def _iteration(self, layout: RowLayout, apply: FlatMap) -> Iteration:

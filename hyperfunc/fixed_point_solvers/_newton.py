@@ -18,7 +18,6 @@ from hyperfunc.fixed_point_solvers._base import (
     Iteration,
     Point,
     RowLayout,
-    check_solver_settings,
 )
 from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver, LinearOperator
 from hyperfunc.linear_solvers._wrappers import check_solver
@@ -38,15 +37,11 @@ class Newton(AbstractFixedPointSolver):
     ``Blockwise(GMRES(), blocks="batch")`` solves one for each.
 
     Args:
-        maxiter: see `Picard`, as for all other arguments.
-        rtol: see `Picard`.
-        atol: see `Picard`.
         linear_solver: any of the linear solvers, such as ``hf.NormalCG()``. A solve that stops
             early or fails is no failure of Newton's method unless its step is bad.
-        batch_dim: see `Picard`.
-        throw: see `Picard`.
 
-    Its steps cannot be differentiated: autograd or a transform that would record them is refused.
+    All other arguments are those of `Picard`. Its steps cannot be differentiated: autograd or a
+    transform that would record them is refused.
 
     Example:
         >>> f = lambda z, a: z + z**2 - a  # expands
@@ -63,7 +58,7 @@ class Newton(AbstractFixedPointSolver):
     throw: bool = True
 
     def __post_init__(self) -> None:
-        check_solver_settings(self)
+        super().__post_init__()
         check_solver(self, "linear_solver", self.linear_solver)
 
     def _iteration(self, layout: RowLayout, apply: FlatMap) -> Iteration:

@@ -7,15 +7,14 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from hyperfunc._engine.checks import check_number
 from hyperfunc.fixed_point_solvers._base import (
     AbstractFixedPointSolver,
     FlatMap,
     Iteration,
     Point,
     RowLayout,
-    check_solver_settings,
 )
-from hyperfunc.linear_solvers._base import check_step_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +54,8 @@ class Picard(AbstractFixedPointSolver):
     throw: bool = True
 
     def __post_init__(self) -> None:
-        check_solver_settings(self)
-        check_step_size(self, self.step_size)
+        super().__post_init__()
+        check_number(self, "step_size", self.step_size, above=True)
 
     def _iteration(self, layout: RowLayout, apply: FlatMap) -> Iteration:
         return _PicardIteration(apply, self.step_size)

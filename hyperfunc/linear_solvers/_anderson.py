@@ -8,22 +8,16 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.results import RESULTS, SolveStats
+from hyperfunc._engine.checks import check_count
+from hyperfunc._engine.results import SolveStats
 from hyperfunc._engine.trees import ravel, unravel
-from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers._base import (
-    AbstractLinearSolver,
-    Bounds,
-    LinearOperator,
-    check_settings,
-    check_step_size,
-)
-from hyperfunc.linear_solvers._preconditioners import check_count
+from hyperfunc.linear_solvers._base import Bounds, LinearOperator
+from hyperfunc.linear_solvers._stationary import RichardsonSolver, report_growth
 
 
 @dataclasses.dataclass(frozen=True)
-class AndersonFixedPoint(AbstractLinearSolver):
+class AndersonFixedPoint(RichardsonSolver):
     r"""`FixedPoint` with Anderson acceleration.
 
     With the update :math:`f_k = \eta (b - A x_k)` of the plain iteration and the differences
@@ -40,19 +34,15 @@ class AndersonFixedPoint(AbstractLinearSolver):
     anew.
 
     Args:
-        maxiter: largest number of steps, >= 0; exactly this many with ``rtol=0, atol=0``.
-        rtol: relative tolerance on the residual, >= 0; by default ``eps ** 0.75``.
-        atol: absolute tolerance, >= 0.
         step_size: :math:`\eta > 0`.
         memory: differences to keep, two vectors each; >= 1.
 
-    A residual that is larger at the end than at the start is reported as divergence.
+    All other arguments are those of `CG`. A residual that is larger at the end than at the start is
+    reported as divergence.
 
     Example:
         >>> J = torch.tensor([[0.5, 0.25], [0.0, -1.5]])  # not a contraction
-        >>> operator = hf.linear_solvers.LinearOperator(
-        ...     lambda v: (J @ v[0],), lambda v: (J.T @ v[0],), shift=1.0, scale=-1.0
-        ... )
+        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(torch.eye(2) - J)
         >>> (x,), stats = hf.AndersonFixedPoint().solve(operator, (torch.tensor([0.0, 5.0]),))
         >>> x
         tensor([1.0000, 2.0000])
@@ -61,15 +51,10 @@ class AndersonFixedPoint(AbstractLinearSolver):
         Walker and Ni, Anderson acceleration for fixed-point iterations, 2011.
     """
 
-    maxiter: int = 1000
-    rtol: float | None = None
-    atol: float = 0.0
-    step_size: float = 1.0
     memory: int = 5
 
     def __post_init__(self) -> None:
-        check_settings(self, self.maxiter, self.rtol, self.atol)
-        check_step_size(self, self.step_size)
+        super().__post_init__()
         check_count(self, "memory", self.memory)
 
     def solve(
@@ -79,15 +64,15 @@ class AndersonFixedPoint(AbstractLinearSolver):
         rhs = ravel(b, dtype)
         x = torch.zeros_like(rhs) if x0 is None else ravel(x0, dtype)
         r = rhs if x0 is None else ravel(operator.residual(x0, b), dtype)
-        bb, first = rhs @ rhs, r @ r
-        rs = first
+        bb, rs = rhs @ rhs, r @ r
+        first = rs
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         active = bounds.open(rs)
         x_steps = f_steps = rhs.new_empty(0, len(rhs))
         x_previous = f_previous = x
         for step in range(self.maxiter):
-            if bounds.adaptive and not batching.any_true(active):
+            if bounds.finished(active):
                 break
             if step > 0:
                 r = rhs - ravel(operator.mv(unravel(x, b)), dtype)
@@ -104,10 +89,7 @@ class AndersonFixedPoint(AbstractLinearSolver):
             num_steps = num_steps + active
             x = torch.where(active, new, x)
         stats = bounds.stats(num_steps, rs, active)
-        # rounding noise around a converged start is not growth
-        grown = rs > 1.001 * torch.maximum(first, bb * trees.epsilon(b))
-        result = torch.where(grown & torch.isfinite(rs), int(RESULTS.divergence), stats.result)
-        return unravel(x, b), stats._replace(result=result)
+        return unravel(x, b), report_growth(stats, rs, first, bb, b)
 
 
 def append_row(rows: Tensor, row: Tensor, size: int) -> Tensor:

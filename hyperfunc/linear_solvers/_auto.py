@@ -9,18 +9,14 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.results import SolveStats
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers._base import (
-    AbstractLinearSolver,
-    LinearOperator,
-    check_settings,
-)
+from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator, check_stopping
 from hyperfunc.linear_solvers._dense import Dense
 from hyperfunc.linear_solvers._gmres import GMRES
 from hyperfunc.linear_solvers._krylov import CG, NormalCG
-from hyperfunc.linear_solvers._preconditioners import check_count
 from hyperfunc.linear_solvers._spectrum import Estimate, Spectrum, measure
 from hyperfunc.linear_solvers._stationary import FixedPoint
 from hyperfunc.linear_solvers._wrappers import Fallback
@@ -63,8 +59,8 @@ class Auto(AbstractLinearSolver):
     Args:
         num_steps: dimension of the Krylov spaces, >= 1.
         maxiter: largest number of steps of each solver, >= 0.
-        rtol: relative tolerance on the residual, >= 0; by default ``eps ** 0.75``.
-        atol: absolute tolerance, >= 0.
+
+    All other arguments are those of `CG`.
 
     Example:
         >>> A = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])  # not symmetric, so that CG would fail
@@ -83,7 +79,7 @@ class Auto(AbstractLinearSolver):
 
     def __post_init__(self) -> None:
         check_count(self, "num_steps", self.num_steps)
-        check_settings(self, self.maxiter, self.rtol, self.atol)
+        check_stopping(self)
 
     def solve(
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None

@@ -7,13 +7,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.results import RESULTS, SolveStats
+from hyperfunc._engine.checks import check_count, check_number
+from hyperfunc._engine.results import RESULTS, SolveStats, code_where
+from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 
 
@@ -112,6 +114,26 @@ class AbstractLinearSolver(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
+class IterativeLinearSolver(AbstractLinearSolver):
+    """What stops at a tolerance or after ``maxiter`` steps; `CG` says how these are to be read."""
+
+    maxiter: int = 1000
+    rtol: float | None = None
+    atol: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_stopping(self)
+
+
+def check_stopping(solver: Any) -> None:
+    """Raise unless ``maxiter``, ``rtol`` and ``atol`` of a solver are what they should be."""
+    check_count(solver, "maxiter", solver.maxiter, 0)
+    if solver.rtol is not None:
+        check_number(solver, "rtol", solver.rtol)
+    check_number(solver, "atol", solver.atol)
+
+
+@dataclasses.dataclass(frozen=True)
 class Bounds:
     """The squared residual norms at which an iteration stops, and the verdict when it has.
 
@@ -155,6 +177,10 @@ class Bounds:
         """Whether the iteration may go on: neither converged, nor diverged, nor NaN."""
         return (rs > self.converged) & (rs < self.diverged)
 
+    def finished(self, active: Any) -> bool:
+        """Whether the iteration may stop as no task goes on; one of a fixed number never asks."""
+        return self.adaptive and not batching.any_true(active)
+
     def stats(self, num_steps: Any, rs: Any, active: Any) -> SolveStats:
         """Statistics at the end, where ``active`` tells an iteration that could have gone on.
 
@@ -166,10 +192,10 @@ class Bounds:
             active = torch.tensor(active, device=device)
             rs = self.converged.new_tensor(rs)
         unfinished = RESULTS.max_steps if self.adaptive else RESULTS.success
-        result = torch.where(active, int(unfinished), int(RESULTS.breakdown))
-        result = torch.where(rs >= self.diverged, int(RESULTS.divergence), result)
-        result = torch.where(rs <= self.converged, int(RESULTS.success), result)
-        result = torch.where(torch.isfinite(rs), result, int(RESULTS.nonfinite))
+        result = code_where(active, unfinished, RESULTS.breakdown)
+        result = code_where(rs >= self.diverged, RESULTS.divergence, result)
+        result = code_where(rs <= self.converged, RESULTS.success, result)
+        result = code_where(torch.isfinite(rs), result, RESULTS.nonfinite)
         return SolveStats(num_steps.expand_as(result).clone(), rs.sqrt(), result)
 
 
@@ -192,27 +218,6 @@ def where(mask: Any, a: Any, b: Any) -> Any:
     if isinstance(mask, Tensor):
         return torch.where(mask, a, b)
     return a if mask else b
-
-
-def check_settings(solver: object, maxiter: object, rtol: object, atol: object) -> None:
-    name = type(solver).__name__
-    if isinstance(maxiter, bool) or not isinstance(maxiter, int) or maxiter < 0:
-        raise ValueError(f"{name}: maxiter is {maxiter!r}; expected an integer >= 0")
-    for field, value in (("rtol", rtol), ("atol", atol)):
-        if field == "rtol" and value is None:
-            continue
-        if not _is_number(value) or not 0 <= value < math.inf:
-            raise ValueError(f"{name}: {field} is {value!r}; expected a number >= 0")
-
-
-def check_step_size(solver: object, step_size: object) -> None:
-    if not _is_number(step_size) or not 0 < step_size < math.inf:
-        name = type(solver).__name__
-        raise ValueError(f"{name}: step_size is {step_size!r}; expected a number > 0")
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _combine(

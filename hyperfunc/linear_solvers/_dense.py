@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.results import RESULTS, SolveStats
+from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
@@ -22,11 +22,8 @@ class Dense(AbstractLinearSolver):
     are checked against. A matrix that is singular to working precision is reported as breakdown.
 
     Example:
-        >>> import torch
         >>> A = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
-        >>> operator = hf.linear_solvers.LinearOperator(
-        ...     lambda v: (A @ v[0],), lambda v: (A.T @ v[0],)
-        ... )
+        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(A)
         >>> hf.Dense().solve(operator, (torch.tensor([4.0, 3.0]),))[0]
         (tensor([-3.,  2.]),)
     """
@@ -48,7 +45,7 @@ class Dense(AbstractLinearSolver):
             conditioning * torch.finfo(dtype).eps > torch.linalg.vector_norm(rhs)
         )
         finite = torch.isfinite(matrix).all() & torch.isfinite(rhs).all()
-        result = torch.where(singular, int(RESULTS.breakdown), int(RESULTS.success))
-        result = torch.where(finite, result, int(RESULTS.nonfinite))
+        result = code_where(singular, RESULTS.breakdown, RESULTS.success)
+        result = code_where(finite, result, RESULTS.nonfinite)
         num_steps = torch.full_like(result, identity.shape[0])
         return unravel(x, b), SolveStats(num_steps, residual_norm, result)

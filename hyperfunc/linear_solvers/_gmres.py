@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.results import RESULTS, SolveStats
+from hyperfunc._engine.checks import check_count
+from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._engine.trees import ravel_local, unravel
 from hyperfunc._torch import batching, sharding, tracking
 from hyperfunc._types import Leaves
@@ -17,14 +18,14 @@ from hyperfunc.linear_solvers._base import (
     AbstractLinearSolver,
     Bounds,
     LinearOperator,
-    check_settings,
+    check_stopping,
     first_iterate,
 )
 from hyperfunc.linear_solvers._preconditioners import (
     Preconditioner,
-    check_count,
     check_preconditioner,
     prepare,
+    resolve_count,
 )
 
 
@@ -45,14 +46,13 @@ class GMRES(AbstractLinearSolver):
     rounding ``eps (||A|| ||x|| + ||b||)``, with what the products tell of ``||A||``, if larger.
 
     Args:
-        maxiter: largest number of steps, over all cycles, >= 0. With ``rtol=0, atol=0`` exactly
-            this many, without any host synchronisation.
+        maxiter: largest number of steps, over all cycles, >= 0.
         restart: steps a cycle, from 1 to the number of inner parameters; by default 20, or that
             number if it is smaller.
-        rtol: relative tolerance on the residual, >= 0; by default ``eps ** 0.75``.
-        atol: absolute tolerance, >= 0.
         preconditioner: an approximation of the inverse, applied from the right, so that the
-            residual is that of the system itself; see `CG`.
+            residual is that of the system itself.
+
+    All other arguments are those of `CG`.
 
     Example:
         >>> A = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
@@ -75,7 +75,7 @@ class GMRES(AbstractLinearSolver):
     preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self, self.maxiter, self.rtol, self.atol)
+        check_stopping(self)
         if self.restart is not None:
             check_count(self, "restart", self.restart)
         check_preconditioner(self, self.preconditioner)
@@ -83,10 +83,10 @@ class GMRES(AbstractLinearSolver):
     def solve(
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, SolveStats]:
-        restart = self._resolve_restart(b)
+        restart = resolve_count(self, "restart", self.restart, 20, b)
         preconditioner = prepare(self.preconditioner, operator, b)
         precondition = preconditioner or (lambda v: v)
-        eps, vectors = trees.epsilon(b), _Vectors(b)
+        eps, vectors = trees.epsilon(b), _FlatVectors(b)
         x, r = first_iterate(operator, b, x0)
         rs = before = trees.dot(r, r)
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
@@ -97,7 +97,7 @@ class GMRES(AbstractLinearSolver):
         size = min(restart, self.maxiter) + 1
         cycle = _Cycle(vectors, r, rs, active, size)
         for step in range(self.maxiter):
-            if bounds.adaptive and not batching.any_true(active):
+            if bounds.finished(active):
                 break
             if step and step % restart == 0:
                 x = trees.add(x, precondition(unravel(cycle.combination(), b)))
@@ -108,7 +108,7 @@ class GMRES(AbstractLinearSolver):
                     stalled = active & (rs >= (1 - eps**0.5) * before)
                     # rounding errors undo what the cycle gained: there is no more to be had
                     exhausted = (predicted < rs / 4) & (rs <= eps**0.5 * trees.dot(b, b))
-                    code = torch.where(exhausted, int(RESULTS.success), int(RESULTS.stagnation))
+                    code = code_where(exhausted, RESULTS.success, RESULTS.stagnation)
                     verdict = torch.where(stalled, code, verdict)
                     active = active & ~stalled
                 before = rs
@@ -130,20 +130,8 @@ class GMRES(AbstractLinearSolver):
             result=torch.where(verdict >= 0, verdict, stats.result),
         )
 
-    def _resolve_restart(self, b: Leaves) -> int:
-        dimension = sum(leaf.numel() for leaf in b)
-        if self.restart is None:
-            return min(20, dimension)
-        if self.restart > dimension:
-            raise ValueError(
-                f"GMRES: restart is {self.restart}, but params have {dimension} entries in all; "
-                f"expected restart <= {dimension}, after which GMRES is exact. "
-                f"Leave it out for the default"
-            )
-        return self.restart
 
-
-class _Vectors:
+class _FlatVectors:
     """Flat vectors in the layout of some leaves, and their inner products.
 
     Of DTensors a rank has the entries that it holds, and products are added up over the ranks.
@@ -193,7 +181,9 @@ class _Cycle:
     keep its later coefficients at zero.
     """
 
-    def __init__(self, vectors: _Vectors, r: Leaves, rs: Tensor, active: Tensor, size: int) -> None:
+    def __init__(
+        self, vectors: _FlatVectors, r: Leaves, rs: Tensor, active: Tensor, size: int
+    ) -> None:
         self._vectors = vectors
         self.start = self.residual_norm = rs.sqrt()
         self.basis = torch.where(active, vectors.ravel(r) / self.start, 0.0)[None]

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.random_vectors import random_uniform
-from hyperfunc._engine.results import RESULTS, SolveStats
+from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
-    AbstractLinearSolver,
     Bounds,
+    IterativeLinearSolver,
     LinearOperator,
-    check_settings,
     first_iterate,
     ratio,
     where,
@@ -31,7 +30,7 @@ from hyperfunc.linear_solvers._preconditioners import (
 
 
 @dataclasses.dataclass(frozen=True)
-class CG(AbstractLinearSolver):
+class CG(IterativeLinearSolver):
     """Conjugate gradients, for a symmetric positive definite operator.
 
     Minimises ``||x - x*||_A`` over the Krylov space, one product a step. Stops when
@@ -55,11 +54,8 @@ class CG(AbstractLinearSolver):
             random ``u, v`` first; an operator that fails it is reported as breakdown.
 
     Example:
-        >>> import torch
         >>> A = torch.tensor([[3.0, 1.0], [1.0, 2.0]])
-        >>> operator = hf.linear_solvers.LinearOperator(
-        ...     lambda v: (A @ v[0],), lambda v: (A.T @ v[0],)
-        ... )
+        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(A)
         >>> (x,), stats = hf.CG(maxiter=10).solve(operator, (torch.tensor([5.0, 5.0]),))
         >>> x
         tensor([1., 2.])
@@ -71,14 +67,11 @@ class CG(AbstractLinearSolver):
         as adjoint solver: Pedregosa, arXiv 1602.02355, and Grazzi et al., arXiv 2006.16218.
     """
 
-    maxiter: int = 1000
-    rtol: float | None = None
-    atol: float = 0.0
     preconditioner: Preconditioner | None = None
     check_symmetry: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(self, self.maxiter, self.rtol, self.atol)
+        super().__post_init__()
         check_preconditioner(self, self.preconditioner)
 
     def solve(
@@ -98,7 +91,7 @@ class CG(AbstractLinearSolver):
         dots: Any = trees.dots
         own = False  # the first residual and direction are those of the caller
         for step in range(self.maxiter):
-            if bounds.adaptive and not batching.any_true(active):
+            if bounds.finished(active):
                 break
             Ap = operator.mv(p)
             if step == 0 and trees.can_read(x, r, p, Ap):
@@ -129,7 +122,7 @@ class CG(AbstractLinearSolver):
 
 
 @dataclasses.dataclass(frozen=True)
-class NormalCG(AbstractLinearSolver):
+class NormalCG(IterativeLinearSolver):
     """Conjugate gradients on the normal equations, for any invertible operator.
 
     Solves ``A^T A x = A^T b`` in the form that keeps the residual ``b - A x`` (CGLS), two products
@@ -137,11 +130,8 @@ class NormalCG(AbstractLinearSolver):
     ``CG_normaleq``. The arguments are those of `CG`.
 
     Example:
-        >>> import torch
         >>> A = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
-        >>> operator = hf.linear_solvers.LinearOperator(
-        ...     lambda v: (A @ v[0],), lambda v: (A.T @ v[0],)
-        ... )
+        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(A)
         >>> (x,), stats = hf.NormalCG(maxiter=10).solve(operator, (torch.tensor([4.0, 3.0]),))
         >>> x
         tensor([-3.,  2.])
@@ -149,13 +139,6 @@ class NormalCG(AbstractLinearSolver):
     References:
         Bjorck, Numerical methods for least squares problems, SIAM 1996, algorithm 7.4.1.
     """
-
-    maxiter: int = 1000
-    rtol: float | None = None
-    atol: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_settings(self, self.maxiter, self.rtol, self.atol)
 
     def solve(
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
@@ -170,7 +153,7 @@ class NormalCG(AbstractLinearSolver):
         dots: Any = trees.dots
         own = False  # the first vectors are those of the caller
         for step in range(self.maxiter):
-            if bounds.adaptive and not batching.any_true(active):
+            if bounds.finished(active):
                 break
             if step == 0:
                 p = s = transposed.mv(r)
@@ -200,7 +183,7 @@ class NormalCG(AbstractLinearSolver):
 
 
 @dataclasses.dataclass(frozen=True)
-class BiCGStab(AbstractLinearSolver):
+class BiCGStab(IterativeLinearSolver):
     """Stabilised biconjugate gradients, for any invertible operator.
 
     Two products a step and a fixed number of vectors, where `GMRES` keeps all of them; no product
@@ -215,11 +198,10 @@ class BiCGStab(AbstractLinearSolver):
     ``Fallback(BiCGStab(), GMRES())`` then starts over with the other method.
 
     Args:
-        maxiter: largest number of steps, >= 0; exactly this many with ``rtol=0, atol=0``.
-        rtol: relative tolerance on the residual, >= 0; by default ``eps ** 0.75``.
-        atol: absolute tolerance, >= 0.
         preconditioner: an approximation of the inverse, applied from the right, so that the
-            residual is that of the system itself; see `CG`.
+            residual is that of the system itself.
+
+    All other arguments are those of `CG`.
 
     Example:
         >>> A = torch.tensor([[4.0, 2.0], [-1.0, 3.0]])
@@ -234,13 +216,10 @@ class BiCGStab(AbstractLinearSolver):
         van der Vorst, Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG, 1992.
     """
 
-    maxiter: int = 1000
-    rtol: float | None = None
-    atol: float = 0.0
     preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self, self.maxiter, self.rtol, self.atol)
+        super().__post_init__()
         check_preconditioner(self, self.preconditioner)
 
     def solve(
@@ -270,11 +249,11 @@ class BiCGStab(AbstractLinearSolver):
             # where beginning anew gains nothing more, that is as far as rounding errors allow
             exhausted = missed & (rs >= before / 4)
             accurate = rs <= eps**0.5 * trees.dot(b, b)
-            code = torch.where(accurate, int(RESULTS.success), int(RESULTS.stagnation))
+            code = code_where(accurate, RESULTS.success, RESULTS.stagnation)
             verdict = torch.where(exhausted, code, verdict)
             before = torch.where(ended, rs, before)
             active = active | (missed & ~exhausted)
-            if not batching.any_true(active):
+            if bounds.finished(active):
                 break
         stats = bounds.stats(num_steps, rs, active)
         return x, stats._replace(result=torch.where(verdict >= 0, verdict, stats.result))
@@ -302,7 +281,7 @@ class BiCGStab(AbstractLinearSolver):
         num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
         own = False  # the first vectors are those of the caller
         while maxiter > 0:
-            if bounds.adaptive and not batching.any_true(active):
+            if bounds.finished(active):
                 break
             maxiter -= 1
             active = active & (rho.abs() > eps * (first_rs * rs).sqrt())

@@ -7,13 +7,14 @@ import dataclasses
 import torch
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc._engine.random_vectors import random_sample
-from hyperfunc._engine.results import RESULTS, SolveStats
+from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._torch import sharding
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
-from hyperfunc.linear_solvers._preconditioners import check_count, check_seed, resolve_rank
+from hyperfunc.linear_solvers._preconditioners import resolve_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +65,13 @@ class Nystrom(AbstractLinearSolver):
     def __post_init__(self) -> None:
         if self.rank is not None:
             check_count(self, "rank", self.rank)
-        valid = isinstance(self.rho, int | float) and not isinstance(self.rho, bool)
-        if not valid or not 0 < self.rho < float("inf"):
-            raise ValueError(f"Nystrom: rho is {self.rho!r}; expected a number > 0")
-        check_seed(self, self.seed)
+        check_number(self, "rho", self.rho, above=True)
+        check_count(self, "seed", self.seed, 0)
 
     def solve(
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, SolveStats]:
-        rank = resolve_rank(self, self.rank, b)
+        rank = resolve_count(self, "rank", self.rank, 10, b)
         dtype = trees.accumulation_dtype(b)
         rhs = ravel(b if x0 is None else operator.residual(x0, b), dtype)
         sample = random_sample(rhs.numel(), rank, self.seed)
@@ -98,9 +97,9 @@ class Nystrom(AbstractLinearSolver):
             x = trees.add(x0, x)
         residual_norm = trees.norm(operator.residual(x, b))
         useless = residual_norm > 1.001 * trees.norm(b)
-        result = torch.where(useless, int(RESULTS.max_steps), int(RESULTS.success))
-        result = torch.where(symmetric & (info == 0), result, int(RESULTS.breakdown))
-        result = torch.where(torch.isfinite(residual_norm), result, int(RESULTS.nonfinite))
+        result = code_where(useless, RESULTS.max_steps, RESULTS.success)
+        result = code_where(symmetric & (info == 0), result, RESULTS.breakdown)
+        result = code_where(torch.isfinite(residual_norm), result, RESULTS.nonfinite)
         return x, SolveStats(torch.full_like(result, rank), residual_norm, result)
 
 

@@ -9,26 +9,24 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.results import RESULTS, SolveStats
-from hyperfunc._torch import batching
+from hyperfunc._engine.checks import check_count
+from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
-    AbstractLinearSolver,
     Bounds,
+    IterativeLinearSolver,
     LinearOperator,
-    check_settings,
     first_iterate,
 )
 from hyperfunc.linear_solvers._preconditioners import (
     Preconditioner,
-    check_count,
     check_preconditioner,
     prepare,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class PipelinedCG(AbstractLinearSolver):
+class PipelinedCG(IterativeLinearSolver):
     r"""`CG` rearranged so that a step takes one sum over the ranks, done during its product.
 
     In exact arithmetic the iterates are those of `CG`. There, a step waits for two sums over the
@@ -48,11 +46,9 @@ class PipelinedCG(AbstractLinearSolver):
     With ``K`` steps, ``K + 2`` products, four more for each replacement, and two for each restart.
 
     Args:
-        maxiter: largest number of steps, >= 0; exactly this many with ``rtol=0, atol=0``.
-        rtol: relative tolerance on the residual, >= 0; by default ``eps ** 0.75``.
-        atol: absolute tolerance, >= 0.
-        preconditioner: a symmetric positive definite approximation of the inverse; see `CG`.
         replace: steps between replacements, >= 1.
+
+    All other arguments are those of `CG`.
 
     An operator that is not positive definite is reported as breakdown. One that is not symmetric
     shows in the residual at the end alone.
@@ -70,14 +66,11 @@ class PipelinedCG(AbstractLinearSolver):
         Vanroose, arXiv 1601.07068.
     """
 
-    maxiter: int = 1000
-    rtol: float | None = None
-    atol: float = 0.0
     preconditioner: Preconditioner | None = None
     replace: int = 50
 
     def __post_init__(self) -> None:
-        check_settings(self, self.maxiter, self.rtol, self.atol)
+        super().__post_init__()
         check_preconditioner(self, self.preconditioner)
         check_count(self, "replace", self.replace)
 
@@ -104,11 +97,11 @@ class PipelinedCG(AbstractLinearSolver):
             rs_now, gamma, delta = pending()
             rs = torch.where(active, rs_now, rs)
             active = active & bounds.open(rs)
-            if bounds.adaptive and not batching.any_true(active):
+            if bounds.finished(active):
                 r = operator.residual(v.x, b)
                 true_rs = trees.dot(r, r)
                 again = bounds.open(true_rs) & (true_rs < 0.01 * reached)
-                if not batching.any_true(again):
+                if bounds.finished(again):
                     break
                 vectors = v.restarted(r, operator, precondition, again)
                 rs, reached = (torch.where(again, true_rs, old) for old in (rs, reached))
@@ -132,7 +125,7 @@ class PipelinedCG(AbstractLinearSolver):
     ) -> SolveStats:
         allowed = torch.maximum(100 * bounds.converged, trees.epsilon(b) * bb)
         drifted = torch.isfinite(rs) & (rs <= bounds.converged) & ~(true_rs <= allowed)
-        result = torch.where(drifted, int(RESULTS.stagnation), stats.result)
+        result = code_where(drifted, RESULTS.stagnation, stats.result)
         finite = torch.isfinite(true_rs)
         return stats._replace(residual_norm=torch.where(finite, true_rs, rs).sqrt(), result=result)
 

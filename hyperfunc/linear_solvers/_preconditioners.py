@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc._engine.random_vectors import random_signs
 from hyperfunc._engine.trees import ravel, ravel_local, unravel
 from hyperfunc._torch import tracking
@@ -71,7 +72,7 @@ class JacobiPreconditioner(AbstractPreconditioner):
 
     def __post_init__(self) -> None:
         check_count(self, "num_probes", self.num_probes)
-        check_seed(self, self.seed)
+        check_count(self, "seed", self.seed, 0)
 
     def prepare(self, operator: LinearOperator, b: Leaves) -> Callable[[Leaves], Leaves]:
         dtype = trees.accumulation_dtype(b)
@@ -132,14 +133,11 @@ class NystromPreconditioner(AbstractPreconditioner):
     def __post_init__(self) -> None:
         if self.rank is not None:
             check_count(self, "rank", self.rank)
-        if not _is_number(self.damping) or not 0 <= self.damping < float("inf"):
-            raise ValueError(
-                f"NystromPreconditioner: damping is {self.damping!r}; expected a number >= 0"
-            )
-        check_seed(self, self.seed)
+        check_number(self, "damping", self.damping)
+        check_count(self, "seed", self.seed, 0)
 
     def prepare(self, operator: LinearOperator, b: Leaves) -> Callable[[Leaves], Leaves]:
-        rank = resolve_rank(self, self.rank, b)
+        rank = resolve_count(self, "rank", self.rank, 10, b)
         dtype = trees.accumulation_dtype(b)
         first = self.seed * rank
         signs = torch.stack([ravel(random_signs(b, first + i), dtype) for i in range(rank)]).mT
@@ -215,29 +213,14 @@ def check_preconditioner(solver: object, preconditioner: object) -> None:
         )
 
 
-def check_count(owner: object, field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        name = type(owner).__name__
-        raise ValueError(f"{name}: {field} is {value!r}; expected an integer >= 1")
-
-
-def check_seed(owner: object, seed: object) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"{type(owner).__name__}: seed is {seed!r}; expected an integer >= 0")
-
-
-def resolve_rank(owner: object, rank: int | None, b: Leaves) -> int:
-    """The rank to use, with an error if it exceeds the dimension."""
+def resolve_count(owner: object, name: str, value: int | None, default: int, b: Leaves) -> int:
+    """A number of vectors, with an error if it exceeds the dimension, which bounds the default."""
     dimension = sum(leaf.numel() for leaf in b)
-    if rank is None:
-        return min(10, dimension)
-    if rank > dimension:
+    if value is None:
+        return min(default, dimension)
+    if value > dimension:
         raise ValueError(
-            f"{type(owner).__name__}: rank is {rank}, but params have {dimension} entries in all; "
-            f"expected rank <= {dimension}"
+            f"{type(owner).__name__}: {name} is {value}, but params have {dimension} entries in "
+            f"all; expected {name} <= {dimension}"
         )
-    return rank
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return value

@@ -89,76 +89,54 @@ def measure(
     With ``is_map`` the operator is ``I - J``, and the contraction is that of ``J``. Without
     ``full``, only what the choice of a solver depends on is measured.
     """
-    dtype = trees.accumulation_dtype(like)
     num_steps = min(num_steps, sum(leaf.numel() for leaf in like))
-    nan = torch.full((), torch.nan, dtype=dtype, device=like[0].device)
-    unknown = Estimate(nan, nan)
-    zero = torch.zeros_like(nan)
+    nan = torch.full((), torch.nan, dtype=trees.accumulation_dtype(like), device=like[0].device)
+    zero, unknown = torch.zeros_like(nan), Estimate(nan, nan)
     asymmetry, count = Estimate(zero, zero), 0
     if not operator.symmetric:
         asymmetry, count = _asymmetry(operator, like, seed), 2 * PROBES
     symmetric = asymmetry.value <= 10 * trees.epsilon(like) ** 0.75
-    mv, rmv = operator.mv, operator.T.mv
 
     if batching.all_true(symmetric):
-        ritz = eigenvalues(mv, like, num_steps, seed)
-        eig_min, eig_max, sigma_min, sigma_max = ritz.extremes()
-        step_size = _step_size(is_map, eig_min, eig_max, sigma_max, symmetric)
-        contraction = ritz.largest(torch.ones_like(zero), -step_size)
-        return Spectrum(
-            asymmetry,
-            symmetric,
-            eig_min,
-            eig_max,
-            ritz.signs(),
-            sigma_min,
-            sigma_max,
-            step_size,
-            contraction,
-            contraction,
-            torch.full_like(zero, count + num_steps, dtype=torch.int64),
-        )
-
-    def gram(v: Leaves) -> tuple[Leaves, Leaves]:
-        image = mv(v)
-        return image, rmv(image)
-
-    sigma_min, sigma_max = singular_values(gram, like, num_steps, seed)
-    count += 2 * num_steps
-    eig_min = eig_max = contraction = radius = unknown
-    signs = torch.zeros_like(nan, dtype=torch.int64).expand(3)
-    if full:
-        half = torch.full_like(zero, 0.5)
-        ritz = eigenvalues(
-            lambda v: trees.scale(half, trees.add(mv(v), rmv(v))), like, num_steps, seed
-        )
-        eig_min, eig_max, _, _ = ritz.extremes()
-        signs = ritz.signs()
-        count += 2 * num_steps
-    step_size = _step_size(is_map, eig_min, eig_max, sigma_max, symmetric)
-
-    def step_gram(v: Leaves) -> tuple[Leaves, Leaves]:
-        image = trees.axpy(-step_size, mv(v), v)
-        return image, trees.axpy(-step_size, rmv(image), image)
-
-    if full or is_map:
-        _, contraction = singular_values(step_gram, like, num_steps, seed)
-        count += 2 * num_steps
-    if full:
-        radius = spectral_radius(lambda v: trees.axpy(-step_size, mv(v), v), like, num_steps, seed)
+        ritz = eigenvalues(operator.mv, like, num_steps, seed)
         count += num_steps
+        eig_min, eig_max, sigma_min, sigma_max = ritz.extremes()
+        signs = ritz.signs()
+        step_size = _step_size(is_map, eig_min, eig_max, sigma_max, symmetric)
+        contraction = radius = ritz.largest(torch.ones_like(zero), -step_size)
+    else:
+        sigma_min, sigma_max = singular_values(operator.gram, like, num_steps, seed)
+        count += 2 * num_steps
+        eig_min = eig_max = contraction = radius = unknown
+        signs = torch.zeros_like(nan, dtype=torch.int64).expand(3)
+        if full:
+            ritz = eigenvalues(operator.symmetric_part, like, num_steps, seed)
+            count += 2 * num_steps
+            eig_min, eig_max, _, _ = ritz.extremes()
+            signs = ritz.signs()
+        step_size = _step_size(is_map, eig_min, eig_max, sigma_max, symmetric)
+        step = LinearOperator(
+            lambda v: trees.axpy(-step_size, operator.mv(v), v),
+            lambda v: trees.axpy(-step_size, operator.T.mv(v), v),
+        )
+        if full or is_map:
+            _, contraction = singular_values(step.gram, like, num_steps, seed)
+            count += 2 * num_steps
+        if full:
+            radius = spectral_radius(step.mv, like, num_steps, seed)
+            count += num_steps
     return Spectrum(
-        asymmetry,
-        symmetric,
-        eig_min,
-        eig_max,
-        signs,
-        sigma_min,
-        sigma_max,
-        step_size,
-        contraction,
-        radius,
-        torch.full_like(zero, count, dtype=torch.int64),
+        asymmetry=asymmetry,
+        symmetric=symmetric,
+        eig_min=eig_min,
+        eig_max=eig_max,
+        curvature_signs=signs,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+        step_size=step_size,
+        contraction=contraction,
+        spectral_radius=radius,
+        num_products=torch.full_like(zero, count, dtype=torch.int64),
     )
 
 
@@ -203,13 +181,7 @@ def eigenvalues(
     product: Callable[[Leaves], Leaves], like: Leaves, num_steps: int, seed: int = 0
 ) -> Ritz:
     """Ritz values of a symmetric operator by Lanczos' method."""
-    num_steps = min(num_steps, sum(leaf.numel() for leaf in like))
-
-    def apply(v: Leaves) -> tuple[Leaves, Leaves]:
-        image = product(v)
-        return image, image
-
-    basis, images, _, finite = _krylov(apply, like, num_steps, seed)
+    basis, images, _, finite = _krylov(lambda v: (product(v),) * 2, like, num_steps, seed)
     matrix = basis @ images.mT
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     residual = vectors.mT @ images - values[:, None] * (vectors.mT @ basis)
@@ -226,7 +198,6 @@ def singular_values(
     gram: Callable[[Leaves], tuple[Leaves, Leaves]], like: Leaves, num_steps: int, seed: int = 0
 ) -> tuple[Estimate, Estimate]:
     """The smallest and the largest singular value of ``M``, from ``v -> (M v, M^T M v)``."""
-    num_steps = min(num_steps, sum(leaf.numel() for leaf in like))
     basis, images, seconds, finite = _krylov(gram, like, num_steps, seed)
     # the singular values of M on the space, without the squares of M^T M
     _, values, rows = torch.linalg.svd(images.mT, full_matrices=False)
@@ -253,13 +224,7 @@ def spectral_radius(
     product: Callable[[Leaves], Leaves], like: Leaves, num_steps: int, seed: int = 0
 ) -> Estimate:
     """By Arnoldi's method: the Ritz values of the Krylov space, and the residual of the largest."""
-
-    def apply(v: Leaves) -> tuple[Leaves, Leaves]:
-        image = product(v)
-        return image, image
-
-    num_steps = min(num_steps, sum(leaf.numel() for leaf in like))
-    basis, images, _, finite = _krylov(apply, like, num_steps, seed)
+    basis, images, _, finite = _krylov(lambda v: (product(v),) * 2, like, num_steps, seed)
     values, vectors = torch.linalg.eig(basis @ images.mT)
     index = values.abs().argmax(keepdim=True)
     y = vectors.index_select(1, index)[:, 0]
@@ -280,6 +245,7 @@ def _krylov(
     """
     dtype = trees.accumulation_dtype(like)
     eps = torch.finfo(dtype).eps
+    num_steps = min(num_steps, sum(leaf.numel() for leaf in like))
     start = ravel(random_uniform(like, seed), dtype)
     basis = (start / torch.linalg.vector_norm(start))[None]
     images, seconds = [], []
@@ -297,10 +263,10 @@ def _krylov(
         vector = torch.where(going, vector, fresh)
         vector = vector / torch.linalg.vector_norm(vector)
         basis = torch.cat([basis, _orthogonal(vector, basis)[None]])
-    stacked = torch.stack(images), torch.stack(seconds)
-    finite = torch.isfinite(stacked[0]).all() & torch.isfinite(stacked[1]).all()
-    basis, images_, seconds_ = (torch.where(finite, part, 0.0) for part in (basis, *stacked))
-    return basis, images_, seconds_, finite
+    parts = basis, torch.stack(images), torch.stack(seconds)
+    finite = torch.isfinite(parts[1]).all() & torch.isfinite(parts[2]).all()
+    basis, image_rows, second_rows = (torch.where(finite, part, 0.0) for part in parts)
+    return basis, image_rows, second_rows, finite
 
 
 def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:

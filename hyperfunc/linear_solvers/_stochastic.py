@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.results import SolveStats
 from hyperfunc._torch import tracking
 from hyperfunc._types import Leaves
@@ -123,11 +124,7 @@ class StochasticAID(AbstractLinearSolver):
 
     def __post_init__(self) -> None:
         for field, least in (("num_steps", 0), ("num_outer_batches", 1), ("num_cross_batches", 1)):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"StochasticAID: {field} is {value!r}; expected an integer >= {least}"
-                )
+            check_count(self, field, getattr(self, field), least)
         if self.start not in STARTS:
             raise ValueError(
                 f"StochasticAID: start is {self.start!r}; expected one of "

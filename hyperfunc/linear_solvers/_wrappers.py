@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_number
 from hyperfunc._engine.random_vectors import random_uniform
-from hyperfunc._engine.results import RESULTS, SolveStats
+from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
@@ -51,12 +52,7 @@ class Damped(AbstractLinearSolver):
 
     def __post_init__(self) -> None:
         check_solver(self, "solver", self.solver)
-        valid = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
-        if not valid or not 0 < self.damping < float("inf"):
-            raise ValueError(
-                f"Damped: damping is {self.damping!r}; expected a number > 0. "
-                f"Without damping, use the solver itself"
-            )
+        check_number(self, "damping", self.damping, above=True)
 
     def solve(
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
@@ -164,18 +160,12 @@ class Blockwise(AbstractLinearSolver):
                 f"Blockwise: blocks is {self.blocks!r}; "
                 f"expected one of {', '.join(map(repr, get_args(Blocks)))}"
             )
-        if self.step_sizes is not None and not (
-            isinstance(self.step_sizes, tuple)
-            and all(
-                isinstance(step, int | float)
-                and not isinstance(step, bool)
-                and 0 < step < float("inf")
-                for step in self.step_sizes
-            )
-        ):
-            raise ValueError(
+        if self.step_sizes is not None and not isinstance(self.step_sizes, tuple):
+            raise TypeError(
                 f"Blockwise: step_sizes is {self.step_sizes!r}; expected a tuple of numbers > 0"
             )
+        for index, step in enumerate(self.step_sizes or ()):
+            check_number(self, f"step_sizes[{index}]", step, above=True)
 
     def solve(
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
@@ -205,7 +195,7 @@ class Blockwise(AbstractLinearSolver):
         result = result.amax(0)
         if self.check_blocks:
             separate = _seem_separate(product, rhs, layout.num_blocks)
-            result = torch.where(separate, result, int(RESULTS.breakdown))
+            result = code_where(separate, result, RESULTS.breakdown)
         residual_norm = torch.linalg.vector_norm(residual_norm)
         return layout.merge(solution), SolveStats(num_steps.amax(0), residual_norm, result)
 

@@ -484,11 +484,11 @@ def same(z: Any, h: Any) -> Any:
 
 ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "maxiter": (lambda: Picard(-1), ValueError, "Picard: maxiter is -1; expected an integer >= 0"),
-    "rtol": (lambda: Broyden(rtol=-1.0), ValueError, "Broyden: rtol is -1.0; expected a number"),
+    "rtol": (lambda: Broyden(rtol=-1.0), ValueError, "Broyden: rtol is -1.0; expected a finite"),
     "step size": (lambda: Anderson(step_size=0), ValueError, "Anderson: step_size is 0; expected"),
     "memory": (lambda: Anderson(memory=0), ValueError, "Anderson: memory is 0; expected"),
     "ridge": (lambda: Anderson(ridge=-1.0), ValueError, "Anderson: ridge is -1.0; expected"),
-    "batch_dim": (lambda: Picard(batch_dim=True), ValueError, "batch_dim is True; expected an int"),
+    "batch_dim": (lambda: Picard(batch_dim=True), TypeError, "batch_dim is True; expected an int"),
     "linear solver": (
         lambda: Newton(linear_solver=hf.CG),
         TypeError,
