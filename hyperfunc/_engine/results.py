@@ -108,8 +108,9 @@ class HypergradError(RuntimeError):
 
 def code_where(mask: Tensor, code: RESULTS | Tensor, other: RESULTS | Tensor) -> Tensor:
     """A code where the mask holds, else the other one; either may be a tensor of codes."""
-    chosen = [int(part) if isinstance(part, RESULTS) else part for part in (code, other)]
-    return torch.where(mask, *chosen)
+    then: Any = int(code) if isinstance(code, RESULTS) else code
+    otherwise: Any = int(other) if isinstance(other, RESULTS) else other
+    return torch.where(mask, then, otherwise)
 
 
 def find_failure(

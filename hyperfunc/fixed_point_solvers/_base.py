@@ -222,29 +222,28 @@ class RowLayout:
     @staticmethod
     def make(init: TensorTree, batch_dim: int | None) -> RowLayout:
         leaves, spec = trees.flatten_floating(init, "init")
-        for leaf, path in zip(leaves, trees.paths(spec, "init"), strict=True):
+        paths = trees.paths(spec, "init")
+        for leaf, path in zip(leaves, paths, strict=True):
             if sharding.is_sharded(leaf):
                 raise ValueError(
                     f"{path} is a DTensor that is sharded, but fixed-point solvers keep iterates "
                     f"as one matrix. Use an inner solver made by hf.iterate or hf.minimize"
                 )
-        num_rows = 1
-        if batch_dim is not None:
-            paths = trees.paths(spec, "init")
-            for leaf, path in zip(leaves, paths, strict=True):
-                if not -leaf.ndim <= batch_dim < leaf.ndim:
-                    raise ValueError(
-                        f"{path} has shape {tuple(leaf.shape)}, without dimension {batch_dim}; "
-                        f"batch_dim={batch_dim} says that all leaves have one, which counts "
-                        f"samples. Write batch_dim=None for one problem"
-                    )
-                if leaf.shape[batch_dim] != leaves[0].shape[batch_dim]:
-                    raise ValueError(
-                        f"{paths[0]} has shape {tuple(leaves[0].shape)} and {path} has shape "
-                        f"{tuple(leaf.shape)}; expected the same size in dimension {batch_dim} "
-                        f"(batch_dim), which counts samples"
-                    )
-            num_rows = leaves[0].shape[batch_dim]
+            if batch_dim is None:
+                continue
+            if not -leaf.ndim <= batch_dim < leaf.ndim:
+                raise ValueError(
+                    f"{path} has shape {tuple(leaf.shape)}, without dimension {batch_dim}; "
+                    f"batch_dim={batch_dim} says that all leaves have one, which counts samples. "
+                    f"Write batch_dim=None for one problem"
+                )
+            if leaf.shape[batch_dim] != leaves[0].shape[batch_dim]:
+                raise ValueError(
+                    f"{paths[0]} has shape {tuple(leaves[0].shape)} and {path} has shape "
+                    f"{tuple(leaf.shape)}; expected the same size in dimension {batch_dim} "
+                    f"(batch_dim), which counts samples"
+                )
+        num_rows = 1 if batch_dim is None else leaves[0].shape[batch_dim]
         return RowLayout(leaves, spec, batch_dim, num_rows, trees.accumulation_dtype(leaves))
 
     def pack(self, leaves: Leaves) -> Tensor:

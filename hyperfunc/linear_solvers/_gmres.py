@@ -42,8 +42,8 @@ class GMRES(AbstractLinearSolver):
     The residual never grows, but may stop shrinking: one that is no smaller after a whole cycle is
     reported as stagnation, unless it is rounding errors that keep it from shrinking, below
     ``eps^0.25 ||b||``, which is a success. A singular operator whose Krylov space holds no
-    solution is reported as breakdown. The residual norm is that of the recurrence, or the level of
-    rounding ``eps (||A|| ||x|| + ||b||)``, with what the products tell of ``||A||``, if larger.
+    solution is reported as breakdown. The residual norm that is reported is that of the recurrence,
+    and the level of rounding ``eps (||A|| ||x|| + ||b||)`` at least.
 
     Args:
         maxiter: largest number of steps, over all cycles, >= 0.

@@ -127,7 +127,7 @@ class NormalCG(IterativeLinearSolver):
 
     Solves ``A^T A x = A^T b`` in the form that keeps the residual ``b - A x`` (CGLS), two products
     a step. The rate depends on the squared condition number of ``A``. This is HyperTorch's
-    ``CG_normaleq``. The arguments are those of `CG`.
+    ``CG_normaleq``. The arguments are the first three of `CG`.
 
     Example:
         >>> A = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class PipelinedCG(IterativeLinearSolver):
             active = active & (alpha > 0) & (alpha < torch.inf)
             num_steps = num_steps + active
             vectors = v.step(torch.where(active, alpha, 0.0), beta, m, n, own)
-            own = own or vectors.may_overwrite()
+            own = own or trees.may_overwrite(*vectors)
             gamma_previous, fresh = gamma, torch.zeros_like(fresh)
         r = operator.residual(vectors.x, b)
         true_rs = trees.dot(r, r)
@@ -130,8 +131,7 @@ class PipelinedCG(IterativeLinearSolver):
         return stats._replace(residual_norm=torch.where(finite, true_rs, rs).sqrt(), result=result)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Vectors:
+class _Vectors(NamedTuple):
     """The iterate, the residual, and what the recurrences keep.
 
     ``u = M r``, ``w = A u``, ``s = A p``, ``q = M s``, ``z = A q``.
@@ -154,9 +154,6 @@ class _Vectors:
         zeros = trees.zeros_like(x)
         return _Vectors(x, r, u, operator.mv(u), zeros, zeros, zeros, zeros)
 
-    def may_overwrite(self) -> bool:
-        return trees.may_overwrite(*(getattr(self, f.name) for f in dataclasses.fields(self)))
-
     def step(self, alpha: Tensor, beta: Tensor, m: Leaves, n: Leaves, own: bool) -> _Vectors:
         """The vectors after a step; ``own`` if these may be written over."""
 
@@ -165,16 +162,9 @@ class _Vectors:
 
         z, q = add(beta, self.z, n, self.z), add(beta, self.q, m, self.q)
         s, p = add(beta, self.s, self.w, self.s), add(beta, self.p, self.u, self.p)
-        return _Vectors(
-            add(alpha, p, self.x, self.x),
-            add(-alpha, s, self.r, self.r),
-            add(-alpha, q, self.u, self.u),
-            add(-alpha, z, self.w, self.w),
-            p,
-            s,
-            q,
-            z,
-        )
+        x, r = add(alpha, p, self.x, self.x), add(-alpha, s, self.r, self.r)
+        u, w = add(-alpha, q, self.u, self.u), add(-alpha, z, self.w, self.w)
+        return _Vectors(x, r, u, w, p, s, q, z)
 
     def replaced(
         self,
@@ -188,12 +178,8 @@ class _Vectors:
         u = precondition(r)
         s = operator.mv(self.p)
         q = precondition(s)
-        new = (r, u, operator.mv(u), s, q, operator.mv(q))
-        old = (self.r, self.u, self.w, self.s, self.q, self.z)
-        r, u, w, s, q, z = (
-            trees.where(active, fresh, kept) for fresh, kept in zip(new, old, strict=True)
-        )
-        return _Vectors(self.x, r, u, w, self.p, s, q, z)
+        new = _Vectors(self.x, r, u, operator.mv(u), self.p, s, q, operator.mv(q))
+        return new.where(active, self)
 
     def restarted(
         self,
@@ -203,10 +189,8 @@ class _Vectors:
         again: Tensor,
     ) -> _Vectors:
         """The same iterate with its residual, and no direction yet, for the tasks to go again."""
-        new = _Vectors.start(self.x, r, operator, precondition)
-        return _Vectors(
-            *(
-                trees.where(again, getattr(new, field.name), getattr(self, field.name))
-                for field in dataclasses.fields(_Vectors)
-            )
-        )
+        return _Vectors.start(self.x, r, operator, precondition).where(again, self)
+
+    def where(self, mask: Tensor, others: _Vectors) -> _Vectors:
+        """These where the mask holds, else the others."""
+        return _Vectors(*(trees.where(mask, *pair) for pair in zip(self, others, strict=True)))

@@ -54,7 +54,7 @@ class StochasticAID(AbstractLinearSolver):
     A sampler may also be a tuple like ``args`` with a leading step dimension, or an iterator of
     tuples like ``args``. An iterator draws as many batches as are used, outside transforms only,
     and the next call continues where this one stopped: two calls do not agree, and nothing can be
-    replayed. A function that hides an iterator is not detected, and loses the same properties.
+    replayed.
 
     The solution map has first derivatives by this method. Second derivatives (a derivative of the
     hypergradient) are refused with a sampler, since the solve and its derivative would share their
@@ -191,23 +191,20 @@ class StochasticAID(AbstractLinearSolver):
             self, sampler=None, outer_sampler=None, num_cross_batches=1, num_outer_batches=1
         )
 
-    def on_minibatch(self, fn: Callable[..., Any], step: int) -> Callable[..., Any]:
+    def on_minibatch(
+        self, fn: Callable[..., Any], step: int, sampler: str = "sampler"
+    ) -> Callable[..., Any]:
         """A function of ``(params, hparams, *args)`` with the arguments of a step's minibatch."""
         return lambda params, hparams, *args: fn(
-            params, hparams, *_draw("sampler", self.sampler, step, args)
+            params, hparams, *_draw(sampler, getattr(self, sampler), step, args)
         )
 
     def outer_losses(self, fn: Callable[..., Any]) -> list[Callable[..., Any]]:
         """The outer loss on each of its minibatches."""
         if self.outer_sampler is None:
             return [fn]
-
-        def on_minibatch(step: int) -> Callable[..., Any]:
-            return lambda params, hparams, *args: fn(
-                params, hparams, *_draw("outer_sampler", self.outer_sampler, step, args)
-            )
-
-        return [on_minibatch(step) for step in range(self.num_outer_batches)]
+        steps = range(self.num_outer_batches)
+        return [self.on_minibatch(fn, step, "outer_sampler") for step in steps]
 
 
 def _make_advance(
