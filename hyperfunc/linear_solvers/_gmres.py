@@ -12,7 +12,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._engine.trees import ravel_local, unravel
-from hyperfunc._torch import batching, sharding, tracking
+from hyperfunc._torch import sharding, tracking
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
     AbstractLinearSolver,
