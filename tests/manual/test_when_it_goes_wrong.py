@@ -59,7 +59,9 @@ def raised() -> list[tuple[str, str]]:
                 )
                 if "{advice}" in (ast.get_source_segment(text, call) or ""):
                     named += known["_ADVICE"]
-                found.append((f"{path.name}:{node.lineno}", literals(call) + named))
+                # a text that is made elsewhere in the module
+                fixed = literals(call) + named or literals(ast.parse(text))
+                found.append((f"{path.name}:{node.lineno}", fixed))
     return found
 
 
