@@ -58,17 +58,45 @@ class ImplicitProblem:
         used = (*theta, *filter(tracking.has_level, captured))
         try:
             with torch.enable_grad(), batching.outside_idle_vmaps(used):
-                params = self.inner_solver(*self.arguments.unflatten(tracking.detach(theta)))
+                leaves, spec = self._run(tracking.detach(theta), captured)
         except RuntimeError as error:
             if tracking.escaped(error):
                 raise ValueError(escaped_message("the inner solver")) from error
             raise
         self._refuse_written(versions, tracking.versions(hparams))
-        leaves, spec = flatten_params(params)
         self.bound = BoundCondition(self.condition, self.arguments, spec, len(leaves))
         if self.throw:
             raise_unless_finite(leaves, spec)
         return tuple(leaf.clone() for leaf in tracking.detach(leaves))
+
+    def _run(self, theta: Leaves, captured: Sequence[Tensor]) -> tuple[Leaves, trees.TreeSpec]:
+        """What the inner solver returns, by a loop over tasks where it is no code for vmap."""
+        specs = []
+
+        def run(*tensors: Tensor) -> Leaves:
+            leaves, spec = flatten_params(self.inner_solver(*self.arguments.unflatten(tensors)))
+            specs.append(spec)
+            return leaves
+
+        rng = torch.get_rng_state() if batching.active_vmaps() else None
+        try:
+            return run(*theta), specs[0]
+        except Exception as error:
+            final = isinstance(error, HypergradError | torch.cuda.OutOfMemoryError)
+            if rng is None or final or "randomness" in str(error):
+                raise
+            if any(map(tracking.has_level, captured)):
+                raise ValueError(escaped_message("the inner solver")) from error
+        # the solver is never differentiated, so that it may branch, call backward(), NumPy, ...
+        specs.clear()
+        leaves = batching.loop_over_tasks(run, theta, rng)
+        for spec in specs:
+            if spec != specs[0]:
+                raise ValueError(
+                    f"the inner solver returned params of another structure for one task than for "
+                    f"another: got {spec} and {specs[0]}; expected one structure for all tasks"
+                )
+        return leaves, specs[0]
 
     def solution(self, theta: Leaves) -> Leaves:
         """The inner solution, with the implicit rule attached if derivatives may be asked for."""

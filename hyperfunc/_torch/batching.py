@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -30,20 +32,21 @@ Levels: TypeAlias = tuple[tuple[int, int], ...]
 """The level and the batch size of each ``vmap``, the outermost first."""
 
 
-def vmap_levels() -> Levels:
-    """The active transforms, if these are ``vmap`` alone and nothing else follows values; or ()."""
+def active_vmaps() -> Levels:
+    """The active transforms, if these are ``vmap`` alone; or ()."""
     if torch.compiler.is_compiling():
         return ()
     stack = active_transforms()
-    if (
-        not stack
-        or any(transform.key() != internals.VMAP for transform in stack)
-        or internals.forward_mode_active()
-        or torch.is_inference_mode_enabled()
-        or is_traced()
-    ):
+    if not stack or any(transform.key() != internals.VMAP for transform in stack) or is_traced():
         return ()
     return tuple((vmap.level(), internals.vmap_size(vmap)) for vmap in stack)
+
+
+def vmap_levels() -> Levels:
+    """`active_vmaps`, if nothing else follows values either; or ()."""
+    if internals.forward_mode_active() or torch.is_inference_mode_enabled():
+        return ()
+    return active_vmaps()
 
 
 def is_batched(tensor: Tensor, levels: Levels) -> bool:
@@ -116,6 +119,56 @@ def write_sum(alpha: Tensor | float, x: Leaves, y: Leaves, out: Leaves) -> None:
             torch.addcmul(v, factor, u, out=place)
         else:
             torch.add(v, u, alpha=factor, out=place)
+
+
+def loop_over_tasks(fn: Callable[..., Leaves], operands: Leaves, rng: Tensor) -> Leaves:
+    """What ``vmap`` would make of a function of flat tensors, run for each task by itself.
+
+    The function sees plain tensors outside of all transforms, so that it may be any code. Random
+    numbers are those of the ``vmap``: with ``randomness="same"`` each task draws the same ones,
+    from the state of the generator ``rng``.
+    """
+    torch.set_rng_state(rng)
+    used = {level for operand in operands for level in _levels_of(operand)}
+    levels = tuple((level, size) for level, size in active_vmaps() if level in used)
+    modes = {internals.vmap_randomness(vmap) for vmap in active_transforms() or ()}
+    lowered = [lower(operand, levels) for operand in operands]
+    results = []
+    with internals.outside_all():
+        for index in itertools.product(*(range(size) for _, size in levels)):
+            before = torch.get_rng_state()
+            results.append(tracking.detach(fn(*(operand[index] for operand in lowered))))
+            if "different" not in modes and not torch.equal(before, torch.get_rng_state()):
+                if "error" in modes:
+                    raise RuntimeError(
+                        "it draws random numbers under vmap, which must be told whether tasks "
+                        'share them: torch.func.vmap(..., randomness="different") or "same"'
+                    )
+                if len(results) < math.prod(size for _, size in levels):
+                    torch.set_rng_state(before)
+        stacked = []
+        for task in results:
+            if [leaf.shape for leaf in task] != [leaf.shape for leaf in results[0]]:
+                shapes = [[tuple(leaf.shape) for leaf in each] for each in (results[0], task)]
+                raise ValueError(
+                    f"it returned tensors of shapes {shapes[0]} for one task and {shapes[1]} for "
+                    f"another; expected the same shapes for all tasks of a vmap"
+                )
+        for leaves in zip(*results, strict=True):
+            sizes = [size for _, size in levels]
+            stacked.append(torch.stack(leaves).reshape(*sizes, *leaves[0].shape))
+    for level, _ in levels:
+        stacked = [internals.with_batch_dim(leaf, 0, level) for leaf in stacked]
+    return tuple(stacked)
+
+
+def _levels_of(tensor: Tensor) -> list[int]:
+    """The levels of ``vmap`` that a tensor is batched in."""
+    levels = []
+    while internals.is_batched(tensor):
+        levels.append(internals.level_of(tensor))
+        tensor = internals.unwrapped(tensor)
+    return levels
 
 
 def count_true(flag: Tensor) -> int:

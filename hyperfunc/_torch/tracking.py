@@ -122,7 +122,10 @@ def has_level(value: Any, level: int | None = None) -> bool:
 
 def escaped(error: RuntimeError) -> bool:
     """Whether a tensor of a transform was used below its level, as in ``Function.forward``."""
-    return "INTERNAL ASSERT FAILED" in str(error) and "functorch" in str(error)
+    text = str(error)
+    return "functorch" in text and (
+        "INTERNAL ASSERT FAILED" in text or "escaped from inside a function being vmapped" in text
+    )
 
 
 def is_attached(value: Any) -> bool:
