@@ -17,6 +17,7 @@ from hyperfunc._torch.internals import is_wrapped, tree_leaves
 from hyperfunc._torch.layers import is_compiled, use_values
 from hyperfunc._torch.tensordicts import is_tensordict
 from hyperfunc._torch.tracking import foreign_leaves, is_tracked, transforms_active
+from hyperfunc._torch.unsupported import refuse_unmappable
 from hyperfunc._types import TensorTree
 
 # Classes of torch.distributed.fsdp, which takes a moment to import.
@@ -299,9 +300,7 @@ class FunctionalModule:
                 self._module, values, inputs, keywords, tie_weights=False
             )
         except RuntimeError as error:
-            for fragments, advice in _ADVICE:
-                if transforms_active() and any(text in str(error) for text in fragments):
-                    raise RuntimeError(f"{self._name}: {advice}") from error
+            refuse_unmappable(f"{self._name}: its forward", error)
             raise
         finally:
             # What forward keeps on a layer (a cache, a hidden state) must not reach the next call.
@@ -379,30 +378,6 @@ _MAPPED = {
     "params": "torch.func.vmap(apply)",
     "buffers": "torch.func.vmap(lambda params, buffers, x: apply(params, x, buffers=buffers))",
 }
-
-# What torch says when a forward cannot be made pure or mapped, and what helps.
-_ADVICE = (
-    (
-        ("randomness",),
-        "this module draws random numbers (Dropout?) under vmap, which must be told whether tasks "
-        'share them: torch.func.vmap(..., randomness="different") draws anew for each task, '
-        'randomness="same" once for all. jacfwd takes the same keyword; or call module.eval() '
-        "before functional(module)",
-    ),
-    (
-        ("extra_args is not possible", "broadcast shape", "out= or view ops", "were not batched"),
-        "under vmap, its forward writes in place to a tensor that all tasks share. If that is a "
-        'buffer, use functional(module, buffers="update"), where each task has its own; or write '
-        "`self.buffer = new_value` instead of `self.buffer.copy_(new_value)` or `out=self.buffer`. "
-        "If forward makes it, use x.new_zeros(shape). For torch.nn.utils.spectral_norm, take "
-        "torch.nn.utils.parametrizations.spectral_norm",
-    ),
-    (
-        ("mutate a captured Tensor",),
-        "its forward writes in place to a tensor attribute that is not a buffer. Register it by "
-        "self.register_buffer, or write `self.attribute = new_value`",
-    ),
-)
 
 
 def _check_module(module: Any) -> None:

@@ -801,7 +801,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             {"weight": torch.ones(3)}, torch.ones(2, 4, 3)
         ),
         RuntimeError,
-        r"Ema: under vmap, its forward writes in place to a tensor that all tasks share\. If that "
+        r"Ema: its forward writes in place, under vmap, to a tensor that all tasks share\. If that "
         r'is a buffer, use functional\(module, buffers="update"\).*`self\.buffer = new_value`',
     ),
     "hook spectral_norm under vmap": (

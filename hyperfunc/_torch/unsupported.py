@@ -3,13 +3,86 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyperfunc._torch import sharding, tracking
+
+# Where code is that the user did not write.
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<frozen")
+
+_LOOP = "hf.task_map(fn, in_dims, chunk_size=1), which maps tasks in a loop"
+
+# What torch says of code that vmap cannot map, or no transform can, and what helps.
+_ADVICE = (
+    (
+        ("randomness",),
+        "draws random numbers (Dropout?) under vmap, which must be told whether tasks share them: "
+        'torch.func.vmap(..., randomness="different") draws anew for each task, randomness="same" '
+        "once for all. jacfwd takes the same keyword; or call module.eval() before "
+        "functional(module)",
+    ),
+    (
+        ("extra_args is not possible", "broadcast shape", "out= or view ops", "were not batched"),
+        "writes in place, under vmap, to a tensor that all tasks share. If that is a buffer, use "
+        'functional(module, buffers="update"), where each task has its own; or write '
+        "`self.buffer = new_value` instead of `self.buffer.copy_(new_value)` or `out=self.buffer`. "
+        "If the code makes it, write `A = A + x` for `A += x`, or make it of a mapped tensor: "
+        "x.new_zeros(shape). For torch.nn.utils.spectral_norm, take "
+        f"torch.nn.utils.parametrizations.spectral_norm. Or use {_LOOP}",
+    ),
+    (
+        ("mutate a captured Tensor",),
+        "writes in place to a tensor attribute that is not a buffer. Register it by "
+        "self.register_buffer, or write `self.attribute = new_value`",
+    ),
+    (
+        ("data-dependent control flow", "calling .item()"),
+        "branches on the value of a tensor (if, while, .item(), bool(), float()), which differs "
+        f"from task to task under vmap. Write torch.where(condition, a, b), or use {_LOOP}",
+    ),
+    (
+        (
+            "Batching rule not implemented",
+            "we do not yet support aten::",
+            "not supported inside of vmap",
+        ),
+        f"uses an operation that torch cannot map by vmap. Use {_LOOP}",
+    ),
+    (
+        ("inside a functorch transform",),
+        "calls backward() or torch.autograd under a transform of torch.func. Write "
+        "torch.func.grad(loss)(params)",
+    ),
+    (
+        ("that doesn't have storage",),
+        "reads the memory of a tensor (NumPy?) under a transform of torch.func. Write it in torch, "
+        f"or use {_LOOP}",
+    ),
+)
+
+
+class Unmappable(RuntimeError):
+    """What `refuse_unmappable` raises, shown to users as the RuntimeError that it is."""
+
+
+Unmappable.__name__ = Unmappable.__qualname__ = "RuntimeError"
+Unmappable.__module__ = "builtins"
+
+
+def refuse_unmappable(what: str, error: RuntimeError) -> None:
+    """Raise with advice if torch refused to map or transform some code; ``what`` names the code."""
+    if isinstance(error, Unmappable) or not tracking.transforms_active():
+        return
+    for fragments, advice in _ADVICE:
+        if any(text in str(error) for text in fragments):
+            reason = " ".join(str(error).split())[:120]
+            raise Unmappable(f"{what} {advice} (torch says: {reason})") from error
 
 
 @contextlib.contextmanager
@@ -40,7 +113,19 @@ def explained(caller: Any, arguments: Callable[[], Mapping[str, Tensor]]) -> Ite
                     f"0, for which torch lacks an operation that is needed here ({reason}). Leave "
                     f"the call out where there are no tasks"
                 ) from error
+        if isinstance(error, RuntimeError):
+            refuse_unmappable(f"{caller}: {_culprit(error)}", error)
         raise
+
+
+def _culprit(error: RuntimeError) -> str:
+    """The innermost function of the user's in the traceback of an error, and its line."""
+    found = "a function"
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if not code.co_filename.startswith(_LIBRARIES):
+            found = f"{code.co_name} ({Path(code.co_filename).name}, line {line})"
+    return found
 
 
 def _mixed(tensors: Mapping[str, Tensor]) -> str:

@@ -12,7 +12,7 @@ import hyperfunc as hf
 ROOT = Path(__file__).parents[2]
 SOURCES = {path: path.read_text() for path in (ROOT / "hyperfunc").rglob("*.py")}
 PAGE = (ROOT / "README.md").read_text().split("## When it goes wrong\n")[1].split("\n## ")[0]
-FAMILIES = ("HypergradError", "NotImplementedError", "RuntimeError")
+FAMILIES = ("HypergradError", "NotImplementedError", "RuntimeError", "Unmappable")
 
 
 def rows() -> list[tuple[str, ...]]:

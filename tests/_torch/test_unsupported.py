@@ -1,0 +1,95 @@
+"""What torch refuses to map is explained, with the function of the user's that is to blame."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+import hyperfunc as hf
+
+TASKS = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+
+
+def writes(w: Tensor, x: Tensor) -> Tensor:
+    total = torch.zeros(2)
+    total += w * x
+    return total.sum()
+
+
+def branches(w: Tensor, x: Tensor) -> Tensor:
+    return (w * x).sum() if x.sum() > 0 else w.sum()
+
+
+def reads_an_item(w: Tensor, x: Tensor) -> Tensor:
+    return w.sum() * x[0].item()
+
+
+def has_no_rule(w: Tensor, x: Tensor) -> Tensor:
+    return torch.nn.functional.rrelu(w * x, training=True).sum()
+
+
+def goes_backward(w: Tensor, x: Tensor) -> Tensor:
+    inner = (w * x).sum()
+    inner.backward()
+    return inner
+
+
+def reads_memory(w: Tensor, x: Tensor) -> Tensor:
+    return w.sum() * float(x.detach().numpy().sum())
+
+
+def draws(w: Tensor, x: Tensor) -> Tensor:
+    return (w * x * torch.rand(2)).sum()
+
+
+CASES = {
+    writes: r"writes in place, under vmap.*`A = A \+ x`.*task_map\(fn, in_dims, chunk_size=1\)",
+    branches: r"branches on the value.*torch\.where\(condition, a, b\).*chunk_size=1",
+    reads_an_item: r"branches on the value.*chunk_size=1",
+    has_no_rule: r"operation that torch cannot map by vmap\. Use hf\.task_map.*rrelu_with_noise",
+    goes_backward: r"calls backward\(\) or torch\.autograd under.*torch\.func\.grad\(loss\)",
+    reads_memory: r"reads the memory of a tensor \(NumPy\?\).*chunk_size=1",
+    draws: r'draws random numbers.*randomness="different"',
+}
+
+
+@pytest.mark.parametrize("place", ["inner loss", "outer loss", "step"])
+@pytest.mark.parametrize("fn", CASES)
+def test_the_function_is_named_and_what_to_write(fn: Any, place: str) -> None:
+    def simple(w: Tensor, h: Tensor, x: Tensor) -> Tensor:
+        return ((w - h * x) ** 2).sum()
+
+    def loss(w: Tensor, h: Tensor, x: Tensor) -> Tensor:
+        return simple(w, h, x) + fn(w, x)
+
+    def solver(h: Tensor, x: Tensor) -> Tensor:
+        return h * x
+
+    if place == "step":
+        stepper = hf.minimize(loss, hf.optim.sgd(lr=0.1), 2, init=solver)
+        transformed = hf.hypergrad(stepper, simple, method="reverse")
+    elif place == "inner loss":
+        transformed = hf.hypergrad(solver, simple, inner_loss=loss)
+    else:
+        transformed = hf.hypergrad(solver, loss, inner_loss=simple)
+    randomness = "different" if fn is has_no_rule else "error"
+    mapped = vmap(transformed, (None, 0), randomness=randomness)
+    with pytest.raises(RuntimeError, match=CASES[fn]) as caught:
+        mapped(torch.ones(2), TASKS)
+    name, line = fn.__name__, fn.__code__.co_firstlineno
+    assert f"{name} (test_unsupported.py, line {line + 1 if fn is not goes_backward else line + 2}"[
+        : len(name) + 24
+    ] in str(caught.value)
+    assert str(type(caught.value)) == "<class 'RuntimeError'>"
+
+
+def test_what_torch_says_without_a_transform_stays_as_it_is() -> None:
+    def wrong(w: Tensor, h: Tensor, x: Tensor) -> Tensor:
+        return (w @ torch.ones(3)).sum()
+
+    fn = hf.hypergrad(lambda h, x: h * x, wrong, inner_loss=lambda w, h, x: (w**2).sum())
+    with pytest.raises(RuntimeError, match="size") as caught:
+        fn(torch.ones(2), TASKS[0])
+    assert "hypergrad(" not in str(caught.value)
