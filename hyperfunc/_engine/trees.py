@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperfunc._torch import batching, sharding, tensordicts, tracking
+from hyperfunc._torch import batching, containers, sharding, tensordicts, tracking
 from hyperfunc._types import Leaves, TensorTree
 
 TreeSpec = optree.PyTreeSpec
@@ -23,6 +23,8 @@ def flatten(tree: Any, none_is_leaf: bool = False) -> tuple[list[Any], TreeSpec]
     """Leaves and structure of a tree; ``None`` is an empty node, unless it is to be a leaf."""
     tensordicts.register(NAMESPACE)
     leaves, spec = optree.tree_flatten(tree, none_is_leaf=none_is_leaf, namespace=NAMESPACE)
+    while containers.register_holders(leaves, NAMESPACE):
+        leaves, spec = optree.tree_flatten(tree, none_is_leaf=none_is_leaf, namespace=NAMESPACE)
     return list(leaves), spec
 
 
@@ -34,6 +36,13 @@ def unflatten(spec: TreeSpec, leaves: Sequence[Any]) -> Any:
 def paths(spec: TreeSpec, root: str) -> list[str]:
     """The Python expression of each leaf, as ``params['fc1']['weight']`` with root ``params``."""
     return [accessor.codify(root) for accessor in spec.accessors()]
+
+
+def refuse_holders(leaves: Sequence[Any], spec: TreeSpec, root: str) -> None:
+    """Raise if a leaf is an object that holds a tensor with a derivative or a batch dimension."""
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) and containers.holds_attached(leaf):
+            containers.refuse_holder(leaf, paths(spec, root)[index])
 
 
 def named_tensors(hparams: Any, args: Any) -> dict[str, Tensor]:
@@ -74,7 +83,7 @@ def partition(tree: Any) -> tuple[Leaves, Frame]:
 
 def tree_map(fn: Callable[..., Any], tree: TensorTree, *rest: TensorTree) -> TensorTree:
     """Apply ``fn`` leaf by leaf to trees of one structure."""
-    tensordicts.register(NAMESPACE)
+    flatten(tree)  # which makes nodes of the classes in it
     return optree.tree_map(fn, tree, *rest, namespace=NAMESPACE)
 
 

@@ -66,6 +66,7 @@ class Arguments:
         """The layout, the tensors (those of hparams first), and the structure of hparams."""
         hparam_leaves, hparams_spec = trees.flatten_floating(hparams, "hparams")
         leaves, spec = trees.flatten((hparams, *args))
+        trees.refuse_holders(leaves, spec, "(hparams, *args)")
         positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) and isinstance(leaf, Iterator):

@@ -74,6 +74,7 @@ class OuterLoss:
             )
         value, aux = output
         self._leaves, self._spec = trees.flatten(aux)
+        trees.refuse_holders(self._leaves, self._spec, "aux")
         tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
         return (sharding.replicate(check_scalar(value, "outer_loss")),), tensors
 

@@ -127,7 +127,9 @@ def _gradient(
         result = differentiated(trees.unflatten(spec, flat), hparams, *args)
         return check_scalar(result, "inner_loss")
 
-    tracked = tracking.is_tracked(trees.flatten((params, hparams, args))[0])
+    operands, structure = trees.flatten((params, hparams, args))
+    trees.refuse_holders(operands, structure, "(params, hparams, args)")
+    tracked = tracking.is_tracked(operands)
     grads = autodiff.gradient(value, leaves, create_graph=tracked)
     if isinstance(loss, ProximalLoss):
         grads = loss.at(hparams, leaves, spec).add_gradient(grads, leaves)

@@ -87,7 +87,9 @@ class DescentStep:
             loss = loss.loss
             if isinstance(optimizer, SGD) and not isinstance(regulariser.weight, Tensor):
                 rate = optimizer.plain_rate(like, hparams)
-        tracked = tracking.is_tracked(trees.flatten((hparams, args))[0])
+        operands, structure = trees.flatten((hparams, args))
+        trees.refuse_holders(operands, structure, "(hparams, args)")
+        tracked = tracking.is_tracked(operands)
 
         def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
             def value(*flat: Tensor) -> Tensor:
