@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from hyperfunc._engine.trees import check_like, flatten, flatten_floating
 from hyperfunc._torch.batching import mapped_zero
+from hyperfunc._torch.checkpointing import computed_once
 from hyperfunc._torch.internals import is_wrapped, tree_leaves
 from hyperfunc._torch.layers import is_compiled, use_values
 from hyperfunc._torch.tensordicts import is_tensordict
@@ -296,9 +297,10 @@ class FunctionalModule:
         values = {alias: tensors[name] for alias, name in self._aliases.items()}
         attributes = [vars(layer).copy() for layer in self._layers]
         try:
-            output = torch.func.functional_call(
-                self._module, values, inputs, keywords, tie_weights=False
-            )
+            with computed_once():
+                output = torch.func.functional_call(
+                    self._module, values, inputs, keywords, tie_weights=False
+                )
         except RuntimeError as error:
             refuse_unmappable(f"{self._name}: its forward", error)
             raise
