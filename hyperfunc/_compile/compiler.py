@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hyperfunc._compile.comparison import difference
-from hyperfunc._compile.graph_passes import prepare
 from hyperfunc._compile.repeated_pieces import compile_in_pieces
 from hyperfunc._engine import trees
 from hyperfunc._torch import tracking
@@ -210,7 +209,9 @@ class Compiler:
                     f"({node.target}), which compiled code draws differently. Draw them outside "
                     f"and pass them in *args, or leave compile out"
                 )
-        prepare(graph, self.backend.name)
+        _spell_out_scaled_sums(graph)
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
         return graph
 
     def _compare(
@@ -324,6 +325,23 @@ class _Outside(torch.autograd.Function):
         )
         outputs: Leaves = _Outside.apply(batched, *operands)
         return outputs, 0
+
+
+def _spell_out_scaled_sums(graph: torch.fx.GraphModule) -> None:
+    """Write ``add(x, y, alpha)`` as ``x + alpha y`` in a graph.
+
+    Inductor fuses a sum with a product of matrices, and forgets the factor (torch 2.13).
+    """
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        alpha = node.kwargs.get("alpha", 1)
+        if node.target not in (aten.add.Tensor, aten.add_.Tensor) or alpha == 1:
+            continue
+        x, y = node.args
+        with graph.graph.inserting_before(node):
+            scaled = graph.graph.call_function(aten.mul.Tensor, (y, alpha))
+        scaled.meta = dict(y.meta) if isinstance(y, torch.fx.Node) else {}
+        node.args, node.kwargs = (x, scaled), {}
 
 
 def _copying(function: Callable[..., Any]) -> Callable[..., Any]:

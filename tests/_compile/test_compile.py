@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import hyperfunc as hf
+from hyperfunc._compile import compiler
 from hyperfunc._compile.compiler import Compiler
 
 F64 = torch.float64
@@ -498,8 +499,16 @@ def test_rounding_at_a_kink_is_no_error() -> None:
         solver(2 * torch.ones(5))
 
 
+SCALED_SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": lambda w, h: torch.add(w @ h, h, alpha=2),
+    "add, product second": lambda w, h: torch.add(h, w @ h, alpha=2),
+    "add in place": lambda w, h: (w @ h).add_(h, alpha=2),
+    "sub": lambda w, h: torch.sub(w @ h, h, alpha=2),
+    "sub, product second": lambda w, h: torch.sub(h, w @ h, alpha=2),
+}
+
+
 def test_no_scaled_sum_reaches_the_backend() -> None:
-    # inductor drops the factor of a sum with a product of matrices
     seen: list[Any] = []
 
     @torch._dynamo.register_backend(name="watching")
@@ -507,24 +516,40 @@ def test_no_scaled_sum_reaches_the_backend() -> None:
         seen.extend(node for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
 
-    def phi(w: Tensor, h: Tensor) -> Tensor:
-        return torch.sub(torch.add(w @ h, h, alpha=2), h, alpha=0.5)
-
-    solver = hf.iterate(phi, 2, init=lambda h: h, compile="watching")
     h = torch.randn(3, 3, dtype=F64)
-    close(solver(h), phi(phi(h, h), h))
+    for phi in SCALED_SUMS.values():
+        solver = hf.iterate(phi, 2, init=lambda h: h, compile="watching")
+        close(solver(h), phi(phi(h, h), h))
     assert seen
-    assert not any("alpha" in node.kwargs for node in seen)
+    assert not any("alpha" in node.kwargs for node in seen if "add" in str(node.target))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_inductor_needs_scaled_sums_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no sum is wrong any more without it, `_spell_out_scaled_sums` can go."""
+    h = torch.randn(8, 8)
+
+    def wrong() -> set[str]:
+        names = set()
+        for name, phi in SCALED_SUMS.items():
+            solver = hf.iterate(phi, 1, init=lambda h: h, compile=True)
+            try:
+                torch.testing.assert_close(solver(h), phi(h, h))
+            except RuntimeError as error:
+                assert "gives other numbers" in str(error)
+                names.add(name)
+        return names
+
+    assert not wrong()
+    monkeypatch.setattr(compiler, "_spell_out_scaled_sums", lambda graph: None)
+    assert wrong() == {"add", "add, product second", "add in place"}
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_inductor() -> None:
     h = torch.randn(8, 8)
-    scaled = hf.iterate(
-        lambda w, h: torch.add(w @ h, h, alpha=2), 1, init=lambda h: h, compile=True
-    )
-    torch.testing.assert_close(scaled(h), h @ h + 2 * h)
     offset = torch.zeros(8)
     shifted = hf.iterate(lambda w, h: w + offset, 2, init=lambda h: h, compile=True)
     torch.testing.assert_close(shifted(h), h)
