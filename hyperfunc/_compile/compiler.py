@@ -11,7 +11,7 @@ import dataclasses
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,11 +93,8 @@ class Backend:
         return bool(asked.get("triton.cudagraphs"))
 
 
-class Variables(NamedTuple):
-    """What functions close over: what tells it apart, and the values themselves."""
-
-    identities: tuple[Hashable, ...]
-    values: tuple[Any, ...]
+class Variables:
+    """What functions close over, at some time: equal to itself alone."""
 
 
 class Compiler:
@@ -112,17 +109,16 @@ class Compiler:
         self.name = name
         self.functions = functions
         self.entries: dict[Hashable, _Entry] = {}
+        self._variables: dict[Hashable, Variables] = {}
+        self._names: frozenset[str] = frozenset()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Compiler, (self.backend, self.name, self.functions)  # which compiles anew
 
     def read(self) -> Variables:
         """The variables of the functions, as they are now."""
-        captured = tuple(value for f in self.functions for value in captured_values(f))
-        identities = tuple(
-            id(value) if isinstance(value, Tensor) else (type(value), value) for value in captured
-        )
-        return Variables(identities, captured)
+        values, self._names = captured_values(self.functions, self._names)
+        return self._variables.setdefault(values, Variables())
 
     def call(
         self, fn: Callable[..., Any], key: Hashable, variables: Variables, operands: Leaves
@@ -138,21 +134,19 @@ class Compiler:
                 f"compile: args of {self.name} hold a value that is neither a tensor nor hashable "
                 f"({error}), so that it cannot be told when it changes. Leave it out of args"
             ) from error
-        layout: list[Any] = []
+        frames: list[trees.Frame] = []
 
         def flat(*operands: Tensor) -> Leaves:
-            leaves, spec = trees.flatten(fn(*operands))
-            layout[:] = [spec, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]]
-            return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+            tensors, frame = trees.partition(fn(*operands))
+            frames[:] = [frame]
+            return tensors
 
-        call = _Call(self, flat, (key, variables.identities), variables.values, layout)
+        call = _Call(self, flat, (key, variables), frames)
         if tracking.transforms_active():
-            outputs = iter(_Outside.apply(call, *operands))
+            outputs = _Outside.apply(call, *operands)
         else:
-            outputs = iter(self.run(call, operands))
-        spec, constants = layout
-        leaves = [next(outputs) if leaf is None else leaf for leaf in constants]
-        return trees.unflatten(spec, leaves)
+            outputs = self.run(call, operands)
+        return frames[0].fill(outputs)
 
     def run(self, call: _Call, operands: Leaves) -> Leaves:
         """The compiled call where no transform is active."""
@@ -160,13 +154,13 @@ class Compiler:
         signature = (call.key, _circumstances(operands), tuple(map(_describe, operands)))
         entry = self.entries.get(signature)
         if entry is not None and entry.is_direct:
-            call.layout[:] = entry.layout
+            call.frames[:] = [entry.frame]
             with torch.no_grad():
                 return tuple(entry.compiled(*operands))
         with _ONE_THREAD, torch.no_grad():
             entry = self.entries.get(signature)
             if entry is not None:
-                call.layout[:] = entry.layout
+                call.frames[:] = [entry.frame]
                 return tuple(entry.compiled(*operands))
             graph = self._trace(call.fn, operands)
             try:
@@ -188,7 +182,7 @@ class Compiler:
                     stacklevel=2,
                 )
             direct = self.backend.is_direct(operands)
-            self.entries[signature] = _Entry(compiled, direct, call.captured, tuple(call.layout))
+            self.entries[signature] = _Entry(compiled, direct, *call.frames)
         return outputs
 
     def _trace(self, fn: Callable[..., Leaves], operands: Leaves) -> torch.fx.GraphModule:
@@ -228,13 +222,11 @@ class Compiler:
         )
         if found is None:
             return
-        spec, constants = call.layout
-        paths = trees.paths(spec, "output")
-        path = [path for path, leaf in zip(paths, constants, strict=True) if leaf is None]
+        path = call.frames[0].paths("output")[found.position]
         tasks = f", for {found.wrong} of {found.tasks} tasks" if call.levels else ""
         raise RuntimeError(
             f"compile: what {self.backend.name!r} compiled of {self.name} gives other numbers than "
-            f"uncompiled code{tasks}: {path[found.position]} is off by {found.gap:.1e} where its "
+            f"uncompiled code{tasks}: {path} is off by {found.gap:.1e} where its "
             f"largest entry is {found.size:.1e}, more than perturbed arguments explain. Leave "
             f"compile out, or name another backend"
         )
@@ -277,12 +269,11 @@ def check_backend(value: bool | str | Mapping[str, Any]) -> Backend | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Entry:
-    """A compiled function, and the tensors it closes over, held so that no other gets their id."""
+    """A compiled function of flat tensors, and what its results are put into."""
 
     compiled: Callable[..., Any]
     is_direct: bool
-    captured: tuple[Any, ...]
-    layout: tuple[Any, ...]
+    frame: trees.Frame
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -292,8 +283,7 @@ class _Call:
     compiler: Compiler
     fn: Callable[..., Leaves]
     key: Hashable
-    captured: tuple[Any, ...]
-    layout: list[Any]
+    frames: list[trees.Frame]
     levels: int = 0
 
 

@@ -64,6 +64,12 @@ class Frame:
     spec: TreeSpec
     constants: tuple[Any, ...]
 
+    def paths(self, root: str) -> list[str]:
+        """The Python expression of each tensor, as those of `paths`."""
+        expressions = paths(self.spec, root)
+        leaves = zip(expressions, self.constants, strict=True)
+        return [path for path, constant in leaves if constant is None]
+
     def fill(self, tensors: Iterable[Tensor]) -> Any:
         """The tree with these tensors in it, the inverse of `partition`."""
         remaining = iter(tensors)

@@ -123,9 +123,15 @@ def hypergrad(
             takes long (the more, the more steps the linear solver takes), all others are faster,
             under ``vmap`` too. For solvers of a fixed number of steps (``rtol=0, atol=0``) and
             functions without random numbers; where derivatives of the hypergradient are asked for,
-            it runs uncompiled. Variables of your functions are read when they change, but not what
-            further objects hold. Threads run compiled code one at a time. With an implicit method,
-            for the inner solver see `minimize`.
+            it runs uncompiled. Compiled code takes up what changes between calls in the variables,
+            globals and defaults of your functions: tensors, numbers, strings, the functions
+            themselves; in lists, dicts, deques, sets and other collections (their first 1000
+            items); in attributes, properties and methods that your functions name, of objects,
+            classes and imported modules; of a `torch.nn.Module` the mode and numbers of each part.
+            Pass as an argument what is not looked through: parameters that a module gets in place
+            of others, the globals of functions that you import, what an iterator gives next or
+            ``os.environ.get`` returns. Threads run compiled code one at a time. With an implicit
+            method, for the inner solver see `minimize`.
 
     Returns:
         ``fn(hparams, *args, adjoint_init=None)``, which returns a tree like ``hparams``, or
@@ -431,7 +437,7 @@ class _Transform:
         if self.bound is not None and condition is not None:
             self.bound.check(condition.kind)
         if self.backend is not None and is_implicit(self.method):
-            functions = (condition.fn if condition else None, self.outer_loss)
+            functions = (condition.fn if condition else None, self.outer_loss, self.method)
             compiler = Compiler(self.backend, "the adjoint", functions)
         compute = Hypergradient(rule, self.outer_loss, self.has_aux, self.bound, compiler)
         call = functools.partial(_call, compute, self.select)

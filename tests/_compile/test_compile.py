@@ -536,9 +536,8 @@ def test_inductor_needs_scaled_sums_spelled_out(monkeypatch: pytest.MonkeyPatch)
             solver = hf.iterate(phi, 1, init=lambda h: h, compile=True)
             try:
                 torch.testing.assert_close(solver(h), phi(h, h))
-            except RuntimeError as error:
-                assert "gives other numbers" in str(error)
-                names.add(name)
+            except RuntimeError as error:  # which the comparison of the first call raises
+                names.add(name if "gives other numbers" in str(error) else str(error))
         return names
 
     assert not wrong()
