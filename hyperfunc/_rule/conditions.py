@@ -52,38 +52,31 @@ class Condition:
         return self.kind == "inner_loss"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Arguments:
     """How ``(hparams, *args)`` is laid out flat: tensors are operands, the rest is constant."""
 
-    spec: trees.TreeSpec
-    leaves: tuple[Any, ...]
-    positions: tuple[int, ...]
+    frame: trees.Frame
     num_hparams: int
 
     @staticmethod
     def flatten(hparams: Any, args: tuple[Any, ...]) -> tuple[Arguments, Leaves, trees.TreeSpec]:
         """The layout, the tensors (those of hparams first), and the structure of hparams."""
         hparam_leaves, hparams_spec = trees.flatten_floating(hparams, "hparams")
-        leaves, spec = trees.flatten((hparams, *args))
-        trees.refuse_holders(leaves, spec, "(hparams, *args)")
-        positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-        for i, leaf in enumerate(leaves):
-            if not isinstance(leaf, Tensor) and isinstance(leaf, Iterator):
+        tensors, frame = trees.partition((hparams, *args))
+        trees.refuse_holders(frame.constants, frame.spec, "(hparams, *args)")
+        for i, constant in enumerate(frame.constants):
+            if isinstance(constant, Iterator):
                 raise TypeError(
-                    f"{trees.paths(spec, '(hparams, *args)')[i]} is {leaf!r}, which the first "
-                    f"function to read it would use up. Pass list(...) of it"
+                    f"{trees.paths(frame.spec, '(hparams, *args)')[i]} is {constant!r}, which the "
+                    f"first function to read it would use up. Pass list(...) of it"
                 )
-        tensors = tracking.out_of_inference([leaves[i] for i in positions])
-        constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        return Arguments(spec, constants, positions, len(hparam_leaves)), tensors, hparams_spec
+        arguments = Arguments(frame, len(hparam_leaves))
+        return arguments, tracking.out_of_inference(tensors), hparams_spec
 
     def unflatten(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """``(hparams, *args)`` with the tensors put in their places."""
-        leaves = list(self.leaves)
-        for position, tensor in zip(self.positions, tensors, strict=True):
-            leaves[position] = tensor
-        return tuple(trees.unflatten(self.spec, leaves))
+        return tuple(self.frame.fill(tensors))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

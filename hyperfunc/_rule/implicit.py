@@ -147,7 +147,7 @@ class ImplicitProblem:
         """Raise if the inner solver has changed hparams, at which the derivative is taken."""
         if before == after:
             return
-        paths = trees.paths(self.arguments.spec.children()[0], "hparams")
+        paths = trees.paths(self.arguments.frame.spec.children()[0], "hparams")
         path = next(p for p, old, new in zip(paths, before, after, strict=True) if old != new)
         raise ValueError(
             f"the inner solver wrote to {path} in place; expected it to leave its arguments as "

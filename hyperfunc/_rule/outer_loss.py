@@ -58,8 +58,7 @@ class OuterLoss:
     def __init__(self, outer_loss: Callable[..., Any], has_aux: bool) -> None:
         self._outer_loss = outer_loss
         self._has_aux = has_aux
-        self._spec: trees.TreeSpec | None = None
-        self._leaves: list[Any] = []
+        self._aux_frame: trees.Frame | None = None
 
     def __call__(
         self, params: TensorTree, hparams: TensorTree, *args: Any
@@ -73,9 +72,8 @@ class OuterLoss:
                 f"since has_aux=True"
             )
         value, aux = output
-        self._leaves, self._spec = trees.flatten(aux)
-        trees.refuse_holders(self._leaves, self._spec, "aux")
-        tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
+        tensors, self._aux_frame = trees.partition(aux)
+        trees.refuse_holders(self._aux_frame.constants, self._aux_frame.spec, "aux")
         return (sharding.replicate(check_scalar(value, "outer_loss")),), tensors
 
     def refuse_captured(self, linearized: autodiff.Linearization) -> None:
@@ -83,8 +81,4 @@ class OuterLoss:
             raise ValueError(captured_message("outer_loss"))
 
     def unflatten_aux(self, tensors: Leaves) -> Any:
-        if self._spec is None:
-            return ()
-        remaining = iter(tensors)
-        leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        return trees.unflatten(self._spec, leaves)
+        return () if self._aux_frame is None else self._aux_frame.fill(tensors)

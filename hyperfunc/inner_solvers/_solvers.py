@@ -277,9 +277,7 @@ def _compiled(
     args: tuple[Any, ...],
 ) -> Callable[[Tensor | None, Leaves, Any], Leaves] | None:
     """The function that takes some steps by compiled code, or None where it cannot."""
-    leaves, spec = trees.flatten((hparams, args))
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-    constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    tensors, frame = trees.partition((hparams, args))
     if not applies((*tensors, *state)):
         return None
     variables = compiler.read()
@@ -290,17 +288,14 @@ def _compiled(
         low, high = len(flags) + len(state), len(flags) + len(state) + len(tensors)
 
         def compute(*operands: Tensor) -> Leaves:
-            held = iter(operands[low:high])
-            filled = [next(held) if leaf is None else leaf for leaf in constants]
-            hparams, args = trees.unflatten(spec, filled)
-            advance = steps.bind(hparams, args)
+            advance = steps.bind(*frame.fill(operands[low:high]))
             outputs = operands[len(flags) : low]
             for extra in trees.unflatten(row_spec, operands[high:]):
                 active = operands[0] if flags else None
                 outputs = advance(active, outputs[: len(state)], extra)
             return outputs
 
-        key = (len(flags), spec, constants, row_spec, *steps.structure)
+        key = (len(flags), frame, row_spec, *steps.structure)
         operands = (*flags, *state, *tensors, *row)
         result: Leaves = compiler.call(compute, key, variables, operands)
         return result

@@ -217,7 +217,7 @@ def _solve(
             entry = tracking.detach(prefix.run((*constants, *before)))
     fixed = (*theta, *entry, *batching.vmap_marker())
     steps = Steps(flat, arguments, inputs_spec, num_steps, len(theta), len(entry), len(fixed))
-    rng_autocast = RngAutocastState.capture((*theta, *inputs, *arguments.leaves))
+    rng_autocast = RngAutocastState.capture((*theta, *inputs, *arguments.frame.constants))
     operands = (*fixed, *inputs)
     compiled = _compiled(solver, steps)
     if compiled is not None and schedule is None:
@@ -233,7 +233,7 @@ def _compiled(solver: IterativeSolver, steps: Steps) -> Compiled | None:
     if solver.compiler is None or solver.can_stop or not steps.num_steps:
         return None
     key = (
-        (steps.arguments.spec, steps.arguments.leaves, steps.arguments.num_hparams),
+        steps.arguments,
         steps.inputs_spec,
         (steps.num_theta, steps.num_entry, steps.num_fixed),
     )

@@ -90,7 +90,7 @@ class Steps:
                 return self.advance(flag[0] if flag else None, state, fixed, row)
 
             tensors = (*flags, *state, *fixed, *row, *batching.vmap_marker())
-            rng_autocast = RngAutocastState.capture((*tensors, *self.arguments.leaves))
+            rng_autocast = RngAutocastState.capture((*tensors, *self.arguments.frame.constants))
             segment = Segment(flat, rng_autocast, len(tensors), STEP, first=True)
             outputs: Leaves = Recorded.apply(segment, *tensors)
             return outputs

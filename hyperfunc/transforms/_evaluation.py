@@ -158,8 +158,7 @@ class Hypergradient:
             w, theta, rest = operands[:n], operands[n : n + m], operands[n + m :]
             return self._differentiate(quiet, w, theta, rest or None)
 
-        arguments = problem.arguments
-        key = (problem.bound.params_spec, arguments.spec, arguments.leaves, arguments.num_hparams)
+        key = (problem.bound.params_spec, problem.arguments)
         result = self.compiler.call(
             compute, key, self.compiler.read(), (*w, *theta, *(start or ()))
         )
