@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hyperfunc._torch import internals, sharding, tracking
+from hyperfunc._torch import internals, sharding, tangents, tracking
 from hyperfunc._types import Leaves
 
 LeavesFunction = Callable[..., Leaves]
@@ -133,7 +133,9 @@ def gradient(
     The result is differentiable whenever the primals are tracked (or ``create_graph`` says so).
     """
     if tracking.transforms_active():
-        return tuple(torch.func.grad(lambda leaves: fn(*leaves))(tuple(primals)))
+        return tangents.all_in_own_dtype(
+            torch.func.grad(lambda leaves: fn(*leaves))(tuple(primals))
+        )
     tracked = tracking.is_tracked(primals) if create_graph is None else create_graph
     with torch.enable_grad():
         inputs = [

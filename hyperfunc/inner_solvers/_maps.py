@@ -11,6 +11,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_scalar
 from hyperfunc._torch import autodiff, tracking
+from hyperfunc._torch.tangents import in_own_dtype
 from hyperfunc._types import Loss, ParamsFunction, TensorTree
 from hyperfunc.inner_solvers._proximal import ProximalLoss, ScalarCoefficient
 from hyperfunc.prox._base import check_prox
@@ -94,7 +95,7 @@ class _GradientDescentMap:
     lr: ScalarCoefficient
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree:
-        lr = self.lr(hparams) if callable(self.lr) else self.lr
+        lr = in_own_dtype(self.lr(hparams)) if callable(self.lr) else self.lr
         return _descend(self.inner_loss, lr, params, hparams, args)
 
 
@@ -105,7 +106,7 @@ class _ProximalGradientMap:
     lr: ScalarCoefficient
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree:
-        lr = self.lr(hparams) if callable(self.lr) else self.lr
+        lr = in_own_dtype(self.lr(hparams)) if callable(self.lr) else self.lr
         return self.prox(_descend(self.loss, lr, params, hparams, args), hparams, lr)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_number, is_number
+from hyperfunc._torch.tangents import in_own_dtype
 from hyperfunc._types import Leaves, Loss, TensorTree
 
 ScalarCoefficient: TypeAlias = float | Tensor | Callable[[TensorTree], Any]
@@ -88,7 +89,7 @@ class ProximalLoss:
 
     def weight_at(self, hparams: TensorTree) -> float | Tensor:
         """The weight for given hparams, a number or a 0-d tensor."""
-        weight = self.weight(hparams) if callable(self.weight) else self.weight
+        weight = in_own_dtype(self.weight(hparams)) if callable(self.weight) else self.weight
         if isinstance(weight, Tensor) and weight.ndim != 0:
             raise ValueError(
                 f"proximal: weight has shape {tuple(weight.shape)}; expected a 0-d tensor"

@@ -13,6 +13,7 @@ from hyperfunc._compile.compiler import Backend, Compiler, applies, check_backen
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_count, check_number
 from hyperfunc._torch import batching, tracking
+from hyperfunc._torch.tangents import all_in_own_dtype
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
 from hyperfunc.inner_solvers._steps import _LONGEST_BLOCK, DescentStep, FlatStep, MapStep, Step
 
@@ -229,7 +230,7 @@ class FlatSteps:
             if step is None:
                 step = self._step.bind(self.structure, old, hparams, args)
             new, memory = step(old, state[n:], extra)
-            result = (*new, *memory)
+            result = all_in_own_dtype((*new, *memory))
             if active is not None:
                 result = trees.where(active, result, state)
             if not self.can_stop:

@@ -14,6 +14,8 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import is_number
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
+from hyperfunc._torch.internals import forward_mode_active
+from hyperfunc._torch.tangents import in_own_dtype
 from hyperfunc._types import Leaves, TensorTree
 
 Coefficient: TypeAlias = float | TensorTree | Callable[[Any], Any]
@@ -140,7 +142,7 @@ def evaluate(name: str, key: str, coefficient: Coefficient, hparams: Any) -> Any
         )
     value = coefficient(hparams)
     _check_values(name, key, value, f"{key}(hparams)")
-    return value
+    return trees.tree_map(in_own_dtype, value) if forward_mode_active() else value
 
 
 def values_by_leaf(

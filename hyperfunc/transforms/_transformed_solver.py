@@ -10,6 +10,8 @@ import torch
 from hyperfunc._engine import trees
 from hyperfunc._engine.wrapped_functions import Wrapped
 from hyperfunc._torch import tracking
+from hyperfunc._torch.internals import forward_mode_active
+from hyperfunc._torch.tangents import in_own_dtype
 from hyperfunc._torch.unsupported import explained
 from hyperfunc._types import TensorTree
 from hyperfunc.iterative import ReverseUnroll
@@ -63,7 +65,8 @@ class Transformed(Wrapped):
                 # in that mode no graph is recorded, of which older versions of torch make zeros
                 with torch.inference_mode(False), torch.no_grad():
                     return self._call(hparams, *args, **keywords)
-            return self._call(hparams, *args, **keywords)
+            result = self._call(hparams, *args, **keywords)
+            return trees.tree_map(in_own_dtype, result) if forward_mode_active() else result
 
     def _is_traceable(self) -> bool:
         """Whether this is the solver itself, and not a loop that stops by the values it sees."""
