@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import hyperfunc as hf
 from hyperfunc import implicit_diff
 from hyperfunc.modules import FunctionalModule, assign_grads, functional, module_map
 
@@ -540,6 +541,32 @@ def test_float16_inputs_update_float32_statistics() -> None:
 
 
 # functional: parameters ---------------------------------------------------------------------------
+
+
+def test_a_module_without_trainable_parameters_is_named() -> None:
+    apply, params = functional(nn.Linear(4, 6).requires_grad_(False))
+    solver = hf.minimize(
+        lambda p, h: apply(p, torch.ones(4)).sum() * h, hf.optim.sgd(0.1), 2, init=lambda h: params
+    )
+    with pytest.raises(ValueError, match=r"requires_grad_\(\) first, or write include_frozen=True"):
+        solver(torch.tensor(1.0))
+
+
+def test_float16_names_eps() -> None:
+    def loss(w: Tensor, h: Tensor) -> Tensor:
+        return (w[0] + w[1] * torch.relu(w[2] - 9) - 2) ** 2  # two gradients are zero
+
+    h = torch.tensor(0.1, dtype=torch.float16)
+    start = torch.full((3,), 0.5, dtype=torch.float16)
+    for eps, fails in ((1e-8, True), (1e-3, False)):
+        optimizer = hf.optim.adam(lr=lambda h: h, eps=eps)
+        solver = hf.minimize(loss, optimizer, 3, init=lambda h: start)
+        fn = hf.hypergrad(solver, lambda w, h: (w**2).sum(), method="reverse")
+        if fails:
+            with pytest.raises(hf.HypergradError, match=r"float16 .* take eps=1e-3 or more"):
+                fn(h)
+        else:
+            assert float(fn(h)) == pytest.approx(4.76, rel=1e-2)
 
 
 def test_frozen_parameters_are_constants_or_params() -> None:

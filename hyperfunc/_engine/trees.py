@@ -99,6 +99,12 @@ def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:
     if not leaves:
         raise ValueError(
             f"{root} is an empty tree ({tree!r}); expected at least one floating-point tensor"
+            + (
+                ". hf.functional(module) gives {} where all parameters of the module are frozen: "
+                "call module.requires_grad_() first, or write include_frozen=True"
+                if tree == {}
+                else ""
+            )
         )
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and tracking.is_dense(leaf):

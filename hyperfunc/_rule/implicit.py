@@ -390,7 +390,18 @@ def raise_unless_finite_gradient(grads: Leaves, spec: trees.TreeSpec) -> None:
             f"the hypergradient with respect to {where[0]} is not finite (NaN or Inf){where[1]}, "
             f"though the inner solution is. Check the outer loss and the derivatives of the "
             f"condition there, or pass throw=False to get the numbers as they are"
+            + _half_precision_advice(grads)
         )
+
+
+def _half_precision_advice(leaves: Leaves) -> str:
+    """What else to look at where a number above 65504 is infinite."""
+    if all(leaf.dtype is not torch.float16 for leaf in leaves):
+        return ""
+    return (
+        ". In float16 the derivative of a step of Adam or RMSprop overflows at a gradient of zero, "
+        "where it is 1 / eps: take eps=1e-3 or more, bfloat16, or float32 for params and hparams"
+    )
 
 
 def raise_on_failure(stats: SolveStats, linear_solver: AbstractLinearSolver) -> None:
