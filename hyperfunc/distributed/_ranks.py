@@ -54,7 +54,7 @@ class Ranks:
         return [row.tolist() for row in rows]
 
     def start_count(self, flag: bool) -> Callable[[], Tensor]:
-        """Start to count the ranks on which a flag is set."""
+        """`start_sum` for the ranks on which a flag is set."""
         return self.start_sum(torch.tensor(int(flag), device=self._device()))
 
     def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
@@ -118,8 +118,8 @@ class Ranks:
         compare what they have to have alike, as `_compare` says.
         """
         text = "" if error is None else f"{type(error).__name__}: {error}"
-        sums = [checksum(repr(lines)) if lines else 0 for lines in alike.values()]
-        rows = self.exchange((error is not None, checksum(text), *numbers, *sums))
+        sums = [zlib.crc32(repr(lines).encode()) if lines else 0 for lines in alike.values()]
+        rows = self.exchange((error is not None, zlib.crc32(text.encode()), *numbers, *sums))
         own = [row[2 : 2 + len(numbers)] for row in rows]
         failed = [rank for rank, row in enumerate(rows) if row[0]]
         if not failed:
@@ -161,11 +161,6 @@ class Ranks:
         config = dist.get_backend_config(self._group)
         kinds = [pair.split(":")[0] for pair in config.split(",")]
         return torch.device("cpu" if "cpu" in kinds else kinds[0])
-
-
-def checksum(text: str) -> int:
-    """A number that tells texts apart, the same in all processes."""
-    return zlib.crc32(text.encode())
 
 
 def fingerprint(value: Any) -> str:

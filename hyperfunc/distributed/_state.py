@@ -7,10 +7,9 @@ import importlib
 import os
 import re
 import shutil
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +40,20 @@ def save_state(
     """Save the state of an outer loop, so that it appears whole or not at all.
 
     All ranks of the group call this with the same tree. A DTensor is saved shard by shard; an
-    ordinary tensor has to be the same on all ranks, and is saved once. What is written goes to a
-    folder of another name first, which is renamed when every rank is done: a run that is killed
-    at any time leaves the state before or the state after, never a part.
+    ordinary tensor has to be the same on all ranks, and is saved once. A run that is killed at any
+    time leaves the state before or the state after, never a part.
 
     Args:
-        state: a tree of tensors and numbers: hparams, params and adjoint to start from, the state
-            of an `hyperfunc.optim` optimiser, or an optimiser of ``torch.optim`` itself, of which
-            the ``state_dict()`` is saved, the random state (``torch.get_rng_state()``, or a
-            generator's), the position in the data.
+        state: a tree of tensors, numbers and strings: hparams, params and adjoint to start from,
+            the state of an `hyperfunc.optim` optimiser, the random state
+            (``torch.get_rng_state()``), the position in the data; and optimisers of
+            ``torch.optim``, of which the ``state_dict()`` is saved.
         folder: where the states are kept, as ``folder/step-00000012``; one that all ranks see.
         step: the number of the outer step that comes next, >= 0; what `load_state` returns.
         keep: how many states to keep, >= 1. Older ones are removed.
-        background: copy the state, return, and write in a thread. The copies take the memory of
-            the state once more. ``group`` must then be one that nothing else uses meanwhile, as
-            made by ``torch.distributed.new_group(backend="gloo")``, if there is more than one rank.
+        background: copy the state, return, and write the copy in a thread. With several ranks,
+            ``group`` must then be one that nothing else uses meanwhile, as made by
+            ``torch.distributed.new_group(backend="gloo")``.
         group: the ranks that hold the state; by default all.
 
     Returns:
@@ -64,9 +62,9 @@ def save_state(
 
     Raises:
         TypeError: for a step or a number to keep that is no integer.
-        ValueError: for one out of range, leaves that cannot be saved, small
-            ordinary tensors that differ between ranks, or ``background`` without a group.
-        HypergradError: on every rank, naming the first, where some of them met such an error, or
+        ValueError: for one out of range, leaves that cannot be saved, small ordinary tensors that
+            differ between ranks, or ``background`` without a group.
+        HypergradError: on every rank, naming the first, where only some met such an error, or one
             could not write.
 
     Example:
@@ -82,7 +80,14 @@ def save_state(
     """
     ranks, named, error = Ranks(group), {}, None
     try:
-        _check_settings(step, keep, background and group is None and ranks.size > 1)
+        check_count("save_state", "step", step, 0)
+        check_count("save_state", "keep", keep)
+        if background and group is None and ranks.size > 1:
+            raise ValueError(
+                "save_state: background=True sends from a thread, which takes a group of its own. "
+                'Make one at the start, group = torch.distributed.new_group(backend="gloo"), and '
+                "pass group=group"
+            )
         named = _named_leaves(_expanded(state))
     except (TypeError, ValueError) as problem:
         error = problem
@@ -93,27 +98,18 @@ def save_state(
         advice="Make what differs a DTensor, or derive it from the step and the rank, as in "
         "torch.Generator().manual_seed(hash((seed, step, rank)))",
     )
-    if background:
-        named = {
-            name: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-            for name, leaf in named.items()
-        }
     future: Future[None] = Future()
-
-    def write() -> None:
-        try:
-            _write(named, Path(folder), step, keep, ranks, group)
-        except BaseException as error:
-            future.set_exception(error)
-            if not background:
-                raise
-        else:
-            future.set_result(None)
-
-    if background:
-        threading.Thread(target=write, name="save_state").start()
-    else:
-        write()
+    if not background:
+        _write(named, Path(folder), step, keep, ranks, group)
+        future.set_result(None)
+        return future
+    copies = {
+        name: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+        for name, leaf in named.items()
+    }
+    pool = ThreadPoolExecutor(1, "save_state")
+    future = pool.submit(_write, copies, Path(folder), step, keep, ranks, group)
+    pool.shutdown(wait=False)
     return future
 
 
@@ -128,12 +124,11 @@ def load_state(
 
     Args:
         like: a tree of the structure, shapes and dtypes that were saved, such as the state at the
-            start of a run. Its DTensors say how each rank wants its shards, on any mesh; what it
-            holds is left alone. An optimiser of ``torch.optim`` need not have taken a step: what
-            is saved for its parameters is laid out as they are.
-        folder: the folder given to `save_state`.
+            start of a run; it is left alone. Its DTensors say how each rank wants its shards, on
+            any mesh. An optimiser of ``torch.optim`` need not have taken a step.
+        folder: as given to `save_state`, as is ``group``.
         step: which state; by default the last.
-        group: the ranks that take part; by default all.
+        group: the ranks that take part.
 
     Returns:
         ``(state, step)``, a tree like ``like`` of new tensors, or None where the folder holds no
@@ -143,7 +138,7 @@ def load_state(
     Raises:
         ValueError: for a step that is not there, or a tree of another structure, shape or dtype
             than was saved, naming the leaf.
-        HypergradError: on every rank, naming the first, where some of them met such an error.
+        HypergradError: on every rank, naming the first, where only some met such an error.
 
     Example:
         >>> def start():
@@ -173,8 +168,8 @@ def load_state(
                 f"load_state: {folder} has no state of step {step}; expected one of {names}"
             )
         saved = dcp.FileSystemReader(folder / name).read_metadata().state_dict_metadata
-        leaves, spec = trees.flatten(_expanded(like, saved))
-        wanted = _named_leaves(trees.unflatten(spec, leaves))
+        tree = _expanded(like, saved)
+        wanted, spec = _named_leaves(tree), trees.flatten(tree)[1]
         _check_saved(wanted, saved, folder / name)
     except Exception as problem:
         error = problem
@@ -185,24 +180,10 @@ def load_state(
     }
     with _without_warnings():
         dcp.load(loaded, checkpoint_id=folder / name, process_group=group)
-    result = [
-        loaded[path].requires_grad_(leaf.requires_grad)
-        if isinstance(leaf, Tensor)
-        else loaded[path]
-        for path, leaf in zip(wanted, leaves, strict=True)
-    ]
-    return trees.unflatten(spec, result), int(name.removeprefix("step-"))
-
-
-def _check_settings(step: int, keep: int, needs_group: bool) -> None:
-    check_count("save_state", "step", step, 0)
-    check_count("save_state", "keep", keep)
-    if needs_group:
-        raise ValueError(
-            "save_state: background=True sends from a thread, which takes a group of its own. "
-            'Make one at the start, group = torch.distributed.new_group(backend="gloo"), and pass '
-            "group=group"
-        )
+    for path, leaf in wanted.items():
+        if isinstance(leaf, Tensor):
+            loaded[path].requires_grad_(leaf.requires_grad)
+    return trees.unflatten(spec, list(loaded.values())), int(name.removeprefix("step-"))
 
 
 def _write(
@@ -215,7 +196,7 @@ def _write(
 ) -> None:
     dcp = _checkpoint()
     target = folder / f"step-{step:08d}"
-    partial = folder / f".step-{step:08d}.partial"
+    partial, replaced = (folder / f".{target.name}.{state}" for state in ("partial", "replaced"))
 
     def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,12 +205,12 @@ def _write(
 
     def finish() -> None:
         if target.exists():
-            target.rename(folder / f".step-{step:08d}.replaced")
+            target.rename(replaced)
         partial.rename(target)
         _sync(folder)
         for number in _steps(folder)[:-keep]:
             shutil.rmtree(folder / f"step-{number:08d}", ignore_errors=True)
-        shutil.rmtree(folder / f".step-{step:08d}.replaced", ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     _on_first(prepare, ranks)
     with _without_warnings():
@@ -250,7 +231,7 @@ def _on_first(action: Callable[[], None], ranks: Ranks) -> None:
 
 
 def _checkpoint() -> Any:
-    """Imported where it is used, for it takes a moment."""
+    # imported where it is used, for it takes a moment
     return importlib.import_module("torch.distributed.checkpoint")
 
 
@@ -293,13 +274,9 @@ def _optimizer_state(
         param, key = params[int(match[1])].detach(), match[2]
         room: Any = 0
         if hasattr(entry, "size"):
-            dtype = entry.properties.dtype
             own = key != "step" and entry.size == param.shape
-            room = (
-                torch.empty_like(param, dtype=dtype)
-                if own
-                else torch.empty(entry.size, dtype=dtype)
-            )
+            like = param if own else torch.empty(entry.size)
+            room = torch.empty_like(like, dtype=entry.properties.dtype)
         state.setdefault(int(match[1]), {})[key] = room
     return state
 

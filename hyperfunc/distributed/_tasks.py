@@ -22,13 +22,7 @@ from hyperfunc.distributed._ranks import Ranks, fingerprint
 Reduction: TypeAlias = Literal["mean", "sum"]
 
 # What ranks have to be given alike.
-_ALIKE = (
-    "reduce and chunk_size",
-    "hparams",
-    "the values of hparams",
-    "further arguments",
-    "tasks",
-)
+_ALIKE = ("reduce and chunk_size", "hparams", "the values of hparams", "further arguments", "tasks")
 
 
 def task_parallel(
@@ -48,11 +42,10 @@ def task_parallel(
     the mean over all tasks, however unevenly they are spread, or the sum. The numbers are those of
     one process up to the order of summation.
 
-    A call takes two collectives of a few integers, before and after the tasks, by which the ranks
-    tell each other how many tasks they have and whether all is well; one all-reduce for each dtype
-    of ``hparams``, of all leaves flattened; and, for what else ``fn`` returns, one all-gather for
-    each dtype. Half precision is summed in float32. Without an initialised process group this is a
-    world of one, and nothing is sent.
+    A call takes two collectives of a few integers, before and after the tasks, which tell whether
+    all is well; one all-reduce for each dtype of ``hparams``; and, for what else ``fn`` returns,
+    one all-gather for each dtype. Half precision is summed in float32. Without an initialised
+    process group nothing is sent.
 
     ``hparams`` may hold DTensors, over ranks that adapt the same tasks: with a mesh of dimensions
     ``tasks`` and ``shard``, distribute them over ``mesh["shard"]``, and share the tasks by
@@ -62,35 +55,31 @@ def task_parallel(
     Args:
         fn: ``(hparams, tasks, *args) -> hypergradients`` or ``(hypergradients, rest)``, a function
             of a batch of tasks: all tensors of ``tasks``, of the hypergradients, which form a tree
-            like ``hparams``, and of ``rest`` have a first dimension that counts them. That is what
-            ``torch.func.vmap(adapt, in_dims=(None, 0))`` is for an ``adapt`` made by
-            `hyperfunc.hypergrad`, `hyperfunc.hypergrad_and_value` or
-            `hyperfunc.hypergrad_and_solution`.
-        group: the ranks that take part; by default all. Each of them has to make the call, with
-            the same ``hparams`` and ``args``.
+            like ``hparams``, and of ``rest`` have a first dimension that counts them. Such is
+            ``torch.func.vmap(adapt, in_dims=(None, 0))`` for an ``adapt`` made by
+            `hyperfunc.hypergrad` or its kin.
+        group: the ranks that take part, by default all: each makes the call, with the same
+            ``hparams`` and ``args``.
         reduce: ``"mean"`` or ``"sum"`` of the hypergradients over all tasks, or None for those of
             each task, gathered like ``rest``.
         chunk_size: call ``fn`` with so many tasks at a time, >= 1, and add up a chunk's
-            hypergradients over the ranks while the next is under way, where the backend sends in
-            the background. Takes an all-reduce for each chunk in place of one, and between two
-            chunks one of an integer, which tells whether a rank has failed. None: all at once.
+            hypergradients over the ranks while the next is under way. Between two chunks an integer
+            more is sent, which tells whether a rank has failed. None: all at once.
 
     Returns:
-        ``call(hparams, tasks, *args)``, with this rank's own tasks, any number of them, or none:
-        see `local_tasks` for a share of a batch. It returns what ``fn`` returns, with the
-        hypergradients reduced, and with ``rest`` for the tasks of all ranks, in their order. Of a
-        `hyperfunc.Solution`, ``value``, ``aux`` and ``stats`` are gathered; ``params`` and
-        ``adjoint`` stay those of this rank's tasks, to start from in the next call. Results carry
-        no graph.
+        ``call(hparams, tasks, *args)``, with this rank's own tasks, any number of them, or none
+        (see `local_tasks`). It returns what ``fn`` returns, with the hypergradients reduced, and
+        with ``rest`` for the tasks of all ranks, in their order. Of a `hyperfunc.Solution`,
+        ``params`` and ``adjoint`` stay those of this rank's tasks, to start from in the next call.
+        Results carry no graph.
 
     Raises:
         TypeError: if ``fn`` is no function, or ``chunk_size`` no integer.
         ValueError: for a ``reduce`` or ``chunk_size`` not listed above; when called, inside a
             ``torch.func`` transform, with no tasks on any rank, with DTensors over ranks that have
             different tasks, or, on every rank, where one was called otherwise than another: with
-            another structure, dtype, shape, or value of ``hparams`` (of DTensors, what ranks hold
-            is not compared), other arguments, or where ``fn`` returns something else beside the
-            hypergradients.
+            another structure, dtype, shape, or value of ``hparams`` (values of DTensors are not
+            compared), other arguments, or other results of ``fn`` beside the hypergradients.
         HypergradError: when called, on every rank and with the same text, if the arguments of one
             of them are of no use, or ``fn`` raised there, or returned a hypergradient that is not
             finite. The text names the rank and the task, which is found by calling ``fn`` with one
@@ -127,18 +116,9 @@ class _TaskParallel(WrappedFunction):
 
     maker = "task_parallel"
 
-    def __init__(
-        self,
-        fn: Callable[..., Any],
-        group: dist.ProcessGroup | None,
-        reduce: Reduction | None,
-        chunk_size: int | None,
-    ) -> None:
+    def __init__(self, fn: Callable[..., Any], group: Any, reduce: Any, chunk_size: Any) -> None:
         super().__init__(fn)
-        self._fn = fn
-        self._group = group
-        self._reduce = reduce
-        self._chunk_size = chunk_size
+        self._fn, self._group, self._reduce, self._chunk_size = fn, group, reduce, chunk_size
 
     def __call__(self, hparams: TensorTree, tasks: TensorTree, *args: Any) -> Any:
         if tracking.transforms_active():
@@ -196,7 +176,7 @@ def local_tasks(tasks: TensorTree, *, group: dist.ProcessGroup | None = None) ->
     """
     count = _count_tasks(tasks)
     ranks = Ranks(group)
-    start, stop = (rank * count // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+    start, stop = ((ranks.rank + i) * count // ranks.size for i in (0, 1))
     return trees.tree_map(lambda leaf: leaf[start:stop], tasks)
 
 
@@ -241,11 +221,9 @@ class _Flat:
 
         Of the first leaf that has one, the first task.
         """
+        parts = self.local_tasks(leaves)
         bad = torch.stack(
-            [
-                torch.isfinite(part.detach()).reshape(len(part), -1).all(1).logical_not()
-                for part in self.local_tasks(leaves)
-            ]
+            [~part.detach().isfinite().reshape(len(part), -1).all(1) for part in parts]
         )
         if self.layout is not None:
             bad = self.layout.sum(bad.int()) > 0
@@ -255,24 +233,21 @@ class _Flat:
         return trees.paths(self.spec, "hparams")[leaf], task
 
     def zeros(self) -> list[Tensor]:
-        return self.flatten([torch.zeros_like(leaf) for leaf in self.local(self.like)])
+        return self.flatten(trees.zeros_like(self.like))
 
-    def flatten(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        device = leaves[0].device
+    def flatten(self, leaves: Leaves) -> list[Tensor]:
+        leaves = self.local(leaves)
         return [
-            torch.cat([leaves[i].to(device, dtype).reshape(-1) for i in indices])
+            trees.ravel_local(tuple(leaves[i] for i in indices), dtype).to(leaves[0].device)
             for dtype, indices in self._groups().items()
         ]
 
     def restore(self, vectors: Sequence[Tensor], factor: float) -> Leaves:
         result: dict[int, Tensor] = {}
-        like = self.local(self.like)
         for indices, vector in zip(self._groups().values(), vectors, strict=True):
-            parts = torch.split(factor * vector, [like[i].numel() for i in indices])
-            for i, part in zip(indices, parts, strict=True):
-                result[i] = part.reshape(like[i].shape).to(like[i].device, like[i].dtype)
-        leaves = tuple(result[i] for i in range(len(like)))
-        return leaves if self.layout is None else self.layout.wrap(leaves, self.like)
+            like = tuple(self.like[i] for i in indices)
+            result.update(zip(indices, trees.unravel(factor * vector, like), strict=True))
+        return tuple(result[i] for i in range(len(result)))
 
     def _groups(self) -> dict[torch.dtype, list[int]]:
         groups: dict[torch.dtype, list[int]] = {}
@@ -315,8 +290,13 @@ class _Share:
         args: tuple[Any, ...],
         ranks: Ranks,
     ) -> None:
-        self._fn, self._reduce, self._ranks = fn, reduce, ranks
-        self._tasks, self._args = tasks, args
+        self._fn, self._reduce, self._ranks, self._tasks, self._args = (
+            fn,
+            reduce,
+            ranks,
+            tasks,
+            args,
+        )
         self._own: list[tuple[TensorTree, TensorTree]] = []
         self._parts: list[Leaves] = []
         self.rest_spec: trees.TreeSpec | None = None
@@ -388,19 +368,14 @@ class _Share:
             spec, kinds = self._ranks.from_rank(busy, (spec, kinds))
             if not self.count:
                 parts = [torch.empty((0, *shape), dtype=dtype) for dtype, shape in kinds]
-        device = self.flat.like[0].device
-        result: dict[int, Tensor] = {}
+        gathered, device = list(parts), self.flat.like[0].device
         for dtype in dict.fromkeys(part.dtype for part in parts):
-            indices = [i for i, part in enumerate(parts) if part.dtype == dtype]
-            sizes = [math.prod(parts[i].shape[1:]) for i in indices]
-            columns = [
-                parts[i].reshape(self.count, n).to(device)
-                for i, n in zip(indices, sizes, strict=True)
-            ]
+            sizes = {i: math.prod(p.shape[1:]) for i, p in enumerate(parts) if p.dtype == dtype}
+            columns = [parts[i].reshape(self.count, n).to(device) for i, n in sizes.items()]
             rows = self._ranks.gather_rows(torch.cat(columns, 1), counts)
-            for i, column in zip(indices, torch.split(rows, sizes, 1), strict=True):
-                result[i] = column.reshape(-1, *parts[i].shape[1:]).to(parts[i].device)
-        return [result[i] for i in range(len(parts))], spec
+            for i, column in zip(sizes, rows.split(list(sizes.values()), 1), strict=True):
+                gathered[i] = column.reshape(-1, *parts[i].shape[1:]).to(parts[i].device)
+        return gathered, spec
 
     def _all_parts(self) -> list[Tensor]:
         """What is to be gathered, for all tasks of this rank."""
@@ -429,8 +404,9 @@ class _Share:
         self.rest_spec = spec
         if self._reduce is None:
             return []
-        sums = tuple(wide.detach().sum(0) for wide in map(_widen, grads))
-        return self.flat.flatten(self.flat.local(sums))
+        # half precision is summed in float32
+        wide = (leaf.to(trees.accumulation_dtype((leaf,))) for leaf in grads)
+        return self.flat.flatten(tuple(leaf.detach().sum(0) for leaf in wide))
 
     def _call(self, chunk: slice) -> Any:
         tasks = trees.tree_map(lambda leaf: leaf[chunk], self._tasks)
@@ -441,8 +417,7 @@ class _Share:
     ) -> tuple[Leaves, Leaves, trees.TreeSpec | None, list[tuple[TensorTree, TensorTree]]]:
         """Hypergradients, the leaves and structure of the rest, and what of it stays here."""
         grads, spec = trees.flatten(output)
-        leaves: list[Any] = []
-        rest_spec, own = None, []
+        leaves, rest_spec, own = [], None, []
         if spec != self.flat.spec and isinstance(output, tuple) and len(output) == 2:
             grads, spec = trees.flatten(output[0])
             rest = output[1]
@@ -463,7 +438,8 @@ class _Share:
                     f"{shape}; expected a tensor whose first dimension counts the {count} tasks. "
                     f"Map a function of one task by torch.func.vmap"
                 )
-        return tuple(grads), tuple(map(_whole, leaves)), rest_spec, own
+        whole = (leaf.full_tensor() if sharding.is_dtensor(leaf) else leaf for leaf in leaves)
+        return tuple(grads), tuple(whole), rest_spec, own
 
     def _note(self, error: BaseException, chunk: slice) -> None:
         """Note an error and the task at fault: the first to fail on its own, if any does."""
@@ -543,13 +519,3 @@ def _count_tasks(tasks: TensorTree) -> int:
                 f"expected the same first dimension"
             )
     return int(leaves[0].shape[0])
-
-
-def _widen(leaf: Tensor) -> Tensor:
-    return leaf.to(trees.accumulation_dtype((leaf,)))
-
-
-def _whole(leaf: Any) -> Tensor:
-    """A DTensor as an ordinary tensor."""
-    tensor: Tensor = leaf.full_tensor() if sharding.is_dtensor(leaf) else leaf
-    return tensor
