@@ -48,14 +48,10 @@ class Ranks:
         own = torch.tensor(numbers, dtype=torch.int64)
         if self._alone:
             return [own.tolist()]
-        own = own.to(self._device())
+        own = own.to(self.device())
         rows = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(rows, own, group=self._group)
         return [row.tolist() for row in rows]
-
-    def start_count(self, flag: bool) -> Callable[[], Tensor]:
-        """`start_sum` for the ranks on which a flag is set."""
-        return self.start_sum(torch.tensor(int(flag), device=self._device()))
 
     def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
         """Start a sum over the ranks; the function that is returned waits for it."""
@@ -93,7 +89,7 @@ class Ranks:
             except Exception as error:
                 message = [f"{type(error).__name__}: {error}"]
         source = self.global_ranks()[rank]
-        dist.broadcast_object_list(message, source, group=self._group, device=self._device())
+        dist.broadcast_object_list(message, source, group=self._group, device=self.device())
         if isinstance(message[0], str):
             raise TypeError(
                 f"task_parallel: a rank without tasks needs to know what fn returns, which cannot "
@@ -154,7 +150,7 @@ class Ranks:
                 f"expected {expected}. {advice}"
             )
 
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         """Where the group takes small tensors from, whatever is to be computed on."""
         if self._alone:
             return torch.device("cpu")

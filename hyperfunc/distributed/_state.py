@@ -274,9 +274,9 @@ def _optimizer_state(
         param, key = params[int(match[1])].detach(), match[2]
         room: Any = 0
         if hasattr(entry, "size"):
-            own = key != "step" and entry.size == param.shape
-            like = param if own else torch.empty(entry.size)
-            room = torch.empty_like(like, dtype=entry.properties.dtype)
+            size, dtype = entry.size, entry.properties.dtype
+            own = key != "step" and size == param.shape
+            room = torch.empty_like(param, dtype=dtype) if own else torch.empty(size, dtype=dtype)
         state.setdefault(int(match[1]), {})[key] = room
     return state
 

@@ -21,9 +21,6 @@ from hyperfunc.distributed._ranks import Ranks, fingerprint
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 
-# What ranks have to be given alike.
-_ALIKE = ("reduce and chunk_size", "hparams", "the values of hparams", "further arguments", "tasks")
-
 
 def task_parallel(
     fn: Callable[..., Any],
@@ -199,9 +196,6 @@ class _Flat:
     def layout(self) -> sharding.Layout | None:
         return sharding.layout_of(self.like)
 
-    def local(self, leaves: Leaves) -> Leaves:
-        return leaves if self.layout is None else self.layout.local(leaves)
-
     def local_tasks(self, leaves: Leaves) -> Leaves:
         """What this rank holds of leaves with a first dimension for tasks."""
         return leaves if self.layout is None else self.layout.stacked().local(leaves)
@@ -216,27 +210,21 @@ class _Flat:
         )
         return self.layout.stacked().wrap(parts, like)
 
-    def first_nonfinite(self, leaves: Leaves) -> tuple[str, int] | None:
-        """The path and the task of an entry that is NaN or Inf, the same on all ranks that share.
-
-        Of the first leaf that has one, the first task.
-        """
+    def check_finite(self, leaves: Leaves) -> None:
+        """Raise for the first leaf with NaN or Inf, and its first such task, on all that share."""
         parts = self.local_tasks(leaves)
-        bad = torch.stack(
-            [~part.detach().isfinite().reshape(len(part), -1).all(1) for part in parts]
-        )
+        bad = torch.stack([~part.isfinite().reshape(len(part), -1).all(1) for part in parts])
         if self.layout is not None:
             bad = self.layout.sum(bad.int()) > 0
-        if not bad.any():
-            return None
-        leaf, task = bad.nonzero()[0].tolist()
-        return trees.paths(self.spec, "hparams")[leaf], task
+        if bad.any():
+            leaf, task = bad.nonzero()[0].tolist()
+            raise NonfiniteError(trees.paths(self.spec, "hparams")[leaf], task)
 
     def zeros(self) -> list[Tensor]:
         return self.flatten(trees.zeros_like(self.like))
 
     def flatten(self, leaves: Leaves) -> list[Tensor]:
-        leaves = self.local(leaves)
+        leaves = leaves if self.layout is None else self.layout.local(leaves)
         return [
             trees.ravel_local(tuple(leaves[i] for i in indices), dtype).to(leaves[0].device)
             for dtype, indices in self._groups().items()
@@ -267,14 +255,15 @@ class _Total:
     def start(self, ranks: Ranks, sums: list[Tensor], failed: bool | None) -> None:
         """Start to sum over the ranks, and to count those that failed; None where nobody asks."""
         self._sums = [ranks.start_sum(part) for part in sums]
-        self._failures = None if failed is None else ranks.start_count(failed)
+        if failed is None:
+            self._failures = None
+        else:
+            self._failures = ranks.start_sum(torch.tensor(int(failed), device=ranks.device()))
 
     def add_pending(self) -> bool:
         """Wait for what was started, and add it; returns whether a rank failed."""
         if self._sums:
-            parts = [wait() for wait in self._sums]
-            self._sums = []
-            self.sums = [total + part for total, part in zip(self.sums, parts, strict=True)]
+            self.sums = [total + wait() for total, wait in zip(self.sums, self._sums, strict=True)]
         return self._failures is not None and bool(self._failures())
 
 
@@ -290,13 +279,8 @@ class _Share:
         args: tuple[Any, ...],
         ranks: Ranks,
     ) -> None:
-        self._fn, self._reduce, self._ranks, self._tasks, self._args = (
-            fn,
-            reduce,
-            ranks,
-            tasks,
-            args,
-        )
+        self._fn, self._reduce, self._ranks = fn, reduce, ranks
+        self._tasks, self._args = tasks, args
         self._own: list[tuple[TensorTree, TensorTree]] = []
         self._parts: list[Leaves] = []
         self.rest_spec: trees.TreeSpec | None = None
@@ -311,16 +295,15 @@ class _Share:
 
     def agree_on_inputs(self, settings: tuple[Any, ...]) -> list[int]:
         """The numbers of tasks on the ranks, or the same error on all if one was called amiss."""
-        alike: dict[str, list[str]] = {what: [] for what in _ALIKE}
-        if self.error is None and self._ranks.size > 1:
-            lines = (
-                [repr(settings)],
-                _types(self.flat.like, self.flat.spec, "hparams", shapes=True),
-                _values(self.flat),
-                _types(*trees.flatten(self._args), "args"),
-                _types(*trees.flatten(self._tasks), "tasks") if self.count else [],
-            )
-            alike = dict(zip(_ALIKE, lines, strict=True))
+        lines: dict[str, Callable[[], list[str]]] = {
+            "reduce and chunk_size": lambda: [repr(settings)],
+            "hparams": lambda: _types(self.flat.like, self.flat.spec, "hparams", shapes=True),
+            "the values of hparams": lambda: _values(self.flat),
+            "further arguments": lambda: _types(*trees.flatten(self._args), "args"),
+            "tasks": lambda: _types(*trees.flatten(self._tasks), "tasks") if self.count else [],
+        }
+        compared = self.error is None and self._ranks.size > 1
+        alike = {what: make() if compared else [] for what, make in lines.items()}
         rows = self._ranks.agree("task_parallel", self.error, (self.count,), alike=alike)
         counts = [row[0] for row in rows]
         if not any(counts):
@@ -392,54 +375,41 @@ class _Share:
         return rest._replace(params=params, adjoint=adjoint)
 
     def _adapt(self, chunk: slice) -> list[Tensor]:
-        count = chunk.stop - chunk.start
-        grads, leaves, spec, own = self._split(self._call(chunk), count)
-        nonfinite = self.flat.first_nonfinite(grads)
-        if nonfinite is not None:
-            raise NonfiniteError(*nonfinite)
-        if self._reduce is None:
-            leaves = (*self.flat.local_tasks(tracking.detach(grads)), *leaves)
-        self._parts.append(tracking.detach(leaves))
-        self._own.extend(own)
-        self.rest_spec = spec
-        if self._reduce is None:
-            return []
-        # half precision is summed in float32
-        wide = (leaf.to(trees.accumulation_dtype((leaf,))) for leaf in grads)
-        return self.flat.flatten(tuple(leaf.detach().sum(0) for leaf in wide))
-
-    def _call(self, chunk: slice) -> Any:
-        tasks = trees.tree_map(lambda leaf: leaf[chunk], self._tasks)
-        return self._fn(trees.unflatten(self.flat.spec, self.flat.like), tasks, *self._args)
-
-    def _split(
-        self, output: Any, count: int
-    ) -> tuple[Leaves, Leaves, trees.TreeSpec | None, list[tuple[TensorTree, TensorTree]]]:
-        """Hypergradients, the leaves and structure of the rest, and what of it stays here."""
+        output, flat, count = self._call(chunk), self.flat, chunk.stop - chunk.start
         grads, spec = trees.flatten(output)
-        leaves, rest_spec, own = [], None, []
-        if spec != self.flat.spec and isinstance(output, tuple) and len(output) == 2:
-            grads, spec = trees.flatten(output[0])
-            rest = output[1]
+        leaves: list[Any] = []
+        if spec != flat.spec and isinstance(output, tuple) and len(output) == 2:
+            (grads, spec), rest = trees.flatten(output[0]), output[1]
             if isinstance(rest, Solution):
-                own = [trees.tree_map(torch.detach, (rest.params, rest.adjoint))]
+                self._own.append(trees.tree_map(torch.detach, (rest.params, rest.adjoint)))
                 rest = rest._replace(params=(), adjoint=())
-            leaves, rest_spec = trees.flatten(rest)
-        like = tuple(leaf.detach().expand(count, *leaf.shape) for leaf in self.flat.like)
+            leaves, self.rest_spec = trees.flatten(rest)
+        like = tuple(leaf.detach().expand(count, *leaf.shape) for leaf in flat.like)
         what = "the hypergradients that fn returned"
-        trees.check_like(grads, spec, like, self.flat.spec, what, "hparams")
+        trees.check_like(grads, spec, like, flat.spec, what, "hparams")
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != count:
-                assert rest_spec is not None
-                path = trees.paths(rest_spec, "rest")[index]
+                assert self.rest_spec is not None
+                path = trees.paths(self.rest_spec, "rest")[index]
                 shape = f"of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else ""
                 raise ValueError(
                     f"fn returned (hypergradients, rest) with {path} a {type(leaf).__name__} "
                     f"{shape}; expected a tensor whose first dimension counts the {count} tasks. "
                     f"Map a function of one task by torch.func.vmap"
                 )
+        gradients = tracking.detach(grads)
+        flat.check_finite(gradients)
+        kept = flat.local_tasks(gradients) if self._reduce is None else ()
         whole = (leaf.full_tensor() if sharding.is_dtensor(leaf) else leaf for leaf in leaves)
-        return tuple(grads), tuple(whole), rest_spec, own
+        self._parts.append((*kept, *tracking.detach(tuple(whole))))
+        if self._reduce is None:
+            return []
+        wide = (leaf.to(trees.accumulation_dtype((leaf,))) for leaf in gradients)
+        return flat.flatten(tuple(leaf.sum(0) for leaf in wide))
+
+    def _call(self, chunk: slice) -> Any:
+        tasks = trees.tree_map(lambda leaf: leaf[chunk], self._tasks)
+        return self._fn(trees.unflatten(self.flat.spec, self.flat.like), tasks, *self._args)
 
     def _note(self, error: BaseException, chunk: slice) -> None:
         """Note an error and the task at fault: the first to fail on its own, if any does."""
