@@ -13,7 +13,6 @@ from torch.nn.utils import parametrize
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
-from hyperfunc._engine.results import SolveStats
 from hyperfunc._torch import autodiff, layers, tracking
 from hyperfunc._types import TensorTree
 from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson
@@ -34,26 +33,23 @@ class EquilibriumLayer(nn.Module):
 
     .. math:: z^* = \mathrm{cell}_\theta(z^*, x),
 
-    found by a fixed-point solver, of which nothing is recorded. Gradients with respect to the
-    inputs and to the cell's parameters, of any order, come from the implicit function theorem:
-    memory does not grow with the number of steps. The cell may do anything that has a fixed point;
-    with Dropout in training mode it has none.
+    found by a fixed-point solver. Gradients with respect to the inputs and to the cell's
+    parameters, of any order, come from the implicit function theorem: memory does not grow with the
+    number of steps. The cell has to have a fixed point; with Dropout in training mode it has none.
 
-    The cell is a submodule, ``layer.cell``, and the other settings are attributes too; all of them
-    may be replaced. The cell's submodules are attributes of the layer too, ``layer.linear`` for
-    ``layer.cell.linear``; its own tensors are not, and parametrisations of these belong on
-    ``layer.cell``. A state dictionary of the cell loads into the layer.
+    The settings are attributes that may be replaced, and the cell is a submodule, ``layer.cell``,
+    whose submodules are attributes of the layer too, ``layer.linear`` for ``layer.cell.linear``;
+    its own tensors are not, and parametrisations of these belong on ``layer.cell``. A state
+    dictionary of the cell loads into the layer.
 
-    Within one call the cell is a function: its weights, those of parametrisations such as
-    ``torch.nn.utils.parametrizations.spectral_norm`` included, are computed once, and what its
-    forward writes to buffers is dropped. In training mode, and outside of ``torch.func``, running
-    statistics are then updated once, by a further evaluation at the solution. Under autocast the
-    cell runs in the lower precision, and the state and the solvers in the state's own; tolerances
-    below the lower precision count as that precision.
+    Within one call the cell is a function: its weights, parametrised ones included, are computed
+    once, and what its forward writes to buffers is dropped. In training mode, and outside of
+    ``torch.func``, running statistics are then updated once, by a further evaluation at the
+    solution. Under autocast the cell runs in the lower precision, and the state and the solvers in
+    the state's own; tolerances below the lower precision count as that precision.
 
     Args:
-        cell: a module whose ``forward(state, *inputs)`` returns a tree like ``state``. The layer
-            does not copy it.
+        cell: a module whose ``forward(state, *inputs)`` returns a tree like ``state``; not copied.
         solver: how the fixed point is found. By default each index of the first dimension of the
             state is a sample with a stop of its own, ``batch_dim=0``.
         method: how it is differentiated. A linear solver applies the implicit rule; by default
@@ -65,8 +61,8 @@ class EquilibriumLayer(nn.Module):
         init: ``(*inputs) -> state``, where the solver starts and what a state looks like; by
             default zeros like the first input.
         throw: whether to raise where the solver does not reach its tolerance, or the linear
-            solver of the backward pass fails. With ``throw=False`` the result is the best iterate;
-            look at the statistics. With ``rtol=0, atol=0`` there is no tolerance to reach.
+            solver of the backward pass fails. With ``throw=False`` the result is the best iterate.
+            With ``rtol=0, atol=0`` there is no tolerance to reach.
 
     Example:
         >>> class Cell(torch.nn.Module):
@@ -84,8 +80,6 @@ class EquilibriumLayer(nn.Module):
         >>> z.square().sum().backward()
         >>> layer.linear.weight.grad.shape
         torch.Size([4, 4])
-        >>> list(layer.state_dict())
-        ['cell.linear.weight', 'cell.linear.bias']
 
     References:
         Bai, Kolter and Koltun, Deep equilibrium models, arXiv 1909.01377; Fung et al.,
@@ -108,9 +102,8 @@ class EquilibriumLayer(nn.Module):
         self.training = cell.training
 
     def __getattr__(self, name: str) -> Any:
-        return (
-            super().__getattr__(name) if self._cell_with(name) is None else getattr(self.cell, name)
-        )
+        cell = self._cell_with(name)
+        return super().__getattr__(name) if cell is None else getattr(cell, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "method":
@@ -132,17 +125,15 @@ class EquilibriumLayer(nn.Module):
 
         Args:
             inputs: what the cell takes after the state: trees of tensors, and anything else.
-            init: the state to start from, such as the solution for similar inputs; it has no
-                derivative.
-            return_stats: whether to return ``(state, SolveStats)``. With ``batch_dim`` of the
-                solver the statistics have shape ``(batch,)``.
+            init: the state to start from, such as the solution for similar inputs, a constant.
+            return_stats: whether to return ``(state, SolveStats)``, the statistics of shape
+                ``(batch,)`` with a ``batch_dim`` of the solver.
 
         Returns:
             The state, a tree like ``init``.
 
         Raises:
-            HypergradError: if the solver did not reach its tolerance, naming the number of
-                samples; with ``throw``.
+            HypergradError: if the solver did not reach its tolerance, and ``throw`` is on.
             ValueError: if the cell changes the structure, shape or dtype of the state.
         """
         run = self._forward
@@ -163,36 +154,35 @@ class EquilibriumLayer(nn.Module):
         args = ({name: buffer.clone() for name, buffer in buffers.items()}, *inputs)
         solver = _reachable(self.solver, dtype, throw=False)
         with torch.autocast(device_type, enabled=False) if dtype else contextlib.nullcontext():
-            if isinstance(self.method, ReverseUnroll):
-                solution, stats = solver(cell, state, (weights, state), *args)
-                self._check(stats)
-            else:
-                with torch.enable_grad():
-                    solution, stats = solver(cell, *_detach((state, (weights, state), *args)))
-                self._check(stats)
+            unroll = isinstance(self.method, ReverseUnroll)
+            point = (state, (weights, state), *args)
+            with contextlib.nullcontext() if unroll else torch.enable_grad():
+                solution, stats = solver(cell, *(point if unroll else _detach(point)))
+            if self.throw:
+                raise_unless_solved(self.solver, stats, finished=True)
+            if not unroll:
                 solution = self._attach(cell, (weights, _detach(solution)), args, dtype)
-        if self.training:
-            self._update_buffers(weights, buffers, solution, inputs)
+        if self.training and buffers and not tracking.transforms_active():
+            apply, _, _ = _snapshot(self.cell, "update")
+            with torch.no_grad():
+                _, updated = apply(weights, solution, *inputs, buffers=buffers)
+                for name, buffer in updated.items():
+                    buffers[name].copy_(buffer)
         return (solution, stats) if return_stats else solution
 
     def _initial_state(self, inputs: tuple[Any, ...]) -> TensorTree:
         if self.init is not None:
             return self.init(*inputs)
         if not inputs or not tracking.is_differentiable(inputs[0]):
-            first = "missing"
-            if inputs:
-                first = f"of type {type(inputs[0]).__name__}"
-                first += f" and {inputs[0].dtype}" if isinstance(inputs[0], Tensor) else ""
+            first = f"of type {type(inputs[0]).__name__}" if inputs else "missing"
+            if inputs and isinstance(inputs[0], Tensor):
+                first += f" and {inputs[0].dtype}"
             raise TypeError(
                 f"EquilibriumLayer: the first input is {first}; expected a floating-point tensor, "
                 f"as the state starts as zeros like it. Write EquilibriumLayer(cell, "
                 f"init=lambda *inputs: ...) with a function that returns the state to start from"
             )
         return torch.zeros_like(inputs[0])
-
-    def _check(self, stats: SolveStats) -> None:
-        if self.throw:
-            raise_unless_solved(self.solver, stats, finished=True)
 
     def _attach(
         self, cell: _Cell, hparams: TensorTree, args: tuple[Any, ...], dtype: torch.dtype | None
@@ -201,26 +191,10 @@ class EquilibriumLayer(nn.Module):
         method = _reachable(self.method, dtype)
         if isinstance(method, Reverse):
             assert method.last is not None
-            return implicit_diff(iterate(cell, method.last, init=_second), method=method)(
-                hparams, *args
-            )
-        rule = implicit_diff(_second, fixed_point=cell, method=method, throw=self.throw)
+            rule = implicit_diff(iterate(cell, method.last, init=_second), method=method)
+        else:
+            rule = implicit_diff(_second, fixed_point=cell, method=method, throw=self.throw)
         return rule(hparams, *args)
-
-    def _update_buffers(
-        self,
-        weights: dict[str, Tensor],
-        buffers: dict[str, Tensor],
-        solution: TensorTree,
-        inputs: tuple[Any, ...],
-    ) -> None:
-        if not buffers or tracking.transforms_active():
-            return
-        apply, _, _ = _snapshot(self.cell, "update")
-        with torch.no_grad():
-            _, updated = apply(weights, solution, *inputs, buffers=buffers)
-            for name, buffer in updated.items():
-                buffers[name].copy_(buffer)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The state of a cell, as layers saved it before they had "cell." in their names.
@@ -266,9 +240,9 @@ def jacobian_frobenius_squared(
         J = \partial_{\text{params}} \, \text{fn}(\text{params}, *\text{args}),
 
     at one evaluation and one product a probe. It is differentiable with respect to ``params``,
-    ``args``, and the parameters of a module as ``fn``. At an equilibrium it bounds the spectral
-    radius, so that a small penalty, ``jacobian_frobenius_squared(layer.cell, z, x) / z.numel()``,
-    keeps the cell a contraction. Detach ``z`` to leave the solution as it is in its derivative.
+    ``args``, and the parameters of a module as ``fn``. A small penalty at an equilibrium,
+    ``jacobian_frobenius_squared(layer.cell, z, x) / z.numel()``, bounds the spectral radius and so
+    keeps the cell a contraction. Detach ``z`` to leave the solution out of its derivative.
 
     Args:
         fn: ``(params, *args) -> tree``; a fixed-point map or a cell.
@@ -300,8 +274,11 @@ def jacobian_frobenius_squared(
     linearization = autodiff.Linearization(flat, leaves, (tuple(range(len(leaves))),), tracked=True)
     terms = []
     for _ in range(num_probes):
-        signs = tuple(_random_signs(out, generator) for out in linearization.outputs)
-        product = linearization.pull(signs)
+        signs = []
+        for out in linearization.outputs:
+            bits = torch.randint(0, 2, out.shape, generator=generator, device=out.device)
+            signs.append((2 * bits - 1).to(out.dtype))
+        product = linearization.pull(tuple(signs))
         terms.append(trees.dot(product, product))
     return torch.stack(terms).mean()
 
@@ -366,12 +343,8 @@ def _snapshot(
 ) -> tuple[FunctionalModule, dict[str, Tensor], dict[str, Tensor]]:
     """A cell as a function, with its weights and buffers as they are now."""
     module = _shallow_copy(cell, {})
-    weights: dict[str, Tensor] = {
-        name: parameter
-        for name, parameter in module.named_parameters()
-        if parameter.is_floating_point()
-    }
-    buffers = dict(module.named_buffers())
+    named, buffers = module.named_parameters(), dict(module.named_buffers())
+    weights: dict[str, Tensor] = {name: p for name, p in named if p.is_floating_point()}
     return FunctionalModule(module, tuple(weights), mode), weights, buffers
 
 
@@ -388,23 +361,21 @@ def _shallow_copy(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     done[id(module)] = copy
     if parametrized:
         parametrizations: Any = copy._modules.pop("parametrizations")
-        for name in parametrizations:
-            vars(copy)["_parameters"][name] = _weight(module, name)
+        for name, chain in parametrizations.items():
+            copy._parameters[name] = _weight(module, name, chain)
     for name, child in copy._modules.items():
         if child is not None:
             copy._modules[name] = _shallow_copy(child, done)
     return copy
 
 
-def _weight(module: nn.Module, name: str) -> Tensor:
-    """A parametrised weight."""
-    chain: Any = module.parametrizations[name]  # type: ignore[index]
+def _weight(module: nn.Module, name: str, chain: Any) -> Any:
+    """A parametrised weight, and the modules that compute it."""
     first, *others = chain
     if layers.is_weight_norm(first) and not others:
         # torch's own has a wrong second derivative
         return layers.weight_norm(first, chain.original0, chain.original1)
-    weight: Tensor = getattr(module, name)
-    return weight
+    return getattr(module, name)
 
 
 def _autocast_of(state: TensorTree) -> tuple[str, torch.dtype | None]:
@@ -412,9 +383,8 @@ def _autocast_of(state: TensorTree) -> tuple[str, torch.dtype | None]:
     leaves, _ = trees.flatten_floating(state, "init")
     device_type = leaves[0].device.type
     available = torch.amp.is_autocast_available(device_type)
-    if not available or not torch.is_autocast_enabled(device_type):
-        return device_type, None
-    return device_type, torch.get_autocast_dtype(device_type)
+    on = available and torch.is_autocast_enabled(device_type)
+    return device_type, torch.get_autocast_dtype(device_type) if on else None
 
 
 def _reachable(settings: Any, dtype: torch.dtype | None, **changes: Any) -> Any:
@@ -425,8 +395,3 @@ def _reachable(settings: Any, dtype: torch.dtype | None, **changes: Any) -> Any:
     rtol = eps**0.75 if settings.rtol is None else settings.rtol
     exact = settings.rtol == 0 and settings.atol == 0
     return dataclasses.replace(settings, rtol=0.0 if exact else max(rtol, eps), **changes)
-
-
-def _random_signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
-    return (2 * bits - 1).to(like.dtype)

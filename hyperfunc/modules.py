@@ -33,11 +33,10 @@ def functional(
     r"""Turn a module into a pure function of its parameters.
 
     ``apply(params, *inputs)`` is what ``module(*inputs)`` would return if the module held
-    ``params``: a function in the mathematical sense, which ``torch.func`` can differentiate and
-    map, over the inputs and over stacked parameters alike. The module is copied once, here: nothing
-    done with the result changes it (no parameter, buffer, ``.grad`` or training flag), and nothing
-    done later to the module changes the result. Each layer keeps the mode, training or evaluation,
-    that it is in when this is called.
+    ``params``: a function that ``torch.func`` can differentiate and map, over the inputs and over
+    stacked parameters alike. The module is copied once, here, with the mode of each layer, training
+    or evaluation: nothing done with the result changes it, and nothing done later to the module
+    changes the result.
 
     A normalisation layer in training mode computes, from the mean :math:`\mu_B` and the variance
     :math:`\sigma_B^2` of the :math:`n` values of a channel in its batch,
@@ -48,8 +47,8 @@ def functional(
         v \leftarrow (1 - \rho) \, v + \rho \, \tfrac{n}{n - 1} \sigma_B^2,
 
     and one in evaluation mode puts the running statistics :math:`m, v` in place of
-    :math:`\mu_B, \sigma_B^2`. The assignments to the buffers :math:`m, v` are what a pure function
-    cannot do; ``buffers`` says what happens instead.
+    :math:`\mu_B, \sigma_B^2`. A pure function does not assign to buffers :math:`m, v`: ``buffers``
+    says what happens instead.
 
     - ``"batch"``: a layer in training mode uses the statistics of its batch. What ``forward``
       writes to a buffer is dropped.
@@ -65,11 +64,10 @@ def functional(
     Layers that draw random numbers need ``vmap(..., randomness="different")`` or ``"same"``.
 
     Args:
-        module: any ``nn.Module``; parametrisations, hooks and tied weights work. Wrappers such as
-            DataParallel are taken off first. Compile ``apply``, not the module. Parameters may be
-            DTensors, also those of a tensor-parallel plan; ``fully_shard`` is left out, and the
-            parameters distributed one by one.
-        buffers: what becomes of the buffers, by the table above.
+        module: any ``nn.Module`` without wrappers such as DataParallel; parametrisations, hooks and
+            tied weights work. Compile ``apply``, not the module. Parameters may be DTensors, also
+            those of a tensor-parallel plan, but not of ``fully_shard``.
+        buffers: what becomes of the buffers.
         include_frozen: also put the floating-point parameters with ``requires_grad=False`` into
             ``params``. Without it they are constants of ``apply``.
 
@@ -121,9 +119,9 @@ def module_map(
     r"""Turn a module from states to states into a fixed-point map with its parameters as hparams.
 
     For a cell :math:`z \mapsto \mathrm{cell}_\theta(z, x)`, the map is
-    :math:`\phi(z, \theta, x) = \mathrm{cell}_\theta(z, x)`, in the order of arguments that every
-    function of this library has: the solution :math:`z^* = \phi(z^*, \theta, x)` is the ``params``,
-    the weights :math:`\theta` are the ``hparams``, and the inputs :math:`x` are the ``*args``.
+    :math:`\phi(z, \theta, x) = \mathrm{cell}_\theta(z, x)`: the solution
+    :math:`z^* = \phi(z^*, \theta, x)` is the ``params``, the weights :math:`\theta` are the
+    ``hparams``, and the inputs :math:`x` are the ``*args``.
 
     The map must be deterministic to have a fixed point: put cells with Dropout in evaluation mode.
 
@@ -173,9 +171,8 @@ def assign_grads(
     r"""Write gradients into ``.grad``, where the optimisers of ``torch.optim`` look for them.
 
     Sets :math:`\mathtt{leaf.grad} \leftarrow g`, or :math:`\mathtt{leaf.grad} + g` with ``add``, to
-    detached copies: neither the optimiser nor ``zero_grad`` can reach the tree that was passed. A
-    tensor that occurs in several places of the tree gets the sum of its gradients. All is checked
-    before anything is written.
+    detached copies. A tensor that occurs in several places of the tree gets the sum of its
+    gradients. All is checked before anything is written.
 
     Args:
         tree_or_module: a tree of the leaf tensors that the optimiser holds, or a module.
@@ -222,8 +219,7 @@ def assign_grads(
     with torch.no_grad():
         for target, value in zip(targets, values, strict=True):
             before = totals.get(id(target), target.grad if add else None)
-            total = value.detach().clone() if before is None else before + value
-            totals[id(target)] = total
+            totals[id(target)] = value.detach().clone() if before is None else before + value
     for target in targets:
         target.grad = totals[id(target)]
 
@@ -233,9 +229,8 @@ class FunctionalModule:
     """The pure function of a module that `functional` makes: ``apply(params, *inputs)``.
 
     ``apply.buffers`` is a copy of the buffers that it holds. A call takes others in their place by
-    the keyword ``buffers``, a dictionary with the same names, such as an earlier call returned: so
-    running statistics are carried from step to step, or from adaptation ("update") to evaluation
-    ("frozen"). ``torch.func.vmap`` maps no keywords, so to map buffers write
+    the keyword ``buffers``, such as an earlier call returned: so running statistics are carried
+    from step to step, or from adaptation ("update") to evaluation ("frozen"). To map them write
     ``vmap(lambda params, buffers, x: apply(params, x, buffers=buffers))``. All other keywords go to
     the module. One object serves one thread at a time; make further ones with `copy.deepcopy`.
 
@@ -251,16 +246,14 @@ class FunctionalModule:
     """
 
     def __init__(self, module: nn.Module, names: tuple[str, ...], mode: BufferMode) -> None:
-        self._name = type(module).__name__
-        self._mode = mode
+        self._name, self._mode = type(module).__name__, mode
         self._buffers = dict(module.named_buffers())
         self._stateful = {
             name for name in self._buffers if module.get_submodule(name.rpartition(".")[0]).training
         }
-        for layer in module.modules():
+        self._module, self._layers = module, tuple(module.modules())
+        for layer in self._layers:
             use_values(layer, mode)
-        self._module = module
-        self._layers = tuple(module.modules())
         tensors: dict[str, Tensor] = dict(module.named_parameters())
         self._shapes = {name: tensors[name].shape for name in names}
         tensors.update(self._buffers)
@@ -420,10 +413,8 @@ def _check_module(module: Any) -> None:
 def _private_copy(module: nn.Module, chosen: Mapping[str, nn.Parameter]) -> nn.Module:
     """A copy that shares no tensor with the module, with NaN for the chosen parameters."""
     memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(
-            torch.full_like(parameter.new_empty(()), torch.nan).expand(parameter.shape)
-        )
-        for parameter in chosen.values()
+        id(p): nn.Parameter(torch.full_like(p.new_empty(()), torch.nan).expand(p.shape))
+        for p in chosen.values()
     }
     for layer in module.modules():
         for tensor in (*vars(layer).values(), *layer.buffers(recurse=False)):
@@ -462,6 +453,6 @@ def _named_targets(module: nn.Module, grads: Any) -> tuple[dict[str, nn.Paramete
 def _compare_names(given: Any, expected: Any) -> str:
     """Which names are missing and which are not known."""
     missing, unknown = sorted(expected - given), sorted(given - expected, key=str)
-    parts = ["missing " + ", ".join(map(repr, missing))] if missing else []
-    parts += ["not known " + ", ".join(map(repr, unknown))] if unknown else []
+    kinds = {"missing": missing, "not known": unknown}
+    parts = [f"{kind} {', '.join(map(repr, names))}" for kind, names in kinds.items() if names]
     return "; ".join(parts) + f" (expected {', '.join(map(repr, sorted(expected))) or 'none'})"

@@ -31,44 +31,37 @@ def task_map(
     r"""Map a function over tasks, as `torch.func.vmap`, so many at a time as is fastest.
 
     A batch saves calls, and keeps several intra-op threads at work; but once the vectors of all its
-    tasks no longer fit into a processor's cache, every pass over them costs more than the calls
-    did, and a loop is faster. The rule of ``"auto"``:
+    tasks no longer fit into a processor's cache, a loop is faster. The rule of ``"auto"``:
 
     - with an argument on a GPU, or on any device but the CPU, all tasks are one batch;
     - on a CPU, a task counts the bytes of its own slices and of all tensors that are not mapped
       (meta-parameters, of which each task makes a version of its own), and as many tasks fit as
       make an eighth of the third-level cache for each intra-op thread (`torch.get_num_threads`),
-      but 4 MiB at least, as where the size of the cache is unknown, and 16 MiB at most. With a
-      tensor of four or more dimensions for a task, as convolutions have, which gain little from
-      batches, it is 4 MiB. Fewer than six are taken one by one, without ``vmap``, which is also the
-      faster engine for derivatives. Else there are as few chunks as hold the tasks, and these are
-      of one size, but for the last.
+      4 MiB at least and 16 MiB at most. Where the cache is unknown, or a task has a tensor of four
+      or more dimensions, as convolutions have, which gain little from batches, it is 4 MiB. Fewer
+      than six are taken one by one, without ``vmap``. Else there are as few chunks as hold the
+      tasks, and these are of one size, but for the last.
 
-    Nothing is timed or remembered in a call: the constants were measured beforehand, on 1 and 2
-    threads of an AMD processor with 32 MiB of third-level cache and of an Intel one with 300 MiB,
-    and the rule looks at shapes, the number of threads and the size of the cache alone, so that a
-    call is repeated with the same numbers whatever else the machine does. Where it is wrong for a
-    processor or a function, give a number. Between two chunk sizes, and so between two machines,
-    results differ by rounding, as those of batched and single matrix products do.
+    The constants were measured beforehand, on 1 and 2 threads of an AMD processor with 32 MiB of
+    third-level cache and of an Intel one with 300 MiB; nothing is timed in a call, so that it is
+    repeated with the same numbers. Between two chunk sizes, and so between two machines, results
+    differ by rounding, as those of batched and single matrix products do.
 
-    Tasks are not run in threads, each with one intra-op thread. For 16 tasks of an MLP on two idle
-    processors that takes about as long as chunks with two intra-op threads do, since Python runs
-    one thread at a time between operators, and it needs functions that may run in several threads.
-    On busy processors, where intra-op threads wait for each other, it can be several times as fast.
-    The benchmark compares them, with a way to do it by hand::
+    Tasks are not run in threads: on idle processors that takes about as long as chunks with several
+    intra-op threads. On busy ones, where intra-op threads wait for each other, it can be several
+    times as fast. The benchmark compares them, with a way to do it by hand::
 
         python -m tests.benchmarks.run --problems P3a --threads 2 --only "task_map|threads over"
 
     Args:
-        fn: ``(*args) -> tree of tensors``, for one task. It must be fit for ``vmap``: without
-            branches that depend on values of tensors.
+        fn: ``(*args) -> tree of tensors``, for one task, without branches that depend on values of
+            tensors.
         in_dims: the dimension that tells tasks apart, for all arguments, or a tuple with one entry
             for each: a number, None for an argument that all tasks share, or a tree of these.
         chunk_size: how many tasks at a time: 1 for a loop, None for one batch, or ``"auto"``.
         randomness: as for `torch.func.vmap`: whether random numbers are an ``"error"``, the
-            ``"same"`` for all tasks, or ``"different"``. The different ones depend on the chunk
-            size; the same ones do not. In a loop only the default generators of the CPU are
-            looked after.
+            ``"same"`` for all tasks, or ``"different"``; these depend on the chunk size. In a loop
+            only the default generator of the CPU is looked after.
 
     Returns:
         A function of the batched arguments, whose results have a new first dimension for tasks.
@@ -77,8 +70,7 @@ def task_map(
         TypeError: if ``fn`` is no function, or returns something that is not a tensor, or
             ``chunk_size`` is of another type.
         ValueError: for other values of ``chunk_size`` or ``randomness``, and, when called, if
-            ``in_dims`` does not suit the arguments, or the arguments differ in their number of
-            tasks.
+            ``in_dims`` does not suit the arguments, or these differ in their number of tasks.
         RuntimeError: when called, if ``fn`` draws random numbers with ``randomness="error"``.
 
     Example:
@@ -126,10 +118,8 @@ class _MappedFunction(WrappedFunction):
 
     def __init__(self, fn: Callable[..., Any], in_dims: Any, chunk_size: Any, randomness: Any):
         super().__init__(fn)
-        self._fn = fn
-        self._in_dims = in_dims
-        self._chunk_size = chunk_size
-        self._randomness = randomness
+        self._fn, self._in_dims = fn, in_dims
+        self._chunk_size, self._randomness = chunk_size, randomness
 
     def __call__(self, *args: Any) -> Any:
         leaves, spec = trees.flatten(args, none_is_leaf=True)
@@ -139,40 +129,28 @@ class _MappedFunction(WrappedFunction):
         if size == "auto":
             size = _best_size(num_tasks, leaves, dims)
         call = _MappedCall(self._fn, spec, dims, self._randomness)
-        return call.one_by_one(leaves) if size == 1 else call.in_chunks(leaves, num_tasks, size)
+        if size == 1:
+            return call.one_by_one(leaves, num_tasks)
+        return call.in_chunks(leaves, num_tasks, size)
 
 
 class _MappedCall:
     """One call of a mapped function."""
 
-    def __init__(
-        self,
-        fn: Callable[..., Any],
-        spec: trees.TreeSpec,
-        dims: Sequence[int | None],
-        randomness: str,
-    ) -> None:
-        self._fn = fn
-        self._spec = spec
-        self._dims = dims
-        self._randomness = randomness
+    def __init__(self, fn: Any, spec: Any, dims: list[int | None], randomness: str) -> None:
+        self._fn, self._spec, self._dims, self._randomness = fn, spec, dims, randomness
         self._out_spec: trees.TreeSpec | None = None
 
-    def one_by_one(self, leaves: Sequence[Any]) -> Any:
+    def one_by_one(self, leaves: Sequence[Any], num_tasks: int) -> Any:
         columns = [
-            [leaf] if dim is None else leaf.unbind(dim)
+            [leaf] * num_tasks if dim is None else leaf.unbind(dim)
             for leaf, dim in zip(leaves, self._dims, strict=True)
         ]
-        num_tasks = max(len(column) for column in columns)
         start = torch.get_rng_state()
-        results = []
-        for task in range(num_tasks):
-            if self._randomness == "same" and task:
+        results: list[Leaves] = []
+        for row in zip(*columns, strict=True):
+            if self._randomness == "same" and results:
                 torch.set_rng_state(start)
-            row = (
-                column[0] if dim is None else column[task]
-                for column, dim in zip(columns, self._dims, strict=True)
-            )
             results.append(self._one(*row))
         if self._randomness == "error" and not torch.equal(start, torch.get_rng_state()):
             raise RuntimeError(
@@ -182,23 +160,20 @@ class _MappedCall:
         return self._unflatten(torch.stack(column) for column in zip(*results, strict=True))
 
     def in_chunks(self, leaves: Sequence[Any], num_tasks: int, size: int) -> Any:
-        mapped = [index for index, dim in enumerate(self._dims) if dim is not None]
+        mapped = {index: dim for index, dim in enumerate(self._dims) if dim is not None}
 
         def batched(*tensors: Tensor) -> Leaves:
-            row = list(leaves)
-            for index, tensor in zip(mapped, tensors, strict=True):
-                row[index] = tensor
-            return self._one(*row)
+            row = dict(enumerate(leaves)) | dict(zip(mapped, tensors, strict=True))
+            return self._one(*row.values())
 
-        in_dims = tuple(self._dims[index] for index in mapped)
-        run = torch.func.vmap(batched, in_dims, randomness=self._randomness)
+        run = torch.func.vmap(batched, tuple(mapped.values()), randomness=self._randomness)
         start = torch.get_rng_state() if self._randomness == "same" else None
         results = []
         for low in range(0, num_tasks, size):
             if start is not None and low:
                 torch.set_rng_state(start)
             length = min(size, num_tasks - low)
-            parts = (leaves[i].narrow(self._dims[i], low, length) for i in mapped)
+            parts = (leaves[i].narrow(dim, low, length) for i, dim in mapped.items())
             results.append(run(*(parts if size < num_tasks else (leaves[i] for i in mapped))))
         if len(results) == 1:
             return self._unflatten(results[0])
@@ -226,9 +201,8 @@ def _flat_dims(
 ) -> list[int | None]:
     tree: Any = args
     prefix: Any = (in_dims,) * len(args) if isinstance(in_dims, int) else in_dims
+    prefix = tuple(prefix) if isinstance(prefix, list) else prefix
     try:
-        if isinstance(prefix, list):
-            prefix = tuple(prefix)
         dims: list[int | None] = optree.broadcast_prefix(
             prefix, tree, none_is_leaf=True, namespace=trees.NAMESPACE
         )
@@ -238,10 +212,9 @@ def _flat_dims(
             f"expected a number, or a tuple with one entry for each argument: a number, None, or a "
             f"tree of these"
         ) from error
-    for index, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
+    for leaf, dim, path in zip(leaves, dims, trees.paths(spec, "args"), strict=True):
         if dim is None:
             continue
-        path = trees.paths(spec, "args")[index]
         if not isinstance(leaf, Tensor):
             raise ValueError(
                 f"task_map: {path} is {leaf!r} of type {type(leaf).__name__}, and in_dims is {dim} "
@@ -289,8 +262,7 @@ def _best_size(num_tasks: int, leaves: Sequence[Any], dims: Sequence[int | None]
     fitting = budget * threads // max(size, 1)
     if fitting < _SMALLEST_BATCH:
         return 1
-    num_chunks = math.ceil(num_tasks / fitting)
-    return math.ceil(num_tasks / num_chunks)
+    return math.ceil(num_tasks / math.ceil(num_tasks / fitting))
 
 
 def _name(fn: Callable[..., Any]) -> str:

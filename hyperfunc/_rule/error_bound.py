@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count, check_number
+from hyperfunc._engine.flat import split
 from hyperfunc._rule.conditions import BoundCondition
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves
@@ -38,38 +39,30 @@ class ErrorBound:
         + \lVert \partial_\lambda r \rVert \frac{\lVert \rho \rVert}{\gamma},
         \qquad L(w, \lambda) = E(w, \lambda) - u^\top r(w, \lambda).
 
-    To see it, note that the computed hypergradient is :math:`g = \partial_\lambda L(w, \lambda)`
-    with :math:`u` held fixed. At the solution :math:`r` vanishes, so that the exact one is
-    :math:`g^* = \partial_\lambda L(w^*, \lambda) + (\partial_\lambda r)^\top (u - u^*)`, with
+    The computed hypergradient is :math:`g = \partial_\lambda L(w, \lambda)` with :math:`u` held
+    fixed. At the solution :math:`r` vanishes, so that the exact one is
+    :math:`\partial_\lambda L(w^*, \lambda) + (\partial_\lambda r)^\top (u - u^*)`, with
     :math:`u - u^* = -A^{-\top} \partial_w L(w^*, \lambda)`, as
-    :math:`\partial_w L = \partial_w E - A^\top u`. The first part differs from :math:`g` by at most
-    :math:`\lVert \partial^2_{\lambda w} L \rVert \lVert w - w^* \rVert`. In the second,
-    :math:`\lVert A^{-1} \rVert \le 1 / \gamma`, and :math:`\partial_w L(w^*, \lambda)` differs from
-    :math:`\rho = \partial_w L(w, \lambda)` by at most
-    :math:`\lVert \partial^2_{ww} L \rVert \lVert w - w^* \rVert`. With
-    :math:`\lVert w - w^* \rVert \le \lVert r \rVert / \gamma` the sum is the bound.
+    :math:`\partial_w L = \partial_w E - A^\top u`. The first part differs from :math:`g`, and
+    :math:`\partial_w L(w^*, \lambda)` from :math:`\rho`, by second derivatives of :math:`L` times
+    :math:`\lVert w - w^* \rVert \le \lVert r \rVert / \gamma`; the sum is the bound. It is the
+    analysis of Grazzi et al., with what was measured in place of a-priori rates of the two solvers
+    and of Lipschitz constants.
 
-    It is the analysis of approximate implicit differentiation of Grazzi et al., with what was
-    measured in place of the a-priori rates :math:`\rho_\lambda(t)` and :math:`\sigma_\lambda(k)` of
-    the two solvers. There the two second-order norms are bounded by the Lipschitz constants of the
-    parts, :math:`\eta_2 + \nu_2 \lVert u \rVert` and :math:`\eta_1 + \nu_1 \lVert u \rVert` with
-    :math:`\lVert u \rVert \le \lVert \partial_w E \rVert / (1 - q)`.
+    Products of norms forget directions. With ``sharpen`` a Newton step gives better params, a
+    further linear solve a better adjoint, and the bound is the distance to their hypergradient plus
+    the bound for that one, if this is less. The returned hypergradient stays as it is.
 
-    Products of norms forget directions. With ``sharpen`` a Newton step gives better params
-    :math:`w'`, a further linear solve a better adjoint :math:`u'`, and the bound is the distance
-    to their hypergradient plus the bound for that one, if this is less. The returned hypergradient
-    stays as it is.
-
-    The norms are estimated at :math:`w` by Krylov spaces. So the bound holds as it is where the
-    second derivatives of :math:`L` and the first ones of :math:`r` do not vary between :math:`w`
-    and :math:`w^*`, and to first order in the distance (to second order with ``sharpen``)
-    elsewhere. It is Inf where :math:`\gamma` is not positive.
+    The norms are estimated at :math:`w` by Krylov spaces. So the bound holds where the second
+    derivatives of :math:`L` and the first ones of :math:`r` do not vary between :math:`w` and
+    :math:`w^*`, and to first order in the distance (second with ``sharpen``) elsewhere. It is Inf
+    where :math:`\gamma` is not positive.
 
     Args:
-        contraction: :math:`q` of the fixed-point map, from 0 to below 1. By default it is
-            estimated, as the norm of the map's Jacobian at :math:`w`.
-        strong_convexity: :math:`\mu > 0` of the inner loss or optimality function. By default it is
-            estimated, as the smallest curvature at :math:`w`.
+        contraction: :math:`q` of the fixed-point map, from 0 to below 1; by default the norm of its
+            Jacobian at :math:`w`.
+        strong_convexity: :math:`\mu > 0` of the inner loss or optimality function; by default the
+            smallest curvature at :math:`w`.
         sharpen: whether to take the directions of the errors into account.
         num_steps: dimension of the Krylov spaces, >= 1; all takes about 10 times as many products.
 
@@ -123,19 +116,16 @@ class ErrorBound:
 class HypergradBound(NamedTuple):
     """A bound on the Euclidean norm of a hypergradient's error over all leaves; 0-d tensors.
 
-    What is of type ``Estimate`` is an estimate, with a ``value`` and its
-    ``uncertainty``; the bound is computed from the unfavourable end of each. See
-    `hyperfunc.ErrorBound` for the formula.
+    An ``Estimate`` has a ``value`` and its ``uncertainty``; the bound is computed from the
+    unfavourable end of each. See `hyperfunc.ErrorBound` for the formula.
 
     Attributes:
-        bound: the sum of the two terms below, or less if sharpened, and the rounding errors of the
-            last step.
+        bound: the sum of the two terms below, or less if sharpened, and rounding errors.
         inner_term: the part that is due to the inner solution.
         linear_term: the part that is due to the linear solve.
         inner_residual: ``||r(w)||``.
         linear_residual: ``||dE/dw - A^T u||``.
-        gamma: what the distances to the solutions are bounded with: ``1 - q`` or ``mu``, with
-            uncertainty 0 where it was given.
+        gamma: ``1 - q`` or ``mu``, with uncertainty 0 where it was given.
         gamma_is_estimate: bool, whether it was estimated.
         inner_distance: the bound on ``||w - w*||``.
         cross_norm: ``||dr/dhparams||``.
@@ -164,20 +154,28 @@ def error_bound(
     theta: Leaves,
     u: Leaves,
 ) -> HypergradBound:
-    """The bound for the hypergradient from detached params, arguments and adjoint.
+    """The bound at detached params, arguments and adjoint, with the outer loss as a function."""
+    point = _Lagrangian(bound, outer, w, theta, u)
+    gamma = _gamma(settings, point)
+    cross_norm, curvature, cross_curvature = point.norms(settings.num_steps)
+    inverse = torch.where(gamma.lower > 0, 1 / gamma.lower, torch.inf)
 
-    ``outer`` is the outer loss of the leaves of ``w`` followed by the tensors of ``theta``.
-    """
-    point = _Lagrangian.make(bound, outer, w, theta, u)
-    norms = _Norms.estimate(settings, point)
+    def terms(inner_residual: Tensor, linear_residual: Tensor) -> tuple[Tensor, Tensor]:
+        """What the residuals of the inner problem and of the linear solve contribute."""
+        both = cross_norm.upper * curvature.upper
+        factor = cross_curvature.upper + _times(inverse, both)
+        inner = _times(_times(inverse, inner_residual), factor)
+        return inner, _times(inverse, cross_norm.upper * linear_residual)
+
     inner_residual, linear_residual = trees.norm(point.residual), trees.norm(point.gradient)
-    inner_term, linear_term = norms.terms(inner_residual, linear_residual)
+    inner_term, linear_term = terms(inner_residual, linear_residual)
     total = inner_term + linear_term
     if settings.sharpen:
         better, rest, distance = point.improve(settings.num_steps)
-        sharp = distance + sum(norms.terms(trees.norm(better.residual), trees.norm(rest)))
+        sharp = distance + sum(terms(trees.norm(better.residual), trees.norm(rest)))
         total = torch.where(sharp < total, sharp, total)
-    size = trees.norm(point.hypergradient) + norms.cross_norm.upper * trees.norm(u)
+    estimated = settings.contraction is None and settings.strong_convexity is None
+    size = trees.norm(point.hypergradient) + cross_norm.upper * trees.norm(u)
     rounding = 10 * max(trees.epsilon(w), trees.epsilon(point.hypergradient)) * size
     return HypergradBound(
         bound=total + rounding,
@@ -185,32 +183,26 @@ def error_bound(
         linear_term=linear_term,
         inner_residual=inner_residual,
         linear_residual=linear_residual,
-        inner_distance=_times(norms.inverse, inner_residual),
-        **norms._asdict(),
+        gamma=gamma,
+        gamma_is_estimate=torch.full_like(total, estimated, dtype=torch.bool),
+        inner_distance=_times(inverse, inner_residual),
+        cross_norm=cross_norm,
+        curvature=curvature,
+        cross_curvature=cross_curvature,
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class _Lagrangian:
-    """``L`` at params for a fixed adjoint, and the residual there.
+    """The residual, and the gradient of ``L`` for a fixed adjoint, linearised at params."""
 
-    ``first`` is the residual as a function of params and hparams, linearised; ``second`` the
-    gradient of ``L`` by both, as a function of params.
-    """
-
-    bound: BoundCondition
-    outer: Callable[..., Tensor]
-    w: Leaves
-    theta: Leaves
-    u: Leaves
-    first: autodiff.Linearization
-    second: autodiff.Linearization
-    operator: LinearOperator
-
-    @staticmethod
-    def make(
-        bound: BoundCondition, outer: Callable[..., Tensor], w: Leaves, theta: Leaves, u: Leaves
-    ) -> _Lagrangian:
+    def __init__(
+        self,
+        bound: BoundCondition,
+        outer: Callable[..., Tensor],
+        w: Leaves,
+        theta: Leaves,
+        u: Leaves,
+    ) -> None:
         n, m = len(w), bound.arguments.num_hparams
 
         def gradients(*leaves: Tensor) -> Leaves:
@@ -220,95 +212,52 @@ class _Lagrangian:
 
             return autodiff.gradient(lagrangian, leaves[: n + m])
 
-        first, operator = bound.linearize_residual(w, theta, range(m))
-        second = autodiff.Linearization(gradients, (*w, *theta), (range(n),))
-        return _Lagrangian(bound, outer, w, theta, u, first, second, operator)
+        self.bound, self.outer, self.w, self.theta, self.u = bound, outer, w, theta, u
+        self.first, self.operator = bound.linearize_residual(w, theta, range(m))
+        self.second = autodiff.Linearization(gradients, (*w, *theta), (range(n),))
+        self.residual = self.first.outputs
+        # by params, which is the residual of the linear solve for the adjoint, and by hparams
+        self.gradient, self.hypergradient = split(self.second.outputs, n)
 
-    @property
-    def residual(self) -> Leaves:
-        return self.first.outputs
-
-    @property
-    def gradient(self) -> Leaves:
-        """By params, which is the residual of the linear solve for the adjoint."""
-        return self.second.outputs[: len(self.w)]
-
-    @property
-    def hypergradient(self) -> Leaves:
-        """The gradient by hparams."""
-        return self.second.outputs[len(self.w) :]
+    def norms(self, num_steps: int) -> tuple[Estimate, Estimate, Estimate]:
+        """Of the cross derivative of the residual, and the curvatures of ``L``."""
+        first, second, w, h = self.first, self.second, self.w, self.hypergradient
+        zeros_w, zeros_h = trees.zeros_like(w), trees.zeros_like(h)
+        cross = LinearOperator(lambda v: first.pull(v, 1), lambda v: first.push(v, 1))
+        cross_curvature = LinearOperator(
+            lambda v: second.pull((*zeros_w, *v)), lambda v: second.push(v)[len(w) :]
+        )
+        ritz = eigenvalues(lambda v: second.pull((*v, *zeros_h)), w, num_steps)
+        return (
+            singular_values(cross.gram, w, num_steps)[1],
+            ritz.extremes()[3],
+            singular_values(cross_curvature.gram, h, num_steps)[1],
+        )
 
     def improve(self, num_steps: int) -> tuple[_Lagrangian, Leaves, Tensor]:
-        """The point after a Newton step, the residual of a better adjoint, and the way there.
-
-        That is the distance from the hypergradient here to the one there.
-        """
+        """The point after a Newton step, a better adjoint's residual, and how far g moves."""
         solver = GMRES(maxiter=num_steps)
         step, _ = solver.solve(self.operator, self.residual)
         w = trees.sub(self.w, step)
-        better = _Lagrangian.make(self.bound, self.outer, w, self.theta, self.u)
+        better = _Lagrangian(self.bound, self.outer, w, self.theta, self.u)
         change, _ = solver.solve(better.operator.T, better.gradient)
         rest = better.operator.T.residual(change, better.gradient)
         hypergradient = trees.sub(better.hypergradient, better.first.pull(change, 1))
         return better, rest, trees.norm(trees.sub(hypergradient, self.hypergradient))
 
 
-class _Norms(NamedTuple):
-    """The norms in the bound, as fields of `HypergradBound`."""
-
-    gamma: Estimate
-    gamma_is_estimate: Tensor
-    cross_norm: Estimate
-    curvature: Estimate
-    cross_curvature: Estimate
-
-    @staticmethod
-    def estimate(settings: ErrorBound, point: _Lagrangian) -> _Norms:
-        first, second, w = point.first, point.second, point.w
-        n, h, steps = len(w), point.hypergradient, settings.num_steps
-        zeros_w, zeros_h = trees.zeros_like(w), trees.zeros_like(h)
-        cross = LinearOperator(lambda v: first.pull(v, 1), lambda v: first.push(v, 1))
-        cross_curvature = LinearOperator(
-            lambda v: second.pull((*zeros_w, *v)), lambda v: second.push(v)[n:]
-        )
-        ritz = eigenvalues(lambda v: second.pull((*v, *zeros_h)), w, steps)
-        return _Norms(
-            *_gamma(settings, point),
-            cross_norm=singular_values(cross.gram, w, steps)[1],
-            curvature=ritz.extremes()[3],
-            cross_curvature=singular_values(cross_curvature.gram, h, steps)[1],
-        )
-
-    @property
-    def inverse(self) -> Tensor:
-        """``1 / gamma``, or Inf where that may be negative."""
-        return torch.where(self.gamma.lower > 0, 1 / self.gamma.lower, torch.inf)
-
-    def terms(self, inner_residual: Tensor, linear_residual: Tensor) -> tuple[Tensor, Tensor]:
-        """What the residuals of the inner problem and of the linear solve contribute."""
-        both = self.cross_norm.upper * self.curvature.upper
-        factor = self.cross_curvature.upper + _times(self.inverse, both)
-        inner = _times(_times(self.inverse, inner_residual), factor)
-        return inner, _times(self.inverse, self.cross_norm.upper * linear_residual)
-
-
-def _gamma(settings: ErrorBound, point: _Lagrangian) -> tuple[Estimate, Tensor]:
-    """``1 - q`` or ``mu``, and whether it is an estimate."""
-    operator, w, steps = point.operator, point.w, settings.num_steps
-    given = settings.strong_convexity
-    if settings.contraction is not None:
-        given = 1 - settings.contraction
-    norm = trees.norm(w)
-    is_estimate = torch.full_like(norm, given is None, dtype=torch.bool)
+def _gamma(settings: ErrorBound, point: _Lagrangian) -> Estimate:
+    """``1 - q`` or ``mu``."""
+    q, operator, w = settings.contraction, point.operator, point.w
+    given = settings.strong_convexity if q is None else 1 - q
     if given is not None:
-        gamma = Estimate(torch.full_like(norm, given), torch.zeros_like(norm))
-    elif point.bound.condition.kind == "fixed_point":
+        gamma = torch.full_like(trees.norm(w), given)
+        return Estimate(gamma, torch.zeros_like(gamma))
+    if point.bound.condition.kind == "fixed_point":
         jacobian = dataclasses.replace(operator, shift=1.0, scale=-1.0)  # I - A
-        _, q = singular_values(jacobian.gram, w, steps)
-        gamma = Estimate(1 - q.value, q.uncertainty)
-    else:
-        gamma = eigenvalues(operator.symmetric_part, w, steps).extremes()[0]
-    return gamma, is_estimate
+        largest = singular_values(jacobian.gram, w, settings.num_steps)[1]
+        return Estimate(1 - largest.value, largest.uncertainty)
+    return eigenvalues(operator.symmetric_part, w, settings.num_steps).extremes()[0]
 
 
 def _times(inverse: Tensor, value: Tensor) -> Tensor:

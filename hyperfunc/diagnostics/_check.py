@@ -33,7 +33,6 @@ from hyperfunc.linear_solvers import (
     Auto,
     Dense,
     FixedPoint,
-    LinearOperator,
     Neumann,
     Nystrom,
     PipelinedCG,
@@ -43,7 +42,7 @@ from hyperfunc.transforms._hypergrad import hypergrad_and_solution
 from hyperfunc.transforms._methods import is_implicit, resolve_method
 
 
-def check_hypergrad(
+def check_hypergrad(  # noqa: D417
     inner_solver: InnerSolver,
     outer_loss: Loss,
     hparams: TensorTree,
@@ -75,21 +74,16 @@ def check_hypergrad(
     and twice the estimated error. If they do not, further tests tell which ingredient is off: each
     derivative that enters the formula is compared with differences of its own function, the
     condition is tried at the returned params, the adjoint in its system, and the assumptions of the
-    method are measured. A single call of a black box does not tell a solver that stopped early from
-    one that solves another problem; then both causes are reported. A solver made by
-    `hyperfunc.iterate` or `hyperfunc.minimize` is given more steps to find out.
+    method are measured. Whether a solver stopped early or solves another problem can be told for
+    those of `hyperfunc.iterate` and `hyperfunc.minimize`; for others both causes are reported.
+
+    All arguments that are not listed here are those of `hyperfunc.hypergrad`.
 
     Args:
-        inner_solver: see `hyperfunc.hypergrad`, as for all others up to ``has_aux``. It is called
-            19 times for each direction, and some 30 times more to find a cause.
-        outer_loss: see `hyperfunc.hypergrad`.
+        inner_solver: ``(hparams, *args) -> params``. It is called 19 times for each direction, and
+            some 30 times more to find a cause.
         hparams: the point to check at.
         *args: what the functions take besides.
-        fixed_point: see `hyperfunc.hypergrad`.
-        inner_loss: see `hyperfunc.hypergrad`.
-        optimality: see `hyperfunc.hypergrad`.
-        method: see `hyperfunc.hypergrad`.
-        has_aux: see `hyperfunc.hypergrad`.
         throw: whether a check that fails raises, as `raise_if_failed` does.
         rtol: relative tolerance, > 0; by default ``eps ** 0.25`` of the coarsest dtype, 1e-4 in
             float64 and 2e-2 in float32. Raise it for a truncated solve.
@@ -100,8 +94,7 @@ def check_hypergrad(
             never torch's global one.
 
     Returns:
-        A `HypergradCheck`: a tree of numbers, with ``passed``, ``raise_if_failed()``, and a table
-        as its ``str``.
+        A `HypergradCheck`, with ``passed``, ``raise_if_failed()``, and a table as its ``str``.
 
     Raises:
         ValueError: as `hyperfunc.hypergrad`; a number out of its range; a call inside of a
@@ -116,21 +109,12 @@ def check_hypergrad(
         ...     return torch.linalg.solve(X.T @ X + torch.diag(reg.exp().expand(3)), X.T @ y)
         >>> def loss(w, reg):
         ...     return 0.5 * ((X @ w - y) ** 2).sum()
-        >>> report = hf.check_hypergrad(
-        ...     solve,
-        ...     lambda w, reg: (w**2).sum(),
-        ...     torch.zeros((), dtype=torch.float64),
-        ...     inner_loss=loss,
-        ... )
+        >>> def outer_loss(w, reg):
+        ...     return (w**2).sum()
+        >>> reg = torch.zeros((), dtype=torch.float64)
+        >>> report = hf.check_hypergrad(solve, outer_loss, reg, inner_loss=loss)
         >>> report.passed, bool(report.causes.dependence_lost)
         (False, True)
-        >>> report = hf.check_hypergrad(
-        ...     solve,
-        ...     lambda w, reg: (w**2).sum(),
-        ...     torch.zeros((), dtype=torch.float64),
-        ...     inner_loss=lambda w, reg: loss(w, reg) + 0.5 * reg.exp() * (w**2).sum(),
-        ... )
-        >>> report.raise_if_failed()
 
     References:
         More and Wild, Estimating computational noise, SIAM J. Sci. Comput. 33 (2011).
@@ -146,9 +130,8 @@ def check_hypergrad(
         check_number("check_hypergrad", "rtol", rtol, above=True)
     hparams, args = trees.tree_map(_detached, (hparams, args))
     condition = make_condition(inner_solver, fixed_point, inner_loss, optimality)
-    problem = _Problem(
-        inner_solver, outer_loss, resolve_method(method), condition, has_aux, hparams, args
-    )
+    method = resolve_method(method)
+    problem = _Problem(inner_solver, outer_loss, method, condition, has_aux, hparams, args)
     named = functools.partial(trees.named_tensors, hparams, args)
     with torch.enable_grad(), explained("check_hypergrad", named):
         report = _check(problem, rtol, num_directions, max_dense, unroll, generator)
@@ -172,9 +155,8 @@ class _Problem:
     def hypergrad(self, method: Any, params: TensorTree = None) -> tuple[Leaves, Any]:
         """By a method, at given params or those of the inner solver."""
         solver = self.inner_solver if params is None else lambda hparams, *args: params
-        keywords: dict[str, Any] = {}
-        if self.condition is not None:
-            keywords = {self.condition.kind: self.condition.fn}
+        condition = self.condition
+        keywords: dict[str, Any] = {} if condition is None else {condition.kind: condition.fn}
         transformed = hypergrad_and_solution(
             solver, self.outer_loss, method=method, has_aux=self.has_aux, throw=False, **keywords
         )
@@ -211,38 +193,20 @@ class _Problem:
         return trees.unflatten(trees.flatten(self.hparams)[1], h)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class _ConditionAtParams:
     """The condition at the params that the inner solver returned, with a Newton step from there."""
 
-    bound: BoundCondition
-    w: Leaves
-    theta: Leaves
-    linearization: autodiff.Linearization
-    operator: LinearOperator
-    exact: AbstractLinearSolver
-    newton_step: Leaves
-
-    @staticmethod
-    def make(problem: _Problem, params: TensorTree, max_dense: int) -> _ConditionAtParams:
+    def __init__(self, problem: _Problem, params: TensorTree, max_dense: int) -> None:
         bound, w, theta = _bind(problem, params)
-        linearization, _ = bound.linearize_residual(w, theta, range(bound.arguments.num_hparams))
+        self.bound, self.w, self.theta = bound, w, theta
+        hparams = range(bound.arguments.num_hparams)
+        self.linearization, _ = bound.linearize_residual(w, theta, hparams)
+        self.residual = self.linearization.outputs
         # in the form of the condition, by which Auto knows a map
-        operator = bound.operator(bound.linearize(w, theta, ()), theta)
-        exact = Dense() if sum(leaf.numel() for leaf in w) <= max_dense else Auto()
-        step, _ = exact.solve(operator, linearization.outputs)
-        return _ConditionAtParams(
-            bound, w, theta, linearization, operator, exact, tracking.detach(step)
-        )
-
-    @property
-    def residual(self) -> Leaves:
-        return self.linearization.outputs
-
-    def linear_residual(self, adjoint: TensorTree, b: Leaves) -> Tensor:
-        """``||b - A^T u|| / ||b||``."""
-        u, size = tracking.detach(trees.flatten(adjoint)[0]), trees.norm(b)
-        return trees.norm(self.operator.T.residual(u, b)) / torch.where(size > 0, size, 1.0)
+        self.operator = bound.operator(bound.linearize(w, theta, ()), theta)
+        few = sum(leaf.numel() for leaf in w) <= max_dense
+        self.exact: AbstractLinearSolver = Dense() if few else Auto()
+        self.newton_step = tracking.detach(self.exact.solve(self.operator, self.residual)[0])
 
 
 def _check(
@@ -269,28 +233,24 @@ def _check(
     finite = torch.cat([by_method, by_differences]).nan_to_num(0.0, 0.0, 0.0)
     # where the derivative vanishes, how much the function varies tells what a small one is
     scale = max(float(finite.abs().max()), rtol * magnitude(problem.value, h, directions[0]))
-    report = HypergradCheck(
+    left_out: dict[str, Any] = dict.fromkeys(HypergradCheck._fields, ())
+    report = HypergradCheck(**left_out)._replace(
         hypergradient=trees.unflatten(h_spec, grads),
         by_method=by_method,
-        by_dense=(),
         by_unrolling=_by_unrolling(problem, directions) if unroll else (),
         by_differences=by_differences,
         difference_errors=errors,
         tolerance=rtol * scale + 2 * errors,
-        inner_residual=(),
-        newton_distance=(),
-        linear_residual=(),
         result=solution.stats.result if is_implicit(problem.method) else (),
         causes=_causes(),
         lost=trees.unflatten(h_spec, [torch.tensor(False) for _ in h]),
-        diagnosis=(),
     )
     outer_gradient = problem.outer_gradient(params)
     at = None
     if problem.condition is not None:
         if not bool(trees.all_finite(w)):
             return report._replace(causes=_causes("solver_not_converged"))
-        at = _ConditionAtParams.make(problem, params, max_dense)
+        at = _ConditionAtParams(problem, params, max_dense)
         report = report._replace(
             inner_residual=trees.norm(at.residual),
             newton_distance=trees.norm(at.newton_step) / trees.norm(w),
@@ -300,8 +260,10 @@ def _check(
             by_dense = _along(problem.hypergrad(at.exact, params)[0], directions)
             report = report._replace(by_dense=by_dense)
         if is_implicit(problem.method):
-            linear_residual = at.linear_residual(solution.adjoint, outer_gradient[0])
-            report = report._replace(linear_residual=linear_residual)
+            u, b = tracking.detach(trees.flatten(solution.adjoint)[0]), outer_gradient[0]
+            size = trees.norm(b)
+            left = trees.norm(at.operator.T.residual(u, b))
+            report = report._replace(linear_residual=left / torch.where(size > 0, size, 1.0))
     if not _within(errors, torch.zeros_like(errors), 0.05 * scale):
         return report._replace(causes=_causes("inconclusive"))
     if _within(by_method, by_differences, report.tolerance):
@@ -387,11 +349,6 @@ class _Search:
             lost.append(differs)
         return lost
 
-    def params_lost(self) -> bool:
-        """Whether a dependence on params is lost in the outer loss or the condition."""
-        v = random_direction(self.w, torch.Generator().manual_seed(1))
-        return any(self._differs(fn, v, "params") for fn in self.functions.values())
-
     def _differs(self, fn: _Function, v: Leaves, wrt: Literal["params", "hparams"]) -> bool:
         """Whether the derivative of a function along a direction is another one by differences."""
 
@@ -407,7 +364,9 @@ class _Search:
 
     def causes(self, lost: bool) -> set[str]:
         """The names of the causes, given whether a dependence on hparams is lost."""
-        found = {"dependence_lost"} if lost or self.params_lost() else set()
+        v = random_direction(self.w, torch.Generator().manual_seed(1))
+        lost = lost or any(self._differs(fn, v, "params") for fn in self.functions.values())
+        found = {"dependence_lost"} if lost else set()
         method, facts = self.problem.method, self.report.diagnosis
         if not is_implicit(method):
             truncated = isinstance(method, Reverse) and method.last is not None

@@ -95,17 +95,31 @@ class Diagnosis(NamedTuple):
     @property
     def advice(self) -> str:
         """The recommendation in words."""
-        return "\n".join(self._advice())
+        chosen, kappa = self.recommend(), self.condition_number
+        counts = ", ".join(f"{name} {count}" for name, count in chosen.num_products.items())
+        lines = [f"method: {chosen.method!r}", f"  because {chosen.reason}"]
+        lines.append(f"  products expected at most, by method: {counts}")
+        notes = {
+            "for GMRES no rate is known here; should it stagnate, NormalCG has one": (
+                isinstance(chosen.method, GMRES) and "gmres" not in chosen.num_products
+            ),
+            "A has negative curvature: these params are no minimum of an inner loss, but a saddle "
+            "or maximum": (self.curvature_signs[..., 0] > 0).any() and self.symmetric.all(),
+            "A is singular to working precision: the solution does not depend smoothly on hparams. "
+            "Add a regulariser, or use hf.Damped": kappa.value.isinf().any(),
+            "the condition number is a lower bound rather than an estimate: raise num_steps": (
+                (kappa.uncertainty > 0.5 * kappa.value).any()
+            ),
+            "A has non-finite entries (NaN or Inf)": not self.sigma_max.value.isfinite().all(),
+        }
+        return "\n".join([*lines, *(f"  {note}" for note, holds in notes.items() if holds)])
 
     def recommend(self, accuracy: float | None = None) -> Recommendation:
-        """The method for a relative accuracy of the adjoint.
+        """The method for a relative accuracy of the adjoint, one for all tasks.
 
         Args:
-            accuracy: > 0; by default ``eps ** 0.75``, the default tolerance of the methods. A given
-                accuracy becomes the ``rtol`` of the method.
-
-        Returns:
-            The method, one for all tasks; the reason; and the expected numbers of products.
+            accuracy: between 0 and 1, the ``rtol`` of the method; by default that of the methods,
+                ``eps ** 0.75``.
 
         Raises:
             ValueError: for an accuracy that is not between 0 and 1.
@@ -123,54 +137,22 @@ class Diagnosis(NamedTuple):
         return Recommendation(method, REASONS[choice.name], products)
 
     def __str__(self) -> str:
-        rows = [
-            ("inner residual", self.residual),
-            (f"contraction factor of w - {_number(self.step_size)} r(w)", self.contraction),
-            ("spectral radius of its Jacobian", self.spectral_radius),
-            ("asymmetry of A", self.asymmetry),
-            ("smallest curvature", self.eig_min),
-            ("largest curvature", self.eig_max),
-            ("smallest singular value of A", self.sigma_min),
-            ("largest singular value of A", self.sigma_max),
-            ("condition number of A", self.condition_number),
-        ]
-        width = max(len(name) for name, _ in rows)
-        lines = [
-            f"{name:<{width}}  {_number(value)} ± {_number(uncertainty)}"
-            for name, (value, uncertainty) in rows
-        ]
+        measured = {
+            "inner residual": self.residual,
+            f"contraction factor of w - {_number(self.step_size)} r(w)": self.contraction,
+            "spectral radius of its Jacobian": self.spectral_radius,
+            "asymmetry of A": self.asymmetry,
+            "smallest curvature": self.eig_min,
+            "largest curvature": self.eig_max,
+            "smallest singular value of A": self.sigma_min,
+            "largest singular value of A": self.sigma_max,
+            "condition number of A": self.condition_number,
+        }
+        rows = {name: f"{_number(a)} ± {_number(b)}" for name, (a, b) in measured.items()}
         signs = self.curvature_signs.reshape(-1, 3).sum(0).tolist()
-        lines.append(
-            f"{'curvatures found':<{width}}  "
-            f"{signs[0]} negative, {signs[1]} zero, {signs[2]} positive"
-        )
-        return "\n".join([*lines, *self._advice()])
-
-    def _advice(self) -> list[str]:
-        chosen = self.recommend()
-        counts = ", ".join(f"{name} {count}" for name, count in chosen.num_products.items())
-        lines = [f"method: {chosen.method!r}", f"  because {chosen.reason}"]
-        lines.append(f"  products expected at most, by method: {counts}")
-        if isinstance(chosen.method, GMRES) and "gmres" not in chosen.num_products:
-            lines.append("  for GMRES no rate is known here; should it stagnate, NormalCG has one")
-        if bool((self.curvature_signs[..., 0] > 0).any()) and bool(self.symmetric.all()):
-            lines.append(
-                "  A has negative curvature: these params are no minimum of an inner loss, but a "
-                "saddle or maximum"
-            )
-        if bool(torch.isinf(self.condition_number.value).any()):
-            lines.append(
-                "  A is singular to working precision: the solution does not depend smoothly on "
-                "hparams. Add a regulariser, or use hf.Damped"
-            )
-        loose = self.condition_number.uncertainty > 0.5 * self.condition_number.value
-        if bool(loose.any()):
-            lines.append(
-                "  the condition number is a lower bound rather than an estimate: raise num_steps"
-            )
-        if not bool(torch.isfinite(self.sigma_max.value).all()):
-            lines.append("  A has non-finite entries (NaN or Inf)")
-        return lines
+        rows["curvatures found"] = f"{signs[0]} negative, {signs[1]} zero, {signs[2]} positive"
+        width = max(map(len, rows))
+        return "\n".join([*(f"{name:<{width}}  {row}" for name, row in rows.items()), self.advice])
 
 
 def diagnose(
@@ -200,18 +182,17 @@ def diagnose(
         params: the point: a tree of floating-point tensors, usually the inner solution.
         hparams: the outer variables.
         *args: what the condition takes besides.
-        fixed_point: see `hyperfunc.hypergrad`; exactly one of the three.
-        inner_loss: see `hyperfunc.hypergrad`.
-        optimality: see `hyperfunc.hypergrad`.
+        fixed_point: the condition, as for `hyperfunc.hypergrad`: exactly one of the three.
+        inner_loss: see ``fixed_point``.
+        optimality: see ``fixed_point``.
         num_steps: dimension of the Krylov spaces, >= 1: the products are this many for an inner
             loss, up to 7 times as many for other conditions.
-        seed: the random vectors are a pure function of this integer.
+        seed: of the random vectors, an integer.
 
     Returns:
-        A `Diagnosis`, detached from the graph: a tree of numbers with their uncertainties; its
-        ``str`` is a table, ``method`` the recommended method, ``advice`` the reasons in words, and
-        ``recommend(accuracy)`` the method with the number of products that it is expected to need.
-        Under ``vmap`` each task has its own numbers.
+        A `Diagnosis`, detached from the graph. Its ``str`` is a table, ``method`` the recommended
+        method, ``advice`` the reasons in words, and ``recommend(accuracy)`` the method with the
+        number of products that it is expected to need.
 
     Raises:
         ValueError: none or several conditions, or a number of steps below 1.

@@ -22,7 +22,7 @@ class Ranks:
     """The ranks of a group, or this process alone."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
+        self.group = group
         self._alone = not (dist.is_available() and dist.is_initialized())
         self.rank = 0 if self._alone else dist.get_rank(group)
         self.size = 1 if self._alone else dist.get_world_size(group)
@@ -34,14 +34,14 @@ class Ranks:
 
     def global_ranks(self) -> list[int]:
         """The ranks of the group as numbered among all."""
-        if self._group is None:
+        if self.group is None:
             return list(range(self.size))
-        return dist.get_process_group_ranks(self._group)
+        return dist.get_process_group_ranks(self.group)
 
     def barrier(self) -> None:
         """Wait for all."""
         if not self._alone:
-            dist.barrier(self._group)
+            dist.barrier(self.group)
 
     def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
         """A few integers of each rank."""
@@ -50,7 +50,7 @@ class Ranks:
             return [own.tolist()]
         own = own.to(self.device())
         rows = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(rows, own, group=self._group)
+        dist.all_gather(rows, own, group=self.group)
         return [row.tolist() for row in rows]
 
     def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
@@ -58,7 +58,7 @@ class Ranks:
         if self._alone:
             return lambda: values
         values = values.clone()
-        work = dist.all_reduce(values, group=self._group, async_op=True)
+        work = dist.all_reduce(values, group=self.group, async_op=True)
 
         def wait() -> Tensor:
             work.wait()
@@ -74,7 +74,7 @@ class Ranks:
         padded = sent.new_zeros(max(counts), rows.shape[1])
         padded[: len(sent)] = sent
         received = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(received, padded, group=self._group)
+        dist.all_gather(received, padded, group=self.group)
         kept = [part[:count] for part, count in zip(received, counts, strict=True)]
         return torch.cat(kept).to(rows.dtype)
 
@@ -89,7 +89,7 @@ class Ranks:
             except Exception as error:
                 message = [f"{type(error).__name__}: {error}"]
         source = self.global_ranks()[rank]
-        dist.broadcast_object_list(message, source, group=self._group, device=self.device())
+        dist.broadcast_object_list(message, source, group=self.group, device=self.device())
         if isinstance(message[0], str):
             raise TypeError(
                 f"task_parallel: a rank without tasks needs to know what fn returns, which cannot "
@@ -154,7 +154,7 @@ class Ranks:
         """Where the group takes small tensors from, whatever is to be computed on."""
         if self._alone:
             return torch.device("cpu")
-        config = dist.get_backend_config(self._group)
+        config = dist.get_backend_config(self.group)
         kinds = [pair.split(":")[0] for pair in config.split(",")]
         return torch.device("cpu" if "cpu" in kinds else kinds[0])
 

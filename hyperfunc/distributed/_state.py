@@ -100,7 +100,7 @@ def save_state(
     )
     future: Future[None] = Future()
     if not background:
-        _write(named, Path(folder), step, keep, ranks, group)
+        _write(named, Path(folder), step, keep, ranks)
         future.set_result(None)
         return future
     copies = {
@@ -108,7 +108,7 @@ def save_state(
         for name, leaf in named.items()
     }
     pool = ThreadPoolExecutor(1, "save_state")
-    future = pool.submit(_write, copies, Path(folder), step, keep, ranks, group)
+    future = pool.submit(_write, copies, Path(folder), step, keep, ranks)
     pool.shutdown(wait=False)
     return future
 
@@ -156,7 +156,8 @@ def load_state(
         >>> optimizer.state[weight]["exp_avg"]
         tensor([-0.2000, -0.2000])
     """
-    folder, dcp, ranks = Path(folder), _checkpoint(), Ranks(group)
+    folder, ranks = Path(folder), Ranks(group)
+    dcp = importlib.import_module("torch.distributed.checkpoint")
     names = ranks.from_rank(0, [f"step-{number:08d}" for number in _steps(folder)])
     if not names and step is None:
         return None
@@ -186,15 +187,8 @@ def load_state(
     return trees.unflatten(spec, list(loaded.values())), int(name.removeprefix("step-"))
 
 
-def _write(
-    named: dict[str, Any],
-    folder: Path,
-    step: int,
-    keep: int,
-    ranks: Ranks,
-    group: dist.ProcessGroup | None,
-) -> None:
-    dcp = _checkpoint()
+def _write(named: dict[str, Any], folder: Path, step: int, keep: int, ranks: Ranks) -> None:
+    dcp = importlib.import_module("torch.distributed.checkpoint")  # which takes a moment
     target = folder / f"step-{step:08d}"
     partial, replaced = (folder / f".{target.name}.{state}" for state in ("partial", "replaced"))
 
@@ -214,7 +208,7 @@ def _write(
 
     _on_first(prepare, ranks)
     with _without_warnings():
-        dcp.save(dict(named), checkpoint_id=partial, process_group=group)
+        dcp.save(dict(named), checkpoint_id=partial, process_group=ranks.group)
     ranks.barrier()
     _on_first(finish, ranks)
 
@@ -228,11 +222,6 @@ def _on_first(action: Callable[[], None], ranks: Ranks) -> None:
         except OSError as problem:
             error = problem
     ranks.agree("save_state", error)
-
-
-def _checkpoint() -> Any:
-    # imported where it is used, for it takes a moment
-    return importlib.import_module("torch.distributed.checkpoint")
 
 
 def _named_leaves(state: TensorTree) -> dict[str, Any]:
@@ -292,15 +281,11 @@ def _check_saved(wanted: dict[str, Any], saved: dict[str, Any], folder: Path) ->
         size = getattr(saved[path], "size", None)
         if not isinstance(leaf, Tensor) or size is None:
             continue
-        if leaf.shape != size:
-            raise ValueError(
-                f"load_state: {path} has shape {tuple(leaf.shape)}, but {tuple(size)} was saved"
-            )
-        if leaf.dtype != saved[path].properties.dtype:
-            raise ValueError(
-                f"load_state: {path} has dtype {leaf.dtype}, but {saved[path].properties.dtype} "
-                f"was saved"
-            )
+        dtype = saved[path].properties.dtype
+        shapes = ("shape", tuple(leaf.shape), tuple(size))
+        for what, got, expected in (shapes, ("dtype", leaf.dtype, dtype)):
+            if got != expected:
+                raise ValueError(f"load_state: {path} has {what} {got}, but {expected} was saved")
     left = [path for path in saved if path not in wanted]
     if left:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
@@ -115,7 +114,7 @@ class _TaskParallel(WrappedFunction):
 
     def __init__(self, fn: Callable[..., Any], group: Any, reduce: Any, chunk_size: Any) -> None:
         super().__init__(fn)
-        self._fn, self._group, self._reduce, self._chunk_size = fn, group, reduce, chunk_size
+        self.fn, self.group, self.reduce, self.chunk_size = fn, group, reduce, chunk_size
 
     def __call__(self, hparams: TensorTree, tasks: TensorTree, *args: Any) -> Any:
         if tracking.transforms_active():
@@ -124,13 +123,12 @@ class _TaskParallel(WrappedFunction):
                 "other processes do. Put it into fn, as in fn = torch.func.vmap(adapt, "
                 "in_dims=(None, 0))"
             )
-        reduce, chunk_size = self._reduce, self._chunk_size
-        ranks = Ranks(self._group)
-        share = _Share(self._fn, reduce, hparams, tasks, args, ranks)
-        counts = share.agree_on_inputs((reduce, chunk_size))
+        ranks = Ranks(self.group)
+        share = _Share(self, ranks, hparams, tasks, args)
+        counts = share.agree_on_inputs()
         total = _Total(share.zeros())
         most = max(counts)  # every rank takes part in as many sums as the one with the most chunks
-        size = most if chunk_size is None else chunk_size
+        size = self.chunk_size or most
         for start in range(0, most, size):
             sums = share.adapt(slice(start, min(start + size, share.count)))
             if total.add_pending():
@@ -139,13 +137,13 @@ class _TaskParallel(WrappedFunction):
             total.start(ranks, sums, failed=None if is_last else share.error is not None)
         share.agree_on_results(counts)
         gathered, rest_spec = share.gather(counts)
-        if reduce is None:
+        if self.reduce is None:
             num = len(share.flat.like)
             grads = share.flat.wrap_tasks(gathered[:num])
             gathered = gathered[num:]
         else:
             total.add_pending()
-            factor = 1 / sum(counts) if reduce == "mean" else 1.0
+            factor = 1 / sum(counts) if self.reduce == "mean" else 1.0
             grads = share.flat.restore(total.sums, factor)
         hypergradients = trees.unflatten(share.flat.spec, grads)
         if rest_spec is None:
@@ -177,24 +175,16 @@ def local_tasks(tasks: TensorTree, *, group: dist.ProcessGroup | None = None) ->
     return trees.tree_map(lambda leaf: leaf[start:stop], tasks)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class _Flat:
     """How trees like hparams become one vector for each dtype, in which they are summed.
 
     Of DTensors, it is what this rank holds of them.
     """
 
-    like: Leaves
-    spec: trees.TreeSpec
-
-    @staticmethod
-    def make(hparams: TensorTree) -> _Flat:
-        leaves, spec = trees.flatten_floating(hparams, "hparams")
-        return _Flat(tracking.detach(leaves), spec)
-
-    @property
-    def layout(self) -> sharding.Layout | None:
-        return sharding.layout_of(self.like)
+    def __init__(self, hparams: TensorTree) -> None:
+        leaves, self.spec = trees.flatten_floating(hparams, "hparams")
+        self.like: Leaves = tracking.detach(leaves)
+        self.layout = sharding.layout_of(self.like)
 
     def local_tasks(self, leaves: Leaves) -> Leaves:
         """What this rank holds of leaves with a first dimension for tasks."""
@@ -255,9 +245,8 @@ class _Total:
     def start(self, ranks: Ranks, sums: list[Tensor], failed: bool | None) -> None:
         """Start to sum over the ranks, and to count those that failed; None where nobody asks."""
         self._sums = [ranks.start_sum(part) for part in sums]
-        if failed is None:
-            self._failures = None
-        else:
+        self._failures = None
+        if failed is not None:
             self._failures = ranks.start_sum(torch.tensor(int(failed), device=ranks.device()))
 
     def add_pending(self) -> bool:
@@ -271,32 +260,25 @@ class _Share:
     """The tasks of this rank: what came of them, or why nothing did."""
 
     def __init__(
-        self,
-        fn: Callable[..., Any],
-        reduce: Reduction | None,
-        hparams: TensorTree,
-        tasks: TensorTree,
-        args: tuple[Any, ...],
-        ranks: Ranks,
+        self, owner: _TaskParallel, ranks: Ranks, hparams: TensorTree, tasks: TensorTree, args: Any
     ) -> None:
-        self._fn, self._reduce, self._ranks = fn, reduce, ranks
-        self._tasks, self._args = tasks, args
+        self._owner, self._ranks, self._tasks, self._args = owner, ranks, tasks, args
         self._own: list[tuple[TensorTree, TensorTree]] = []
         self._parts: list[Leaves] = []
         self.rest_spec: trees.TreeSpec | None = None
         self.count, self._failed_task = 0, -1
         self.error: BaseException | None = None
         try:
-            self.flat = _Flat.make(hparams)
+            self.flat = _Flat(hparams)
             self.count = _count_tasks(tasks)
             _check_apart(self.flat, ranks)
         except BaseException as error:
             self.error = error
 
-    def agree_on_inputs(self, settings: tuple[Any, ...]) -> list[int]:
+    def agree_on_inputs(self) -> list[int]:
         """The numbers of tasks on the ranks, or the same error on all if one was called amiss."""
         lines: dict[str, Callable[[], list[str]]] = {
-            "reduce and chunk_size": lambda: [repr(settings)],
+            "reduce and chunk_size": lambda: [repr((self._owner.reduce, self._owner.chunk_size))],
             "hparams": lambda: _types(self.flat.like, self.flat.spec, "hparams", shapes=True),
             "the values of hparams": lambda: _values(self.flat),
             "further arguments": lambda: _types(*trees.flatten(self._args), "args"),
@@ -331,7 +313,7 @@ class _Share:
 
     def zeros(self) -> list[Tensor]:
         """What `adapt` returns where there is nothing to add."""
-        return [] if self._reduce is None else self.flat.zeros()
+        return [] if self._owner.reduce is None else self.flat.zeros()
 
     def adapt(self, chunk: slice) -> list[Tensor]:
         """Adapt some tasks; returns the sums of their hypergradients, zeros after a failure."""
@@ -399,17 +381,17 @@ class _Share:
                 )
         gradients = tracking.detach(grads)
         flat.check_finite(gradients)
-        kept = flat.local_tasks(gradients) if self._reduce is None else ()
+        kept = flat.local_tasks(gradients) if self._owner.reduce is None else ()
         whole = (leaf.full_tensor() if sharding.is_dtensor(leaf) else leaf for leaf in leaves)
         self._parts.append((*kept, *tracking.detach(tuple(whole))))
-        if self._reduce is None:
+        if self._owner.reduce is None:
             return []
         wide = (leaf.to(trees.accumulation_dtype((leaf,))) for leaf in gradients)
         return flat.flatten(tuple(leaf.sum(0) for leaf in wide))
 
     def _call(self, chunk: slice) -> Any:
         tasks = trees.tree_map(lambda leaf: leaf[chunk], self._tasks)
-        return self._fn(trees.unflatten(self.flat.spec, self.flat.like), tasks, *self._args)
+        return self._owner.fn(trees.unflatten(self.flat.spec, self.flat.like), tasks, *self._args)
 
     def _note(self, error: BaseException, chunk: slice) -> None:
         """Note an error and the task at fault: the first to fail on its own, if any does."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hyperfunc._compile.compiler import Compiler, applies
 from hyperfunc._engine import trees
+from hyperfunc._engine.flat import split
 from hyperfunc._engine.results import Solution, SolveStats
 from hyperfunc._rule.conditions import Arguments, Condition, make_condition
 from hyperfunc._rule.error_bound import ErrorBound, error_bound
@@ -42,16 +43,12 @@ class Rule:
     def make_problem(self, arguments: Arguments) -> ImplicitProblem:
         """One call of the inner solver, for an implicit method."""
         assert self.condition is not None
-        named = [
-            (self.inner_solver, "the inner solver"),
-            (self.condition.fn, self.condition.kind),
-        ]
+        condition = self.condition
+        named = [(self.inner_solver, "the inner solver"), (condition.fn, condition.kind)]
         if isinstance(self.method, StochasticAID):
             named += [(getattr(self.method, name), name) for name in ("sampler", "outer_sampler")]
         refuse_captured_tensors(*named)
-        return ImplicitProblem(
-            self.inner_solver, self.condition, self.method, arguments, self.throw
-        )
+        return ImplicitProblem(self.inner_solver, condition, self.method, arguments, self.throw)
 
     def solution_map(self, hparams: TensorTree, *args: Any) -> TensorTree:
         """The inner solution, with this rule as its derivative."""
@@ -119,14 +116,9 @@ class Hypergradient:
         value, aux, u, stats, grads = differentiate(problem, w, theta, start)
         if self.rule.throw:
             raise_unless_finite_gradient(grads, hparams_spec)
-        solution = Solution(
-            params=trees.unflatten(params_spec, w),
-            value=value,
-            aux=aux,
-            adjoint=trees.unflatten(params_spec, u),
-            stats=stats,
-            error_bound=self._bound_error(problem, w, theta, u),
-        )
+        params, adjoint = (trees.unflatten(params_spec, leaves) for leaves in (w, u))
+        error = self._bound_error(problem, w, theta, u)
+        solution = Solution(params, value, aux, adjoint, stats, error)
         return trees.unflatten(hparams_spec, grads), solution
 
     def _differentiate(
@@ -202,21 +194,14 @@ class Hypergradient:
             value_and_aux, theta, (tuple(range(arguments.num_hparams)),), has_aux=True
         )
         outer.refuse_captured(linearized)
-        (value,) = linearized.outputs
+        (value,), (params_spec,) = linearized.outputs, params_specs
         grads = linearized.pull((torch.ones_like(value),))
-        (params_spec,) = params_specs
-        n = params_spec.num_leaves
-        w = linearized.aux[:n]
+        w, aux = split(linearized.aux, params_spec.num_leaves)
         if self.rule.throw:
             raise_unless_finite(w, params_spec)
             raise_unless_finite_gradient(grads, hparams_spec)
-        solution = Solution(
-            params=trees.unflatten(params_spec, w),
-            value=value,
-            aux=outer.unflatten_aux(linearized.aux[n:]),
-            adjoint=(),
-            stats=(),
-        )
+        params = trees.unflatten(params_spec, w)
+        solution = Solution(params, value, outer.unflatten_aux(aux), adjoint=(), stats=())
         return trees.unflatten(hparams_spec, grads), solution
 
 

@@ -100,9 +100,9 @@ def hypergrad(
     Without ``inner_solver`` this is a decorator: ``@hf.hypergrad(outer_loss=..., ...)``.
 
     Args:
-        inner_solver: ``(hparams, *args) -> params``. Any code under an implicit method: it runs
-            once, with gradient mode on and on detached arguments, and nothing differentiates
-            through it. Iterative methods differentiate it, or its steps.
+        inner_solver: ``(hparams, *args) -> params``. Any code under an implicit method, which runs
+            it once, with gradient mode on, on detached arguments. Iterative methods differentiate
+            it, or its steps.
         outer_loss: ``(params, hparams, *args) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
         fixed_point: ``(params, hparams, *args) -> tree like params``, a map with
             ``params = fixed_point(params, ...)`` at the solution.
@@ -137,9 +137,8 @@ def hypergrad(
         ``fn(hparams, *args, adjoint_init=None)``, which returns a tree like ``hparams``, or
         ``(tree, aux)`` with ``has_aux``. ``adjoint_init`` is a tree like params from which the
         linear solve starts; `torch.func.vmap` maps no keywords, so to map it write
-        ``vmap(lambda h, start: fn(h, adjoint_init=start))``. The function composes with
-        `torch.func.vmap`, `grad`, `jvp` and so on, and its result is differentiable by plain
-        autograd if its arguments require grad.
+        ``vmap(lambda h, start: fn(h, adjoint_init=start))``. The transforms of ``torch.func`` and
+        plain autograd apply to the function.
 
     Raises:
         ValueError: a user function returned the wrong structure, shape, or dtype; none or several
@@ -165,7 +164,7 @@ def hypergrad(
         Pedregosa, Hyperparameter optimization with approximate gradient, arXiv 1602.02355;
         Grazzi, Franceschi, Pontil and Salzo, arXiv 2006.16218.
     """
-    return _transform(hypergrad, _gradient, inner_solver, outer_loss, has_aux, **options)
+    return _transform(hypergrad, inner_solver, outer_loss, has_aux, **options)
 
 
 @overload
@@ -211,8 +210,7 @@ def hypergrad_and_value(
         >>> fn(torch.tensor(4.0))
         (tensor(1.), tensor(1.))
     """
-    select = _gradient_and_value
-    return _transform(hypergrad_and_value, select, inner_solver, outer_loss, has_aux, **options)
+    return _transform(hypergrad_and_value, inner_solver, outer_loss, has_aux, **options)
 
 
 @overload
@@ -256,22 +254,13 @@ def hypergrad_and_solution(  # noqa: D417
     All other arguments are those of `hypergrad`.
 
     Returns:
-        ``fn(hparams, *args, adjoint_init=None) -> (hypergradient, Solution)``. The solution holds
-        the inner params, the outer value, aux, the adjoint (to be passed as ``adjoint_init`` next
-        time), the statistics of the linear solve, and the `hyperfunc.HypergradBound` if asked for;
-        what there is none of is ``()``. The bound is detached from the graph.
+        ``fn(hparams, *args, adjoint_init=None) -> (hypergradient, Solution)``. The adjoint of the
+        solution may be passed as ``adjoint_init`` next time. The error bound is detached.
 
     Raises:
         ValueError: as `hypergrad`; or where the method or condition has no bound.
 
     Example:
-        >>> fn = hf.hypergrad_and_solution(
-        ...     lambda h: h / 2, lambda w, h: (w - 1) ** 2, fixed_point=lambda w, h: (w + h / 2) / 2
-        ... )
-        >>> grads, solution = fn(torch.tensor(4.0))
-        >>> solution.params, solution.adjoint, solution.stats.result
-        (tensor(2.), tensor(4.), tensor(0))
-
         An inner solution that is off by 0.1 gives a hypergradient that is off by 0.1:
 
         >>> fn = hf.hypergrad_and_solution(
@@ -281,11 +270,13 @@ def hypergrad_and_solution(  # noqa: D417
         ...     error_bound=True,
         ... )
         >>> grads, solution = fn(torch.tensor(4.0))
+        >>> solution.params, solution.adjoint, solution.stats.result
+        (tensor(2.1000), tensor(4.4000), tensor(0))
         >>> grads, solution.error_bound.bound
         (tensor(1.1000), tensor(0.1000))
     """
     given = (inner_solver, outer_loss, has_aux, error_bound)
-    return _transform(hypergrad_and_solution, _gradient_and_solution, *given, **options)
+    return _transform(hypergrad_and_solution, *given, **options)
 
 
 @overload
@@ -318,8 +309,7 @@ def implicit_diff(
 
     .. math:: \partial_\lambda w^* = -(\partial_w r)^{-1} \partial_\lambda r .
 
-    The starting point of an iterative solver, if it is an argument, has derivative zero, as it
-    does not enter the condition.
+    The starting point of an iterative solver, if it is an argument, has derivative zero.
 
     All arguments are those of `hypergrad`, which has more of them.
 
@@ -348,14 +338,13 @@ def implicit_diff(
             "implicit_diff: the method has an outer_sampler, but there is no outer loss here to "
             "take minibatches of. Leave outer_sampler and num_outer_batches out"
         )
-
-    transform = _ImplicitDiff((fixed_point, inner_loss, optimality), method, throw)
+    conditions = (fixed_point, inner_loss, optimality)
+    transform = functools.partial(_make_differentiable, conditions, method, throw)
     return transform if inner_solver is None else transform(inner_solver)
 
 
 def _transform(
     function: Any,
-    select: Callable[[bool, TensorTree, Solution], Any],
     inner_solver: InnerSolver | None,
     outer_loss: Loss | None,
     has_aux: bool,
@@ -377,8 +366,7 @@ def _transform(
             f"{name} got the keyword argument {next(iter(unknown))!r}, which it does not know; "
             f"expected some of {', '.join(inspect.signature(function).parameters)}"
         )
-    method = resolve_method(method)
-    backend = check_backend(compile)
+    method, backend = resolve_method(method), check_backend(compile)
     bound = _check_error_bound(error_bound, method)
     if outer_loss is None or not callable(outer_loss):
         raise TypeError(
@@ -386,17 +374,9 @@ def _transform(
             f"*args). Write {name}(inner_solver, outer_loss, ...) or, as a decorator, "
             f"@{name}(outer_loss=..., ...)"
         )
-
+    conditions = (fixed_point, inner_loss, optimality)
     transform = _Transform(
-        name=name,
-        select=select,
-        outer_loss=outer_loss,
-        has_aux=has_aux,
-        conditions=(fixed_point, inner_loss, optimality),
-        method=method,
-        throw=throw,
-        backend=backend,
-        bound=bound,
+        name, outer_loss, has_aux, conditions, method, throw, backend=backend, bound=bound
     )
     return transform if inner_solver is None else transform(inner_solver)
 
@@ -419,7 +399,6 @@ class _Transform:
     """A transform that waits for an inner solver."""
 
     name: str
-    select: Callable[[bool, TensorTree, Solution], Any]
     outer_loss: Loss
     has_aux: bool
     conditions: tuple[Any, ...]
@@ -440,7 +419,7 @@ class _Transform:
             functions = (condition.fn if condition else None, self.outer_loss, self.method)
             compiler = Compiler(self.backend, "the adjoint", functions)
         compute = Hypergradient(rule, self.outer_loss, self.has_aux, self.bound, compiler)
-        call = functools.partial(_call, compute, self.select)
+        call = functools.partial(_call, self.name, compute)
         return Transformed(self.name, inner_solver, self.method, call)
 
     def _compile_steps(self, backend: Backend, inner_solver: Any) -> IterativeSolver:
@@ -459,38 +438,27 @@ class _Transform:
         return inner_solver.compiled(backend)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _ImplicitDiff:
-    """`implicit_diff` that waits for an inner solver."""
-
-    conditions: tuple[Any, ...]
-    method: Any
-    throw: bool
-
-    def __call__(self, inner_solver: InnerSolver) -> Transformed:
-        rule = make_rule(inner_solver, self.conditions, self.method, self.throw)
-        return Transformed("implicit_diff", inner_solver, self.method, rule.solution_map)
+def _make_differentiable(
+    conditions: tuple[Any, ...], method: Any, throw: bool, inner_solver: InnerSolver
+) -> Transformed:
+    rule = make_rule(inner_solver, conditions, method, throw)
+    return Transformed("implicit_diff", inner_solver, method, rule.solution_map)
 
 
 def _call(
+    name: str,
     compute: Hypergradient,
-    select: Callable[[bool, TensorTree, Solution], Any],
     hparams: TensorTree,
     *args: Any,
     adjoint_init: TensorTree = None,
 ) -> Any:
-    return select(compute.has_aux, *compute(hparams, args, adjoint_init))
-
-
-def _gradient(has_aux: bool, grads: TensorTree, solution: Solution) -> Any:
-    return (grads, solution.aux) if has_aux else grads
-
-
-def _gradient_and_value(has_aux: bool, grads: TensorTree, solution: Solution) -> Any:
-    return grads, (solution.value, solution.aux) if has_aux else solution.value
-
-
-def _gradient_and_solution(has_aux: bool, grads: TensorTree, solution: Solution) -> Any:
+    """What the public function of this name returns of a computation."""
+    grads, solution = compute(hparams, args, adjoint_init)
+    has_aux = compute.has_aux
+    if name == "hypergrad":
+        return (grads, solution.aux) if has_aux else grads
+    if name == "hypergrad_and_value":
+        return grads, (solution.value, solution.aux) if has_aux else solution.value
     return grads, solution
 
 

@@ -21,19 +21,13 @@ class Transformed(Wrapped):
     """A transformed inner solver: a callable with the solver's name and doc, and its own repr."""
 
     def __init__(
-        self,
-        transform: str,
-        inner_solver: Callable[..., Any],
-        method: Any,
-        call: Callable[..., Any],
+        self, transform: str, inner_solver: Any, method: Any, call: Callable[..., Any]
     ) -> None:
         super().__init__(inner_solver)
         if not hasattr(self, "__name__"):  # as of a solver object; torch.func then asks no repr
             self.__name__ = transform
-        self._transform = transform
-        self._inner_solver = inner_solver
-        self._method = method
-        self._call = call
+        self._transform, self._inner_solver = transform, inner_solver
+        self._method, self._call = method, call
 
     def __call__(self, hparams: TensorTree, *args: Any, **keywords: Any) -> Any:
         for name in keywords:
