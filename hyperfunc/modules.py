@@ -251,9 +251,9 @@ class FunctionalModule:
         self._stateful = {
             name for name in self._buffers if module.get_submodule(name.rpartition(".")[0]).training
         }
-        self._module, self._layers = module, tuple(module.modules())
-        for layer in self._layers:
+        for layer in module.modules():
             use_values(layer, mode)
+        self._module, self._layers = module, tuple(module.modules())
         tensors: dict[str, Tensor] = dict(module.named_parameters())
         self._shapes = {name: tensors[name].shape for name in names}
         tensors.update(self._buffers)

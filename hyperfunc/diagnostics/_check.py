@@ -90,8 +90,7 @@ def check_hypergrad(  # noqa: D417
         num_directions: how many directions, >= 1; each mixes all leaves of hparams.
         max_dense: leave the direct solve out beyond this many inner parameters, >= 0.
         unroll: whether to differentiate the inner solver; its graph may be large.
-        generator: where the directions are drawn from, on the CPU; by default one with seed 0, and
-            never torch's global one.
+        generator: of the directions, on the CPU; by default one with seed 0.
 
     Returns:
         A `HypergradCheck`, with ``passed``, ``raise_if_failed()``, and a table as its ``str``.
@@ -280,7 +279,7 @@ def _check(
 class _Function(NamedTuple):
     """A scalar function of params and hparams, with the derivatives that autodiff gives."""
 
-    value: Callable[[Leaves, Leaves], float]
+    value: Callable[[Leaves, Leaves], Tensor]
     by_params: Leaves
     by_hparams: Leaves
 
@@ -292,47 +291,41 @@ def _functions(
     at: _ConditionAtParams | None,
 ) -> dict[str, _Function]:
     """What enters the formula; the residual is multiplied by a fixed vector."""
-    spec = trees.flatten(params)[1]
-
-    def outer(w: Leaves, h: Leaves) -> float:
-        return float(problem.outer(trees.unflatten(spec, w), problem.tree(h)).detach())
-
-    functions = {"outer loss": _Function(outer, *outer_gradient)}
+    spec, tree = trees.flatten(params)[1], problem.tree
+    functions = {
+        "outer loss": _Function(
+            lambda w, h: problem.outer(trees.unflatten(spec, w), tree(h)), *outer_gradient
+        )
+    }
     if at is None:
         return functions
     bound, theta, a = at.bound, at.theta, random_signs(at.w, 0)
-
-    def residual(w: Leaves, h: Leaves) -> float:
-        value = bound.residual_at(w, (*h, *theta[len(h) :]))
-        return float(trees.dot(tracking.detach(value), a))
-
-    def inner_loss(w: Leaves, h: Leaves) -> float:
-        value = bound.condition.fn(trees.unflatten(spec, w), problem.tree(h), *problem.args)
-        return float(value.detach())
-
-    pulls = at.linearization.pull(a, 0), at.linearization.pull(a, 1)
-    functions["residual"] = _Function(residual, *pulls)
+    functions["residual"] = _Function(
+        lambda w, h: trees.dot(bound.residual_at(w, (*h, *theta[len(h) :])), a),
+        at.linearization.pull(a, 0),
+        at.linearization.pull(a, 1),
+    )
     if bound.condition.kind == "inner_loss":  # whose derivative by hparams is not used
-        functions["inner loss"] = _Function(inner_loss, at.residual, ())
+        loss = bound.condition.fn
+        functions["inner loss"] = _Function(
+            lambda w, h: loss(trees.unflatten(spec, w), tree(h), *problem.args), at.residual, ()
+        )
     return functions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Search:
-    """What is tried to find the causes where a method does not agree with the differences.
-
-    ``report`` is what is known so far, and ``gap`` how far products with the directions may differ.
-    """
+    """What is tried to find the causes where a method does not agree with the differences."""
 
     problem: _Problem
-    report: HypergradCheck
+    report: HypergradCheck  # what is known so far
     at: _ConditionAtParams | None
     functions: dict[str, _Function]
     w: Leaves
     h: Leaves
     directions: list[Leaves]
     rtol: float
-    gap: float
+    gap: float  # how far products with the directions may differ
 
     def lost_leaves(self) -> list[bool]:
         """For each leaf of hparams, whether a dependence on it is lost somewhere."""
@@ -353,7 +346,8 @@ class _Search:
         """Whether the derivative of a function along a direction is another one by differences."""
 
         def along(x: Leaves) -> float:
-            return fn.value(x, self.h) if wrt == "params" else fn.value(self.w, x)
+            point = (x, self.h) if wrt == "params" else (self.w, x)
+            return float(fn.value(*point).detach())
 
         x, gradient = (self.w, fn.by_params) if wrt == "params" else (self.h, fn.by_hparams)
         value, error = directional_derivative(along, x, v, noise_level(along, x, v))

@@ -174,9 +174,8 @@ def diagnose(
               \lVert A - A^\top \rVert / \lVert A \rVert, \quad
               \lambda\big(\tfrac12 (A + A^\top)\big), \quad \sigma(A),
 
-    by the methods of Lanczos, Golub and Kahan, and Arnoldi (which contain the power iteration, and
-    are never worse). No matrix is formed; ``num_steps`` vectors are kept. With ``num_steps`` at the
-    number of inner parameters all but the asymmetry is exact.
+    by the methods of Lanczos, Golub and Kahan, and Arnoldi. No matrix is formed; ``num_steps``
+    vectors are kept. With as many steps as inner parameters all but the asymmetry is exact.
 
     Args:
         params: the point: a tree of floating-point tensors, usually the inner solution.

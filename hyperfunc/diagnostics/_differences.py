@@ -61,9 +61,9 @@ def directional_derivative(
 ) -> DerivativeEstimate:
     """The derivative along a direction, by central differences extrapolated to fourth order.
 
-    Steps go down from one that suits the noise; each gives a value, and an error from what the
-    extrapolation changes plus what the noise may do. The value with the smallest error wins, and
-    its error is not less than its distance from the nearest other, as two values agree by chance.
+    The steps go down from one that suits the noise. The error of each value is what the
+    extrapolation changes plus what the noise may do. The value with the smallest wins, and its
+    error is not less than its distance from the nearest other, as two values agree by chance.
     """
     size = max(magnitude(fn, x, direction), noise, torch.finfo(torch.float64).tiny)
     start = max(noise / size, trees.epsilon(x)) ** 0.2

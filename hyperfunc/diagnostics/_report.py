@@ -120,17 +120,16 @@ class HypergradCheck(NamedTuple):
         }
         shown = {name: column for name, column in columns.items() if isinstance(column, Tensor)}
         lines.append("direction" + "".join(f"{name:>15}" for name in shown))
-        for i in range(len(self.by_method)):
-            row = "".join(f"{float(column[i]):>15.6e}" for column in shown.values())
-            lines.append(f"{i + 1:>9}{row}")
+        for i, row in enumerate(zip(*shown.values(), strict=True), 1):
+            lines.append(f"{i:>9}" + "".join(f"{float(entry):>15.6e}" for entry in row))
         if isinstance(self.inner_residual, Tensor):
             lines.append(
                 f"inner residual {float(self.inner_residual):.2e}, "
                 f"Newton step {float(self.newton_distance):.2e} of the params"
             )
         if isinstance(self.linear_residual, Tensor):
-            code = outcome(self.result)
-            lines.append(f"linear residual {float(self.linear_residual):.2e} ({code.name})")
+            name = outcome(self.result).name
+            lines.append(f"linear residual {float(self.linear_residual):.2e} ({name})")
         if not isinstance(self.by_dense, Tensor):
             lines.append("left out: dense (too many inner parameters, or no condition)")
         if not isinstance(self.by_unrolling, Tensor):

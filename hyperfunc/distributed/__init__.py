@@ -4,9 +4,8 @@ Started by ``torchrun``, each rank runs the same program. There are two ways to 
 
 - **Tasks.** `task_parallel` lets each rank adapt its share of the tasks, and adds up their
   hypergradients.
-- **Parameters, hyperparameters and data.** Every method takes DTensors in place of tensors:
-  ``torch.distributed.tensor.distribute_tensor(hparams, mesh, [Shard(0)])`` and so on. Nothing from
-  here is needed for it; see `hyperfunc.PipelinedCG` for what a step of a solver sends.
+- **Parameters, hyperparameters and data.** Every method takes DTensors in place of tensors; nothing
+  from here is needed for it. See `hyperfunc.PipelinedCG` for what a step of a solver sends.
 
 `save_state` and `load_state` keep the state of an outer loop on disk, whole or sharded, so that a
 run goes on after a failure, on another number of ranks if need be.

@@ -108,10 +108,9 @@ class Ranks:
     ) -> list[list[int]]:
         """Exchange a few integers, or raise on all ranks what one of them has met.
 
-        All raise what they have met themselves if it is the same everywhere, and so does a rank
-        that is to end (by Ctrl-C, or by an exit). All others raise a `HypergradError` that names
-        the first rank to fail, with what ``where`` adds to it. If none has met an error, they
-        compare what they have to have alike, as `_compare` says.
+        An error that is the same everywhere is raised as it is, and so is one by which a rank is to
+        end (Ctrl-C, or an exit). All others become a `HypergradError` that names the first rank to
+        fail, with what ``where`` adds to it. Without any, the ranks compare what is to be alike.
         """
         text = "" if error is None else f"{type(error).__name__}: {error}"
         sums = [zlib.crc32(repr(lines).encode()) if lines else 0 for lines in alike.values()]
@@ -134,10 +133,7 @@ class Ranks:
         ) from error
 
     def _compare(self, what: str, lines: list[str], sums: Sequence[int], advice: str) -> None:
-        """Raise on all ranks, with the first line to differ, if the checksums of theirs differ.
-
-        A rank without lines, whose checksum is 0, is left out.
-        """
+        """Raise on all ranks if the checksums of their lines differ; 0 is one without lines."""
         first, *others = [rank for rank, number in enumerate(sums) if number] or [0]
         for rank in others:
             if sums[rank] == sums[first]:

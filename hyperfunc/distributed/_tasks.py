@@ -76,11 +76,11 @@ def task_parallel(
             different tasks, or, on every rank, where one was called otherwise than another: with
             another structure, dtype, shape, or value of ``hparams`` (values of DTensors are not
             compared), other arguments, or other results of ``fn`` beside the hypergradients.
-        HypergradError: when called, on every rank and with the same text, if the arguments of one
-            of them are of no use, or ``fn`` raised there, or returned a hypergradient that is not
-            finite. The text names the rank and the task, which is found by calling ``fn`` with one
-            task at a time. With ``chunk_size``, no rank goes on for more than a chunk. A rank that
-            is to end, by Ctrl-C or an exit in ``fn``, raises that itself, and the others this.
+        HypergradError: when called, on every rank, if the arguments of one of them are of no use,
+            or ``fn`` raised there, or returned a hypergradient that is not finite. The text names
+            the rank and the task, which is found by calling ``fn`` with one task at a time. With
+            ``chunk_size``, no rank goes on for more than a chunk. A rank that is to end, by Ctrl-C
+            or an exit in ``fn``, raises that itself, and the others this.
 
     Example:
         >>> def adapt(m, task):  # min_w (w - task)^2 + (w - m)^2, and then (w - 1)^2
@@ -210,9 +210,6 @@ class _Flat:
             leaf, task = bad.nonzero()[0].tolist()
             raise NonfiniteError(trees.paths(self.spec, "hparams")[leaf], task)
 
-    def zeros(self) -> list[Tensor]:
-        return self.flatten(trees.zeros_like(self.like))
-
     def flatten(self, leaves: Leaves) -> list[Tensor]:
         leaves = leaves if self.layout is None else self.layout.local(leaves)
         return [
@@ -313,7 +310,8 @@ class _Share:
 
     def zeros(self) -> list[Tensor]:
         """What `adapt` returns where there is nothing to add."""
-        return [] if self._owner.reduce is None else self.flat.zeros()
+        like = self.flat.like
+        return [] if self._owner.reduce is None else self.flat.flatten(trees.zeros_like(like))
 
     def adapt(self, chunk: slice) -> list[Tensor]:
         """Adapt some tasks; returns the sums of their hypergradients, zeros after a failure."""
