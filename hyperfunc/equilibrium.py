@@ -307,12 +307,10 @@ class _Cell:
         return trees.unflatten(spec, [leaf.to(ref.dtype) for leaf, ref in pairs])
 
 
+_SOLVER = "a fixed-point solver such as hf.fixed_point_solvers.Anderson(batch_dim=0)"
 _EXPECTED: dict[str, tuple[type[Any], str]] = {
     "cell": (nn.Module, "a torch.nn.Module with forward(state, *inputs) -> state"),
-    "solver": (
-        AbstractFixedPointSolver,
-        "a fixed-point solver such as hf.fixed_point_solvers.Anderson(batch_dim=0)",
-    ),
+    "solver": (AbstractFixedPointSolver, _SOLVER),
 }
 
 

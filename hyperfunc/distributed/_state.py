@@ -91,13 +91,12 @@ def save_state(
         named = _named_leaves(_expanded(state))
     except (TypeError, ValueError) as problem:
         error = problem
-    ranks.agree(
-        "save_state",
-        error,
-        alike={"the leaves that are saved once": _values(named) if ranks.size > 1 else []},
-        advice="Make what differs a DTensor, or derive it from the step and the rank, as in "
-        "torch.Generator().manual_seed(hash((seed, step, rank)))",
+    alike = {"the leaves that are saved once": _values(named) if ranks.size > 1 else []}
+    advice = (
+        "Make what differs a DTensor, or derive it from the step and the rank, as in "
+        "torch.Generator().manual_seed(hash((seed, step, rank)))"
     )
+    ranks.agree("save_state", error, alike=alike, advice=advice)
     future: Future[None] = Future()
     if not background:
         _write(named, Path(folder), step, keep, ranks)
@@ -141,16 +140,13 @@ def load_state(
         HypergradError: on every rank, naming the first, where only some met such an error.
 
     Example:
-        >>> def start():
-        ...     weight = torch.zeros(2, requires_grad=True)
-        ...     return weight, torch.optim.Adam([weight])
-        >>> weight, optimizer = start()
+        >>> import tempfile
+        >>> folder, weight = tempfile.mkdtemp(), torch.zeros(2, requires_grad=True)
+        >>> optimizer = torch.optim.Adam([weight])
         >>> (weight - 1).square().sum().backward()
         >>> optimizer.step()
-        >>> import tempfile
-        >>> folder = tempfile.mkdtemp()
         >>> future = hf.distributed.save_state({"opt": optimizer}, folder, step=1)
-        >>> weight, optimizer = start()
+        >>> optimizer = torch.optim.Adam([weight])
         >>> state, step = hf.distributed.load_state({"opt": optimizer}, folder)
         >>> optimizer.load_state_dict(state["opt"])
         >>> optimizer.state[weight]["exp_avg"]

@@ -95,11 +95,8 @@ def task_parallel(
         >>> call(torch.tensor(0.0), hf.distributed.local_tasks(tasks))
         (tensor(0.), tensor([1., 0., 1.]))
     """
-    check_callable(
-        fn,
-        "task_parallel: fn",
-        "(hparams, tasks, *args) such as torch.func.vmap(adapt, in_dims=(None, 0))",
-    )
+    signature = "(hparams, tasks, *args) such as torch.func.vmap(adapt, in_dims=(None, 0))"
+    check_callable(fn, "task_parallel: fn", signature)
     if reduce not in (*get_args(Reduction), None):
         raise ValueError(f"task_parallel: reduce is {reduce!r}; expected 'mean', 'sum' or None")
     if chunk_size is not None:
@@ -299,14 +296,10 @@ class _Share:
 
         lines = [f"{part.dtype} of shape {tuple(part.shape[1:])}" for part in self._all_parts()]
         lines.append(f"structure {self.rest_spec}")
-        self._ranks.agree(
-            "task_parallel",
-            self.error,
-            (self._failed_task,),
-            where,
-            alike={"the results of fn for each task": lines if self.count else []},
-            advice="Return the same structure, dtypes and shapes on all ranks",
-        )
+        alike = {"the results of fn for each task": lines if self.count else []}
+        advice = "Return the same structure, dtypes and shapes on all ranks"
+        task = (self._failed_task,)
+        self._ranks.agree("task_parallel", self.error, task, where, alike, advice)
 
     def zeros(self) -> list[Tensor]:
         """What `adapt` returns where there is nothing to add."""
