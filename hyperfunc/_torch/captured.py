@@ -11,7 +11,6 @@ import itertools
 import numbers
 import os
 import sys
-import sysconfig
 import types
 import weakref
 from collections.abc import Hashable, Iterable, Iterator
@@ -50,8 +49,8 @@ _OPERATORS = frozenset(
 _LIBRARIES = tuple(
     os.path.join(path, "")
     for path in {
-        *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
-        os.path.dirname(torch.__file__),
+        os.path.dirname(os.__file__),
+        os.path.dirname(os.path.dirname(torch.__file__)),  # with the other packages
         os.path.dirname(os.path.dirname(__file__)),
     }
 )
