@@ -40,12 +40,10 @@ def difference(
 ) -> Difference | None:
     """The greatest difference between outputs and what ``function(*operands)`` gave, if any counts.
 
-    Each output is looked at by itself, and each of its tasks, which the first ``levels``
-    dimensions count. Entries may differ by ``tol`` times the largest of the task, with
-    ``tol = 32 eps sqrt(n)`` and ``n`` the most entries of any one tensor, at most the cube root of
-    ``eps``. Where they differ by more, the function itself is evaluated at slightly perturbed
-    operands, for it may be ill-conditioned, or have kinks: entries may differ by 8 times as much as
-    perturbations of 4 ``eps`` change them.
+    Entries may differ by ``tol`` times the largest of their output and task (the first ``levels``
+    dimensions), with ``tol = 32 eps sqrt(n)`` and ``n`` the most entries of any one tensor, at most
+    the cube root of ``eps``. Where they differ by more, the function may be ill-conditioned, or
+    have kinks: they may do so by 8 times what perturbations of its operands of 4 ``eps`` change.
 
     ``dtypes`` names those of intermediate values; the coarsest of all gives ``eps``.
     """
@@ -57,7 +55,7 @@ def difference(
     gaps = [_gap(a, b, levels) for a, b in zip(outputs, expected, strict=True)]
     sizes = [_largest(value.double().abs().nan_to_num(0, 0), levels) for value in expected]
     allowed = [tolerance * size for size in sizes]
-    if _all_within(gaps, allowed):
+    if not any(map(torch.any, _above(gaps, allowed))):
         return None
     generator = torch.Generator().manual_seed(0)
     for _ in range(_DRAWS):
@@ -68,8 +66,8 @@ def difference(
             torch.maximum(a, _MARGIN * b.nan_to_num(math.inf))
             for a, b in zip(allowed, noise, strict=True)
         ]
-    wrong = [~(gap <= limit) for gap, limit in zip(gaps, allowed, strict=True)]
-    if not any(bool(flag.any()) for flag in wrong):
+    wrong = _above(gaps, allowed)
+    if not any(map(torch.any, wrong)):
         return None
 
     def ratio(index: int) -> float:
@@ -78,21 +76,16 @@ def difference(
 
     index = max(range(len(wrong)), key=ratio)
     task = int(torch.where(wrong[index], gaps[index].nan_to_num(math.inf), -1).argmax())
-    return Difference(
-        index,
-        float(gaps[index][task]),
-        float(sizes[index][task]),
-        int(torch.stack(wrong).any(0).sum()),
-        len(wrong[index]),
-    )
+    gap, size = float(gaps[index][task]), float(sizes[index][task])
+    return Difference(index, gap, size, int(torch.stack(wrong).any(0).sum()), len(wrong[index]))
 
 
 def _real(leaves: Sequence[Tensor]) -> Leaves:
     return tuple(torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves)
 
 
-def _all_within(gaps: Sequence[Tensor], limits: Sequence[Tensor]) -> bool:
-    return all(bool((a <= b).all()) for a, b in zip(gaps, limits, strict=True))
+def _above(gaps: Sequence[Tensor], limits: Sequence[Tensor]) -> list[Tensor]:
+    return [~(gap <= limit) for gap, limit in zip(gaps, limits, strict=True)]
 
 
 def _gap(output: Tensor, expected: Tensor, levels: int) -> Tensor:
@@ -104,9 +97,7 @@ def _gap(output: Tensor, expected: Tensor, levels: int) -> Tensor:
 
 def _largest(values: Tensor, levels: int) -> Tensor:
     tasks = math.prod(values.shape[:levels])
-    if values.numel() == 0:
-        return values.new_zeros(tasks)
-    return values.reshape(tasks, -1).amax(1)
+    return values.reshape(tasks, -1).amax(1) if values.numel() else values.new_zeros(tasks)
 
 
 def _perturb(tensor: Tensor, size: float, generator: torch.Generator) -> Tensor:

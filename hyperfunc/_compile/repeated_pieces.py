@@ -48,15 +48,14 @@ def compile_in_pieces(
     """A graph compiled for operands like these, in pieces where it is large and repeats itself."""
     if len(graph.graph.nodes) < _LARGE:
         return compile(graph, operands)
-    _spell_out_views(graph)
+    for node in graph.graph.nodes:  # what formulas of torch do in place of views
+        node.target = _VIEWS.get(node.target, node.target)
     if not _is_functional(graph):
         graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(*operands)
     merge_equal(graph)
     graph.recompile()
-    pieces = cut(graph)
-    if len(pieces) == 1:
-        return compile(graph, operands)
-    return _Sequence.make(graph, pieces, operands, compile)
+    pieces = _cut(graph)
+    return _in_sequence(graph, pieces, operands, compile) if pieces else compile(graph, operands)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,19 +79,22 @@ class Piece:
         key = tuple((node.target, _spell((node.args, node.kwargs), names)) for node in nodes)
         return Piece(nodes, inputs, key)
 
-    def build(self, source: GraphModule, outputs: Iterable[int]) -> GraphModule:
-        """The piece as a function of its inputs, that returns the nodes at these places."""
-        graph = Graph()
-        copies = {node: graph.placeholder(f"input{i}") for i, node in enumerate(self.inputs)}
-        for node in self.nodes:
-            copies[node] = graph.node_copy(node, lambda parent: copies[parent])
-        graph.output(tuple(copies[self.nodes[place]] for place in outputs))
-        graph.eliminate_dead_code()
-        return GraphModule(source, graph)
+
+def subgraph(
+    source: GraphModule, inputs: Iterable[Node], nodes: Iterable[Node], outputs: Iterable[Node]
+) -> GraphModule:
+    """Some nodes of a graph as a function of others, with a tuple of values."""
+    graph = Graph()
+    copies = {node: graph.placeholder(f"input{i}") for i, node in enumerate(inputs)}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    graph.eliminate_dead_code()
+    return GraphModule(source, graph)
 
 
-def cut(graph: GraphModule) -> list[Piece]:
-    """The pieces of a graph, or all of it as one where pieces are not worth it."""
+def _cut(graph: GraphModule) -> list[Piece]:
+    """The pieces of a graph, or none where they are not worth it."""
     nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
     starts = _starts(nodes)
     bounds = itertools.pairwise([0, *starts, len(nodes)])
@@ -100,68 +102,58 @@ def cut(graph: GraphModule) -> list[Piece]:
     lengths = {piece.key: len(piece.nodes) for piece in pieces}
     takes_tensors = all(_is_tensor(node) for piece in pieces for node in piece.inputs)
     if sum(lengths.values()) > _WORTH * len(nodes) or not takes_tensors:
-        return [Piece.make(nodes)]
+        return []
     return pieces
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Sequence:
+def _in_sequence(
+    graph: GraphModule,
+    pieces: Sequence[Piece],
+    operands: Leaves,
+    compile: Callable[[GraphModule, Leaves], CompiledFunction],
+) -> CompiledFunction:
     """Compiled pieces one after the other, as a function of the operands of all."""
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    constants = {
+        node: getattr(graph, str(node.target)) for node in graph.graph.find_nodes(op="get_attr")
+    }
+    results = results_of(graph)
+    crossing = _with_bases({*results, *(node for piece in pieces for node in piece.inputs)})
+    outputs: dict[Hashable, set[int]] = {}
+    for piece in pieces:
+        outputs.setdefault(piece.key, set()).update(
+            place
+            for place, node in enumerate(piece.nodes)
+            if node in crossing and not _aliases(node)
+        )
+    calls: list[_Call] = []
+    values: dict[Node, Any] = dict(zip(placeholders, operands, strict=True)) | constants
+    compiled: dict[Hashable, CompiledFunction] = {}
+    for piece in pieces:
+        inputs = tuple(values[node] for node in piece.inputs)
+        key = (piece.key, *((leaf.shape, leaf.stride(), leaf.dtype) for leaf in inputs))
+        given = tuple(piece.nodes[place] for place in sorted(outputs[piece.key]))
+        if not given:
+            compiled[key] = lambda *_: ()
+        elif key not in compiled:
+            compiled[key] = compile(subgraph(graph, piece.inputs, piece.nodes, given), inputs)
+        views = tuple(node for node in piece.nodes if node in crossing and _aliases(node))
+        call = _Call(compiled[key], piece.inputs, given, views)
+        call.run(values)
+        calls.append(call)
+    needed = {*results, *constants}
+    for i, call in reversed(list(enumerate(calls))):
+        seen = {*call.inputs, *call.outputs, *call.views, *_parents(call.views)}
+        calls[i] = dataclasses.replace(call, done=tuple(seen - needed))
+        needed |= seen
 
-    operands: tuple[Node, ...]
-    constants: dict[Node, Any]
-    calls: tuple[_Call, ...]
-    results: tuple[Node, ...]
-
-    @staticmethod
-    def make(
-        graph: GraphModule,
-        pieces: Sequence[Piece],
-        operands: Leaves,
-        compile: Callable[[GraphModule, Leaves], CompiledFunction],
-    ) -> _Sequence:
-        placeholders = tuple(graph.graph.find_nodes(op="placeholder"))
-        constants = {
-            node: getattr(graph, str(node.target)) for node in graph.graph.find_nodes(op="get_attr")
-        }
-        results = _results(graph)
-        crossing = _with_bases({*results, *(node for piece in pieces for node in piece.inputs)})
-        outputs: dict[Hashable, set[int]] = {}
-        for piece in pieces:
-            outputs.setdefault(piece.key, set()).update(
-                place
-                for place, node in enumerate(piece.nodes)
-                if node in crossing and not _aliases(node)
-            )
-        calls: list[_Call] = []
+    def run(*operands: Tensor) -> Leaves:
         values: dict[Node, Any] = dict(zip(placeholders, operands, strict=True)) | constants
-        compiled: dict[Hashable, CompiledFunction] = {}
-        for piece in pieces:
-            inputs = tuple(values[node] for node in piece.inputs)
-            key = (piece.key, *((leaf.shape, leaf.stride(), leaf.dtype) for leaf in inputs))
-            places = sorted(outputs[piece.key])
-            if not places:
-                compiled[key] = _nothing
-            elif key not in compiled:
-                compiled[key] = compile(piece.build(graph, places), inputs)
-            views = tuple(node for node in piece.nodes if node in crossing and _aliases(node))
-            call = _Call(
-                compiled[key], piece.inputs, tuple(piece.nodes[place] for place in places), views
-            )
+        for call in calls:
             call.run(values)
-            calls.append(call)
-        needed = {*results, *constants}
-        for i, call in reversed(list(enumerate(calls))):
-            seen = {*call.inputs, *call.outputs, *call.views, *_parents(call.views)}
-            calls[i] = dataclasses.replace(call, done=tuple(seen - needed))
-            needed |= seen
-        return _Sequence(placeholders, constants, tuple(calls), results)
+        return tuple(values[node] for node in results)
 
-    def __call__(self, *operands: Tensor) -> Leaves:
-        values: dict[Node, Any] = dict(zip(self.operands, operands, strict=True)) | self.constants
-        for call in self.calls:
-            call.run(values)
-        return tuple(values[node] for node in self.results)
+    return run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -184,22 +176,12 @@ class _Call:
             del values[node]
 
 
-def _nothing(*operands: Tensor) -> Leaves:
-    return ()
-
-
-def _spell_out_views(graph: GraphModule) -> None:
-    """Write views for what makes a view of the tensor itself, as formulas of torch do."""
-    for node in graph.graph.nodes:
-        node.target = _VIEWS.get(node.target, node.target)
-
-
 def merge_equal(graph: GraphModule) -> None:
     """Compute once, in place, what a graph computes again and again, as each step of a loop may.
 
     What is returned stays apart, as no two results share memory.
     """
-    apart = _with_bases(_results(graph))
+    apart = _with_bases(results_of(graph))
     seen: dict[Hashable, Node] = {}
     for node in list(graph.graph.nodes):
         if node.op != "call_function" or node in apart:
@@ -286,7 +268,8 @@ def _aliases(node: Node) -> bool:
     return any(result.alias_info is not None for result in node.target._schema.returns)
 
 
-def _results(graph: GraphModule) -> tuple[Node, ...]:
+def results_of(graph: GraphModule) -> tuple[Node, ...]:
+    """The nodes of what a graph returns."""
     (results,) = graph.graph.output_node().args
     return tuple(cast("Sequence[Node]", results))
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ from hyperfunc._engine.flat import differentiable_indices, split
 from hyperfunc._engine.operations import Operation, Recorded
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves
-from hyperfunc.iterative._compiled import Compiled
-from hyperfunc.iterative._products import STEP, pull, push
+from hyperfunc.iterative._compiled import Block, Compiled
+from hyperfunc.iterative._products import STEP, ByIndex, pull, push
 from hyperfunc.iterative._segment import RngAutocastState, Segment
 from hyperfunc.iterative._steps import Steps
 from hyperfunc.iterative._storage import Mark, Schedule, Trace
@@ -45,7 +45,7 @@ class Loop:
     def run(self, operands: Leaves) -> Leaves:
         state, trace = self.trace(operands, keep=self.chunk is None, first=True)
         self.memo[:] = [trace]
-        return state[: self.num_outputs]
+        return state[: self.steps.flat.num_params]
 
     def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> _Product:
         return _Product(self, wrt, live)
@@ -69,24 +69,18 @@ class Loop:
         )
         return dataclasses.replace(self, levels=(*self.levels, level)), moved
 
-    @property
-    def num_outputs(self) -> int:
-        """The number of leaves of params; known once the loop has run."""
-        return self.steps.flat.num_params
-
     def chain(self, *operands: Tensor) -> Leaves:
         """See `Steps.chain`."""
         fn = self.steps.chain
         for level in self.levels:
-            dims = tuple(0 if batched else None for batched in level.batched)
-            fn = torch.func.vmap(fn, in_dims=dims, randomness=level.randomness)
+            fn = level.vmap(fn, level.dims)
         return fn(*operands)
 
     def trace(self, operands: Leaves, *, keep: bool, first: bool = False) -> tuple[Leaves, Trace]:
         """Run the steps, keeping iterates by the schedule if they are needed."""
         check = self.rng_autocast.refuse_foreign(STEP) if first else contextlib.nullcontext()
         with check:
-            state = self._start(operands)
+            state = self._start(*operands)
         trace = Trace(self.steps.num_steps, [], [])
         hold = 0 if keep else trace.num_steps
         lengths = active = None
@@ -95,8 +89,7 @@ class Loop:
         recorded = self.compiled if keep and self._is_recorded else None
         for step in range(0, trace.num_steps, self._width):
             if recorded is not None:
-                block, key = self._block(len(state))
-                state, kept = recorded.record(block, key, state, self._at(operands, step))
+                state, kept = recorded.record(self._block, state, self._at(operands, step))
                 trace.marks.append(Mark(step, kept, ()))
                 continue
             if step >= hold:
@@ -108,9 +101,8 @@ class Loop:
             state = outputs[: len(state)]
             if self.steps.flat.can_stop:
                 if lengths is None:
-                    active = torch.ones_like(outputs[-1])
-                    lengths = torch.zeros_like(active, dtype=torch.int64)
-                elif active is None:
+                    lengths = torch.zeros_like(outputs[-1], dtype=torch.int64)
+                if active is None:
                     active = lengths == step
                 lengths = lengths + active
                 active = active & ~outputs[-1]
@@ -128,13 +120,8 @@ class Loop:
         return state, trace
 
     def gradients(
-        self,
-        operands: Leaves,
-        cotangents: dict[int, Tensor],
-        wrt: tuple[int, ...],
-        *,
-        batched: bool,
-    ) -> dict[int, Tensor]:
+        self, operands: Leaves, cotangents: ByIndex, wrt: tuple[int, ...], *, batched: bool
+    ) -> ByIndex:
         """Reverse mode: transposed products, with one step's graph at a time."""
         compiled = self.compiled
         if compiled is not None and (batched or not compiled.serves(wrt)):
@@ -143,122 +130,92 @@ class Loop:
             return loop.gradients(operands, cotangents, wrt, batched=batched)
         trace = self._known_trace(operands, keep=True)
         num_fixed = self.steps.num_fixed
-        totals: dict[int, Tensor] = {}
-        rows: dict[int, dict[int, Tensor]] = {i: {} for i in wrt if i >= num_fixed}
+        totals: ByIndex = {}
+        rows: dict[int, ByIndex] = {}
         advance = self._bind(operands)
-        end = trace.num_steps
+        size, end = self._num_state, trace.num_steps
         while end > 0:
-            step, size, grads = self._pull_last(
-                trace, end, operands, advance, cotangents, wrt, batched
-            )
+            step, state = self._take_last(trace, end, operands, advance)
+            seen = self._at(operands, step)
+            if compiled is not None:
+                grads = compiled.pull(self._block, state, seen, cotangents, wrt)
+            else:
+                _, grads = pull(
+                    functools.partial(self._advance, trace.active(step)),
+                    (*state, *seen),
+                    (*differentiable_indices(state), *(size + i for i in wrt)),
+                    cotangents,
+                    batched=batched,
+                    check=end == trace.num_steps,
+                )
             cotangents = {i: grad for i, grad in grads.items() if i < size}
             for index in wrt:
-                if (grad := grads.get(size + index)) is None:
-                    continue
-                if index < num_fixed:
+                grad = grads.get(size + index)
+                if grad is not None and index < num_fixed:
                     _add(totals, index, grad)
-                else:
-                    rows[index][step] = grad
+                elif grad is not None:
+                    rows.setdefault(index, {})[step] = grad
             end = step
         trace.buffers.clear()
         self.rng_autocast.write(self.rng_autocast.states)
-        starts = pull(
-            lambda *tensors: self._start(tensors),
-            operands,
-            [i for i in wrt if i < num_fixed],
-            cotangents,
-            batched=batched,
-        )
+        fixed = [i for i in wrt if i < num_fixed]
+        _, starts = pull(self._start, operands, fixed, cotangents, batched=batched)
         for index, grad in starts.items():
             _add(totals, index, grad)
         for index, by_step in rows.items():
-            if by_step:
-                totals[index] = self._stack(index, by_step, batched)
+            totals[index] = self._stack(index, by_step, batched)
         return totals
 
-    def _pull_last(
-        self,
-        trace: Trace,
-        end: int,
-        operands: Leaves,
-        advance: Callable[..., Leaves],
-        cotangents: dict[int, Tensor],
-        wrt: tuple[int, ...],
-        batched: bool,
-    ) -> tuple[int, int, dict[int, Tensor]]:
-        """Where the last step (or block) before ``end`` begins, its leaves, and its product."""
-        if self.compiled is not None and self._is_recorded:
-            step, kept, _ = trace.marks.pop()
-            size = sum(spec.num_leaves for spec in self.steps.flat.structure)
-            block, key = self._block(size)
-            seen = self._at(operands, step)
-            grads = self.compiled.pull_recorded(block, key, size, kept, seen, cotangents)
-            return step, size, grads
+    def _take_last(
+        self, trace: Trace, end: int, operands: Leaves, advance: Callable[..., Leaves]
+    ) -> tuple[int, Leaves]:
+        """Where the last step (or block) before ``end`` begins, and what was kept or is there."""
         step, state, streams = trace.marks[-1]
-        size = len(state)
-        self.rng_autocast.write(streams)
-        hold = step + self._gap(trace, step, end)
-        while step < end - self._width:
-            outputs = advance(trace.active(step), state, self._at(operands, step))
-            state, step = outputs[:size], step + self._width
-            if step >= hold:
-                hold = self._mark(trace, step, state, end)
+        if not self._is_recorded:
+            self.rng_autocast.write(streams)
+            hold = step + self.schedule.gap(end - step, len(trace.marks))
+            while step < end - self._width:
+                outputs = advance(trace.active(step), state, self._at(operands, step))
+                state, step = outputs[: len(state)], step + self._width
+                if step >= hold:
+                    hold = self._mark(trace, step, state, end)
         if trace.marks[-1].step == step:
             trace.marks.pop()
-        seen = self._at(operands, step)
-        if self.compiled is not None:
-            block, key = self._block(size)
-            return step, size, self.compiled.pull(block, key, state, seen, cotangents, wrt)
-        grads = pull(
-            functools.partial(self._advance, trace.active(step), size),
-            (*state, *seen),
-            (*differentiable_indices(state), *(size + i for i in wrt)),
-            cotangents,
-            batched=batched,
-            check=end == trace.num_steps,
-        )
-        return step, size, grads
+        return step, state
 
     def tangents(
-        self, operands: Leaves, tangents: dict[int, Tensor], *, batched: bool
-    ) -> tuple[dict[int, Tensor], Leaves]:
+        self, operands: Leaves, tangents: ByIndex, *, batched: bool
+    ) -> tuple[ByIndex, Leaves]:
         """Forward mode: the tangents of the outputs, carried along the steps, and the outputs."""
         self.rng_autocast.write(self.rng_autocast.states)
         trace = Trace(self.steps.num_steps, [], [])
         if self.steps.flat.can_stop:
             trace = self._known_trace(operands, keep=False)
             self.rng_autocast.write(self.rng_autocast.states)
-        state, dots = push(
-            lambda *tensors: self._start(tensors), operands, tangents, batched=batched
-        )
+        state, dots = push(self._start, operands, tangents, batched=batched)
         size = len(state)
         for step in range(0, trace.num_steps, self._width):
             seen = self._at(operands, step)
             for index, tangent in tangents.items():
                 dots[size + index] = self._row(index, tangent, step, batched)
             if self.compiled is not None:
-                block, key = self._block(size)
-                outputs, dots = self.compiled.push(block, key, state, seen, dots, batched=batched)
+                block = self._block
+                outputs, dots = self.compiled.push(block, state, seen, dots, batched=batched)
             else:
                 outputs, dots = push(
-                    functools.partial(self._advance, trace.active(step), size),
+                    functools.partial(self._advance, trace.active(step)),
                     (*state, *seen),
                     dots,
                     batched=batched,
                     check=step == 0,
                 )
             state = outputs[:size]
-        outputs = state[: self.num_outputs]
+        outputs = state[: self.steps.flat.num_params]
         return {i: dot for i, dot in dots.items() if i < len(outputs)}, outputs
 
     def accumulate(
-        self,
-        operands: Leaves,
-        cotangents: dict[int, Tensor],
-        wrt: tuple[int, ...],
-        *,
-        batched: bool,
-    ) -> dict[int, Tensor]:
+        self, operands: Leaves, cotangents: ByIndex, wrt: tuple[int, ...], *, batched: bool
+    ) -> ByIndex:
         """Transposed products by forward accumulation: tangents for every entry of the operands."""
         if any(operands[i].is_complex() for i in wrt):
             raise TypeError(
@@ -274,23 +231,20 @@ class Loop:
         chunk = min(self.chunk or total, total)
         for begin in range(0, total, max(chunk, 1)):
             width = min(chunk, total - begin)
-            tangents: dict[int, Tensor] = {}
+            tangents: ByIndex = {}
             spans: dict[int, slice] = {}
             for index, shape, numel, offset in zip(wrt, shapes, numels, offsets, strict=True):
                 low, high = max(begin, offset), min(begin + width, offset + numel)
                 operand = operands[index]
-                basis = operand.new_zeros(width, numel)
                 if low < high:
                     spans[index] = slice(low - begin, high - begin)
-                    basis[spans[index], low - offset : high - offset] = torch.eye(
-                        high - low, dtype=operand.dtype, device=operand.device
-                    )
                 elif self.compiled is None:
                     continue  # compiled code is for tangents of all operands
+                rows = torch.arange(begin - offset, begin - offset + width, device=operand.device)
+                basis = rows[:, None] == torch.arange(numel, device=operand.device)
                 ones = [1] * self._num_levels(index)
-                tangents[index] = basis.reshape([width, *ones, *shape]).expand(
-                    [width, *operand.shape]
-                )
+                basis = basis.to(operand.dtype).reshape([width, *ones, *shape])
+                tangents[index] = basis.expand([width, *operand.shape])
             dots, _ = self.tangents(operands, tangents, batched=True)
             products = self._contract(dots, cotangents, count, width)
             for index, span in spans.items():
@@ -303,31 +257,26 @@ class Loop:
             if pieces
         }
 
-    def _start(self, operands: Leaves) -> Leaves:
+    def _start(self, *operands: Tensor) -> Leaves:
         fn = self.steps.start
         for level in self.levels:
-            fn = _vmapped_start(fn, level, self.steps.num_fixed)
-        return fn(tuple(operands[: self.steps.num_fixed]))
+            fn = level.start(fn, self.steps.num_fixed)
+        return fn(operands[: self.steps.num_fixed])
 
-    def _advance(self, active: Tensor | None, size: int, *tensors: Tensor) -> Leaves:
-        return self._batched_advance(active, *split(tensors, size, self.steps.num_fixed))
+    def _advance(self, active: Tensor | None, *tensors: Tensor) -> Leaves:
+        pieces = split(tensors, self._num_state, self.steps.num_fixed)
+        return self._batched_advance(active, *pieces)
 
     def _bind(self, operands: Leaves) -> Callable[[Tensor | None, Leaves, Leaves], Leaves]:
         """The function that takes a step of given operands, without a derivative of it."""
         num_fixed = self.steps.num_fixed
-        fixed = tuple(operands[:num_fixed])
         if self.compiled is not None:
-            compiled = self.compiled
-
-            def run(_: Tensor | None, state: Leaves, seen: Leaves) -> Leaves:
-                block, key = self._block(len(state))
-                return compiled.run(block, key, state, seen)
-
-            return run
+            run = functools.partial(self.compiled.run, self._block)
+            return lambda _, state, seen: run(state, seen)
         if self.levels:
             advance = self._batched_advance
-            return lambda active, state, seen: advance(active, state, fixed, seen[num_fixed:])
-        bound = self.steps.bind(fixed)
+            return lambda active, state, seen: advance(active, state, *split(seen, num_fixed))
+        bound = self.steps.bind(operands[:num_fixed])
         return lambda active, state, seen: bound(active, state, seen[num_fixed:])
 
     @property
@@ -340,24 +289,30 @@ class Loop:
         """Whether the marks hold what the steps' products need, not iterates."""
         return self.compiled is not None and self.compiled.kept is not None
 
-    def _block(self, size: int) -> tuple[Callable[..., Leaves], Hashable]:
-        """The steps of a block, as a function of a state of so many leaves and what they see."""
-        assert self.compiled is not None
-        fn: Callable[..., Leaves] = functools.partial(self.steps.advance_block, self._width)
-        for level in self.levels:
-            fn = _vmapped_advance(fn, level, self.steps.num_fixed)
+    @property
+    def _num_state(self) -> int:
+        """The number of leaves of a state; known once the loop has started."""
+        return sum(spec.num_leaves for spec in self.steps.flat.structure)
+
+    @property
+    def _block(self) -> Block:
+        """The steps of a block; known once the loop has started."""
+        size = self._num_state
+        fn = self._batch_steps(functools.partial(self.steps.advance_block, self._width))
 
         def block(*tensors: Tensor) -> Leaves:
             with self.rng_autocast.refuse_foreign(STEP):
                 return fn(None, *split(tensors, size, self.steps.num_fixed))
 
-        return block, (self.levels, *self.steps.flat.structure)
+        return Block(block, (self.levels, *self.steps.flat.structure), size)
 
     @functools.cached_property
     def _batched_advance(self) -> Callable[..., Leaves]:
-        fn: Callable[..., Leaves] = self.steps.advance
+        return self._batch_steps(self.steps.advance)
+
+    def _batch_steps(self, fn: Callable[..., Leaves]) -> Callable[..., Leaves]:
         for level in self.levels:
-            fn = _vmapped_advance(fn, level, self.steps.num_fixed)
+            fn = level.advance(fn, self.steps.num_fixed)
         return fn
 
     def _at(self, operands: Leaves, step: int) -> Leaves:
@@ -376,7 +331,7 @@ class Loop:
             return tensor.narrow(dim, step, self._width)
         return tensor.select(dim, step)
 
-    def _stack(self, index: int, by_step: dict[int, Tensor], batched: bool) -> Tensor:
+    def _stack(self, index: int, by_step: ByIndex, batched: bool) -> Tensor:
         zeros = torch.zeros_like(next(iter(by_step.values())))
         rows = [by_step.get(step, zeros) for step in range(0, self.steps.num_steps, self._width)]
         join = torch.stack if self.compiled is None else torch.cat
@@ -388,10 +343,7 @@ class Loop:
         """Keep an iterate; returns the step at which the next one is to be kept."""
         known = trace.marks[-1].streams if trace.marks else self.rng_autocast.states
         trace.marks.append(Mark(step, trace.store(state), self.rng_autocast.read(known)))
-        return step + self._gap(trace, step, end, first=first)
-
-    def _gap(self, trace: Trace, step: int, end: int, *, first: bool = False) -> int:
-        return self.schedule.gap(end - step, len(trace.marks), first=first)
+        return step + self.schedule.gap(end - step, len(trace.marks), first=first)
 
     def _known_trace(self, operands: Leaves, *, keep: bool) -> Trace:
         """The trace of the forward pass, or a new one if its marks are used up."""
@@ -402,13 +354,7 @@ class Loop:
     def _num_levels(self, index: int) -> int:
         return sum(level.batched[index] for level in self.levels)
 
-    def _contract(
-        self,
-        dots: dict[int, Tensor],
-        cotangents: dict[int, Tensor],
-        count: int,
-        width: int,
-    ) -> Tensor:
+    def _contract(self, dots: ByIndex, cotangents: ByIndex, count: int, width: int) -> Tensor:
         """Inner products of tangents and cotangents: shape ``(count, width, *batch sizes)``."""
         sizes = [level.size for level in reversed(self.levels)]
         dtype = trees.accumulation_dtype(tuple(cotangents.values()))
@@ -435,6 +381,29 @@ class _Level(NamedTuple):
     size: int
     randomness: str
 
+    @property
+    def dims(self) -> tuple[int | None, ...]:
+        return tuple(0 if batched else None for batched in self.batched)
+
+    def vmap(self, fn: Callable[..., Leaves], in_dims: tuple[Any, ...]) -> Callable[..., Leaves]:
+        return torch.func.vmap(fn, in_dims, randomness=self.randomness)
+
+    def start(self, fn: Callable[..., Leaves], num_fixed: int) -> Callable[..., Leaves]:
+        """A function of the operands that every step sees, for a batch."""
+        if any(self.batched[:num_fixed]):
+            return self.vmap(fn, (self.dims[:num_fixed],))
+        return lambda fixed: tuple(leaf.expand(self.size, *leaf.shape) for leaf in fn(fixed))
+
+    def advance(self, fn: Callable[..., Leaves], num_fixed: int) -> Callable[..., Leaves]:
+        """A function that takes a step, for a batch."""
+        fixed_dims, row_dims = split(self.dims, num_fixed)
+
+        def advance(active: Tensor | None, *tensors: Leaves) -> Leaves:
+            in_dims = (None if active is None else 0, 0, fixed_dims, row_dims)
+            return self.vmap(fn, in_dims)(active, *tensors)
+
+        return advance
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Product:
@@ -454,17 +423,17 @@ class _Product:
         with self.loop.rng_autocast.restored():
             if self.live is None:
                 tangents = dict(zip(self.wrt, vectors, strict=True))
-                results, like = self.loop.tangents(operands, tangents, batched=self.batched)
-                indices: Iterable[int] = range(len(like))
+                results, outputs = self.loop.tangents(operands, tangents, batched=self.batched)
+                like = dict(enumerate(outputs))
             else:
                 compute = self.loop.gradients if self.loop.chunk is None else self.loop.accumulate
                 cotangents = dict(zip(self.live, vectors, strict=True))
                 results = compute(operands, cotangents, self.wrt, batched=self.batched)
-                like, indices = operands, self.wrt
+                like = {i: operands[i] for i in self.wrt}
         lead = vectors[0].shape[:1] if self.batched else ()
         return tuple(
-            results[i] if i in results else like[i].new_zeros((*lead, *like[i].shape))
-            for i in indices
+            results[i] if i in results else leaf.new_zeros((*lead, *leaf.shape))
+            for i, leaf in like.items()
         )
 
     def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Operation:
@@ -516,38 +485,12 @@ class _Product:
         return tuple(torch.stack(column) for column in columns)
 
 
-def _add(totals: dict[int, Tensor], index: int, grad: Tensor) -> None:
+def _add(totals: ByIndex, index: int, grad: Tensor) -> None:
     totals[index] = totals[index] + grad if index in totals else grad
-
-
-def _vmapped_start(fn: Callable[..., Leaves], level: _Level, num_fixed: int) -> Any:
-    dims = tuple(0 if batched else None for batched in level.batched[:num_fixed])
-
-    def start(fixed: Leaves) -> Leaves:
-        if not any(level.batched[:num_fixed]):
-            return tuple(leaf.expand(level.size, *leaf.shape) for leaf in fn(fixed))
-        result: Leaves = torch.func.vmap(fn, (dims,), randomness=level.randomness)(fixed)
-        return result
-
-    return start
-
-
-def _vmapped_advance(fn: Callable[..., Leaves], level: _Level, num_fixed: int) -> Any:
-    fixed_dims, row_dims = split(tuple(0 if part else None for part in level.batched), num_fixed)
-
-    def advance(active: Tensor | None, state: Leaves, fixed: Leaves, row: Leaves) -> Leaves:
-        in_dims = (None if active is None else 0, 0, fixed_dims, row_dims)
-        batched = torch.func.vmap(fn, in_dims, randomness=level.randomness)
-        result: Leaves = batched(active, state, fixed, row)
-        return result
-
-    return advance
 
 
 def _with_dim(tensor: Tensor, dim: int | None, target: int, size: int) -> Tensor:
     """The tensor with its batch dimension, or a new one, at ``target``."""
     if dim is not None:
         return tensor.movedim(dim, target)
-    shape = list(tensor.shape)
-    shape.insert(target, size)
-    return tensor.unsqueeze(target).expand(shape)
+    return tensor.unsqueeze(target).expand(*tensor.shape[:target], size, *tensor.shape[target:])

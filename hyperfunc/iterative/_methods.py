@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.operations import Recorded
 from hyperfunc._rule.conditions import Arguments
 from hyperfunc._torch import batching, sharding, tracking
@@ -31,8 +32,7 @@ class ReverseUnroll:
     """Plain differentiation through the inner solver, whatever its code: ``"reverse_unroll"``.
 
     The whole graph is kept, so memory grows with the number of steps; nothing is computed twice.
-    A solver that is a closed form gives the exact hypergradient. If the solver compiles its steps
-    (``compile`` in `minimize` and `iterate`), what is kept is what the compiled products need.
+    A solver that is a closed form gives the exact hypergradient.
 
     Example:
         >>> solver = hf.iterate(lambda w, h: h * w + 1, 50, init=lambda h: torch.zeros(()))
@@ -48,7 +48,7 @@ class ReverseUnroll:
         solver = inner_solver
         if not isinstance(solver, IterativeSolver) or solver.compiler is None or solver.can_stop:
             return solver
-        return functools.partial(_solve, solver, None, None, None)
+        return functools.partial(_solve, solver, _Plan(keeps_values=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,29 +62,26 @@ class Reverse:
 
     where $\varphi_t$ is differentiated at the iterate $w_t$. Some iterates are kept, the others
     are computed again from the last one that was, and never more than one step has a graph. The
-    result is that of `ReverseUnroll`. Minibatches and random numbers are those of the forward
-    pass, and the random number streams are left as if nothing had been computed again. Module
-    buffers (the statistics of a batch norm) would be advanced again: keep them out of the step.
+    result is that of `ReverseUnroll`, with the minibatches and random numbers of the forward pass.
+    Module buffers (the statistics of a batch norm) would be advanced again: keep them out of the
+    step. Second derivatives replay each step too, but keep all iterates.
 
-    Second derivatives replay each step too, but keep all iterates. If the solver compiles its steps
-    (``compile`` in `minimize` and `iterate`), what is run, kept and differentiated are blocks of up
-    to four of them: of the iterates, only those between blocks are kept. ``last`` is then best a
-    multiple of 4, and the steps before those are not compiled.
+    If the solver compiles its steps, what is run, kept and differentiated are blocks of up to four
+    of them. ``last`` is then best a multiple of 4, and the steps before those are not compiled.
 
     Args:
         checkpoint: which iterates are kept. An integer $k \ge 1$ keeps each $k$-th and, while
-            going backwards, those in between two of them: $T/k + k$ iterates. ``"sqrt"`` keeps
-            about $\sqrt{T/2}$ at any time, placed as by ``"binomial"``; each step is then run at
-            most three times, and once more with its graph. ``"binomial"`` keeps ``slots``
-            iterates, the first one included, and places them so that the number of repeated steps
-            is as small as possible.
+            going backwards, those in between two of them: $T/k + k$ iterates. ``"binomial"`` keeps
+            ``slots`` iterates, the first one included, where the fewest steps are repeated.
+            ``"sqrt"`` is that with about $\sqrt{T/2}$: each step is run at most three times, and
+            once more with its graph.
         slots: for ``"binomial"``: how many, at least 1; None takes $\log_2 T$, for which each step
             is repeated a handful of times.
-        last: differentiate the last ``last`` steps only (truncated reverse mode): what comes before
-            them counts as a constant. At a fixed point that is a truncated Neumann series.
+        last: differentiate the last ``last`` steps only, at least 1 (truncated reverse mode): what
+            comes before them is a constant. At a fixed point that is a truncated Neumann series.
 
     Raises:
-        ValueError: for values outside these ranges.
+        TypeError, ValueError: for values of other types, and outside these ranges.
 
     Example:
         >>> solver = hf.iterate(lambda w, h: h * w + 1, 50, init=lambda h: torch.zeros(()))
@@ -104,14 +101,16 @@ class Reverse:
     last: int | None = None
 
     def __post_init__(self) -> None:
-        if self.checkpoint not in ("sqrt", "binomial") and not _is_count(self.checkpoint):
+        if not isinstance(self.checkpoint, str):
+            check_count(self, "checkpoint", self.checkpoint, also="'sqrt', 'binomial' or ")
+        elif self.checkpoint not in ("sqrt", "binomial"):
             raise ValueError(
-                f"checkpoint is {self.checkpoint!r}; expected an integer, 1 or more, 'sqrt' or "
-                f"'binomial'"
+                f"Reverse: checkpoint is {self.checkpoint!r}; expected 'sqrt', 'binomial' or an "
+                f"integer >= 1"
             )
         for name, value in (("slots", self.slots), ("last", self.last)):
-            if value is not None and not _is_count(value):
-                raise ValueError(f"{name} is {value!r}; expected an integer, 1 or more, or None")
+            if value is not None:
+                check_count(self, name, value, also="None or ")
         if self.slots is not None and self.checkpoint != "binomial":
             raise ValueError(
                 f"slots={self.slots} has no meaning with checkpoint={self.checkpoint!r}. "
@@ -126,7 +125,7 @@ class Reverse:
                 f"last={self.last} needs a fixed number of steps, but the inner solver stops "
                 f"early. Drop rtol and atol from it, or last from {self!r}"
             )
-        return functools.partial(_solve, solver, self._schedule, None, self.last)
+        return functools.partial(_solve, solver, _Plan(self._schedule, last=self.last))
 
     def _schedule(self, num_steps: int) -> Schedule:
         if self.checkpoint == "sqrt":
@@ -153,7 +152,7 @@ class ForwardMode:
             each chunk. None takes all columns at once.
 
     Raises:
-        ValueError: for a ``chunk_size`` that is not a positive integer.
+        TypeError, ValueError: for a ``chunk_size`` that is not a positive integer.
 
     Example:
         >>> solver = hf.iterate(lambda w, h: h * w + 1, 50, init=lambda h: torch.zeros(()))
@@ -167,45 +166,48 @@ class ForwardMode:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_size is not None and not _is_count(self.chunk_size):
-            raise ValueError(
-                f"chunk_size is {self.chunk_size!r}; expected an integer, 1 or more, or None"
-            )
+        if self.chunk_size is not None:
+            check_count(self, "chunk_size", self.chunk_size, also="None or ")
 
     def solution_map(self, inner_solver: InnerSolver) -> InnerSolver:
         """The solver, with derivatives accumulated forwards."""
         solver = _check_solver(inner_solver, self)
-        chunk = self.chunk_size or sys.maxsize
-        solve = functools.partial(_solve, solver, lambda _: Schedule(slots=1), chunk, None)
+        plan = _Plan(lambda _: Schedule(slots=1), chunk=self.chunk_size or sys.maxsize)
 
         def forward(hparams: Any, /, *args: Any) -> Any:
-            for leaf in trees.flatten((hparams, *args))[0]:
-                if sharding.is_dtensor(leaf):
-                    raise ValueError(
-                        f"{self!r} got a DTensor, for which torch has no forward mode. Use "
-                        f"method=hf.Reverse() or an implicit method such as method='cg'"
-                    )
-            return solve(hparams, *args)
+            if any(map(sharding.is_dtensor, trees.flatten((hparams, *args))[0])):
+                raise ValueError(
+                    f"{self!r} got a DTensor, for which torch has no forward mode. Use "
+                    f"method=hf.Reverse() or an implicit method such as method='cg'"
+                )
+            return _solve(solver, plan, hparams, *args)
 
         return forward
 
 
-def _solve(
-    solver: IterativeSolver,
-    schedule: Callable[[int], Schedule] | None,
-    chunk: int | None,
-    last: int | None,
-    hparams: Any,
-    /,
-    *args: Any,
-) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How the steps of a solver are differentiated.
+
+    ``schedule`` gives, for a number of steps, which iterates are kept; ``chunk`` how many tangents
+    go along at a time in forward mode, None for reverse mode. Derivatives are those of the ``last``
+    steps, None for all. With ``keeps_values``, what the products of compiled steps need is kept.
+    """
+
+    schedule: Callable[[int], Schedule] = lambda _: Schedule(stride=1)
+    chunk: int | None = None
+    last: int | None = None
+    keeps_values: bool = False
+
+
+def _solve(solver: IterativeSolver, plan: _Plan, hparams: Any, /, *args: Any) -> Any:
     arguments, theta, _ = Arguments.flatten(hparams, args)
     inputs, inputs_spec = trees.flatten(solver.inputs)
     if not tracking.is_tracked((*theta, *inputs)):
         return solver(hparams, *args)
     refuse_captured_tensors((solver.step, STEP), (solver.init, "init"))
     flat = FlatSteps(solver)
-    num_steps = solver.num_steps if last is None else min(last, solver.num_steps)
+    num_steps = min(plan.last or solver.num_steps, solver.num_steps)
     skipped = solver.num_steps - num_steps
     entry: Leaves = ()
     if skipped:
@@ -220,23 +222,17 @@ def _solve(
     rng_autocast = RngAutocastState.capture((*theta, *inputs, *arguments.frame.constants))
     operands = (*fixed, *inputs)
     compiled = _compiled(solver, steps)
-    if compiled is not None and schedule is None:
+    if compiled is not None and plan.keeps_values:
         attached = (i for i, leaf in enumerate(operands) if tracking.is_attached(leaf))
         compiled = dataclasses.replace(compiled, kept=tuple(attached))
-    kept = Schedule(stride=1) if schedule is None else schedule(num_steps)
-    loop = Loop(steps, kept, chunk, rng_autocast, compiled)
+    loop = Loop(steps, plan.schedule(num_steps), plan.chunk, rng_autocast, compiled)
     return flat.params(Recorded.apply(loop, *operands))
 
 
 def _compiled(solver: IterativeSolver, steps: Steps) -> Compiled | None:
-    """What compiles the steps, if anything does."""
     if solver.compiler is None or solver.can_stop or not steps.num_steps:
         return None
-    key = (
-        steps.arguments,
-        steps.inputs_spec,
-        (steps.num_theta, steps.num_entry, steps.num_fixed),
-    )
+    key = (steps.arguments, steps.inputs_spec, steps.num_theta, steps.num_entry, steps.num_fixed)
     return Compiled(solver.compiler, solver.compiler.read(), block_size(steps.num_steps), key)
 
 
@@ -247,7 +243,3 @@ def _check_solver(inner_solver: Any, method: Any) -> IterativeSolver:
             f"tell them. Make the solver with hf.iterate or hf.minimize, or use hf.ReverseUnroll()"
         )
     return inner_solver
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

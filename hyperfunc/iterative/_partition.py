@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
+from hyperfunc._compile.repeated_pieces import results_of, subgraph
 from hyperfunc._types import Leaves
 
 _aten = torch.ops.aten
@@ -40,17 +40,17 @@ def forward_and_backward(
     """
     with disable_proxy_modes_tracing():
         graph = make_fx(fn)(*operands)
-    nodes = list(graph.graph.nodes)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    (results,) = nodes[-1].args
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
+    results = results_of(graph)
     late: set[Node] = set(placeholders[num_primals:])
-    for node in nodes[:-1]:
-        if any(parent in late for parent in node.all_input_nodes):
+    for node in nodes:
+        if not late.isdisjoint(node.all_input_nodes):
             late.add(node)
     again: set[Node] = set()
     kept: dict[Node, None] = {}
-    wanted = [parent for node in nodes[:-1] if node in late for parent in node.all_input_nodes]
-    wanted += [node for node in results[num_outputs:] if isinstance(node, Node)]
+    wanted = [parent for node in nodes if node in late for parent in node.all_input_nodes]
+    wanted += results[num_outputs:]
     while wanted:
         node = wanted.pop()
         if node in late or node in again or node.op == "placeholder":
@@ -60,28 +60,8 @@ def forward_and_backward(
             wanted.extend(node.all_input_nodes)
         else:
             kept[node] = None
-    early = [node for node in nodes[:-1] if node not in late and node.op != "placeholder"]
-    first = _build(graph, placeholders[:num_primals], early, (*results[:num_outputs], *kept))
-    rest = [node for node in nodes[:-1] if node in again or node in late]
-    rest = [node for node in rest if node.op != "placeholder"]
-    second = _build(graph, (*kept, *placeholders), rest, results[num_outputs:])
+    early = [node for node in nodes if node not in late]
+    rest = [node for node in nodes if node in again or node in late]
+    first = subgraph(graph, placeholders[:num_primals], early, (*results[:num_outputs], *kept))
+    second = subgraph(graph, (*kept, *placeholders), rest, results[num_outputs:])
     return first, second
-
-
-def _build(
-    source: GraphModule, inputs: Iterable[Node], nodes: Iterable[Node], outputs: Iterable[Node]
-) -> Callable[..., Leaves]:
-    graph = Graph()
-    copies: dict[Node, Node] = {}
-    for index, node in enumerate(inputs):
-        copies[node] = graph.placeholder(f"operand_{index}")
-    for node in nodes:
-        copies[node] = graph.node_copy(node, lambda parent: copies[parent])
-    graph.output(tuple(copies[node] for node in outputs))
-    graph.eliminate_dead_code()
-    module = GraphModule(source, graph)
-
-    def run(*tensors: Tensor) -> Leaves:
-        return tuple(module(*tensors))
-
-    return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,30 +14,20 @@ from hyperfunc._types import Leaves
 
 STEP = "the inner solver's step"
 
+ByIndex: TypeAlias = dict[int, Tensor]
+"""Vectors by the position of the operands or outputs that they belong to."""
+
 
 def pull(
     fn: Callable[..., Leaves],
     primals: Leaves,
     wrt: Sequence[int],
-    cotangents: dict[int, Tensor],
+    cotangents: ByIndex,
     *,
-    batched: bool,
+    batched: bool = False,
     check: bool = False,
-) -> dict[int, Tensor]:
-    """Transposed products; zeros are left out."""
-    return value_and_pull(fn, primals, wrt, cotangents, batched=batched, check=check)[1]
-
-
-def value_and_pull(
-    fn: Callable[..., Leaves],
-    primals: Leaves,
-    wrt: Sequence[int],
-    cotangents: dict[int, Tensor],
-    *,
-    batched: bool,
-    check: bool = False,
-) -> tuple[Leaves, dict[int, Tensor]]:
-    """`pull`, and the value of the function."""
+) -> tuple[Leaves, ByIndex]:
+    """Outputs and transposed products; zeros are left out."""
     inputs, outputs = _record(fn, primals, wrt, check)
     values = tracking.detach(outputs)
     live = [i for i in cotangents if outputs[i].requires_grad]
@@ -48,51 +39,42 @@ def value_and_pull(
         [cotangents[i] for i in live],
         batched=batched,
     )
-    return values, {i: grad for i, grad in zip(wrt, grads, strict=True) if grad is not None}
+    return values, _nonzero(wrt, grads)
 
 
 def push(
     fn: Callable[..., Leaves],
     primals: Leaves,
-    tangents: dict[int, Tensor],
+    tangents: ByIndex,
     *,
     batched: bool,
     check: bool = False,
-) -> tuple[Leaves, dict[int, Tensor]]:
+) -> tuple[Leaves, ByIndex]:
     """Outputs and their tangents, as the transpose of a transposed product; zeros are left out."""
     inputs, outputs = _record(fn, primals, tangents, check)
+    values = tracking.detach(outputs)
     live = [i for i, out in enumerate(outputs) if out.requires_grad]
     if not live:
-        return outputs, {}
+        return values, {}
     with torch.enable_grad():
         dummies = [torch.zeros_like(outputs[i], requires_grad=True) for i in live]
-        grads = torch.autograd.grad(
-            [outputs[i] for i in live],
-            [inputs[i] for i in tangents],
-            dummies,
-            create_graph=True,
-            allow_unused=True,
+        grads = _grad(
+            [outputs[i] for i in live], [inputs[i] for i in tangents], dummies, create_graph=True
         )
-    pairs = [
-        (grad, tangent)
-        for grad, tangent in zip(grads, tangents.values(), strict=True)
-        if grad is not None and grad.requires_grad
-    ]
-    if not pairs:
-        return tracking.detach(outputs), {}
-    dots = _grad(
-        [grad for grad, _ in pairs],
-        dummies,
-        [tangent for _, tangent in pairs],
-        batched=batched,
-    )
-    return tracking.detach(outputs), {
-        i: dot for i, dot in zip(live, dots, strict=True) if dot is not None
-    }
+    linear = {i: grad for i, grad in _nonzero(tuple(tangents), grads).items() if grad.requires_grad}
+    if not linear:
+        return values, {}
+    vectors = [tangents[i] for i in linear]
+    return values, _nonzero(live, _grad([*linear.values()], dummies, vectors, batched=batched))
 
 
 def _grad(
-    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], *, batched: bool
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    cotangents: list[Tensor],
+    *,
+    batched: bool = False,
+    create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     if batched and torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
         raise RuntimeError(
@@ -100,9 +82,12 @@ def _grad(
             "are taken at once, as here. Use torch.autograd.set_detect_anomaly(True, "
             "check_nan=False), or under it method='reverse' in place of 'forward'"
         )
-    return torch.autograd.grad(
-        outputs, inputs, cotangents, allow_unused=True, is_grads_batched=batched
-    )
+    options = {"create_graph": create_graph, "is_grads_batched": batched}
+    return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, **options)
+
+
+def _nonzero(indices: Sequence[int], values: Sequence[Tensor | None]) -> ByIndex:
+    return {i: value for i, value in zip(indices, values, strict=True) if value is not None}
 
 
 def _record(

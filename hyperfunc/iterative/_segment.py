@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_callable
 from hyperfunc._engine.operations import Recomputed, Recorded
 from hyperfunc._engine.wrapped_functions import WrappedFunction
 from hyperfunc._torch import batching, tracking
@@ -31,10 +32,10 @@ def checkpoint(fn: F) -> F:
     any composition of `torch.func` transforms, in reverse and forward mode (a forward product is
     taken as the transpose of a transposed one). It keeps the arguments alone and may be nested.
 
-    Random numbers are those of the first time, under both randomness modes of ``vmap`` too: those
-    of the default generators of the CPU and of the devices of the arguments, and of any
-    `torch.Generator` among the arguments (not one that ``fn`` closes over). The streams are left as
-    if nothing had been computed again. So is the state of autocast, but not that of module buffers.
+    Random numbers are those of the first time, also under ``vmap``: those of the default generators
+    of the CPU and of the devices of the arguments, and of any `torch.Generator` among the arguments
+    (not one that ``fn`` closes over). The streams are left as if nothing had been computed again.
+    So is the state of autocast, but not that of module buffers.
 
     Args:
         fn: a pure function of any trees. Every tensor that a derivative is to be taken for must
@@ -58,14 +59,11 @@ def checkpoint(fn: F) -> F:
         Griewank and Walther, Algorithm 799: revolve, ACM TOMS 26 (2000);
         Chen et al., arXiv 1604.06174.
     """
-    if not callable(fn):
-        raise TypeError(f"fn is {fn!r} of type {type(fn).__name__}; expected a function")
+    check_callable(fn, "fn", "of trees of tensors")
     return cast(F, _Checkpointed(fn))
 
 
 class _Checkpointed(WrappedFunction):
-    """What `checkpoint` returns."""
-
     maker = "checkpoint"
 
     def __init__(self, fn: Callable[..., Any]) -> None:

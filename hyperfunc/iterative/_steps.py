@@ -55,12 +55,10 @@ class Steps:
         """The function that takes a step, of the active tasks, with a row of the inputs."""
         hparams, *args = self.arguments.unflatten(fixed[: self.num_theta])
         advance = self.flat.bind(hparams, tuple(args))
-
-        def with_row(active: Tensor | None, state: Leaves, row: Leaves) -> Leaves:
-            extra = (trees.unflatten(self.inputs_spec, row),) if row else ()
-            return advance(active, state, extra)
-
-        return with_row
+        spec = self.inputs_spec
+        return lambda active, state, row: advance(
+            active, state, (trees.unflatten(spec, row),) if row else ()
+        )
 
     def advance_block(
         self, size: int, _: Tensor | None, state: Leaves, fixed: Leaves, rows: Leaves

@@ -21,7 +21,7 @@ class Schedule(NamedTuple):
     stride: int | None = None
     slots: int | None = None
 
-    def gap(self, length: int, kept: int, *, first: bool) -> int:
+    def gap(self, length: int, kept: int, *, first: bool = False) -> int:
         """How far from the last of ``kept`` iterates the next is, ``length`` for never.
 
         ``length`` is the number of steps from that iterate to those already gone back over.
