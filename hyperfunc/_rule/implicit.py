@@ -38,10 +38,7 @@ Linearized: TypeAlias = autodiff.Linearization | MinibatchLinearization
 
 @dataclasses.dataclass(eq=False)
 class ImplicitProblem:
-    """One call of an inner solver, with the condition that its result satisfies.
-
-    ``solve`` fills in ``bound``, since the structure of params is known only then.
-    """
+    """An inner solver called, and the condition of its result, ``bound`` once that is known."""
 
     inner_solver: Callable[..., Any]
     condition: Condition
@@ -90,12 +87,12 @@ class ImplicitProblem:
         # the solver is never differentiated, so that it may branch, call backward(), NumPy, ...
         specs.clear()
         leaves = batching.loop_over_tasks(run, theta, rng)
-        for spec in specs:
-            if spec != specs[0]:
-                raise ValueError(
-                    f"the inner solver returned params of another structure for one task than for "
-                    f"another: got {spec} and {specs[0]}; expected one structure for all tasks"
-                )
+        other = next((spec for spec in specs if spec != specs[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"the inner solver returned params of another structure for one task than for "
+                f"another: got {other} and {specs[0]}; expected one structure for all tasks"
+            )
         return leaves, specs[0]
 
     def solution(self, theta: Leaves) -> Leaves:
@@ -135,13 +132,12 @@ class ImplicitProblem:
 
     def explained(self, theta: Leaves) -> contextlib.AbstractContextManager[None]:
         """Where errors of torch name the argument that they are due to."""
-        name = "the derivative of the inner solution"
 
         def arguments() -> dict[str, Tensor]:
             hparams, *args = self.arguments.unflatten(theta)
             return trees.named_tensors(hparams, args)
 
-        return explained(name, arguments)
+        return explained("the derivative of the inner solution", arguments)
 
     def _refuse_written(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
         """Raise if the inner solver has changed hparams, at which the derivative is taken."""
@@ -178,8 +174,7 @@ class _ImplicitSolution(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
         ctx.problem, *theta = inputs
         ctx.num_params = len(output)
-        ctx.save_for_backward(*output, *theta)
-        ctx.save_for_forward(*output, *theta)
+        _save(ctx, *output, *theta)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -198,8 +193,7 @@ class _ImplicitSolution(torch.autograd.Function):
             wrt, directions = _directions(tangents, theta)
             linearization = ctx.problem.linearize(w, theta, wrt)
             b = trees.scale(-ctx.problem.condition.scale, linearization.push(directions, 1))
-            regulariser = ctx.problem.bound.regulariser(w, theta, wrt)
-            if regulariser is not None:
+            if (regulariser := ctx.problem.bound.regulariser(w, theta, wrt)) is not None:
                 b = trees.sub(b, regulariser.push(directions))
             w_dot, _ = ctx.problem.adjoint(linearization, w, theta, b, transposed=False)
             return tuple(w_dot)
@@ -242,18 +236,17 @@ class _LinearSystem:
         operator = self.problem.bound.operator(linearization, theta)
         return operator.T if self.transposed else operator
 
-    def product(self, u: Leaves, point: Leaves) -> Leaves:
+    def linearize(self, u: Leaves, point: Leaves, wrt: Sequence[int]) -> autodiff.Linearization:
         """``A(w, theta)^T u`` (or ``A u``) as a function of the point ``(w, theta)``."""
-        w, theta = split(point, self.num_params)
-        linearization = self.problem.linearize(w, theta, ())
-        if isinstance(linearization, MinibatchLinearization):
-            raise RuntimeError(SECOND_DERIVATIVE)
-        return self.operator(linearization, theta).mv(u)
 
-    def split(self, tensors: Sequence[Tensor]) -> tuple[Leaves, Leaves, Leaves, Leaves]:
-        """``w, theta, b`` and what follows them (a starting iterate, or nothing)."""
-        w, theta, b, rest = split(tensors, self.num_params, self.num_theta, self.num_params)
-        return w, theta, b, rest
+        def product(*point: Tensor) -> Leaves:
+            w, theta = split(point, self.num_params)
+            linearization = self.problem.linearize(w, theta, ())
+            if isinstance(linearization, MinibatchLinearization):
+                raise RuntimeError(SECOND_DERIVATIVE)
+            return self.operator(linearization, theta).mv(u)
+
+        return autodiff.Linearization(product, point, (wrt,))
 
 
 class _LinearSolution(torch.autograd.Function):
@@ -263,7 +256,8 @@ class _LinearSolution(torch.autograd.Function):
 
     @staticmethod
     def forward(system: _LinearSystem, *tensors: Tensor) -> Leaves:
-        w, theta, b, start = system.split(tensors)
+        n = system.num_params
+        w, theta, b, start = split(tensors, n, system.num_theta, n)
         try:
             linearization = system.problem.linearize(w, theta, ())
             u, stats = system.solve(linearization, theta, b, start or None)
@@ -278,9 +272,7 @@ class _LinearSolution(torch.autograd.Function):
         ctx.system, *tensors = inputs
         ctx.num_inputs = len(inputs)
         point_size = ctx.system.num_params + ctx.system.num_theta
-        u = output[: ctx.system.num_params]
-        ctx.save_for_backward(*u, *tensors[:point_size])
-        ctx.save_for_forward(*u, *tensors[:point_size])
+        _save(ctx, *output[: ctx.system.num_params], *tensors[:point_size])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -290,9 +282,7 @@ class _LinearSolution(torch.autograd.Function):
         cotangent = cotangents[: system.num_params]
         wrt = differentiable_indices(point, ctx.needs_input_grad[1 : 1 + len(point)])
         with system.problem.explained(theta):
-            products = autodiff.Linearization(
-                lambda *leaves: system.product(u, leaves), point, (wrt,)
-            )
+            products = system.linearize(u, point, wrt)
             linearization = system.problem.linearize(w, theta, ())
             s, _ = system.problem.adjoint(
                 linearization, w, theta, cotangent, transposed=not system.transposed
@@ -313,16 +303,10 @@ class _LinearSolution(torch.autograd.Function):
                 for leaf, tangent in zip(u, b_tangents, strict=True)
             )
             wrt, directions = _directions(tangents[: len(point)], point)
-            products = autodiff.Linearization(
-                lambda *leaves: system.product(u, leaves), point, (wrt,)
-            )
-            change = products.push(directions)
+            b_dot = trees.sub(b_dot, system.linearize(u, point, wrt).push(directions))
+            linearization = system.problem.linearize(w, theta, ())
             u_dot, stats = system.problem.adjoint(
-                system.problem.linearize(w, theta, ()),
-                w,
-                theta,
-                trees.sub(b_dot, change),
-                transposed=system.transposed,
+                linearization, w, theta, b_dot, transposed=system.transposed
             )
             return (*u_dot, None, torch.zeros_like(stats.residual_norm), None)
 
@@ -349,8 +333,7 @@ def cross_term(
                 (total[i],) = trees.axpy(factor, (term,), (sum_,))
 
     add(-problem.condition.scale, linearization.pull_used(u, 1))
-    weight = bound.center_weight(w, theta)
-    if weight is not None:
+    if (weight := bound.center_weight(w, theta)) is not None:
         size = problem.arguments.num_hparams
         add(weight, [u[i] if i < size else None for i in wrt])
     elif (regulariser := bound.regulariser(w, theta, wrt)) is not None:
@@ -373,8 +356,7 @@ def flatten_params(params: Any) -> tuple[Leaves, trees.TreeSpec]:
 
 def raise_unless_finite(params: Leaves, spec: trees.TreeSpec) -> None:
     """Raise if a solution has NaN or Inf in it, naming the leaf and the tasks."""
-    where = _where_not_finite(params, spec, "params")
-    if where:
+    if where := _where_not_finite(params, spec, "params"):
         raise HypergradError(
             f"the inner solver returned non-finite values (NaN or Inf) in {where[0]}{where[1]}. "
             f"Lower its step size, check the data, or pass throw=False to get the numbers as they "
@@ -384,8 +366,7 @@ def raise_unless_finite(params: Leaves, spec: trees.TreeSpec) -> None:
 
 def raise_unless_finite_gradient(grads: Leaves, spec: trees.TreeSpec) -> None:
     """Raise if a hypergradient has NaN or Inf in it, naming the leaf and the tasks."""
-    where = _where_not_finite(grads, spec, "hparams")
-    if where:
+    if where := _where_not_finite(grads, spec, "hparams"):
         raise HypergradError(
             f"the hypergradient with respect to {where[0]} is not finite (NaN or Inf){where[1]}, "
             f"though the inner solution is. Check the outer loss and the derivatives of the "
@@ -406,8 +387,7 @@ def _half_precision_advice(leaves: Leaves) -> str:
 
 def raise_on_failure(stats: SolveStats, linear_solver: AbstractLinearSolver) -> None:
     """Raise if a solve failed, with the reason and the tasks it failed for."""
-    failure = find_failure(stats.result)
-    if failure is not None:
+    if failure := find_failure(stats.result):
         code, tasks = failure
         raise HypergradError(
             f"the linear solve with {linear_solver!r} failed{tasks}: "
@@ -422,10 +402,14 @@ def _where_not_finite(leaves: Leaves, spec: trees.TreeSpec, name: str) -> tuple[
     finite = trees.all_finite(leaves)
     if batching.all_true(finite):
         return None
-    paths = trees.paths(spec, name)
-    parts = zip(paths, leaves, strict=True)
+    parts = zip(trees.paths(spec, name), leaves, strict=True)
     path = next(path for path, leaf in parts if not batching.all_true(trees.all_finite((leaf,))))
     return path, of_tasks(~finite)
+
+
+def _save(ctx: Any, *tensors: Tensor) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
 
 
 def _directions(

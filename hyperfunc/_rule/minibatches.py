@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ SECOND_DERIVATIVE = (
 class MinibatchLinearization:
     """Stands in for `autodiff.Linearization` under a stochastic method.
 
-    `at` linearises with respect to ``w`` on one minibatch; `pull` and `push` are products of group
-    1, with respect to ``theta``, as means over the minibatches that come after those of the steps.
+    `at` linearises with respect to ``w`` on one minibatch; the products, with respect to ``theta``,
+    are means over the minibatches that come after those of the steps.
     """
 
     method: StochasticAID
@@ -37,17 +38,13 @@ class MinibatchLinearization:
         """The condition's function on the minibatch of a step."""
         return self._linearize(step, ())
 
-    def pull(self, cotangents: Leaves, group: int) -> Leaves:
-        """The mean product with the transposed Jacobian with respect to theta."""
+    def pull_used(self, cotangents: Leaves, group: int) -> Leaves:
+        """The mean product with the transposed Jacobian."""
         self._refuse_replaced(self.wrt)
         return self._mean("pull", cotangents, group)
 
-    def pull_used(self, cotangents: Leaves, group: int) -> Leaves:
-        """`pull`, as of a function that uses all of theta."""
-        return self.pull(cotangents, group)
-
     def push(self, tangents: Leaves, group: int) -> Leaves:
-        """The mean product with the Jacobian with respect to theta."""
+        """The mean product with the Jacobian."""
         # forward mode fills in zeros for the tensors that it is not asked about
         pairs = zip(self.wrt, tangents, strict=True)
         self._refuse_replaced(
@@ -56,9 +53,8 @@ class MinibatchLinearization:
         return self._mean("push", tangents, group)
 
     def _refuse_replaced(self, wrt: Sequence[int]) -> None:
-        if callable(self.method.sampler):
-            return
-        if any(index >= self.bound.arguments.num_hparams for index in wrt):
+        replaced = any(index >= self.bound.arguments.num_hparams for index in wrt)
+        if replaced and not callable(self.method.sampler):
             raise ValueError(
                 "sampler replaces *args, so that derivatives with respect to them are lost. Pass "
                 "a function (step, *args) -> args that indexes into its arguments, or .detach() "
@@ -68,18 +64,16 @@ class MinibatchLinearization:
     def _mean(self, product: str, vector: Leaves, group: int) -> Leaves:
         assert group == 1
         first, count = self.method.num_steps, self.method.num_cross_batches
-        total: Leaves | None = None
-        for step in range(first, first + count):
-            value = getattr(self._linearize(step, self.wrt), product)(vector, 1)
-            total = value if total is None else trees.add(total, value)
-        assert total is not None
-        return trees.scale(1 / count, total)
+        values = (
+            getattr(self._linearize(step, self.wrt), product)(vector, 1)
+            for step in range(first, first + count)
+        )
+        return trees.scale(1 / count, functools.reduce(trees.add, values))
 
     def _linearize(self, step: int, wrt: tuple[int, ...]) -> autodiff.Linearization:
         condition, proximal = self.bound.condition, self.bound.proximal
-        sampled: Callable[..., Any]
         if proximal is None:
-            sampled = self.method.on_minibatch(condition.fn, step)
+            sampled: Callable[..., Any] = self.method.on_minibatch(condition.fn, step)
         else:  # its regulariser depends on no sample, and is added elsewhere
             loss = self.method.on_minibatch(proximal.loss, step)
             sampled = dataclasses.replace(proximal, loss=loss)
