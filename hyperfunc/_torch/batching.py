@@ -70,6 +70,13 @@ def lower(tensor: Tensor, levels: Levels) -> Tensor:
     return tensor
 
 
+def _lift(tensor: Tensor, levels: Levels) -> Tensor:
+    """The inverse of `lower`."""
+    for level, _ in levels:
+        tensor = internals.with_batch_dim(tensor, 0, level)
+    return tensor
+
+
 def may_overwrite(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing follows what these tensors hold: no derivative, trace, or transform but vmap.
 
@@ -90,7 +97,7 @@ def can_read(tensors: Sequence[Tensor]) -> bool:
     """Whether the values of tensors that `may_overwrite` holds for can be read without waiting.
 
     Numbers then do for scalars what 0-d tensors do, at a fraction of the overhead. Not where
-    something records what is computed, which is to hold for other values, and elsewhere, too.
+    something records what is computed, which is to hold for other values too.
     """
     return (
         not tracking.transforms_active()
@@ -124,18 +131,18 @@ def write_sum(alpha: Tensor | float, x: Leaves, y: Leaves, out: Leaves) -> None:
 def loop_over_tasks(fn: Callable[..., Leaves], operands: Leaves, rng: Tensor) -> Leaves:
     """What ``vmap`` would make of a function of flat tensors, run for each task by itself.
 
-    The function sees plain tensors outside of all transforms, so that it may be any code. Random
-    numbers are those of the ``vmap``: with ``randomness="same"`` each task draws the same ones,
-    from the state of the generator ``rng``.
+    The function sees plain tensors outside of all transforms. With ``randomness="same"`` each task
+    draws the same numbers, from the state of the generator ``rng``.
     """
     torch.set_rng_state(rng)
     used = {level for operand in operands for level in _levels_of(operand)}
     levels = tuple((level, size) for level, size in active_vmaps() if level in used)
+    sizes = [size for _, size in levels]
     modes = {internals.vmap_randomness(vmap) for vmap in active_transforms() or ()}
     lowered = [lower(operand, levels) for operand in operands]
     results = []
     with internals.outside_all():
-        for index in itertools.product(*(range(size) for _, size in levels)):
+        for index in itertools.product(*map(range, sizes)):
             before = torch.get_rng_state()
             results.append(tracking.detach(fn(*(operand[index] for operand in lowered))))
             if "different" not in modes and not torch.equal(before, torch.get_rng_state()):
@@ -144,9 +151,8 @@ def loop_over_tasks(fn: Callable[..., Leaves], operands: Leaves, rng: Tensor) ->
                         "it draws random numbers under vmap, which must be told whether tasks "
                         'share them: torch.func.vmap(..., randomness="different") or "same"'
                     )
-                if len(results) < math.prod(size for _, size in levels):
+                if len(results) < math.prod(sizes):
                     torch.set_rng_state(before)
-        stacked = []
         for task in results:
             if [leaf.shape for leaf in task] != [leaf.shape for leaf in results[0]]:
                 shapes = [[tuple(leaf.shape) for leaf in each] for each in (results[0], task)]
@@ -154,12 +160,9 @@ def loop_over_tasks(fn: Callable[..., Leaves], operands: Leaves, rng: Tensor) ->
                     f"it returned tensors of shapes {shapes[0]} for one task and {shapes[1]} for "
                     f"another; expected the same shapes for all tasks of a vmap"
                 )
-        for leaves in zip(*results, strict=True):
-            sizes = [size for _, size in levels]
-            stacked.append(torch.stack(leaves).reshape(*sizes, *leaves[0].shape))
-    for level, _ in levels:
-        stacked = [internals.with_batch_dim(leaf, 0, level) for leaf in stacked]
-    return tuple(stacked)
+        columns = zip(*results, strict=True)
+        stacked = [torch.stack(leaves).reshape(*sizes, *leaves[0].shape) for leaves in columns]
+    return tuple(_lift(leaf, levels) for leaf in stacked)
 
 
 def _levels_of(tensor: Tensor) -> list[int]:
@@ -183,9 +186,7 @@ def count_true(flag: Tensor) -> int:
 
 def count_tasks(flag: Tensor) -> int:
     """How many tasks the enclosing ``vmap`` levels hold that the flag depends on."""
-    if not tracking.transforms_active():
-        return 1
-    return _gathered(flag).numel()
+    return _gathered(flag).numel() if tracking.transforms_active() else 1
 
 
 def all_true(flag: Tensor) -> bool:
@@ -237,17 +238,15 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], value: Tensor) -> tuple[Tensor, None]:
-        if in_dims[0] is not None:
-            value = value.movedim(in_dims[0], 0)
-        return _Gathered.apply(value), None
+        return _Gathered.apply(value if in_dims[0] is None else value.movedim(in_dims[0], 0)), None
 
 
 @contextlib.contextmanager
 def outside_idle_vmaps(tensors: Sequence[Any]) -> Iterator[None]:
     """Leave the innermost vmap levels in which none of these tensors is batched.
 
-    Such levels come with ``jacfwd`` and ``hessian``, and inside them code that nobody maps over is
-    not allowed what it does elsewhere: ``backward()``, in-place operations, random numbers.
+    Such levels come with ``jacfwd`` and ``hessian``, and inside them code that nobody maps over may
+    not use ``backward()``, in-place operations or random numbers.
     """
     vmap = innermost_transform() if _in_vmap() else None
     if (
@@ -266,18 +265,14 @@ def vmap_marker() -> Leaves:
 
     It makes those levels run a step for each task even if no other operand tells tasks apart.
     """
-    levels = []
-    for transform in active_transforms() or ():
-        is_vmap = transform.key() == internals.VMAP
-        if is_vmap and internals.vmap_randomness(transform) == "different":
-            levels.append((transform.level(), internals.vmap_size(transform)))
+    vmaps = [each for each in active_transforms() or () if each.key() == internals.VMAP]
+    vmaps = [vmap for vmap in vmaps if internals.vmap_randomness(vmap) == "different"]
+    levels = tuple((vmap.level(), internals.vmap_size(vmap)) for vmap in vmaps)
     if not levels:
         return ()
     with internals.outside_all():
         marker = torch.zeros([size for _, size in levels])
-    for level, _ in levels:
-        marker = internals.with_batch_dim(marker, 0, level)
-    return (marker,)
+    return (_lift(marker, levels),)
 
 
 def mapped_zero(tree: Any) -> Tensor:
@@ -291,7 +286,5 @@ def mapped_zero(tree: Any) -> Tensor:
 
 
 def _in_vmap() -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    transform = innermost_transform()
+    transform = None if torch.compiler.is_compiling() else innermost_transform()
     return transform is not None and transform.key() == internals.VMAP

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -37,14 +38,27 @@ def register_holders(leaves: Iterable[Any], namespace: str) -> bool:
     """Make nodes of the classes of some leaves; whether there was any new one."""
     found = False
     for leaf in leaves:
-        if type(leaf) in _LEAVES or isinstance(leaf, Tensor):
+        cls = type(leaf)
+        if cls in _LEAVES or isinstance(leaf, Tensor) or (cls, namespace) in _REGISTERED:
             continue
         kind = _kind(leaf)
-        known = kind is None or (type(leaf), namespace) in _REGISTERED
-        if kind is not None and not known and next(_tensors(leaf), None) is not None:
-            _register(type(leaf), kind, namespace)
+        if kind is not None and _holds_tensor(leaf):
+            unflatten = functools.partial(kind.unflatten, cls)
+            register_node(cls, kind.flatten, unflatten, kind.entry_type, namespace)
             found = True
     return found
+
+
+def register_node(
+    cls: type, flatten: Callable[..., Any], unflatten: Any, entry_type: Any, namespace: str
+) -> None:
+    """Make nodes of the objects of a class, once."""
+    with _LOCK:
+        if (cls, namespace) not in _REGISTERED:
+            optree.register_pytree_node(
+                cls, flatten, unflatten, path_entry_type=entry_type, namespace=namespace
+            )
+            _REGISTERED.add((cls, namespace))
 
 
 def holds_attached(leaf: Any) -> bool:
@@ -98,7 +112,7 @@ class _Kind:
         for name, each in list(rest.items()):
             if isinstance(each, dict) and each.keys() == entries.keys():
                 del rest[name]  # the dict that a UserDict wraps
-            elif next(_tensors(each), None) is not None:
+            elif _holds_tensor(each):
                 raise TypeError(
                     f"an object of {type(value).__name__} holds a tensor in its attribute "
                     f"{name!r}, which is no field of it. Put it into a field or an entry"
@@ -145,42 +159,23 @@ def _set_list(value: Any, entries: dict[int, Any]) -> None:
     list.extend(value, entries.values())
 
 
-_KINDS: tuple[tuple[Callable[[Any], bool], _Kind], ...] = (
-    # a dict first: the outputs of transformers are dataclasses too, whose unset fields are no items
-    (lambda v: isinstance(v, dict), _Kind(dict, _set_items, optree.MappingEntry)),
-    (
-        lambda v: isinstance(v, collections.UserDict),
-        _Kind(lambda v: dict(v.data), _set_data, optree.MappingEntry),
-    ),
-    (
-        lambda v: isinstance(v, list),
-        _Kind(lambda v: dict(enumerate(v)), _set_list, optree.SequenceEntry),
-    ),
-    (
-        lambda v: dataclasses.is_dataclass(v) and not isinstance(v, type),
-        _Kind(_fields, _set_fields, optree.GetAttrEntry),
-    ),
-)
-
-
 def _kind(value: Any) -> _Kind | None:
     if isinstance(value, _CODE) or callable(value):
         return None  # a function that holds tensors closes over them
-    return next((kind for fits, kind in _KINDS if fits(value)), None)
+    # a dict first: the outputs of transformers are dataclasses too, whose unset fields are no items
+    if isinstance(value, dict):
+        return _Kind(dict, _set_items, optree.MappingEntry)
+    if isinstance(value, collections.UserDict):
+        return _Kind(lambda v: dict(v.data), _set_data, optree.MappingEntry)
+    if isinstance(value, list):
+        return _Kind(lambda v: dict(enumerate(v)), _set_list, optree.SequenceEntry)
+    if dataclasses.is_dataclass(value):
+        return _Kind(_fields, _set_fields, optree.GetAttrEntry)
+    return None
 
 
-def _register(cls: type, kind: _Kind, namespace: str) -> None:
-    with _LOCK:
-        if (cls, namespace) in _REGISTERED:
-            return
-        optree.register_pytree_node(
-            cls,
-            kind.flatten,
-            lambda node, children: kind.unflatten(cls, node, children),
-            path_entry_type=kind.entry_type,
-            namespace=namespace,
-        )
-        _REGISTERED.add((cls, namespace))
+def _holds_tensor(value: Any) -> bool:
+    return next(_tensors(value), None) is not None
 
 
 def _tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -205,11 +200,10 @@ def _held(value: Any) -> Iterator[tuple[str, Any]]:
         for name in (slots,) if isinstance(slots, str) else slots:
             if hasattr(value, name):
                 yield f".{name}", getattr(value, name)
+    items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, dict):
-        items: Iterable[tuple[Any, Any]] = value.items()
+        items = value.items()
     elif isinstance(value, list | tuple | set | frozenset | collections.deque):
         items = enumerate(value)
-    else:
-        return
     for key, each in itertools.islice(items, _MOST):
         yield f"[{key!r}]", each

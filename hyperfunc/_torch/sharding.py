@@ -2,8 +2,7 @@
 
 Elementwise arithmetic needs nothing from here, as DTensors bring it along. Inner products do: the
 ranks multiply what they hold and add up the results, in one all-reduce for as many products as are
-wanted at a time. What comes out is an ordinary tensor, the same on every rank, so that all ranks
-take the same branches.
+wanted at a time. What comes out is an ordinary tensor, the same on every rank.
 
 ``torch.distributed.tensor`` is looked up, never imported: where nobody did, there is no DTensor.
 """
@@ -27,7 +26,7 @@ def is_dtensor(value: Any) -> bool:
     """Whether a value is a DTensor itself, not one that a transform has wrapped."""
     if type(value) in _PLAIN:
         return False
-    dtensor = _dtensor_type()
+    dtensor = getattr(_tensor_module(), "DTensor", None)
     return dtensor is not None and isinstance(value, dtensor)
 
 
@@ -37,10 +36,9 @@ def is_sharded(value: Any) -> bool:
 
 
 def layout_of(leaves: Leaves) -> Layout | None:
-    """How leaves lie on the ranks, or None for ordinary tensors.
+    """How leaves lie on the ranks; None for ordinary tensors, and where autograd follows them.
 
-    None too where a derivative may be asked for, which DTensors have rules for and sums made here
-    do not.
+    DTensors have derivative rules, sums made here do not.
     """
     if all(type(leaf) in _PLAIN for leaf in leaves):
         return None
@@ -92,75 +90,56 @@ class Layout:
 
     def local(self, x: Leaves) -> Leaves:
         """What this rank holds of a vector."""
-        return tuple(
-            self._local(leaf, placements)
-            for leaf, placements in zip(x, self.placements, strict=True)
-        )
+        return tuple(self._local(*pair) for pair in zip(x, self.placements, strict=True))
 
     def stacked(self) -> Layout:
         """The layout of vectors like these with one more dimension before the others."""
         shard = _tensor_module().Shard
-        return Layout(
-            self.mesh,
-            tuple(
-                p and tuple(shard(q.dim + 1) if q.is_shard() else q for q in p)
-                for p in self.placements
-            ),
+        placements = (
+            each and tuple(shard(p.dim + 1) if p.is_shard() else p for p in each)
+            for each in self.placements
         )
+        return Layout(self.mesh, tuple(placements))
 
     def wrap(self, parts: Iterable[Tensor], like: Leaves) -> Leaves:
         """The inverse of `local`, for vectors of the shapes of another."""
-        from_local = _tensor_module().DTensor.from_local
-        return tuple(
-            part
-            if placements is None
-            else from_local(
-                part,
-                self.mesh,
-                placements,
-                run_check=False,
-                shape=leaf.shape,
-                stride=leaf.stride(),
+
+        def wrapped(part: Any, leaf: Tensor, placements: Any) -> Any:
+            if placements is None:
+                return part
+            sizes = {"shape": leaf.shape, "stride": leaf.stride()}
+            return _tensor_module().DTensor.from_local(
+                part, self.mesh, placements, run_check=False, **sizes
             )
-            for part, leaf, placements in zip(parts, like, self.placements, strict=True)
-        )
+
+        return tuple(wrapped(*each) for each in zip(parts, like, self.placements, strict=True))
 
     def counted(self) -> tuple[bool, ...]:
         """For each leaf, whether this rank's part of it enters sums over the ranks."""
         coordinate = self.mesh.get_coordinate()
         return tuple(
-            all(
-                coordinate[dim] == 0
-                or (placements is not None and not placements[dim].is_replicate())
-                for dim in self._sharded_dims
-            )
-            for placements in self.placements
+            all(coordinate[dim] == 0 or _splits(each, dim) for dim in self._sharded_dims)
+            for each in self.placements
         )
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over the ranks: one all-reduce, or one a dimension of the mesh.
-
-        The latter where leaves are sharded over some dimensions of several, or the mesh is not of
-        all ranks.
-        """
+        """The sum of a tensor over the ranks."""
         return self.start_sum(values)()
 
     def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
         """Start a sum over the ranks; the function that is returned waits for it."""
         dims, values = self._sharded_dims, values.detach().clone()
-        every_rank = self.mesh.size() == torch.distributed.get_world_size()
-        if every_rank and len(dims) == self.mesh.ndim:
-            groups = [None]
-        else:
+        groups = [None]  # one all-reduce, or one for each dimension of the mesh
+        if self.mesh.size() != torch.distributed.get_world_size() or len(dims) < self.mesh.ndim:
             groups = [self.mesh.get_group(dim) for dim in dims]
         for group in groups[:-1]:
             torch.distributed.all_reduce(values, group=group)
-        if groups:
-            work = torch.distributed.all_reduce(values, group=groups[-1], async_op=True)
+        if not groups:
+            return lambda: values
+        work = torch.distributed.all_reduce(values, group=groups[-1], async_op=True)
 
         def wait() -> Tensor:
-            if groups:
-                work.wait()
+            work.wait()
             return values
 
         return wait
@@ -168,22 +147,17 @@ class Layout:
     @property
     def _sharded_dims(self) -> list[int]:
         """The dimensions of the mesh over which some leaf is sharded."""
-        return [
-            dim
-            for dim in range(self.mesh.ndim)
-            if any(p is not None and not p[dim].is_replicate() for p in self.placements)
-        ]
+        dims = range(self.mesh.ndim)
+        return [dim for dim in dims if any(_splits(each, dim) for each in self.placements)]
 
-    def _local(self, leaf: Any, placements: tuple[Any, ...] | None) -> Tensor:
+    def _local(self, leaf: Any, placements: tuple[Any, ...] | None) -> Any:
         if placements is None:
-            whole: Tensor = leaf.full_tensor() if is_dtensor(leaf) else leaf
-            return whole
+            return leaf.full_tensor() if is_dtensor(leaf) else leaf
         if not is_dtensor(leaf):
             module = _tensor_module()
             everywhere = [module.Replicate()] * self.mesh.ndim
             leaf = module.DTensor.from_local(leaf, self.mesh, everywhere, run_check=False)
-        local: Tensor = _place(leaf, self.mesh, placements).to_local()
-        return local
+        return _place(leaf, self.mesh, placements).to_local()
 
 
 def _place(value: Any, mesh: Any, placements: tuple[Any, ...]) -> Any:
@@ -192,13 +166,13 @@ def _place(value: Any, mesh: Any, placements: tuple[Any, ...]) -> Any:
     return value.redistribute(mesh, placements)
 
 
+def _splits(placements: tuple[Any, ...] | None, dim: int) -> bool:
+    return placements is not None and not placements[dim].is_replicate()
+
+
 def _settled(leaf: Any) -> tuple[Any, ...]:
     """The placements of a DTensor once sums that are still to be done are."""
     return tuple(_tensor_module().Replicate() if p.is_partial() else p for p in leaf.placements)
-
-
-def _dtensor_type() -> Any:
-    return getattr(_tensor_module(), "DTensor", None)
 
 
 def _tensor_module() -> Any:

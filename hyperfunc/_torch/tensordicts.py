@@ -6,15 +6,15 @@ import dataclasses
 import functools
 import itertools
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import optree
 from torch import Tensor
 
+from hyperfunc._torch.containers import register_node
+
 _REGISTERED: set[str] = set()  # a cached function would not do: torch.compile looks into it
-_LOCK = threading.Lock()
 
 
 def register(namespace: str) -> None:
@@ -24,7 +24,10 @@ def register(namespace: str) -> None:
     """
     module = _imported()
     if module is not None and namespace not in _REGISTERED:
-        _register(module, namespace)
+        unflatten = functools.partial(_unflatten, module)
+        for cls in (module.TensorDict, module.TensorDictParams):
+            register_node(cls, _flatten, unflatten, optree.MappingEntry, namespace)
+        _REGISTERED.add(namespace)
 
 
 def is_tensordict(value: Any) -> bool:
@@ -36,21 +39,6 @@ def is_tensordict(value: Any) -> bool:
 def _imported() -> Any:
     module = sys.modules.get("tensordict")
     return module if hasattr(module, "TensorDictParams") else None  # None while it is half imported
-
-
-def _register(module: Any, namespace: str) -> None:
-    with _LOCK:
-        if namespace in _REGISTERED:
-            return
-        for cls in (module.TensorDict, module.TensorDictParams):
-            optree.register_pytree_node(
-                cls,
-                _flatten,
-                functools.partial(_unflatten, module),
-                path_entry_type=optree.MappingEntry,
-                namespace=namespace,
-            )
-        _REGISTERED.add(namespace)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +60,9 @@ def _flatten(tree: Any) -> tuple[list[Any], _Node, tuple[str, ...]]:
     entries = dict(tree.items())
     keys = tuple(sorted(entries))
     children = [entries[key] for key in keys]
-    node = _Node(
-        keys=keys,
-        batch_dims=len(tree.batch_size),
-        names=tuple(tree.names),
-        device=tree.device,
-        ndims=tuple(child.ndim for child in children),
-        batch_size=tuple(tree.batch_size),
-    )
-    return children, node, keys
+    ndims = tuple(child.ndim for child in children)
+    size = tuple(tree.batch_size)
+    return children, _Node(keys, len(size), tuple(tree.names), tree.device, ndims, size), keys
 
 
 def _unflatten(module: Any, node: _Node, children: Sequence[Any]) -> Any:

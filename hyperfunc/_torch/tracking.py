@@ -17,11 +17,7 @@ OWN_LEAF = "_hyperfunc_own_leaf"
 
 
 def transforms_active() -> bool:
-    """Whether code runs inside a ``torch.func`` transform, or is being traced by torch.compile.
-
-    Forward mode without ``torch.func`` counts too, for a recorded graph would lose its tangents,
-    and inference mode, in which no graph is recorded.
-    """
+    """Whether a recorded graph would not do: in any transform, torch.compile and inference mode."""
     return (
         torch.compiler.is_compiling()
         or innermost_transform() is not None
@@ -57,10 +53,7 @@ def detach(leaves: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def out_of_inference(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """The same leaves, with copies of tensors from inference mode where that has ended.
-
-    Autograd refuses such tensors, and takes their copies.
-    """
+    """The same leaves, with copies of tensors from inference mode, which autograd refuses."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return tuple(leaves)
     return tuple(
@@ -108,8 +101,7 @@ def is_foreign(tensor: Tensor) -> bool:
     stack = active_transforms() or ()
     if level > len(stack):
         return True
-    is_vmap = stack[level - 1].key() == internals.VMAP
-    return bool(internals.is_batched(tensor) != is_vmap)
+    return bool(internals.is_batched(tensor) != (stack[level - 1].key() == internals.VMAP))
 
 
 def has_level(value: Any, level: int | None = None) -> bool:
@@ -163,8 +155,9 @@ def reaches_foreign_leaf(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> bo
 
 def foreign_leaves(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> Iterator[Tensor]:
     """The leaf variables that the graph of the outputs ends in and that are not inputs."""
-    known = {id(leaf) for leaf in inputs if requires_grad(leaf)}
-    stop = {leaf.grad_fn for leaf in inputs if requires_grad(leaf) and leaf.grad_fn is not None}
+    tracked = [leaf for leaf in inputs if requires_grad(leaf)]
+    known = {id(leaf) for leaf in tracked}
+    stop = {leaf.grad_fn for leaf in tracked}
     stack: list[Any] = list({out.grad_fn for out in outputs} - stop - {None})
     seen = {None, *stop, *stack}
     while stack:
@@ -175,13 +168,9 @@ def foreign_leaves(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> Iterator
                 seen.add(parent)
                 stack.append(parent)
         if not parents:  # only the end of a graph holds a variable, and asking others takes long
-            variable = getattr(node, "variable", None)
-            if (
-                variable is not None
-                and id(variable) not in known
-                and not hasattr(variable, OWN_LEAF)
-            ):
-                yield variable
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in known and not hasattr(leaf, OWN_LEAF):
+                yield leaf
 
 
 def requires_grad(value: Any) -> bool:

@@ -130,10 +130,9 @@ def _culprit(error: RuntimeError) -> str:
 
 def _mixed(tensors: Mapping[str, Tensor]) -> str:
     """What to say where torch was given an ordinary tensor beside a DTensor."""
-    sharded = {
-        path for path, leaf in tensors.items() if sharding.is_dtensor(tracking.innermost(leaf))
-    }
-    mesh = next((f"{path}.device_mesh" for path in tensors if path in sharded), "mesh")
+    below = {path: tracking.innermost(leaf) for path, leaf in tensors.items()}
+    sharded = [path for path, leaf in below.items() if sharding.is_dtensor(leaf)]
+    mesh = f"{sharded[0]}.device_mesh" if sharded else "mesh"
     plain = ", ".join(path for path in tensors if path not in sharded)
     return (
         f"an operation got ordinary tensors and DTensors together, for which torch has no rule. "
