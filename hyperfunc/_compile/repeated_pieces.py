@@ -22,10 +22,10 @@ from torch.fx.node import map_arg
 from hyperfunc._types import Leaves
 
 CompiledFunction = Callable[..., Sequence[Tensor]]
+Compile = Callable[[GraphModule, Leaves], CompiledFunction]
 
 # Operations from which on a graph is cut, and that a piece of it has about. Compiling takes some 20
-# milliseconds for each of them; in return pieces cannot write over what they take, which for long
-# vectors costs up to a tenth.
+# ms for each; but pieces cannot write over what they take, which may cost a tenth for long vectors.
 _LARGE = 1200
 _PIECE = 128
 
@@ -42,9 +42,7 @@ _VIEWS: dict[Any, Any] = {
 }
 
 
-def compile_in_pieces(
-    graph: GraphModule, operands: Leaves, compile: Callable[[GraphModule, Leaves], CompiledFunction]
-) -> CompiledFunction:
+def compile_in_pieces(graph: GraphModule, operands: Leaves, compile: Compile) -> CompiledFunction:
     """A graph compiled for operands like these, in pieces where it is large and repeats itself."""
     if len(graph.graph.nodes) < _LARGE:
         return compile(graph, operands)
@@ -60,10 +58,7 @@ def compile_in_pieces(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Piece:
-    """Successive nodes of a graph, and the values that they take from those before.
-
-    ``key`` is the same for pieces that do the same.
-    """
+    """Successive nodes of a graph, what they take from those before, and what they do, as a key."""
 
     nodes: Sequence[Node]
     inputs: tuple[Node, ...]
@@ -107,25 +102,19 @@ def _cut(graph: GraphModule) -> list[Piece]:
 
 
 def _in_sequence(
-    graph: GraphModule,
-    pieces: Sequence[Piece],
-    operands: Leaves,
-    compile: Callable[[GraphModule, Leaves], CompiledFunction],
+    graph: GraphModule, pieces: Sequence[Piece], operands: Leaves, compile: Compile
 ) -> CompiledFunction:
     """Compiled pieces one after the other, as a function of the operands of all."""
     placeholders = graph.graph.find_nodes(op="placeholder")
-    constants = {
-        node: getattr(graph, str(node.target)) for node in graph.graph.find_nodes(op="get_attr")
-    }
+    attributes = graph.graph.find_nodes(op="get_attr")
+    constants = {node: getattr(graph, str(node.target)) for node in attributes}
     results = results_of(graph)
     crossing = _with_bases({*results, *(node for piece in pieces for node in piece.inputs)})
-    outputs: dict[Hashable, set[int]] = {}
+    outputs: dict[Hashable, set[int]] = {piece.key: set() for piece in pieces}
     for piece in pieces:
-        outputs.setdefault(piece.key, set()).update(
-            place
-            for place, node in enumerate(piece.nodes)
-            if node in crossing and not _aliases(node)
-        )
+        for place, node in enumerate(piece.nodes):
+            if node in crossing and not _aliases(node):
+                outputs[piece.key].add(place)
     calls: list[_Call] = []
     values: dict[Node, Any] = dict(zip(placeholders, operands, strict=True)) | constants
     compiled: dict[Hashable, CompiledFunction] = {}
@@ -177,10 +166,7 @@ class _Call:
 
 
 def merge_equal(graph: GraphModule) -> None:
-    """Compute once, in place, what a graph computes again and again, as each step of a loop may.
-
-    What is returned stays apart, as no two results share memory.
-    """
+    """Compute once, in place, what a graph computes again and again; no two results become one."""
     apart = _with_bases(results_of(graph))
     seen: dict[Hashable, Node] = {}
     for node in list(graph.graph.nodes):
@@ -235,9 +221,7 @@ def _kind(node: Node) -> Hashable:
 
 class _Name(str):
     __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
+    __repr__ = str.__str__
 
 
 def _spell(arguments: Any, names: dict[Node, str] | None) -> str:

@@ -35,6 +35,14 @@ from hyperfunc.linear_solvers import AbstractLinearSolver, LinearOperator, Stoch
 
 Linearized: TypeAlias = autodiff.Linearization | MinibatchLinearization
 
+_NOT_FINITE = {
+    "params": "the inner solver returned non-finite values (NaN or Inf) in {path}{tasks}. Lower "
+    "its step size, check the data, or pass throw=False to get the numbers as they are",
+    "hparams": "the hypergradient with respect to {path} is not finite (NaN or Inf){tasks}, though "
+    "the inner solution is. Check the outer loss and the derivatives of the condition there, or "
+    "pass throw=False to get the numbers as they are",
+}
+
 
 @dataclasses.dataclass(eq=False)
 class ImplicitProblem:
@@ -140,7 +148,7 @@ class ImplicitProblem:
         return explained("the derivative of the inner solution", arguments)
 
     def _refuse_written(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
-        """Raise if the inner solver has changed hparams, at which the derivative is taken."""
+        """Raise if the inner solver has changed hparams."""
         if before == after:
             return
         paths = trees.paths(self.arguments.frame.spec.children()[0], "hparams")
@@ -354,35 +362,16 @@ def flatten_params(params: Any) -> tuple[Leaves, trees.TreeSpec]:
     return trees.flatten_floating(params, "params")
 
 
-def raise_unless_finite(params: Leaves, spec: trees.TreeSpec) -> None:
-    """Raise if a solution has NaN or Inf in it, naming the leaf and the tasks."""
-    if where := _where_not_finite(params, spec, "params"):
-        raise HypergradError(
-            f"the inner solver returned non-finite values (NaN or Inf) in {where[0]}{where[1]}. "
-            f"Lower its step size, check the data, or pass throw=False to get the numbers as they "
-            f"are"
-        )
-
-
-def raise_unless_finite_gradient(grads: Leaves, spec: trees.TreeSpec) -> None:
-    """Raise if a hypergradient has NaN or Inf in it, naming the leaf and the tasks."""
-    if where := _where_not_finite(grads, spec, "hparams"):
-        raise HypergradError(
-            f"the hypergradient with respect to {where[0]} is not finite (NaN or Inf){where[1]}, "
-            f"though the inner solution is. Check the outer loss and the derivatives of the "
-            f"condition there, or pass throw=False to get the numbers as they are"
-            + _half_precision_advice(grads)
-        )
-
-
-def _half_precision_advice(leaves: Leaves) -> str:
-    """What else to look at where a number above 65504 is infinite."""
-    if all(leaf.dtype is not torch.float16 for leaf in leaves):
-        return ""
-    return (
-        ". In float16 the derivative of a step of Adam or RMSprop overflows at a gradient of zero, "
-        "where it is 1 / eps: take eps=1e-3 or more, bfloat16, or float32 for params and hparams"
-    )
+def raise_unless_finite(leaves: Leaves, spec: trees.TreeSpec, name: str = "params") -> None:
+    """Raise if a solution, or the gradient for hparams, has NaN or Inf, naming leaf and tasks."""
+    if batching.all_true(trees.sum_is_finite(leaves)):
+        return
+    finite = trees.all_finite(leaves)
+    if batching.all_true(finite):
+        return
+    parts = zip(trees.paths(spec, name), leaves, strict=True)
+    path = next(path for path, leaf in parts if not batching.all_true(trees.all_finite((leaf,))))
+    raise HypergradError(_NOT_FINITE[name].format(path=path, tasks=of_tasks(~finite)))
 
 
 def raise_on_failure(stats: SolveStats, linear_solver: AbstractLinearSolver) -> None:
@@ -393,18 +382,6 @@ def raise_on_failure(stats: SolveStats, linear_solver: AbstractLinearSolver) -> 
             f"the linear solve with {linear_solver!r} failed{tasks}: "
             f"{code.message}. Pass throw=False to get the result codes instead"
         )
-
-
-def _where_not_finite(leaves: Leaves, spec: trees.TreeSpec, name: str) -> tuple[str, str] | None:
-    """The path of the first leaf that is not finite, and the tasks where some leaf is not."""
-    if batching.all_true(trees.sum_is_finite(leaves)):
-        return None
-    finite = trees.all_finite(leaves)
-    if batching.all_true(finite):
-        return None
-    parts = zip(trees.paths(spec, name), leaves, strict=True)
-    path = next(path for path, leaf in parts if not batching.all_true(trees.all_finite((leaf,))))
-    return path, of_tasks(~finite)
 
 
 def _save(ctx: Any, *tensors: Tensor) -> None:

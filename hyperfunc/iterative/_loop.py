@@ -30,8 +30,7 @@ class Loop:
 
     ``chunk`` is how many tangents go along at a time in forward accumulation, None for reverse
     mode. ``levels`` are the enclosing vmaps, the innermost first; each adds its batch dimension in
-    front of those before it. What is ``compiled`` are blocks of several steps, which are then all
-    that is looked at.
+    front of those before it. What is ``compiled`` are blocks of several steps.
     """
 
     steps: Steps
@@ -68,13 +67,6 @@ class Loop:
             for operand, dim in zip(operands, in_dims, strict=True)
         )
         return dataclasses.replace(self, levels=(*self.levels, level)), moved
-
-    def chain(self, *operands: Tensor) -> Leaves:
-        """See `Steps.chain`."""
-        fn = self.steps.chain
-        for level in self.levels:
-            fn = level.vmap(fn, level.dims)
-        return fn(*operands)
 
     def trace(self, operands: Leaves, *, keep: bool, first: bool = False) -> tuple[Leaves, Trace]:
         """Run the steps, keeping iterates by the schedule if they are needed."""
@@ -223,7 +215,7 @@ class Loop:
                 "inputs. Use method='reverse', or pass their real and imaginary parts"
             )
         shapes = [operands[i].shape[self._num_levels(i) :] for i in wrt]
-        numels = [math.prod(shape) for shape in shapes]
+        numels = list(map(math.prod, shapes))
         offsets = [sum(numels[:i]) for i in range(len(numels))]
         count = next(iter(cotangents.values())).shape[0] if batched else 1
         parts: dict[int, list[Tensor]] = {i: [] for i in wrt}
@@ -471,9 +463,12 @@ class _Product:
 
     def _reference(self, *tensors: Tensor) -> Leaves:
         operands, vectors = split(tensors, self.loop.steps.num_operands)
+        chain = self.loop.steps.chain
+        for level in self.loop.levels:
+            chain = level.vmap(chain, level.dims)
 
         def outputs(*leaves: Tensor) -> Leaves:
-            params = self.loop.chain(*leaves)
+            params = chain(*leaves)
             return params if self.live is None else tuple(params[i] for i in self.live)
 
         linearized = autodiff.Linearization(outputs, operands, (self.wrt,))

@@ -144,8 +144,7 @@ class ForwardMode:
 
     Memory does not grow with the number of steps, but $Z_t$ has one column for each entry of
     ``hparams``, and each costs a few times what a step costs: right for a handful of
-    hyperparameters, the wrong choice for many (regularisers of single weights, meta-parameters,
-    data), where `Reverse` costs the same for any number of them.
+    hyperparameters. For many, such as meta-parameters, take `Reverse`.
 
     Args:
         chunk_size: how many columns go along at a time, at least 1; the steps are run again for
@@ -187,11 +186,10 @@ class ForwardMode:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How the steps of a solver are differentiated.
+    """How the last of so many steps (None: all) are differentiated.
 
-    ``schedule`` gives, for a number of steps, which iterates are kept; ``chunk`` how many tangents
-    go along at a time in forward mode, None for reverse mode. Derivatives are those of the ``last``
-    steps, None for all. With ``keeps_values``, what the products of compiled steps need is kept.
+    ``schedule`` says, for a number of steps, which iterates are kept; ``chunk`` is that of `Loop`.
+    With ``keeps_values``, what the products of compiled steps need is kept.
     """
 
     schedule: Callable[[int], Schedule] = lambda _: Schedule(stride=1)

@@ -133,7 +133,7 @@ class RngAutocastState:
         for generator, state in zip(self.generators, states, strict=True):
             generator.set_state(state)
 
-    def refuse_foreign(self, name: str | None) -> contextlib.AbstractContextManager[Any]:
+    def refuse_foreign(self, name: str) -> contextlib.AbstractContextManager[Any]:
         """A context that refuses tensors of enclosing transforms, if there are transforms."""
         return _RefuseForeignTensors(name) if self.transformed else contextlib.nullcontext()
 
@@ -159,8 +159,8 @@ class Segment(Recomputed):
     """Any differentiable function of flat tensors, computed again for each derivative.
 
     Its random numbers are drawn at the first ``num_points`` operands; what follows are cotangents
-    and tangents. ``first`` marks the one run that is not a repetition: it draws from the streams as
-    they are, and looks out for tensors of enclosing transforms that were not passed in.
+    and tangents. The ``first`` run is no repetition: it draws from the streams as they are, and
+    looks out for tensors of enclosing transforms that were not passed in.
     """
 
     fn: Callable[..., Leaves]
@@ -171,7 +171,7 @@ class Segment(Recomputed):
 
     def run(self, operands: Leaves) -> Leaves:
         if self.first:
-            with self.rng_autocast.refuse_foreign(self.name):
+            with self.rng_autocast.refuse_foreign(self.name or "the function"):
                 return self.fn(*operands)
         with self.rng_autocast.restored():
             return self.fn(*operands)
@@ -190,15 +190,15 @@ class Segment(Recomputed):
 class _RefuseForeignTensors(TorchFunctionMode):
     """Refuses tensors of transforms that are not active where the code in the context runs."""
 
-    def __init__(self, name: str | None) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self._name = name or "the function"
+        self._name = name
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        for leaf in trees.flatten((args, kwargs))[0]:
-            if isinstance(leaf, Tensor) and tracking.is_foreign(leaf):
-                raise ValueError(captured_message(self._name))
+        leaves = trees.flatten((args, kwargs))[0]
+        if any(isinstance(leaf, Tensor) and tracking.is_foreign(leaf) for leaf in leaves):
+            raise ValueError(captured_message(self._name))
         return func(*args, **kwargs)

@@ -21,7 +21,6 @@ from hyperfunc._rule.implicit import (
     flatten_params,
     raise_on_failure,
     raise_unless_finite,
-    raise_unless_finite_gradient,
 )
 from hyperfunc._rule.outer_loss import OuterLoss, mean_outer_gradient
 from hyperfunc._torch import autodiff, tracking
@@ -115,7 +114,7 @@ class Hypergradient:
             differentiate = self._differentiate_compiled
         value, aux, u, stats, grads = differentiate(problem, w, theta, start)
         if self.rule.throw:
-            raise_unless_finite_gradient(grads, hparams_spec)
+            raise_unless_finite(grads, hparams_spec, "hparams")
         params, adjoint = (trees.unflatten(params_spec, leaves) for leaves in (w, u))
         error = self._bound_error(problem, w, theta, u)
         solution = Solution(params, value, aux, adjoint, stats, error)
@@ -199,7 +198,7 @@ class Hypergradient:
         w, aux = split(linearized.aux, params_spec.num_leaves)
         if self.rule.throw:
             raise_unless_finite(w, params_spec)
-            raise_unless_finite_gradient(grads, hparams_spec)
+            raise_unless_finite(grads, hparams_spec, "hparams")
         params = trees.unflatten(params_spec, w)
         solution = Solution(params, value, outer.unflatten_aux(aux), adjoint=(), stats=())
         return trees.unflatten(hparams_spec, grads), solution
