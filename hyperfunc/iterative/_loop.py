@@ -179,11 +179,10 @@ class Loop:
         self, operands: Leaves, tangents: ByIndex, *, batched: bool
     ) -> tuple[ByIndex, Leaves]:
         """Forward mode: the tangents of the outputs, carried along the steps, and the outputs."""
-        self.rng_autocast.write(self.rng_autocast.states)
         trace = Trace(self.steps.num_steps, [], [])
         if self.steps.flat.can_stop:
             trace = self._known_trace(operands, keep=False)
-            self.rng_autocast.write(self.rng_autocast.states)
+        self.rng_autocast.write(self.rng_autocast.states)
         state, dots = push(self._start, operands, tangents, batched=batched)
         size = len(state)
         for step in range(0, trace.num_steps, self._width):

@@ -87,7 +87,7 @@ class _Checkpointed(WrappedFunction):
 
         operands = (*tensors, *batching.vmap_marker())
         rng_autocast = RngAutocastState.capture((*tensors, *frame.constants))
-        segment = Segment(flat, rng_autocast, len(operands), name, first=True)
+        segment = Segment(flat, rng_autocast, len(operands), name)
         outputs = Recorded.apply(segment, *operands)
         return result[0].fill(outputs)
 
@@ -111,8 +111,7 @@ class RngAutocastState:
             all_of_type = getattr(getattr(torch, device.type, None), "default_generators", ())
             if all_of_type and device.index is not None:
                 generators.append(all_of_type[device.index])
-        explicit = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Generator)}
-        generators.extend(explicit.values())
+        generators.extend(dict.fromkeys(x for x in leaves if isinstance(x, torch.Generator)))
         types = {"cpu", *(device.type for device in devices)} - {"meta"}
         autocast = tuple(
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
@@ -159,19 +158,18 @@ class Segment(Recomputed):
     """Any differentiable function of flat tensors, computed again for each derivative.
 
     Its random numbers are drawn at the first ``num_points`` operands; what follows are cotangents
-    and tangents. The ``first`` run is no repetition: it draws from the streams as they are, and
-    looks out for tensors of enclosing transforms that were not passed in.
+    and tangents. The one with a ``name`` is no repetition: it draws from the streams as they are,
+    and looks out for tensors of enclosing transforms that were not passed in.
     """
 
     fn: Callable[..., Leaves]
     rng_autocast: RngAutocastState
     num_points: int
     name: str | None = None
-    first: bool = False
 
     def run(self, operands: Leaves) -> Leaves:
-        if self.first:
-            with self.rng_autocast.refuse_foreign(self.name or "the function"):
+        if self.name is not None:
+            with self.rng_autocast.refuse_foreign(self.name):
                 return self.fn(*operands)
         with self.rng_autocast.restored():
             return self.fn(*operands)

@@ -89,7 +89,7 @@ class Steps:
 
             tensors = (*flags, *state, *fixed, *row, *batching.vmap_marker())
             rng_autocast = RngAutocastState.capture((*tensors, *self.arguments.frame.constants))
-            segment = Segment(flat, rng_autocast, len(tensors), STEP, first=True)
+            segment = Segment(flat, rng_autocast, len(tensors), STEP)
             outputs: Leaves = Recorded.apply(segment, *tensors)
             return outputs
 
