@@ -8,16 +8,15 @@ Each loop minimises :math:`f(\lambda) = E(w^*(\lambda), \lambda)` over the hpara
     D_u = \nabla^2_{ww} \ell \, u - \nabla_w E, \qquad
     D_\lambda = \nabla_\lambda E - \nabla^2_{\lambda w} \ell \, u,
 
-which vanish together at a solution, with :math:`u` the adjoint. All three are linear in the losses,
-so that minibatches estimate them without bias.
+which vanish together at a solution, with :math:`u` the adjoint. Minibatches estimate them without
+bias, as they are linear in the losses.
 
 A `Loop` is a pair of pure functions. ``init(params, hparams)`` makes a `State`, a tree of tensors
 that ``torch.save`` stores and from which a run continues as if it had not stopped;
 ``update(state, inner_batch, outer_batch)`` makes one step. A batch is the tuple of arguments that
-follow ``(params, hparams)`` in ``inner_loss(params, hparams, *inner_batch)`` and in
-``outer_loss(params, hparams, *outer_batch)``; drawing it is up to the caller, so that a step
-depends on its arguments alone. `soba` and `saba` make one call of each oracle a step, at one point;
-`stocbio` and `amigo` make several steps on the params and on the adjoint before one on the hparams.
+follow ``(params, hparams)`` in a loss; the caller draws it, so that a step depends on its arguments
+alone. `soba` and `saba` make one step on all three variables at once; `stocbio` and `amigo` several
+on the params and on the adjoint before one on the hparams.
 
 Step sizes are numbers, or functions of the step (a 0-d int64 tensor, counted from 0) such as
 `power_decay`. Non-finite values are passed on, not looked for: the loops never wait for the device.

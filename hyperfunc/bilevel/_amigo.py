@@ -7,8 +7,7 @@ from typing import Any
 
 from hyperfunc._engine import trees
 from hyperfunc._types import Leaves, Loss
-from hyperfunc.bilevel._base import Loop, Point, StepSize
-from hyperfunc.bilevel._two_loops import TwoLoops
+from hyperfunc.bilevel._base import Loop, Point, StepSize, TwoLoops
 
 
 def amigo(
@@ -31,35 +30,18 @@ def amigo(
 
     As the hparams settle, its error vanishes for any :math:`Q \ge 1`.
 
-    Args:
-        inner_loss: as for `stocbio`.
-        outer_loss: as for `stocbio`.
-        inner_lr: as for `stocbio`.
-        outer_lr: as for `stocbio`.
-        adjoint_lr: the step size on the adjoint; by default ``inner_lr``.
-        num_inner_steps: the number ``T``, >= 1.
-        num_adjoint_steps: the number ``Q``, >= 1.
-
-    Returns:
-        A `Loop`, with ``update(state, inner_batches, outer_batch)``; its batches are those of
-        `stocbio`.
-
-    Raises:
-        TypeError: as `stocbio`.
-        ValueError: as `stocbio`.
+    The arguments are those of `stocbio`, but ``num_adjoint_steps`` is 1 at least; so are the
+    batches and the errors.
 
     Example:
+        >>> inner_loss = lambda w, h, x: (w - h * x) ** 2 / 2
+        >>> outer_loss = lambda w, h, y: (w - y) ** 2 / 2
         >>> loop = hf.bilevel.amigo(
-        ...     lambda w, h, x: (w - h * x) ** 2 / 2,
-        ...     lambda w, h, y: (w - y) ** 2 / 2,
-        ...     inner_lr=0.5,
-        ...     outer_lr=0.2,
-        ...     num_inner_steps=2,
-        ...     num_adjoint_steps=1,
+        ...     inner_loss, outer_loss, inner_lr=0.5, outer_lr=0.2, num_adjoint_steps=1
         ... )
         >>> state = loop.init(torch.tensor(0.0), torch.tensor(0.0))
         >>> for _ in range(100):
-        ...     state = loop.update(state, (torch.full((4,), 2.0),), (torch.tensor(6.0),))
+        ...     state = loop.update(state, (torch.full((12,), 2.0),), (torch.tensor(6.0),))
         >>> state.params, state.hparams
         (tensor(6.0000), tensor(3.0000))
 
@@ -67,15 +49,11 @@ def amigo(
         Arbel and Mairal, Amortized implicit differentiation for stochastic bilevel optimization,
         arXiv 2111.14580.
     """
-    method = _AmIGO(
-        *(inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr),
-        num_inner_steps=num_inner_steps,
-        num_adjoint_steps=num_adjoint_steps,
-    )
-    return Loop(method.init, method.update)
+    rates = (inner_lr, outer_lr, adjoint_lr)
+    return _AmIGO(inner_loss, outer_loss, *rates, num_inner_steps, num_adjoint_steps).loop()
 
 
-@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _AmIGO(TwoLoops):
     name = "amigo"
     least_adjoint_steps = 1

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from hyperfunc._engine import trees
-from hyperfunc._engine.checks import check_callable, check_number, check_scalar, is_number
+from hyperfunc._engine import checks, trees
+from hyperfunc._engine.flat import split
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._types import Leaves, Loss, TensorTree
@@ -50,16 +51,6 @@ class Loop(NamedTuple):
     update: Callable[..., State]
 
 
-class Terms(NamedTuple):
-    """The five terms of the directions."""
-
-    inner_gradient: Leaves
-    product: Leaves
-    cross: Leaves
-    outer_params: Leaves
-    outer_hparams: Leaves
-
-
 @dataclasses.dataclass(frozen=True, repr=False)
 class Method(PrintsAsCall):
     """What the loops have in common; a loop adds its own settings and its ``update``."""
@@ -75,11 +66,16 @@ class Method(PrintsAsCall):
             object.__setattr__(self, "adjoint_lr", self.inner_lr)
         for key in ("inner_loss", "outer_loss"):
             signature = "(params, hparams, *batch) -> scalar"
-            check_callable(getattr(self, key), f"{self.name}: {key}", signature)
+            checks.check_callable(getattr(self, key), f"{self.name}: {key}", signature)
         for key in ("inner_lr", "outer_lr", "adjoint_lr"):
             rate = getattr(self, key)
             if not callable(rate):
-                check_rate(self.name, key, rate)
+                _check_rate(self.name, key, rate)
+
+    def loop(self) -> Loop:
+        """The pair of functions that a user gets."""
+        method: Any = self
+        return Loop(self.init, method.update)
 
     def init(self, params: TensorTree, hparams: TensorTree) -> State:
         """The start, cut from any graph: a loop is nothing to differentiate through."""
@@ -123,7 +119,7 @@ class Point:
 
     def gradient(self, batch: tuple[Any, ...]) -> Leaves:
         """The gradient of the inner loss with respect to params."""
-        return self._inner_gradient(batch, self.w, self.h, create_graph=False)
+        return self._inner_gradient(batch, create_graph=False)(*self.w, *self.h)
 
     def product(self, v: Leaves, batch: tuple[Any, ...]) -> Leaves:
         """The product of the Hessian of the inner loss with a vector."""
@@ -136,75 +132,117 @@ class Point:
 
     def outer_gradient(self, batch: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
         """The gradient of the outer loss with respect to params and hparams."""
-        n = len(self.w)
+        gradient = autodiff.gradient(self._loss("outer_loss", batch), (*self.w, *self.h))
+        w, h = split(gradient, len(self.w))
+        return w, h
 
-        def loss(*leaves: Tensor) -> Tensor:
-            return self._loss("outer_loss", leaves[:n], leaves[n:], batch)
-
-        gradient = autodiff.gradient(loss, (*self.w, *self.h))
-        return gradient[:n], gradient[n:]
-
-    def terms(self, inner_batch: tuple[Any, ...], outer_batch: tuple[Any, ...]) -> Terms:
-        """All terms of the directions, with one pass back for both products."""
+    def terms(self, inner_batch: tuple[Any, ...], outer_batch: tuple[Any, ...]) -> list[Leaves]:
+        """The terms of the directions as `Memory` names them, with one pass for both products."""
+        check_batch(self.method.name, "inner_batch", inner_batch)
+        check_batch(self.method.name, "outer_batch", outer_batch)
         n = len(self.w)
         linearization = self._linearize(inner_batch, range(n + len(self.h)))
-        products = linearization.pull(self.u)
-        outer_params, outer_hparams = self.outer_gradient(outer_batch)
-        return Terms(linearization.outputs, products[:n], products[n:], outer_params, outer_hparams)
+        products = split(linearization.pull(self.u), n)
+        return [linearization.outputs, *products, *self.outer_gradient(outer_batch)]
 
-    def moved(self, terms: Terms) -> State:
+    def moved(self, terms: list[Leaves]) -> State:
         """The state after a step along all three directions."""
-        d_u = trees.sub(terms.product, terms.outer_params)
-        d_h = trees.sub(terms.outer_hparams, terms.cross)
+        inner_gradient, product, cross, outer_params, outer_hparams = terms
         return self.leave(
-            trees.axpy(-self.rate("inner_lr"), terms.inner_gradient, self.w),
-            trees.axpy(-self.rate("adjoint_lr"), d_u, self.u),
-            trees.axpy(-self.rate("outer_lr"), d_h, self.h),
+            trees.axpy(-self.rate("inner_lr"), inner_gradient, self.w),
+            trees.axpy(-self.rate("adjoint_lr"), trees.sub(product, outer_params), self.u),
+            trees.axpy(-self.rate("outer_lr"), trees.sub(outer_hparams, cross), self.h),
         )
 
     def rate(self, key: str) -> Any:
         """A step size at this step."""
         rate = getattr(self.method, key)
-        if not callable(rate):
-            return rate
-        value = rate(self.state.step)
-        check_rate(self.method.name, f"{key}(step)", value)
-        return value
+        if callable(rate):
+            rate = rate(self.state.step)
+            _check_rate(self.method.name, f"{key}(step)", rate)
+        return rate
 
     def leave(self, w: Leaves, u: Leaves, h: Leaves) -> State:
         """The next state."""
-        return State(
+        return self.state._replace(
             step=self.state.step + 1,
             params=trees.unflatten(self.params_spec, w),
             adjoint=trees.unflatten(self.params_spec, u),
             hparams=trees.unflatten(self.hparams_spec, h),
-            memory=self.state.memory,
         )
 
     def _linearize(self, batch: tuple[Any, ...], group: range) -> autodiff.Linearization:
-        n = len(self.w)
-        return autodiff.Linearization(
-            lambda *leaves: self._inner_gradient(batch, leaves[:n], leaves[n:], create_graph=True),
-            (*self.w, *self.h),
-            (tuple(group),),
-        )
+        gradient = self._inner_gradient(batch, create_graph=True)
+        return autodiff.Linearization(gradient, (*self.w, *self.h), (tuple(group),))
 
-    def _inner_gradient(
-        self, batch: tuple[Any, ...], w: Leaves, h: Leaves, create_graph: bool
-    ) -> Leaves:
+    def _inner_gradient(self, batch: tuple[Any, ...], create_graph: bool) -> Callable[..., Leaves]:
+        n, loss = len(self.w), self._loss("inner_loss", batch)
+
+        def gradient(*leaves: Tensor) -> Leaves:
+            w, h = split(leaves, n)
+            return autodiff.gradient(lambda *w: loss(*w, *h), w, create_graph=create_graph)
+
+        return gradient
+
+    def _loss(self, key: str, batch: tuple[Any, ...]) -> Callable[..., Tensor]:
+        """A loss on a batch as a function of the leaves of params and hparams."""
+
         def loss(*leaves: Tensor) -> Tensor:
-            return self._loss("inner_loss", leaves, h, batch)
+            w, h = split(leaves, len(self.w))
+            params = trees.unflatten(self.params_spec, w)
+            hparams = trees.unflatten(self.hparams_spec, h)
+            value = getattr(self.method, key)(params, hparams, *batch)
+            return checks.check_scalar(value, f"{self.method.name}: {key}")
 
-        return autodiff.gradient(loss, w, create_graph=create_graph)
+        return loss
 
-    def _loss(self, key: str, w: Leaves, h: Leaves, batch: tuple[Any, ...]) -> Tensor:
-        value = getattr(self.method, key)(
-            trees.unflatten(self.params_spec, w), trees.unflatten(self.hparams_spec, h), *batch
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class TwoLoops(Method, abc.ABC):
+    """Steps on the params, a solve for the adjoint, and one step on the hparams."""
+
+    num_inner_steps: int
+    num_adjoint_steps: int
+
+    least_adjoint_steps: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, least in (("num_inner_steps", 1), ("num_adjoint_steps", self.least_adjoint_steps)):
+            checks.check_count(self.name, key, getattr(self, key), least)
+
+    @abc.abstractmethod
+    def solve(self, point: Point, batches: list[tuple[Any, ...]], b: Leaves, lr: Any) -> Leaves:
+        """The adjoint: an approximate solution of ``Hessian u = b``, a product a batch."""
+
+    def update(
+        self, state: State, inner_batches: tuple[Any, ...], outer_batch: tuple[Any, ...]
+    ) -> State:
+        T, Q = self.num_inner_steps, self.num_adjoint_steps
+        point = self.enter(state)
+        check_batch(self.name, "outer_batch", outer_batch)
+        batches = _unbind(self.name, inner_batches, T + Q + 1)
+        inner_lr = point.rate("inner_lr")
+        for batch in batches[:T]:
+            w = trees.axpy(-inner_lr, point.gradient(batch), point.w)
+            point = dataclasses.replace(point, w=w)
+        outer_params, outer_hparams = point.outer_gradient(outer_batch)
+        u = self.solve(point, batches[T : T + Q], outer_params, point.rate("adjoint_lr"))
+        d_h = trees.sub(outer_hparams, point.cross(u, batches[-1]))
+        h = trees.axpy(-point.rate("outer_lr"), d_h, point.h)
+        return point.leave(point.w, u, h)
+
+
+def check_batch(name: str, key: str, batch: Any) -> None:
+    if not isinstance(batch, tuple):
+        loss = "outer_loss" if key == "outer_batch" else "inner_loss"
+        raise TypeError(
+            f"{name}: {key} is of type {type(batch).__name__}; expected the tuple of arguments "
+            f"that follow (params, hparams) in {loss}. Write (X, y), (X,) for one, () for none"
         )
-        return check_scalar(value, f"{self.method.name}: {key}")
 
 
-def unbind(name: str, batches: Any, length: int) -> list[tuple[Any, ...]]:
+def _unbind(name: str, batches: Any, length: int) -> list[tuple[Any, ...]]:
     check_batch(name, "inner_batches", batches)
     leaves, spec = trees.flatten(batches)
     for path, leaf in zip(trees.paths(spec, "inner_batches"), leaves, strict=True):
@@ -224,26 +262,17 @@ def unbind(name: str, batches: Any, length: int) -> list[tuple[Any, ...]]:
     return [trees.unflatten(spec, row) for row in rows]
 
 
-def check_batch(name: str, key: str, batch: Any) -> None:
-    if not isinstance(batch, tuple):
-        loss = "outer_loss" if key == "outer_batch" else "inner_loss"
-        raise TypeError(
-            f"{name}: {key} is of type {type(batch).__name__}; expected the tuple of arguments "
-            f"that follow (params, hparams) in {loss}. Write (X, y), (X,) for one, () for none"
-        )
-
-
-def check_rate(name: str, key: str, rate: Any) -> None:
+def _check_rate(name: str, key: str, rate: Any) -> None:
     if isinstance(rate, Tensor):
         if rate.ndim or not rate.is_floating_point():
             raise TypeError(
                 f"{name}: {key} is a tensor of shape {tuple(rate.shape)} and dtype {rate.dtype}; "
                 f"expected a 0-d floating-point tensor"
             )
-        return
-    if not is_number(rate):
+    elif checks.is_number(rate):
+        checks.check_number(name, key, rate)
+    else:
         raise TypeError(
             f"{name}: {key} is {rate!r} of type {type(rate).__name__}; expected a number or a "
             f"function of the step that returns one"
         )
-    check_number(name, key, rate)

@@ -11,18 +11,14 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._types import Loss, TensorTree
-from hyperfunc.bilevel._base import Loop, Method, State, StepSize, Terms, check_batch
+from hyperfunc.bilevel._base import Loop, Method, State, StepSize
 
 
 class Memory(NamedTuple):
     """What `saba` saw last on each batch: trees like params or hparams, with a leading index.
 
-    Attributes:
-        inner_gradient: the gradient of the inner loss, like params.
-        product: the product of its Hessian with the adjoint, like params.
-        cross: the product of its cross derivative with the adjoint, like hparams.
-        outer_params: the gradient of the outer loss with respect to params.
-        outer_hparams: the gradient of the outer loss with respect to hparams.
+    The gradient of the inner loss, the products of its Hessian and of its cross derivative with the
+    adjoint, and the gradient of the outer loss with respect to params and to hparams.
     """
 
     inner_gradient: TensorTree
@@ -55,35 +51,26 @@ def saba(
     at the rate of gradient descent. The memory starts at zero. It holds ``n (2 |w| + |h|)`` and
     ``m (|w| + |h|)`` numbers and is copied in every step, as the update is pure.
 
-    Args:
-        inner_loss: ``(params, hparams, *inner_batch) -> scalar``.
-        outer_loss: ``(params, hparams, *outer_batch) -> scalar``.
-        num_inner_batches: the number ``n`` of inner batches, >= 1.
-        num_outer_batches: the number ``m`` of outer batches, >= 1.
-        inner_lr: as for `soba`.
-        outer_lr: as for `soba`.
-        adjoint_lr: as for `soba`.
+    ``num_inner_batches`` is ``n`` and ``num_outer_batches`` ``m``, both >= 1. All other arguments
+    are those of `soba`.
 
     Returns:
         A `Loop`, with ``update(state, inner_batch, outer_batch, inner_index, outer_index)``. The
-        indices say which of the batches these are: integers or 0-d integer tensors, in
-        ``[0, num_inner_batches)`` and ``[0, num_outer_batches)``, drawn uniformly. The same index
-        must always come with the same batch.
+        indices say which of the batches these are: integers or 0-d integer tensors in ``[0, n)``
+        and ``[0, m)``, drawn uniformly. The same index must always come with the same batch.
 
     Raises:
         TypeError: as `soba`; an index that is no integer.
-        ValueError: as `soba`; a number of batches below 1; an index out of range, as far as it is a
-            Python integer.
+        ValueError: as `soba`; a number of batches below 1; a Python integer as an index out of
+            range.
 
     Example:
         >>> x, y = torch.tensor([1.0, 3.0]), torch.tensor([5.0, 7.0])
+        >>> inner_loss = lambda w, h, x: (w - h * x) ** 2 / 2
+        >>> outer_loss = lambda w, h, y: (w - y) ** 2 / 2
+        >>> rates = {"inner_lr": 0.2, "outer_lr": 0.02}
         >>> loop = hf.bilevel.saba(
-        ...     lambda w, h, x: (w - h * x) ** 2 / 2,
-        ...     lambda w, h, y: (w - y) ** 2 / 2,
-        ...     num_inner_batches=2,
-        ...     num_outer_batches=2,
-        ...     inner_lr=0.2,
-        ...     outer_lr=0.02,
+        ...     inner_loss, outer_loss, num_inner_batches=2, num_outer_batches=2, **rates
         ... )
         >>> state = loop.init(torch.tensor(0.0), torch.tensor(0.0))
         >>> for i, j in torch.randint(2, (1000, 2)).tolist():
@@ -95,15 +82,13 @@ def saba(
         Dagreou, Ablin, Vaiter and Moreau, arXiv 2201.13409; Defazio, Bach and Lacoste-Julien,
         SAGA, arXiv 1407.0202.
     """
-    method = _SABA(
-        *(inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr),
-        num_inner_batches=check_count("saba", "num_inner_batches", num_inner_batches),
-        num_outer_batches=check_count("saba", "num_outer_batches", num_outer_batches),
-    )
-    return Loop(method.init, method.update)
+    check_count("saba", "num_inner_batches", num_inner_batches)
+    check_count("saba", "num_outer_batches", num_outer_batches)
+    rates = (inner_lr, outer_lr, adjoint_lr)
+    return _SABA(inner_loss, outer_loss, *rates, num_inner_batches, num_outer_batches).loop()
 
 
-@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _SABA(Method):
     num_inner_batches: int
     num_outer_batches: int
@@ -116,15 +101,9 @@ class _SABA(Method):
         def table(tree: TensorTree, size: int) -> TensorTree:
             return trees.tree_map(lambda leaf: leaf.new_zeros(size, *leaf.shape), tree)
 
-        n, m = self.num_inner_batches, self.num_outer_batches
-        memory = Memory(
-            inner_gradient=table(state.params, n),
-            product=table(state.params, n),
-            cross=table(state.hparams, n),
-            outer_params=table(state.params, m),
-            outer_hparams=table(state.hparams, m),
-        )
-        return state._replace(memory=memory)
+        w, h, n, m = state.params, state.hparams, self.num_inner_batches, self.num_outer_batches
+        tables = (table(w, n), table(w, n), table(h, n), table(w, m), table(h, m))
+        return state._replace(memory=Memory(*tables))
 
     def update(
         self,
@@ -135,10 +114,8 @@ class _SABA(Method):
         outer_index: int | Tensor,
     ) -> State:
         point = self.enter(state)
-        check_batch("saba", "inner_batch", inner_batch)
-        check_batch("saba", "outer_batch", outer_batch)
-        i = _check_index("saba", "inner_index", inner_index, self.num_inner_batches)
-        j = _check_index("saba", "outer_index", outer_index, self.num_outer_batches)
+        i = _check_index("inner_index", inner_index, self.num_inner_batches)
+        j = _check_index("outer_index", outer_index, self.num_outer_batches)
         seen = point.terms(inner_batch, outer_batch)
         if not isinstance(state.memory, Memory):
             raise TypeError(
@@ -148,10 +125,10 @@ class _SABA(Method):
         for new, old, index in zip(seen, state.memory, (i, i, i, j, j), strict=True):
             table, spec = trees.flatten(old)
             pairs = [_saga(*each, index) for each in zip(new, table, strict=True)]
-            reduced.append(tuple(direction for direction, _ in pairs))
-            memory.append(trees.unflatten(spec, [rows for _, rows in pairs]))
-        moved = point.moved(Terms(*reduced))
-        return moved._replace(memory=Memory(*memory))
+            directions, tables = zip(*pairs, strict=True)
+            reduced.append(directions)
+            memory.append(trees.unflatten(spec, tables))
+        return point.moved(reduced)._replace(memory=Memory(*memory))
 
 
 def _saga(new: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,19 +141,15 @@ def _saga(new: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return new - old + table.mean(0), torch.where(mask, new, table)
 
 
-def _check_index(name: str, key: str, index: Any, size: int) -> Tensor:
+def _check_index(key: str, index: Any, size: int) -> Tensor:
     if isinstance(index, Tensor):
-        if index.ndim or index.is_floating_point() or index.dtype == torch.bool:
-            raise TypeError(
-                f"{name}: {key} is a tensor of shape {tuple(index.shape)} and dtype {index.dtype}; "
-                f"expected an integer or a 0-d integer tensor"
-            )
-        return index
-    if isinstance(index, bool) or not isinstance(index, int):
-        raise TypeError(
-            f"{name}: {key} is {index!r} of type {type(index).__name__}; expected an integer or a "
-            f"0-d integer tensor"
-        )
-    if not 0 <= index < size:
-        raise ValueError(f"{name}: {key} is {index}; expected an integer in [0, {size})")
-    return torch.tensor(index)
+        if not index.ndim and index.dtype is not torch.bool and not index.is_floating_point():
+            return index
+        got = f"a tensor of shape {tuple(index.shape)} and dtype {index.dtype}"
+    elif isinstance(index, int) and not isinstance(index, bool):
+        if 0 <= index < size:
+            return torch.tensor(index)
+        raise ValueError(f"saba: {key} is {index}; expected an integer in [0, {size})")
+    else:
+        got = f"{index!r} of type {type(index).__name__}"
+    raise TypeError(f"saba: {key} is {got}; expected an integer or a 0-d integer tensor")

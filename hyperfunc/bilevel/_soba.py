@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from hyperfunc._types import Loss
-from hyperfunc.bilevel._base import Loop, Method, State, StepSize, check_batch
+from hyperfunc.bilevel._base import Loop, Method, State, StepSize
 
 
 def soba(
@@ -44,12 +44,9 @@ def soba(
         ValueError: a negative step size; a loss that is not scalar.
 
     Example:
-        >>> loop = hf.bilevel.soba(
-        ...     lambda w, h, x: (w - h * x) ** 2 / 2,
-        ...     lambda w, h, y: (w - y) ** 2 / 2,
-        ...     inner_lr=0.5,
-        ...     outer_lr=0.05,
-        ... )
+        >>> inner_loss = lambda w, h, x: (w - h * x) ** 2 / 2
+        >>> outer_loss = lambda w, h, y: (w - y) ** 2 / 2
+        >>> loop = hf.bilevel.soba(inner_loss, outer_loss, inner_lr=0.5, outer_lr=0.05)
         >>> state = loop.init(torch.tensor(0.0), torch.tensor(0.0))
         >>> for _ in range(200):
         ...     state = loop.update(state, (torch.tensor(2.0),), (torch.tensor(6.0),))
@@ -60,11 +57,10 @@ def soba(
         Dagreou, Ablin, Vaiter and Moreau, A framework for bilevel optimization that enables
         stochastic and global variance reduction algorithms, arXiv 2201.13409.
     """
-    method = _SOBA(inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr)
-    return Loop(method.init, method.update)
+    return _SOBA(inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr).loop()
 
 
-@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _SOBA(Method):
     name = "soba"
 
@@ -72,6 +68,4 @@ class _SOBA(Method):
         self, state: State, inner_batch: tuple[Any, ...], outer_batch: tuple[Any, ...]
     ) -> State:
         point = self.enter(state)
-        check_batch(self.name, "inner_batch", inner_batch)
-        check_batch(self.name, "outer_batch", outer_batch)
         return point.moved(point.terms(inner_batch, outer_batch))

@@ -7,8 +7,7 @@ from typing import Any
 
 from hyperfunc._engine import trees
 from hyperfunc._types import Leaves, Loss
-from hyperfunc.bilevel._base import Loop, Point, StepSize
-from hyperfunc.bilevel._two_loops import TwoLoops
+from hyperfunc.bilevel._base import Loop, Point, StepSize, TwoLoops
 
 
 def stocbio(
@@ -23,8 +22,7 @@ def stocbio(
 ) -> Loop:
     r"""StocBiO: inner steps from the last params, then a truncated Neumann series.
 
-    With :math:`T` steps on the params, :math:`Q` on the adjoint, and one batch :math:`B` for each,
-    one update is
+    With one batch :math:`B` for each step, one update is
 
     .. math::
         w \leftarrow w - \rho \nabla_w \ell(w, \lambda; B_t) \;\; (t < T), \qquad
@@ -35,14 +33,8 @@ def stocbio(
     The series is begun anew in every update: its truncation leaves a bias that shrinks with
     :math:`Q` alone.
 
-    Args:
-        inner_loss: ``(params, hparams, *inner_batch) -> scalar``.
-        outer_loss: ``(params, hparams, *outer_batch) -> scalar``.
-        inner_lr: as for `soba`.
-        outer_lr: as for `soba`.
-        adjoint_lr: the step size in the series; by default ``inner_lr``.
-        num_inner_steps: the number ``T``, >= 1.
-        num_adjoint_steps: the number ``Q``, >= 0.
+    ``num_inner_steps`` is :math:`T \ge 1`, ``num_adjoint_steps`` :math:`Q \ge 0`, and
+    ``adjoint_lr`` the step size in the series. All other arguments are those of `soba`.
 
     Returns:
         A `Loop`, with ``update(state, inner_batches, outer_batch)``. Each leaf of ``inner_batches``
@@ -54,12 +46,9 @@ def stocbio(
         ValueError: as `soba`; another leading dimension.
 
     Example:
-        >>> loop = hf.bilevel.stocbio(
-        ...     lambda w, h, x: (w - h * x) ** 2 / 2,
-        ...     lambda w, h, y: (w - y) ** 2 / 2,
-        ...     inner_lr=0.5,
-        ...     outer_lr=0.2,
-        ... )
+        >>> inner_loss = lambda w, h, x: (w - h * x) ** 2 / 2
+        >>> outer_loss = lambda w, h, y: (w - y) ** 2 / 2
+        >>> loop = hf.bilevel.stocbio(inner_loss, outer_loss, inner_lr=0.5, outer_lr=0.2)
         >>> state = loop.init(torch.tensor(0.0), torch.tensor(0.0))
         >>> for _ in range(50):
         ...     state = loop.update(state, (torch.full((21,), 2.0),), (torch.tensor(6.0),))
@@ -70,15 +59,11 @@ def stocbio(
         Ji, Yang and Liang, Bilevel optimization: convergence analysis and enhanced design,
         algorithms 2 and 3, arXiv 2010.07962.
     """
-    method = _StocBiO(
-        *(inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr),
-        num_inner_steps=num_inner_steps,
-        num_adjoint_steps=num_adjoint_steps,
-    )
-    return Loop(method.init, method.update)
+    rates = (inner_lr, outer_lr, adjoint_lr)
+    return _StocBiO(inner_loss, outer_loss, *rates, num_inner_steps, num_adjoint_steps).loop()
 
 
-@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _StocBiO(TwoLoops):
     name = "stocbio"
     least_adjoint_steps = 0
