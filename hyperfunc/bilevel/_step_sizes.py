@@ -20,8 +20,8 @@ def power_decay(initial: float, exponent: float) -> Callable[[int | Tensor], flo
             adjoint and 0.6 for the hparams.
 
     Returns:
-        A function of the step, an integer or a 0-d tensor: for the step sizes of the loops, and for
-        the coefficients of the optimiser of `hyperfunc.StochasticAID`.
+        A function of the step, an integer or a 0-d tensor; also a coefficient for the optimiser of
+        `hyperfunc.StochasticAID`.
 
     Raises:
         ValueError: a number out of its range.

@@ -38,7 +38,7 @@ def gradient_descent_map(inner_loss: Loss, lr: ScalarCoefficient) -> ParamsFunct
         tensor([1., 2.])
     """
     check_callable(inner_loss, "inner_loss", "(params, hparams, *args) -> scalar")
-    return _GradientDescentMap(inner_loss, lr)
+    return _DescentMap(inner_loss, lr)
 
 
 def proximal_gradient_map(
@@ -86,52 +86,29 @@ def proximal_gradient_map(
         optimization, 2020, arXiv 2002.08943.
     """
     check_callable(loss, "loss", "(params, hparams, *args) -> scalar")
-    return _ProximalGradientMap(loss, check_prox(prox, "proximal_gradient_map"), lr)
+    return _DescentMap(loss, lr, check_prox(prox, "proximal_gradient_map"))
 
 
 @dataclass(frozen=True, eq=False)
-class _GradientDescentMap:
-    inner_loss: Loss
-    lr: ScalarCoefficient
-
-    def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree:
-        lr = in_own_dtype(self.lr(hparams)) if callable(self.lr) else self.lr
-        return _descend(self.inner_loss, lr, params, hparams, args)
-
-
-@dataclass(frozen=True, eq=False)
-class _ProximalGradientMap:
+class _DescentMap:
     loss: Loss
-    prox: Callable[..., TensorTree]
     lr: ScalarCoefficient
+    prox: Callable[..., TensorTree] | None = None
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree:
         lr = in_own_dtype(self.lr(hparams)) if callable(self.lr) else self.lr
-        return self.prox(_descend(self.loss, lr, params, hparams, args), hparams, lr)
+        leaves, spec = trees.flatten_floating(params, "params")
+        operands, structure = trees.flatten((params, hparams, args))
+        trees.refuse_holders(operands, structure, "(params, hparams, args)")
+        regularised = self.loss if isinstance(self.loss, ProximalLoss) else None
+        loss = self.loss if regularised is None else regularised.loss
 
+        def value(*flat: Tensor) -> Tensor:
+            result = loss(trees.unflatten(spec, flat), hparams, *args)
+            return check_scalar(result, "inner_loss")
 
-def _descend(
-    loss: Loss, lr: Any, params: TensorTree, hparams: TensorTree, args: tuple[Any, ...]
-) -> TensorTree:
-    leaves, spec = trees.flatten(params)
-    grads, _ = trees.flatten(_gradient(loss, params, hparams, args))
-    return trees.unflatten(spec, trees.axpy(-lr, tuple(grads), tuple(leaves)))
-
-
-def _gradient(
-    loss: Loss, params: TensorTree, hparams: TensorTree, args: tuple[Any, ...]
-) -> TensorTree:
-    leaves, spec = trees.flatten_floating(params, "params")
-    differentiated = loss.loss if isinstance(loss, ProximalLoss) else loss
-
-    def value(*flat: Tensor) -> Tensor:
-        result = differentiated(trees.unflatten(spec, flat), hparams, *args)
-        return check_scalar(result, "inner_loss")
-
-    operands, structure = trees.flatten((params, hparams, args))
-    trees.refuse_holders(operands, structure, "(params, hparams, args)")
-    tracked = tracking.is_tracked(operands)
-    grads = autodiff.gradient(value, leaves, create_graph=tracked)
-    if isinstance(loss, ProximalLoss):
-        grads = loss.at(hparams, leaves, spec).add_gradient(grads, leaves)
-    return trees.unflatten(spec, grads)
+        grads = autodiff.gradient(value, leaves, create_graph=tracking.is_tracked(operands))
+        if regularised is not None:
+            grads = regularised.at(hparams, leaves, spec).add_gradient(grads, leaves)
+        moved = trees.unflatten(spec, trees.axpy(-lr, grads, leaves))
+        return moved if self.prox is None else self.prox(moved, hparams, lr)

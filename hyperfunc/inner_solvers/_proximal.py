@@ -38,16 +38,15 @@ def proximal(
         loss: ``(params, hparams, *args) -> scalar``, the part without the regulariser.
         weight: :math:`\mu \ge 0`: a number, a 0-d tensor, or a function of hparams that returns a
             0-d tensor (the hypergradient then includes it).
-        center: :math:`c`: a function of hparams that returns a tree like params, or such a tree, or
-            ``None`` for the hparams themselves, which must then be a tree like params.
+        center: :math:`c`: a tree like params, a function of hparams that returns one, or ``None``
+            for the hparams themselves.
 
     Returns:
         A callable ``(params, hparams, *args) -> scalar`` for ``inner_loss=``, `hyperfunc.minimize`
         and `hyperfunc.gradient_descent_map`.
 
     Raises:
-        ValueError: the weight is a negative number, or the centre has another structure, shape or
-            dtype than params.
+        ValueError: a negative number as weight; a centre that is not like params.
         TypeError: the loss is not callable, or the weight is none of the three.
 
     Example:

@@ -12,10 +12,14 @@ from hyperfunc import optim
 from hyperfunc._compile.compiler import Backend, Compiler, applies, check_backend
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_count, check_number
+from hyperfunc._engine.flat import split
 from hyperfunc._torch import batching, tracking
 from hyperfunc._torch.tangents import all_in_own_dtype
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
-from hyperfunc.inner_solvers._steps import _LONGEST_BLOCK, DescentStep, FlatStep, MapStep, Step
+from hyperfunc.inner_solvers._steps import DescentStep, FlatStep, MapStep, Specs, Step
+
+# Steps that are compiled as one, at most: the time of compiling grows with them.
+_LONGEST_BLOCK = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +31,7 @@ class IterativeSolver:
         num_steps: how often, at most.
         init: ``(hparams, *args) -> params``, where the steps start.
         inputs: a tree with a leading time dimension, or None.
-        rtol: relative tolerance of the early stop.
-        atol: absolute tolerance of the early stop.
+        rtol, atol: relative and absolute tolerance of the early stop.
         condition: what the solution satisfies, as ``(keyword, function)`` with a keyword of
             `hypergrad`; None where no one function describes it.
         compiler: what compiles the step, if anything does.
@@ -95,12 +98,11 @@ def iterate(
         rtol: stop once $\lVert w_{t+1} - w_t \rVert \le$ ``atol + rtol`` $\lVert w_{t+1} \rVert$.
             Under ``vmap`` each task stops by itself.
         atol: the absolute part of that tolerance.
-        compile: whether to compile steps by ``torch.compile``; see `hypergrad`. The
-            first call with arguments of a shape takes long, all others are faster, under ``vmap``
-            too. So are the derivatives by `Reverse`, `ReverseUnroll` and `ForwardMode` of the first
-            order, for blocks of steps whose products are compiled; those of higher order, or
-            through a solver that stops early or is called without a method, run uncompiled. Not
-            for steps that draw random numbers.
+        compile: whether to compile steps by ``torch.compile``; see `hypergrad`. The first call with
+            arguments of a shape takes long, all others are faster, under ``vmap`` too, and so are
+            first derivatives by `Reverse`, `ReverseUnroll` and `ForwardMode`. Those of higher
+            order, or through a solver that stops early or is called without a method, run
+            uncompiled. Not for steps that draw random numbers.
 
     Returns:
         The inner solver, ``(hparams, *args) -> params``.
@@ -108,15 +110,10 @@ def iterate(
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if ``num_steps`` or a tolerance is negative, or ``inputs`` have another leading
-            dimension. When called, the solver raises it for a step that changes structure, shape,
-            dtype or device.
+            dimension; when called, if a step changes structure, shape, dtype or device.
 
     Example:
-        >>> solver = hf.iterate(
-        ...     lambda w, h, b: h * w + b,
-        ...     100,
-        ...     init=lambda h, b: torch.zeros_like(b),
-        ... )
+        >>> solver = hf.iterate(lambda w, h, b: h * w + b, 100, init=lambda h, b: 0 * b)
         >>> solver(torch.tensor(0.5), torch.tensor([1.0, 2.0]))
         tensor([2., 4.])
     """
@@ -142,32 +139,14 @@ def minimize(
 
     Implicit methods use the inner loss as their condition, whatever the optimiser.
 
-    Args:
-        inner_loss: ``(params, hparams, *args) -> scalar``, pure.
-        optimizer: a pair of functions ``(init, update)``, such as ``hf.optim.sgd(lr=0.1)``.
-        num_steps: the number of steps $T \ge 0$.
-        init: ``(hparams, *args) -> params``, the start $w_0$.
-        inputs: minibatches: a tree of tensors with leading dimension ``num_steps``; step $t$ takes
-            the gradient of ``inner_loss(params, hparams, *args, inputs_t)``. Implicit methods must
-            then be given a condition.
-        rtol: as for `iterate`, on the params.
-        atol: as for `iterate`.
-        compile: as for `iterate`.
-
-    Returns:
-        The inner solver, ``(hparams, *args) -> params``.
-
-    Raises:
-        TypeError: if an argument is of the wrong type.
-        ValueError: as `iterate`.
+    ``inner_loss`` is a pure function ``(params, hparams, *args) -> scalar``, and ``optimizer`` a
+    pair of functions ``(init, update)`` such as ``hf.optim.sgd(lr=0.1)``. With ``inputs``, step $t$
+    takes the gradient of ``inner_loss(params, hparams, *args, inputs_t)``. All other arguments are
+    those of `iterate`, and so are the result and the errors.
 
     Example:
-        >>> solver = hf.minimize(
-        ...     lambda w, h: ((w - h) ** 2).sum(),
-        ...     hf.optim.sgd(lr=0.1),
-        ...     100,
-        ...     init=lambda h: torch.zeros_like(h),
-        ... )
+        >>> inner_loss = lambda w, h: ((w - h) ** 2).sum()
+        >>> solver = hf.minimize(inner_loss, hf.optim.sgd(lr=0.1), 100, init=torch.zeros_like)
         >>> solver(torch.tensor([1.0, 2.0]))
         tensor([1.0000, 2.0000])
     """
@@ -205,7 +184,7 @@ class FlatSteps:
         return (*leaves, *memory)
 
     @property
-    def structure(self) -> tuple[trees.TreeSpec, trees.TreeSpec]:
+    def structure(self) -> Specs:
         """The structures of the params and of the memory."""
         return self._params_spec, self._memory_spec
 
@@ -235,7 +214,9 @@ class FlatSteps:
                 result = trees.where(active, result, state)
             if not self.can_stop:
                 return result
-            return (*result, self._is_small(tracking.detach(new), tracking.detach(old)))
+            new, old = tracking.detach(new), tracking.detach(old)
+            change, size = trees.norm(trees.sub(new, old)), trees.norm(new)
+            return (*result, change <= self._atol + self._rtol * size)
 
         return advance
 
@@ -246,8 +227,7 @@ class FlatSteps:
         inputs: Iterable[Any],
     ) -> Leaves:
         """The state after one step for each of the inputs, or fewer if the solver stops early."""
-        done: Tensor | None = None
-        active: Tensor | None = None
+        done = active = None
         for extra in inputs:
             outputs = advance(active, state, extra)
             state = outputs[: len(state)]
@@ -259,10 +239,6 @@ class FlatSteps:
                     break
                 active = None if remaining == batching.count_tasks(done) else ~done
         return state
-
-    def _is_small(self, new: Leaves, old: Leaves) -> Tensor:
-        change = trees.norm(trees.sub(new, old))
-        return change <= self._atol + self._rtol * trees.norm(new)
 
 
 def block_size(num_steps: int) -> int:
@@ -284,21 +260,19 @@ def _compiled(
     variables = compiler.read()
 
     def take(active: Tensor | None, state: Leaves, block: Any) -> Leaves:
-        row, row_spec = trees.flatten(block)
+        rows, rows_spec = trees.flatten(block)
         flags = () if active is None else (active,)
-        low, high = len(flags) + len(state), len(flags) + len(state) + len(tensors)
+        sizes = (len(flags), len(state), len(tensors))
 
         def compute(*operands: Tensor) -> Leaves:
-            advance = steps.bind(*frame.fill(operands[low:high]))
-            outputs = operands[len(flags) : low]
-            for extra in trees.unflatten(row_spec, operands[high:]):
-                active = operands[0] if flags else None
-                outputs = advance(active, outputs[: len(state)], extra)
+            flags, outputs, held, rows = split(operands, *sizes)
+            advance = steps.bind(*frame.fill(held))
+            for extra in trees.unflatten(rows_spec, rows):
+                outputs = advance(flags[0] if flags else None, outputs[: sizes[1]], extra)
             return outputs
 
-        key = (len(flags), frame, row_spec, *steps.structure)
-        operands = (*flags, *state, *tensors, *row)
-        result: Leaves = compiler.call(compute, key, variables, operands)
+        key = (len(flags), frame, rows_spec, *steps.structure)
+        result: Leaves = compiler.call(compute, key, variables, (*flags, *state, *tensors, *rows))
         return result
 
     return take

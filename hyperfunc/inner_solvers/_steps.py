@@ -17,11 +17,12 @@ from hyperfunc.inner_solvers._proximal import ProximalLoss
 from hyperfunc.optim._leafwise import Leafwise
 from hyperfunc.optim._rules import SGD
 
-# Steps that are compiled as one, at most: the time of compiling grows with them.
-_LONGEST_BLOCK = 4
-
 FlatStep = Callable[[Leaves, Leaves, tuple[Any, ...]], tuple[Leaves, Leaves]]
 """``(params, memory, further arguments) -> (next params, next memory)``, all of them leaves."""
+
+
+Specs = tuple[trees.TreeSpec, trees.TreeSpec]
+"""The structures of the params and of the memory."""
 
 
 class Step(Protocol):
@@ -29,17 +30,9 @@ class Step(Protocol):
 
     def remember(self, params: TensorTree, /) -> TensorTree:
         """The memory before the first step."""
-        ...
 
-    def bind(
-        self,
-        specs: tuple[trees.TreeSpec, trees.TreeSpec],
-        like: Leaves,
-        hparams: TensorTree,
-        args: tuple[Any, ...],
-    ) -> FlatStep:
+    def bind(self, specs: Specs, like: Leaves, hparams: Any, args: tuple[Any, ...]) -> FlatStep:
         """The step at given arguments, for params and memory of given structures."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +42,7 @@ class MapStep:
     def remember(self, params: TensorTree, /) -> TensorTree:
         return ()
 
-    def bind(
-        self,
-        specs: tuple[trees.TreeSpec, trees.TreeSpec],
-        like: Leaves,
-        hparams: TensorTree,
-        args: tuple[Any, ...],
-    ) -> FlatStep:
+    def bind(self, specs: Specs, like: Leaves, hparams: Any, args: tuple[Any, ...]) -> FlatStep:
         def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
             params = self.fixed_point(trees.unflatten(specs[0], leaves), hparams, *args, *extra)
             return _checked(params, leaves, specs[0], "the step's result", "params"), memory
@@ -71,20 +58,12 @@ class DescentStep:
     def remember(self, params: TensorTree, /) -> TensorTree:
         return self.optimizer.init(params)
 
-    def bind(
-        self,
-        specs: tuple[trees.TreeSpec, trees.TreeSpec],
-        like: Leaves,
-        hparams: TensorTree,
-        args: tuple[Any, ...],
-    ) -> FlatStep:
-        loss, spec = self.inner_loss, specs[0]
-        optimizer = self.optimizer.update
+    def bind(self, specs: Specs, like: Leaves, hparams: Any, args: tuple[Any, ...]) -> FlatStep:
+        loss, optimizer, spec = self.inner_loss, self.optimizer.update, specs[0]
         update = self._update(specs, like, hparams)
         regulariser, rate = None, None
         if isinstance(loss, ProximalLoss):
-            regulariser = loss.at(hparams, like, spec)
-            loss = loss.loss
+            regulariser, loss = loss.at(hparams, like, spec), loss.loss
             if isinstance(optimizer, SGD) and not isinstance(regulariser.weight, Tensor):
                 rate = optimizer.plain_rate(like, hparams)
         operands, structure = trees.flatten((hparams, args))
@@ -108,7 +87,7 @@ class DescentStep:
         return step
 
     def _update(
-        self, specs: tuple[trees.TreeSpec, trees.TreeSpec], like: Leaves, hparams: TensorTree
+        self, specs: Specs, like: Leaves, hparams: TensorTree
     ) -> Callable[[Leaves, Leaves, Leaves], tuple[Leaves, Leaves]]:
         update = self.optimizer.update
         if isinstance(update, Leafwise):

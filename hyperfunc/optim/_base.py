@@ -79,7 +79,7 @@ def check_optimizer(optimizer: Any, caller: str) -> Optimizer:
 
     Args:
         optimizer: what a user passed.
-        caller: the function that it was passed to; the error begins with it.
+        caller: the function that it was passed to, with which the error begins.
 
     Returns:
         The optimiser itself.
@@ -94,12 +94,11 @@ def check_optimizer(optimizer: Any, caller: str) -> Optimizer:
     """
     if isinstance(optimizer, Optimizer):
         return optimizer
-    if isinstance(optimizer, torch.optim.Optimizer):
-        name = class_name(type(optimizer))
-        got, advice = f"an instance of {name}", f"Write hf.optim.from_torch({name}, lr=...)"
-    elif inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer):
-        name = class_name(optimizer)
-        got, advice = f"the class {name}", f"Write hf.optim.from_torch({name}, lr=...)"
+    kind = optimizer if inspect.isclass(optimizer) else type(optimizer)
+    if issubclass(kind, torch.optim.Optimizer):
+        name = class_name(kind)
+        got = f"the class {name}" if kind is optimizer else f"an instance of {name}"
+        advice = f"Write hf.optim.from_torch({name}, lr=...)"
     elif inspect.isfunction(optimizer) and optimizer.__module__.startswith("hyperfunc.optim"):
         got = f"the function hf.optim.{optimizer.__name__}"
         advice = f"Call it: hf.optim.{optimizer.__name__}(lr=...)"
@@ -154,18 +153,15 @@ def values_by_leaf(
     spec: trees.TreeSpec,
 ) -> list[tuple[Any, ...]]:
     """The values of all coefficients for each leaf; one and the same tuple if leaves share them."""
-    columns = []
-    shared = []
-    for key, coefficient in coefficients.items():
-        value = evaluate(name, key, coefficient, hparams)
-        shared.append(is_single(value))
-        columns.append(
-            [value] * len(leaves)
-            if shared[-1]
-            else _broadcast_prefix(f"{name}: {key}", value, params, leaves, spec)
-        )
-    if all(shared):
-        return [tuple(column[0] for column in columns)] * len(leaves) if leaves else []
+    values = {key: evaluate(name, key, value, hparams) for key, value in coefficients.items()}
+    if all(is_single(value) for value in values.values()):
+        return [tuple(values.values())] * len(leaves)
+    columns = [
+        [value] * len(leaves)
+        if is_single(value)
+        else _broadcast_prefix(f"{name}: {key}", value, params, leaves, spec)
+        for key, value in values.items()
+    ]
     return list(zip(*columns, strict=True))
 
 
@@ -197,14 +193,12 @@ def class_name(optimizer_class: type) -> str:
     return f"{optimizer_class.__module__}.{optimizer_class.__qualname__}"
 
 
+_BELOW_ONE = (0.0, math.nextafter(1.0, 0.0), "in [0, 1)")
+_ANY = (-math.inf, math.inf, "that is not NaN")
 _RANGES: dict[str, tuple[float, float, str]] = {
     "alpha": (0.0, 1.0, "in [0, 1]"),
-    "beta": (0.0, math.nextafter(1.0, 0.0), "in [0, 1)"),
-    "betas[0]": (0.0, math.nextafter(1.0, 0.0), "in [0, 1)"),
-    "betas[1]": (0.0, math.nextafter(1.0, 0.0), "in [0, 1)"),
-    "dampening": (-math.inf, math.inf, "that is not NaN"),
-    "lower": (-math.inf, math.inf, "that is not NaN"),
-    "upper": (-math.inf, math.inf, "that is not NaN"),
+    **dict.fromkeys(("beta", "betas[0]", "betas[1]"), _BELOW_ONE),
+    **dict.fromkeys(("dampening", "lower", "upper"), _ANY),
 }
 _AT_LEAST_ZERO = (0.0, math.inf, "of at least 0")
 _KINDS = (
@@ -215,15 +209,13 @@ _KINDS = (
 
 def _check_values(name: str, key: str, value: Any, label: str) -> None:
     low, high, words = _RANGES.get(key, _AT_LEAST_ZERO)
-    leaves, spec = (
-        ([value], None) if isinstance(value, int | float | Tensor) else trees.flatten(value)
-    )
+    leaves, spec = trees.flatten(value)
     if not leaves:
         raise TypeError(f"{name}: {label} is {describe(value)}; expected {_KINDS}")
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             continue
-        path = label if spec is None else trees.paths(spec, label)[index]
+        path = trees.paths(spec, label)[index]
         if not is_number(leaf):
             got = f"a tensor of dtype {leaf.dtype}" if isinstance(leaf, Tensor) else describe(leaf)
             raise TypeError(f"{name}: {path} is {got}; expected {_KINDS}")
@@ -231,21 +223,24 @@ def _check_values(name: str, key: str, value: Any, label: str) -> None:
             raise ValueError(f"{name}: {path} is {leaf}; expected a number {words}")
 
 
+def match_prefix(label: str, tree: Any, params: TensorTree) -> list[tuple[Any, Any]]:
+    """The leaves of a tree that is a prefix of params, each with the part that it stands for."""
+    leaves, prefix = trees.flatten(tree)
+    try:
+        return list(zip(leaves, prefix.flatten_up_to(params), strict=True))
+    except ValueError as error:
+        raise ValueError(
+            f"{label} has another structure than params: got {prefix}, expected "
+            f"{trees.flatten(params)[1]} or that tree cut off at some depth"
+        ) from error
+
+
 def _broadcast_prefix(
     label: str, value: Any, params: TensorTree, leaves: Sequence[Tensor], spec: trees.TreeSpec
 ) -> list[Any]:
     """One value a leaf, from a tree that is a prefix of params."""
-    values, prefix = trees.flatten(value)
-    try:
-        subtrees = prefix.flatten_up_to(params)
-    except ValueError as error:
-        raise ValueError(
-            f"{label} has another structure than params: got {prefix}, expected {spec} or that "
-            f"tree cut off at some depth"
-        ) from error
-    column = []
-    for item, subtree in zip(values, subtrees, strict=True):
-        column += [item] * len(trees.flatten(subtree)[0])
+    parts = match_prefix(label, value, params)
+    column = [item for item, part in parts for _ in trees.flatten(part)[0]]
     for path, item, leaf in zip(trees.paths(spec, "params"), column, leaves, strict=True):
         if isinstance(item, Tensor) and not _broadcasts(item.shape, leaf.shape):
             raise ValueError(

@@ -64,16 +64,7 @@ def clip_grad_value(optimizer: Optimizer, clip_value: Coefficient) -> Optimizer:
 
         g <- min(max(g, -clip_value), clip_value)
 
-    Args:
-        optimizer: the `Optimizer` to wrap; its state is the state of the whole.
-        clip_value: at least 0; a `Coefficient`.
-
-    Returns:
-        An `Optimizer`.
-
-    Raises:
-        TypeError: something that is no `Optimizer`, or no coefficient.
-        ValueError: a number below 0.
+    ``clip_value`` is a `Coefficient`, at least 0. The rest is as for `clip_grad_norm`.
 
     Example:
         >>> optimizer = hf.optim.clip_grad_value(hf.optim.sgd(lr=1.0), clip_value=0.5)
@@ -104,9 +95,8 @@ class _ClippedByNorm(PrintsAsCall):
         limit = evaluate(self.name, "max_norm", self.max_norm, hparams)
         check_single(f"{self.name}: max_norm", limit, "use clip_grad_value")
         total = safe_root(trees.dot(leaves, leaves))
-        factor = (limit / (total + 1e-6)).clamp(max=1.0)
-        clipped = trees.unflatten(spec, trees.scale(factor, leaves))
-        return self.optimizer.update(clipped, state, params, hparams)
+        clipped = trees.scale((limit / (total + 1e-6)).clamp(max=1.0), leaves)
+        return self.optimizer.update(trees.unflatten(spec, clipped), state, params, hparams)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

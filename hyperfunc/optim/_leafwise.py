@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.flat import split
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._torch.tracking import is_tracked, transforms_active
 from hyperfunc._types import Leaves, TensorTree
@@ -51,7 +52,7 @@ class Leafwise(PrintsAsCall, abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, t: Any, *coefficients: Any) -> tuple[Any, ...]:
-        """What step number ``t``, counted from 1, needs of the values of the coefficients."""
+        """What step ``t``, counted from 1, needs of the values of the coefficients."""
 
     @abc.abstractmethod
     def step(
@@ -70,18 +71,13 @@ class Leafwise(PrintsAsCall, abc.ABC):
 
     def init(self, params: TensorTree) -> State:
         leaves, spec = trees.flatten_floating(params, "params")
-        filled: dict[str, TensorTree] = {}
+        filled: dict[str, TensorTree] = dict.fromkeys(self.slots, params)
         for slot, start in self.slots.items():
-            if start is None:
-                filled[slot] = params
-                continue
-            rows = values_by_leaf(
-                self.name, {"initial_accumulator_value": start}, None, params, leaves, spec
-            )
-            filled[slot] = trees.unflatten(
-                spec,
-                [filled_like(leaf, value) for leaf, (value,) in zip(leaves, rows, strict=True)],
-            )
+            if start is not None:
+                given = {"initial_accumulator_value": start}
+                rows = values_by_leaf(self.name, given, None, params, leaves, spec)
+                pairs = zip(leaves, rows, strict=True)
+                filled[slot] = trees.unflatten(spec, [_filled_like(w, *row) for w, row in pairs])
         return State(torch.zeros((), dtype=torch.int64, device="cpu"), filled)
 
     def __call__(
@@ -89,17 +85,12 @@ class Leafwise(PrintsAsCall, abc.ABC):
     ) -> tuple[TensorTree, State]:
         grad_leaves, leaves, spec = flatten_like_params(self.name, grads, params)
         slots = sorted(self.slots)
-        memory = _flatten_slots(self.name, state, slots, spec)
-        flat = tuple(leaf for slot in memory for leaf in slot)
+        flat = self._flatten_slots(state, slots, spec)
         update = self.bind(leaves, spec, hparams)
         new, (step, *rest) = update(leaves, grad_leaves, (state.step, *flat))
-        step = step if self.timed else step + 1
-        n = len(leaves)
-        filled = {
-            slot: trees.unflatten(spec, rest[index * n : (index + 1) * n])
-            for index, slot in enumerate(slots)
-        }
-        return trees.unflatten(spec, new), State(step, filled)
+        *parts, _ = split(rest, *[len(leaves)] * len(slots))
+        filled = dict(zip(slots, [trees.unflatten(spec, part) for part in parts], strict=True))
+        return trees.unflatten(spec, new), State(step if self.timed else step + 1, filled)
 
     def bind(
         self, like: Leaves, spec: trees.TreeSpec, hparams: Any
@@ -127,8 +118,8 @@ class Leafwise(PrintsAsCall, abc.ABC):
             values = prepared(_step_number(state[0])) if constant is None else constant
             new_leaves = []
             new_state = [state[0] + 1 if self.timed else state[0], *state[1:]]
-            for index, (leaf, grad, c) in enumerate(zip(leaves, grads, values, strict=True)):
-                dtype = dtypes[index]
+            leafwise = zip(leaves, grads, values, dtypes, strict=True)
+            for index, (leaf, grad, c, dtype) in enumerate(leafwise):
                 before = tuple([state[place + index] for place in places])
                 if dtype is leaf.dtype:
                     new, after = self.step(leaf, grad, before, c)
@@ -142,6 +133,25 @@ class Leafwise(PrintsAsCall, abc.ABC):
             return tuple(new_leaves), tuple(new_state)
 
         return update
+
+    def _flatten_slots(self, state: Any, slots: list[str], spec: trees.TreeSpec) -> list[Tensor]:
+        """The leaves of all slots, in the order of these names."""
+        if not isinstance(state, State) or set(state.slots) != set(slots):
+            got = f"slots {sorted(state.slots)}" if isinstance(state, State) else describe(state)
+            raise TypeError(
+                f"{self.name}: state has {got}; expected a State with slots {slots}. "
+                f"Make it with the init of this same optimiser: state = optimizer.init(params)"
+            )
+        flat = []
+        for slot in slots:
+            leaves, slot_spec = trees.flatten(state.slots[slot])
+            if slot_spec != spec:
+                raise ValueError(
+                    f"{self.name}: state.slots[{slot!r}] has another structure than params: got "
+                    f"{slot_spec}, expected {spec}. Make it with state = optimizer.init(params)"
+                )
+            flat += leaves
+        return flat
 
 
 def axpy(alpha: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -193,7 +203,7 @@ def after_first(t: Any) -> Any:
     return (t - 1).clamp(max=1) if isinstance(t, Tensor) else min(t - 1, 1)
 
 
-def filled_like(leaf: Tensor, value: Any) -> Tensor:
+def _filled_like(leaf: Tensor, value: Any) -> Tensor:
     zeros = torch.zeros_like(leaf)
     return zeros if is_zero(value) else zeros + value
 
@@ -206,25 +216,3 @@ def _step_number(step: Tensor) -> Any:
         except RuntimeError:  # batched by vmap
             pass
     return step.to(torch.float64) + 1
-
-
-def _flatten_slots(
-    name: str, state: Any, slots: Sequence[str], spec: trees.TreeSpec
-) -> list[list[Tensor]]:
-    """The leaves of each slot, in the order of these names."""
-    if not isinstance(state, State) or set(state.slots) != set(slots):
-        got = f"slots {sorted(state.slots)}" if isinstance(state, State) else describe(state)
-        raise TypeError(
-            f"{name}: state has {got}; expected a State with slots {sorted(slots)}. "
-            f"Make it with the init of this same optimiser: state = optimizer.init(params)"
-        )
-    flat = []
-    for slot in slots:
-        leaves, slot_spec = trees.flatten(state.slots[slot])
-        if slot_spec != spec:
-            raise ValueError(
-                f"{name}: state.slots[{slot!r}] has another structure than params: got "
-                f"{slot_spec}, expected {spec}. Make it with state = optimizer.init(params)"
-            )
-        flat.append(leaves)
-    return flat

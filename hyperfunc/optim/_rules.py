@@ -130,7 +130,7 @@ def heavy_ball(lr: Coefficient, beta: Coefficient) -> Optimizer:
 
     Raises:
         ValueError: a number out of its range.
-        TypeError: a coefficient of no kind that is known.
+        TypeError: a coefficient of another kind.
 
     Example:
         >>> optimizer = hf.optim.heavy_ball(lr=0.1, beta=0.5)
@@ -192,16 +192,14 @@ def adam(
         weight_decay: factor of ``w`` that is added to the gradient, at least 0.
         amsgrad: never let the scale of the steps grow again.
         maximize: climb instead of descend.
-        decoupled_weight_decay: shrink ``w`` by ``1 - lr * weight_decay`` instead of adding to the
-            gradient, as `adamw` does.
+        decoupled_weight_decay: shrink ``w`` by ``1 - lr * weight_decay`` instead, as `adamw` does.
 
     Returns:
-        An `Optimizer` with slots ``exp_avg``, ``exp_avg_sq`` and, with ``amsgrad``,
-        ``max_exp_avg_sq``.
+        An `Optimizer` with slots ``exp_avg``, ``exp_avg_sq``, and ``max_exp_avg_sq`` for amsgrad.
 
     Raises:
         ValueError: a number out of its range.
-        TypeError: ``betas`` that are not a pair, or a coefficient of no kind that is known.
+        TypeError: ``betas`` that are not a pair, or a coefficient of another kind.
 
     Example:
         A zero gradient is no obstacle to derivatives: the first step is ``-lr g / (|g| + eps)``,
@@ -238,20 +236,7 @@ def adamw(
 
     with m^ and v^ the averages of the bare gradient, as in `adam`.
 
-    Args:
-        lr: step size, at least 0; a `Coefficient`, as are both betas, ``eps`` and ``weight_decay``.
-        betas: decays of the two averages, each in [0, 1).
-        eps: added to the root, at least 0.
-        weight_decay: rate of decay, relative to ``lr``, at least 0.
-        amsgrad: never let the scale of the steps grow again.
-        maximize: climb instead of descend.
-
-    Returns:
-        An `Optimizer` with the slots of `adam`.
-
-    Raises:
-        ValueError: a number out of its range.
-        TypeError: ``betas`` that are not a pair, or a coefficient of no kind that is known.
+    The arguments, slots and errors are those of `adam`, with ``weight_decay`` relative to ``lr``.
 
     Example:
         >>> optimizer = hf.optim.adamw(lr=0.1, weight_decay=lambda hparams: hparams)
@@ -308,18 +293,14 @@ class _Adam(Leafwise):
 
     def step(self, leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
         rate, gain1, beta2, gain2, eps, weight_decay, shrink = c
-        if self.decoupled_weight_decay:
-            grad = regularised(grad, leaf, 0.0, self.maximize)
-            leaf = scale(1 - shrink, leaf)
-        else:
-            grad = regularised(grad, leaf, weight_decay, self.maximize)
+        decoupled = self.decoupled_weight_decay
+        grad = regularised(grad, leaf, 0.0 if decoupled else weight_decay, self.maximize)
+        leaf = scale(1 - shrink, leaf) if decoupled else leaf
         mean = torch.lerp(slots[0], grad, gain1)
         square = average_square(slots[1], grad, beta2, gain2)
-        if not self.amsgrad:
-            return quotient_step(leaf, rate, mean, square, eps), (mean, square)
-        largest = torch.maximum(slots[2], square)
-        new = quotient_step(leaf, rate, mean, largest, eps)
-        return new, (mean, square, largest)
+        largest = (torch.maximum(slots[2], square),) if self.amsgrad else ()
+        new = quotient_step(leaf, rate, mean, *(largest or (square,)), eps)
+        return new, (mean, square, *largest)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -346,25 +327,14 @@ def rmsprop(
         v_t = alpha v_{t-1} + (1 - alpha) g_t^2
         b_t = momentum b_{t-1} + g_t / (sqrt(v_t) + eps),    w_t = w_{t-1} - lr b_t.
 
-    With ``centered`` the root is of ``v_t - m_t^2``, the variance, where m is the same average of
-    the gradient.
+    With ``centered`` the root is of the variance ``v_t - m_t^2``, m the average of the gradient.
 
-    Args:
-        lr: step size, at least 0; a `Coefficient`, as are the next four.
-        alpha: decay of the averages, in [0, 1].
-        eps: added to the root, at least 0.
-        weight_decay: factor of ``w`` that is added to the gradient, at least 0.
-        momentum: decay of the buffer b, at least 0.
-        centered: divide by the standard deviation instead of the root mean square.
-        maximize: climb instead of descend.
+    ``alpha``, in [0, 1], is the decay of the averages. All other arguments are those of `sgd`, with
+    ``eps`` as in `adam`, and so are the errors.
 
     Returns:
-        An `Optimizer` with slots ``square_avg``, with momentum ``momentum_buffer``, and with
-        ``centered`` ``grad_avg``.
-
-    Raises:
-        ValueError: a number out of its range.
-        TypeError: a coefficient of no kind that is known.
+        An `Optimizer` with slots ``square_avg``, ``momentum_buffer`` (with momentum) and
+        ``grad_avg`` (with ``centered``).
 
     Example:
         The first step is ``lr / sqrt(1 - alpha)`` long, whatever the gradient:
@@ -401,27 +371,22 @@ class _RMSprop(Leafwise):
     name = "rmsprop"
     keys = ("lr", "alpha", "eps", "weight_decay", "momentum")
 
-    def prepare(
-        self, t: Any, lr: Any, alpha: Any, eps: Any, weight_decay: Any, momentum: Any
-    ) -> Any:
-        return -lr, alpha, 1 - alpha, eps, weight_decay, momentum
+    def prepare(self, t: Any, lr: Any, alpha: Any, *others: Any) -> Any:
+        return -lr, alpha, 1 - alpha, *others
 
     def step(self, leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
         rate, alpha, gain, eps, weight_decay, momentum = c
         grad = regularised(grad, leaf, weight_decay, self.maximize)
-        square = average_square(slots[0], grad, alpha, gain)
-        new_slots = [square]
+        square = spread = average_square(slots[0], grad, alpha, gain)
+        means: Leaves = ()
         if self.centered:
-            mean = torch.lerp(slots[-1], grad, gain)
+            means = (torch.lerp(slots[-1], grad, gain),)
             # Rounding can make the variance negative; its root would be NaN.
-            square = torch.addcmul(square, mean, mean, value=-1).clamp(min=0)
+            spread = torch.addcmul(square, *means, *means, value=-1).clamp(min=0)
         if is_zero(self.momentum):
-            new = quotient_step(leaf, rate, grad, square, eps)
-        else:
-            buffer = axpy(momentum, slots[1], grad / root_plus(square, eps))
-            new_slots.append(buffer)
-            new = axpy(rate, buffer, leaf)
-        return new, (*new_slots, mean) if self.centered else tuple(new_slots)
+            return quotient_step(leaf, rate, grad, spread, eps), (square, *means)
+        buffer = axpy(momentum, slots[1], grad / root_plus(spread, eps))
+        return axpy(rate, buffer, leaf), (square, buffer, *means)
 
 
 def adagrad(
@@ -440,21 +405,12 @@ def adagrad(
         s_t = s_{t-1} + g_t^2
         w_t = w_{t-1} - lr / (1 + (t - 1) lr_decay) g_t / (sqrt(s_t) + eps)
 
-    Args:
-        lr: step size, at least 0; a `Coefficient`, as are ``lr_decay``, ``weight_decay``, ``eps``.
-        lr_decay: how fast the step size falls with the number of steps, at least 0.
-        weight_decay: factor of ``w`` that is added to the gradient, at least 0.
-        initial_accumulator_value: s_0, at least 0; not a function, since ``init`` sees no hparams.
-        eps: added to the root, at least 0.
-        maximize: climb instead of descend.
+    The coefficient ``lr_decay`` and the number, tensor or tree ``initial_accumulator_value``, s_0,
+    are at least 0; the latter is no function, since ``init`` sees no hparams. All other arguments
+    are those of `sgd`, with ``eps`` as in `adam`, and so are the errors.
 
     Returns:
         An `Optimizer` with the slot ``sum``.
-
-    Raises:
-        ValueError: a number out of its range.
-        TypeError: a coefficient of no kind that is known; an ``initial_accumulator_value`` that is
-            a function.
 
     Example:
         >>> optimizer = hf.optim.adagrad(lr=1.0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.flat import split
 from hyperfunc._engine.operations import Recomputed, Recorded
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._types import Leaves, TensorTree
@@ -39,26 +40,24 @@ def from_torch(
 
     - options may be numbers, 0-d tensors or functions of ``hparams``, also within ``betas``;
     - derivatives with respect to gradients, parameters and state are right for Adadelta, Adamax,
-      NAdam, RAdam and Rprop, and with respect to ``lr`` for NAdam and RAdam. All others are
-      refused when they are asked for, since torch's own are missing or silently zero;
+      NAdam, RAdam and Rprop, and with respect to ``lr`` for NAdam and RAdam. All others, which
+      torch has not or silently has as zero, are refused when asked for;
     - ``vmap`` runs the step task by task.
 
     Args:
         optimizer_class: a subclass of ``torch.optim.Optimizer`` that works on dense gradients and
             needs no closure.
-        differentiable: states that the step of a class that is not in ``torch.optim`` is right when
-            it is differentiated in gradients, parameters and state with its own option
-            ``differentiable=True``. The classes named above need no such statement.
-        **options: the options of the class, but no ``params``: these go to ``init``. The first five
-            classes ignore ``foreach``, ``fused`` and ``capturable``, which change no result.
+        differentiable: states that the step of a class that is not in ``torch.optim`` has the right
+            derivatives in gradients, parameters and state under its option ``differentiable=True``.
+        **options: the options of the class, without ``params``. The first five classes ignore
+            ``foreach``, ``fused`` and ``capturable``, which change no result.
 
     Returns:
         An `Optimizer`.
 
     Raises:
         TypeError: something that is no such class; an option that it does not know.
-        ValueError: LBFGS and its like, which evaluate the loss themselves; SparseAdam; an option
-            out of its range.
+        ValueError: LBFGS and SparseAdam; an option out of its range.
         RuntimeError: a derivative that would be wrong, when it is taken.
 
     Example:
@@ -80,7 +79,6 @@ def from_torch(
         kept = {name: value for name, value in options.items() if name not in _EXECUTION_OPTIONS}
         return native(**kept)
     update = _TorchUpdate(optimizer_class, differentiable, options)
-    update.check()
     return Optimizer(Initializer(update), update)
 
 
@@ -153,7 +151,7 @@ class _TorchUpdate(PrintsAsCall):
         arguments = [self.name, *(f"{key}={value!r}" for key, value in options.items())]
         return f"from_torch({', '.join(arguments)})"
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         accepted = inspect.signature(self.optimizer_class).parameters
         if self.differentiable and "differentiable" not in accepted:
             raise TypeError(
@@ -166,7 +164,7 @@ class _TorchUpdate(PrintsAsCall):
     def init(self, params: TensorTree) -> State:
         leaves, _ = trees.flatten_floating(params, "params")
         with torch.no_grad():
-            zeros = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in leaves]
+            zeros = [_zeros(leaf) for leaf in leaves]
             _, states = self.rule.run(zeros, zeros, None, self.rule.placeholders, {})
         for entries in states:
             for key, value in entries.items():
@@ -175,13 +173,7 @@ class _TorchUpdate(PrintsAsCall):
                         f"from_torch: {self.name} keeps {key!r} in its state as {describe(value)}; "
                         f"expected tensors only, since a state is a pytree of tensors"
                     )
-        slots = tuple(
-            {
-                key: torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-                for key, x in sorted(entries.items())
-            }
-            for entries in states
-        )
+        slots = tuple({key: _zeros(x) for key, x in sorted(state.items())} for state in states)
         return State(torch.zeros((), dtype=torch.int64, device="cpu"), slots)
 
     def __call__(
@@ -190,20 +182,18 @@ class _TorchUpdate(PrintsAsCall):
         rule, name = self.rule, self.name
         right = _DIFFERENTIABLE.get(name, frozenset())
         grad_leaves, leaves, spec = flatten_like_params(name, grads, params)
-        if not (isinstance(state, State) and isinstance(state.slots, tuple)) or (
-            len(state.slots) != len(leaves)
-        ):
+        slots = state.slots if isinstance(state, State) else None
+        if not isinstance(slots, tuple) or len(slots) != len(leaves):
             raise TypeError(
                 f"{name}: got a state that is not one of from_torch({name}) for these params. "
                 f"Make it with state = optimizer.init(params)"
             )
-        slot_leaves, slot_spec = trees.flatten(state.slots)
-        values = [rule.evaluate(name, index, hparams) for index in range(len(rule.labels))]
+        slot_leaves, slot_spec = trees.flatten(slots)
+        values = rule.evaluate(name, hparams)
         n = len(leaves)
 
         def take_step(traced: bool, *inputs: Tensor) -> Leaves:
-            first, second, (steps, *rest) = inputs[:n], inputs[n : 2 * n], inputs[2 * n :]
-            slots, values = rest[: len(slot_leaves)], rest[len(slot_leaves) :]
+            first, second, (steps,), slots, values = split(inputs, n, n, 1, len(slot_leaves))
             numbers = [
                 value if traced and label in right else value.item()
                 for label, value in zip(rule.labels, values, strict=True)
@@ -215,14 +205,11 @@ class _TorchUpdate(PrintsAsCall):
 
         operands = (*leaves, *grad_leaves, state.step, *slot_leaves, *values)
         if self.differentiable or name in _DIFFERENTIABLE:
-            first_value = len(operands) - len(values)
             errors = {
-                first_value + index: (
-                    f"from_torch: the derivative of a step of {name} with respect to {label} is "
-                    f"wrong or missing in torch. Use one of the functions of hf.optim, which have "
-                    f"it for every coefficient"
-                )
-                for index, label in enumerate(rule.labels)
+                index: f"from_torch: the derivative of a step of {name} with respect to {label} is "
+                f"wrong or missing in torch. Use one of the functions of hf.optim, which have it "
+                f"for every coefficient"
+                for index, label in enumerate(rule.labels, len(operands) - len(values))
                 if label not in right
             }
         else:
@@ -249,11 +236,8 @@ class _TorchRule:
     ) -> None:
         self._class = optimizer_class
         self._leaves, self._spec = trees.flatten(options)
-        self._open = [
-            index
-            for index, leaf in enumerate(self._leaves)
-            if callable(leaf) or isinstance(leaf, Tensor)
-        ]
+        leaves = enumerate(self._leaves)
+        self._open = [i for i, leaf in leaves if callable(leaf) or isinstance(leaf, Tensor)]
         accepted = inspect.signature(optimizer_class).parameters
         labels, placeholders = [], []
         for key, value in sorted(options.items()):
@@ -261,16 +245,18 @@ class _TorchRule:
             placeholders += _placeholders(accepted.get(key), value)
         self.labels = [labels[index] for index in self._open]
         self.placeholders = [placeholders[index] for index in self._open]
-        self.traced_execution = {
-            "differentiable": True,
-            **{key: False for key in _EXECUTION_OPTIONS if key in accepted},
-        }
+        execution = dict.fromkeys((key for key in _EXECUTION_OPTIONS if key in accepted), False)
+        self.traced_execution = {"differentiable": True, **execution}
 
-    def evaluate(self, name: str, index: int, hparams: Any) -> Tensor:
-        label, coefficient = self.labels[index], self._leaves[self._open[index]]
-        value = evaluate(name, label, coefficient, hparams)
-        check_single(f"{name}: {label}", value, "use the functions of hf.optim")
-        return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    def evaluate(self, name: str, hparams: Any) -> list[Tensor]:
+        """The values of the open options."""
+        values = []
+        for label, index in zip(self.labels, self._open, strict=True):
+            value = evaluate(name, label, self._leaves[index], hparams)
+            check_single(f"{name}: {label}", value, "use the functions of hf.optim")
+            number = not isinstance(value, Tensor)
+            values.append(torch.tensor(value, dtype=torch.float64) if number else value)
+        return values
 
     def build(
         self, params: list[Tensor], values: Sequence[Any], execution: dict[str, Any]
@@ -278,11 +264,8 @@ class _TorchRule:
         leaves = list(self._leaves)
         for index, value in zip(self._open, values, strict=True):
             leaves[index] = value
-        optimizer_class: Any = self._class
-        built: torch.optim.Optimizer = optimizer_class(
-            params, **{**trees.unflatten(self._spec, leaves), **execution}
-        )
-        return built
+        options = {**trees.unflatten(self._spec, leaves), **execution}
+        return self._class(params, **options)
 
     def run(
         self,
@@ -307,6 +290,11 @@ class _TorchRule:
         for param in params:
             param.grad = None
         return params, [dict(optimizer.state[param]) for param in params]
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros outside of any ``vmap``."""
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
 
 
 def _placeholders(parameter: inspect.Parameter | None, value: Any) -> list[float]:
@@ -351,14 +339,9 @@ class _TaskByTask(Recomputed):
         return _TaskByTask(fn, self.errors)
 
     def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
-        tasks = [
-            Recorded.apply(
-                self,
-                *(
-                    x if dim is None else x.select(dim, task)
-                    for x, dim in zip(operands, in_dims, strict=True)
-                ),
-            )
-            for task in range(info.batch_size)
-        ]
+        pairs = list(zip(operands, in_dims, strict=True))
+        tasks = []
+        for task in range(info.batch_size):
+            rows = (x if dim is None else x.select(dim, task) for x, dim in pairs)
+            tasks.append(Recorded.apply(self, *rows))
         return tuple(torch.stack(values) for values in zip(*tasks, strict=True)), 0

@@ -45,13 +45,12 @@ Kuhn and Tucker, with params and multipliers as one tree. For :math:`\min_w \ell
         [-0.5000,  0.5000]]))
 
 The matrix :math:`\begin{pmatrix} H & C^\top \\ C & 0 \end{pmatrix}` of such a system is symmetric
-but indefinite, so `hyperfunc.CG` does not apply, and `hyperfunc.BiCGStab` may break down on the
-block of zeros: use `hyperfunc.GMRES` or `hyperfunc.NormalCG`. An inequality
-:math:`c(w) \le 0` enters as :math:`\mu\, c(w) = 0`, whose matrix is not symmetric, and which is
-singular where a constraint is active with multiplier zero: the solution has a kink there.
+but indefinite: use `hyperfunc.GMRES` or `hyperfunc.NormalCG`, as `hyperfunc.BiCGStab` may break
+down on the block of zeros. An inequality :math:`c(w) \le 0` enters as :math:`\mu\, c(w) = 0`, whose
+matrix is not symmetric, and singular where a constraint is active with multiplier zero: the
+solution has a kink there.
 
-References: Parikh and Boyd, Proximal algorithms, 2014; Bertrand et al., Implicit differentiation of
-Lasso-type models for hyperparameter optimization, 2020, arXiv 2002.08943.
+References: Parikh and Boyd, Proximal algorithms, 2014; Bertrand et al., 2020, arXiv 2002.08943.
 """
 
 # Here: one module a kind of operator. May import ``optim``, for its coefficients, and what that

@@ -37,8 +37,7 @@ class Prox:
     def __post_init__(self) -> None:
         for key, setting in self.settings.items():
             check_coefficient(f"prox.{self.name}", key, setting)
-        dims = self.dim if isinstance(self.dim, tuple) else (self.dim,)
-        if self.dim is not None and any(type(dim) is not int for dim in dims):
+        if self.dim is not None and any(type(dim) is not int for dim in _as_tuple(self.dim)):
             raise TypeError(
                 f"prox.{self.name}: dim is {describe(self.dim)}; expected an int, a tuple of ints, "
                 f"or None for all of a leaf"
@@ -51,23 +50,16 @@ class Prox:
         name = f"prox.{self.name}"
         if not isinstance(lr, int | float | Tensor):
             raise TypeError(f"{name}: lr is {describe(lr)}; expected a number or a 0-d tensor")
-        if hparams is None:
-            for key, setting in self.settings.items():
-                if callable(setting):
-                    raise TypeError(
-                        f"{name}: {key} is a function of hparams, but hparams is None. "
-                        f"Write prox(params, hparams, lr)"
-                    )
+        functions = [key for key, setting in self.settings.items() if callable(setting)]
+        if functions and hparams is None:
+            raise TypeError(
+                f"{name}: {functions[0]} is a function of hparams, but hparams is None. "
+                f"Write prox(params, hparams, lr)"
+            )
         leaves, spec = trees.flatten_floating(params, "params")
         rows = values_by_leaf(name, self.settings, hparams, params, leaves, spec)
-        if not self.settings:
-            rows = [()] * len(leaves)
-        paths = trees.paths(spec, "params")
-        moved = [
-            self._apply(leaf, path, (lr, *row))
-            for leaf, path, row in zip(leaves, paths, rows, strict=True)
-        ]
-        return trees.unflatten(spec, moved)
+        parts = zip(leaves, trees.paths(spec, "params"), rows, strict=True)
+        return trees.unflatten(spec, [self._apply(x, path, (lr, *row)) for x, path, row in parts])
 
     def _apply(self, leaf: Tensor, path: str, numbers: tuple[Any, ...]) -> Tensor:
         dims = self._dims(leaf, path)
@@ -94,7 +86,7 @@ class Prox:
     def _dims(self, leaf: Tensor, path: str) -> tuple[int, ...]:
         if self.dim is None:
             return tuple(range(leaf.ndim))
-        dims = self.dim if isinstance(self.dim, tuple) else (self.dim,)
+        dims = _as_tuple(self.dim)
         for dim in dims:
             if not -leaf.ndim <= dim < leaf.ndim:
                 raise ValueError(
@@ -103,6 +95,10 @@ class Prox:
                     f"hf.prox.blocks({{...}})"
                 )
         return tuple(sorted({dim % leaf.ndim for dim in dims}))
+
+
+def _as_tuple(dim: int | tuple[int, ...]) -> tuple[int, ...]:
+    return dim if isinstance(dim, tuple) else (dim,)
 
 
 def check_prox(prox: Any, caller: str) -> Callable[..., TensorTree]:

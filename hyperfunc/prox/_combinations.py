@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._types import TensorTree
+from hyperfunc.optim._base import match_prefix
 from hyperfunc.prox._base import check_prox
 
 
@@ -71,11 +72,8 @@ class _Joint:
         dtype = functools.reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
         flat = torch.cat([leaf.to(dtype).reshape(-1) for leaf in leaves])
         parts = self.prox(flat, hparams, lr).split([leaf.numel() for leaf in leaves])
-        moved = [
-            part.reshape(leaf.shape).to(leaf.dtype)
-            for part, leaf in zip(parts, leaves, strict=True)
-        ]
-        return trees.unflatten(spec, moved)
+        pairs = zip(parts, leaves, strict=True)
+        return trees.unflatten(spec, [x.reshape(like.shape).to(like.dtype) for x, like in pairs])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,13 +83,6 @@ class _Blocks:
     def __call__(
         self, params: TensorTree, hparams: TensorTree = None, lr: float | Tensor = 1.0
     ) -> TensorTree:
-        proxes, spec = trees.flatten(self.proxes)
-        try:
-            parts = spec.flatten_up_to(params)
-        except ValueError as error:
-            raise ValueError(
-                f"prox.blocks has another structure than params: got {spec}, expected "
-                f"{trees.flatten(params)[1]} or that tree cut off at some depth"
-            ) from error
-        moved = [prox(part, hparams, lr) for prox, part in zip(proxes, parts, strict=True)]
-        return trees.unflatten(spec, moved)
+        parts = match_prefix("prox.blocks", self.proxes, params)
+        moved = [prox(part, hparams, lr) for prox, part in parts]
+        return trees.unflatten(trees.flatten(self.proxes)[1], moved)

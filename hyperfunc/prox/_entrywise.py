@@ -17,8 +17,8 @@ def l1(weight: Coefficient = 1.0) -> Prox:
     .. math:: z_i = \mathrm{sign}(w_i) \max(|w_i| - \mathrm{lr}\; \mathrm{weight}_i, 0)
 
     Args:
-        weight: at least 0, one for all entries, for each leaf or for each entry; see the top of
-            this page. A tree such as ``{"w": 1.0, "b": 0.0}`` leaves an intercept alone.
+        weight: at least 0, one for all entries, for each leaf or for each entry. A tree such as
+            ``{"w": 1.0, "b": 0.0}`` leaves an intercept alone.
 
     Returns:
         A `Prox`.
@@ -40,16 +40,7 @@ def elastic_net(l1: Coefficient = 1.0, l2: Coefficient = 1.0) -> Prox:
 
     .. math:: z_i = \mathrm{sign}(w_i) \max(|w_i| - \mathrm{lr}\; l_1, 0) / (1 + \mathrm{lr}\; l_2)
 
-    Args:
-        l1: weight of the sum of absolute values, at least 0, as in `hyperfunc.prox.l1`.
-        l2: weight of half the sum of squares, likewise.
-
-    Returns:
-        A `Prox`.
-
-    Raises:
-        ValueError: a number below 0.
-        TypeError: a weight of another kind.
+    Both weights, and the errors, are as for `hyperfunc.prox.l1`.
 
     Example:
         >>> hf.prox.elastic_net(l1=1.0, l2=1.0)(torch.tensor([3.0, -0.5]), None, 1.0)
@@ -64,9 +55,6 @@ def elastic_net(l1: Coefficient = 1.0, l2: Coefficient = 1.0) -> Prox:
 def non_negative() -> Prox:
     r"""The projection onto :math:`w \ge 0`: each entry becomes :math:`\max(w_i, 0)`.
 
-    Returns:
-        A `Prox`.
-
     Example:
         >>> hf.prox.non_negative()(torch.tensor([1.0, -2.0]))
         tensor([1., 0.])
@@ -78,9 +66,8 @@ def box(lower: Coefficient = 0.0, upper: Coefficient = 1.0) -> Prox:
     r"""The projection onto :math:`\mathrm{lower} \le w \le \mathrm{upper}`, entry by entry.
 
     Args:
-        lower: the lower bound; minus infinity is none. One for all entries, for each leaf or for
-            each entry.
-        upper: the upper bound, not below ``lower``, likewise.
+        lower: the lower bound, given as the weight of `l1`; minus infinity is none.
+        upper: the upper bound, not below ``lower``.
 
     Returns:
         A `Prox`.
@@ -100,10 +87,7 @@ def box(lower: Coefficient = 0.0, upper: Coefficient = 1.0) -> Prox:
 
 
 def identity() -> Prox:
-    """No regulariser and no constraint, for parts of params in `blocks`.
-
-    Returns:
-        A `Prox` that returns params as they are.
+    """No regulariser and no constraint: params as they are, for parts of them in `blocks`.
 
     Example:
         >>> hf.prox.identity()(torch.tensor([3.0, -4.0]))

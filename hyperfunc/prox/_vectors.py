@@ -15,8 +15,7 @@ def group_lasso(weight: Coefficient = 1.0, dim: Dim = None) -> Prox:
     .. math:: z_v = \max\Big(1 - \frac{\mathrm{lr}\; \mathrm{weight}_v}{\|w_v\|}, 0\Big)\, w_v
 
     Args:
-        weight: at least 0, one for all vectors, for each leaf or for each vector (of size 1 in
-            ``dim``).
+        weight: at least 0, one for all vectors, for each leaf or for each vector, of size 1 in dim.
         dim: where the vectors v lie: ``None``, each leaf is one; otherwise along these dimensions.
 
     Returns:
@@ -43,18 +42,7 @@ def simplex(total: Coefficient = 1.0, dim: Dim = None) -> Prox:
 
     .. math:: z_i = \max(w_i - \tau, 0), \qquad \text{with } \tau \text{ such that the sum is right}
 
-    Args:
-        total: the sum, at least 0; 1 for probabilities. One for all vectors, for each leaf or for
-            each vector.
-        dim: where the vectors lie: ``None``, each leaf is one; otherwise along these dimensions.
-
-    Returns:
-        A `Prox`.
-
-    Raises:
-        ValueError: a number below 0; when called, a leaf without such a dimension, or a total that
-            varies within a vector.
-        TypeError: a total or ``dim`` of another kind.
+    ``total`` is at least 0, and 1 for probabilities. The rest is as for `group_lasso`.
 
     Example:
         >>> hf.prox.simplex()(torch.tensor([1.0, 0.8, -1.0]))
@@ -70,17 +58,7 @@ def simplex(total: Coefficient = 1.0, dim: Dim = None) -> Prox:
 def l1_ball(radius: Coefficient = 1.0, dim: Dim = None) -> Prox:
     r"""The projection of vectors onto :math:`\{\sum_i |z_i| \le \mathrm{radius}\}`.
 
-    Args:
-        radius: at least 0, one for all vectors, for each leaf or for each vector.
-        dim: where the vectors lie: ``None``, each leaf is one; otherwise along these dimensions.
-
-    Returns:
-        A `Prox`.
-
-    Raises:
-        ValueError: a number below 0; when called, a leaf without such a dimension, or a radius that
-            varies within a vector.
-        TypeError: a radius or ``dim`` of another kind.
+    ``radius`` is at least 0. The rest is as for `group_lasso`.
 
     Example:
         >>> hf.prox.l1_ball(radius=2.0)(torch.tensor([3.0, -2.0, 0.1]))
@@ -95,17 +73,7 @@ def l1_ball(radius: Coefficient = 1.0, dim: Dim = None) -> Prox:
 def l2_ball(radius: Coefficient = 1.0, dim: Dim = None) -> Prox:
     r"""The projection of vectors onto :math:`\{\|z\| \le \mathrm{radius}\}`, with the 2-norm.
 
-    Args:
-        radius: at least 0, one for all vectors, for each leaf or for each vector.
-        dim: where the vectors lie: ``None``, each leaf is one; otherwise along these dimensions.
-
-    Returns:
-        A `Prox`.
-
-    Raises:
-        ValueError: a number below 0; when called, a leaf without such a dimension, or a radius that
-            varies within a vector.
-        TypeError: a radius or ``dim`` of another kind.
+    ``radius`` is at least 0. The rest is as for `group_lasso`.
 
     Example:
         >>> hf.prox.l2_ball()(torch.tensor([3.0, 4.0]))
