@@ -57,17 +57,15 @@ def proximal_gradient_map(
 
     Args:
         loss: ``(params, hparams, *args) -> scalar``, the smooth part $\ell$, pure.
-        prox: ``(params, hparams, lr) -> params``, the proximal operator of $g$; see
-            `hyperfunc.prox`.
-        lr: the step size $\eta$, below 2 over the largest curvature of the loss: a number, a 0-d
-            tensor, or a function of the hparams. The operator gets its value.
+        prox: ``(params, hparams, lr) -> params``, the operator of $g$; see `hyperfunc.prox`.
+        lr: the step size $\eta$, as for `gradient_descent_map`, below 2 over the largest curvature
+            of the loss. The operator gets its value.
 
     Returns:
         The map ``(params, hparams, *args) -> params``.
 
     Raises:
-        TypeError: if ``loss`` or ``prox`` is not a function, or ``prox`` is a function of
-            `hyperfunc.prox` that was not called.
+        TypeError: if ``loss`` or ``prox`` is not a function, or ``prox`` still makes an operator.
 
     Example:
         The lasso, and the derivative of its solution with respect to the regulariser:

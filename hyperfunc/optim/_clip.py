@@ -35,9 +35,6 @@ def clip_grad_norm(optimizer: Optimizer, max_norm: Coefficient) -> Optimizer:
         optimizer: the `Optimizer` to wrap; its state is the state of the whole.
         max_norm: a number of at least 0, a 0-d tensor, or a function of hparams that returns one.
 
-    Returns:
-        An `Optimizer`.
-
     Raises:
         TypeError: something that is no `Optimizer`, or no such coefficient.
         ValueError: a number below 0.

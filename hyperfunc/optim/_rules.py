@@ -402,15 +402,12 @@ def adagrad(
 
     With g the gradient plus ``weight_decay * w`` (the gradient negated first with ``maximize``),
 
-        s_t = s_{t-1} + g_t^2
+        s_t = s_{t-1} + g_t^2    (the slot ``sum``)
         w_t = w_{t-1} - lr / (1 + (t - 1) lr_decay) g_t / (sqrt(s_t) + eps)
 
     The coefficient ``lr_decay`` and the number, tensor or tree ``initial_accumulator_value``, s_0,
     are at least 0; the latter is no function, since ``init`` sees no hparams. All other arguments
     are those of `sgd`, with ``eps`` as in `adam`, and so are the errors.
-
-    Returns:
-        An `Optimizer` with the slot ``sum``.
 
     Example:
         >>> optimizer = hf.optim.adagrad(lr=1.0)

@@ -52,9 +52,6 @@ def from_torch(
         **options: the options of the class, without ``params``. The first five classes ignore
             ``foreach``, ``fused`` and ``capturable``, which change no result.
 
-    Returns:
-        An `Optimizer`.
-
     Raises:
         TypeError: something that is no such class; an option that it does not know.
         ValueError: LBFGS and SparseAdam; an option out of its range.

@@ -5,7 +5,7 @@ The proximal operator of a function g, with step size lr, is
 .. math:: \mathrm{prox}_{\mathrm{lr}\, g}(w)
           = \arg\min_z \; \tfrac{1}{2} \lVert z - w \rVert^2 + \mathrm{lr}\; g(z, \lambda).
 
-Each function of this module makes one, a callable ``prox(params, hparams, lr) -> params`` for
+Each function of this module makes one, a callable ``(params, hparams=None, lr=1.0) -> params`` for
 `hyperfunc.proximal_gradient_map`. If g is the indicator of a set (zero inside, infinite outside),
 prox is the Euclidean projection onto the set, whatever ``lr`` is.
 

@@ -23,9 +23,6 @@ def joint(prox: Callable[..., TensorTree]) -> Callable[..., TensorTree]:
         prox: ``(params, hparams, lr) -> params``, called with a vector; such as
             ``hf.prox.l2_ball(3.0)``, which then bounds the norm of the whole tree.
 
-    Returns:
-        The operator ``(params, hparams=None, lr=1.0) -> params`` on trees.
-
     Raises:
         TypeError: ``prox`` is not a function, or is one that still makes an operator.
 
@@ -37,15 +34,11 @@ def joint(prox: Callable[..., TensorTree]) -> Callable[..., TensorTree]:
 
 
 def blocks(proxes: Any) -> Callable[..., TensorTree]:
-    r"""Give parts of params their own operators.
+    r"""Give parts of params their own operators, and all of them the same hparams.
 
     Args:
         proxes: a tree of operators with the structure of params cut off at any depth, such as
             ``{"weights": hf.prox.simplex(), "bias": hf.prox.identity()}``.
-
-    Returns:
-        The operator ``(params, hparams=None, lr=1.0) -> params``, which hands the same hparams to
-        all.
 
     Raises:
         TypeError: the tree holds something else than functions.

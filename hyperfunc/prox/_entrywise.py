@@ -20,9 +20,6 @@ def l1(weight: Coefficient = 1.0) -> Prox:
         weight: at least 0, one for all entries, for each leaf or for each entry. A tree such as
             ``{"w": 1.0, "b": 0.0}`` leaves an intercept alone.
 
-    Returns:
-        A `Prox`.
-
     Raises:
         ValueError: a number below 0.
         TypeError: a weight of another kind.
@@ -68,9 +65,6 @@ def box(lower: Coefficient = 0.0, upper: Coefficient = 1.0) -> Prox:
     Args:
         lower: the lower bound, given as the weight of `l1`; minus infinity is none.
         upper: the upper bound, not below ``lower``.
-
-    Returns:
-        A `Prox`.
 
     Raises:
         ValueError: numbers with ``lower > upper``.

@@ -18,9 +18,6 @@ def group_lasso(weight: Coefficient = 1.0, dim: Dim = None) -> Prox:
         weight: at least 0, one for all vectors, for each leaf or for each vector, of size 1 in dim.
         dim: where the vectors v lie: ``None``, each leaf is one; otherwise along these dimensions.
 
-    Returns:
-        A `Prox`.
-
     Raises:
         ValueError: a number below 0; when called, a leaf without such a dimension, or a weight that
             varies within a vector.
