@@ -139,10 +139,20 @@ def minimize(
 
     Implicit methods use the inner loss as their condition, whatever the optimiser.
 
-    ``inner_loss`` is a pure function ``(params, hparams, *args) -> scalar``, and ``optimizer`` a
-    pair of functions ``(init, update)`` such as ``hf.optim.sgd(lr=0.1)``. With ``inputs``, step $t$
-    takes the gradient of ``inner_loss(params, hparams, *args, inputs_t)``. All other arguments are
-    those of `iterate`, and so are the result and the errors.
+    Args:
+        inner_loss: ``(params, hparams, *args) -> scalar``, pure.
+        optimizer: a pair of functions ``(init, update)``, such as ``hf.optim.sgd(lr=0.1)``.
+        num_steps: the number of steps $T \ge 0$.
+        init: ``(hparams, *args) -> params``, the start $w_0$.
+        inputs: minibatches: a tree of tensors with leading dimension ``num_steps``; step $t$ takes
+            the gradient of ``inner_loss(params, hparams, *args, inputs_t)``. Implicit methods must
+            then be given a condition.
+        rtol: as for `iterate`, on the params.
+        atol: as for `iterate`.
+        compile: as for `iterate`.
+
+    Returns:
+        The inner solver, ``(hparams, *args) -> params``. Errors are those of `iterate`.
 
     Example:
         >>> inner_loss = lambda w, h: ((w - h) ** 2).sum()
