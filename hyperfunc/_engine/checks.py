@@ -11,14 +11,10 @@ from torch import Tensor
 def check_scalar(value: Any, name: str) -> Tensor:
     """Return a loss value if it is a floating-point scalar tensor, raise otherwise."""
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name} returned {type(value).__name__}; expected a scalar tensor"
-            + (
-                ". For an outer loss that returns (value, aux), pass has_aux=True"
-                if isinstance(value, tuple) and name == "outer_loss"
-                else ""
-            )
-        )
+        advice = ""
+        if isinstance(value, tuple) and name == "outer_loss":
+            advice = ". For an outer loss that returns (value, aux), pass has_aux=True"
+        raise TypeError(f"{name} returned {type(value).__name__}; expected a scalar tensor{advice}")
     if value.ndim != 0:
         raise ValueError(
             f"{name} returned a tensor of shape {tuple(value.shape)}; expected a scalar. "

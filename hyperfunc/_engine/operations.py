@@ -1,10 +1,9 @@
 """Functions of flat tensors with derivatives of their own making.
 
-An operation is a function of flat tensors that can run without recording a graph, and that knows
-the operations of its pull (vector-Jacobian product), its push (Jacobian-vector product) and its
-version for a batch. One `torch.autograd.Function`, `Recorded`, presents operations to autograd and
-to torch.func. It peels off one transform at a time, so that an operation itself always runs with no
-transform active, on plain tensors and on the fast engine.
+An operation can run without recording a graph, and knows the operations of its pull
+(vector-Jacobian product), its push (Jacobian-vector product) and its version for a batch. One
+`torch.autograd.Function`, `Recorded`, presents operations to autograd and to torch.func. It peels
+off one transform at a time, so that an operation itself runs on plain tensors and the fast engine.
 """
 
 from __future__ import annotations

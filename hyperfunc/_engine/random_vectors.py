@@ -1,8 +1,8 @@
 """Random vectors as a pure function of a seed.
 
-`torch.func.vmap` refuses torch's generators by default, and a solver must give the same numbers
-whenever it is called. So the entries come from a hash of their position and the seed: the same on
-every device and any number of ranks, in every call, and for every task.
+`torch.func.vmap` refuses torch's generators by default, and a solver must give the same numbers in
+every call. So the entries come from a hash of their position and the seed: the same on every
+device, for any number of ranks, and for every task.
 """
 
 from __future__ import annotations

@@ -15,8 +15,7 @@ from hyperfunc._types import TensorTree
 class RESULTS(enum.IntEnum):
     """Outcome of a solve; the code travels as an integer tensor, ``message`` is its explanation.
 
-    Codes above ``max_steps`` are failures: they raise by default and are returned with
-    ``throw=False``.
+    Codes above ``max_steps`` are failures, which raise unless ``throw=False``.
 
     Example:
         >>> hf.RESULTS(0)
@@ -108,9 +107,8 @@ class HypergradError(RuntimeError):
 
 def code_where(mask: Tensor, code: RESULTS | Tensor, other: RESULTS | Tensor) -> Tensor:
     """A code where the mask holds, else the other one; either may be a tensor of codes."""
-    then: Any = int(code) if isinstance(code, RESULTS) else code
-    otherwise: Any = int(other) if isinstance(other, RESULTS) else other
-    return torch.where(mask, then, otherwise)
+    codes: Any = (int(c) if isinstance(c, RESULTS) else c for c in (code, other))
+    return torch.where(mask, *codes)
 
 
 def find_failure(
@@ -120,11 +118,8 @@ def find_failure(
     failed = result > int(accepted)
     if not batching.any_true(failed.sum()):
         return None
-    code = next(
-        code
-        for code in RESULTS
-        if code > accepted and batching.count_true((result == int(code)).sum())
-    )
+    codes = [code for code in RESULTS if code > accepted]
+    code = next(c for c in codes if batching.count_true((result == int(c)).sum()))
     return code, of_tasks(failed, what)
 
 

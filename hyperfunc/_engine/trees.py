@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,10 +23,10 @@ NAMESPACE = "hyperfunc"
 def flatten(tree: Any, none_is_leaf: bool = False) -> tuple[list[Any], TreeSpec]:
     """Leaves and structure of a tree; ``None`` is an empty node, unless it is to be a leaf."""
     tensordicts.register(NAMESPACE)
-    leaves, spec = optree.tree_flatten(tree, none_is_leaf=none_is_leaf, namespace=NAMESPACE)
-    while containers.register_holders(leaves, NAMESPACE):
+    while True:
         leaves, spec = optree.tree_flatten(tree, none_is_leaf=none_is_leaf, namespace=NAMESPACE)
-    return list(leaves), spec
+        if not containers.register_holders(leaves, NAMESPACE):
+            return list(leaves), spec
 
 
 def unflatten(spec: TreeSpec, leaves: Sequence[Any]) -> Any:
@@ -111,24 +112,20 @@ def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:
             continue
         path = paths(spec, root)[index]
         if not isinstance(leaf, Tensor):
-            raise TypeError(
-                f"{path} is {_value_and_type(leaf)}; expected a floating-point tensor. "
-                f"{_advice(leaf)}"
-            )
-        if leaf.is_complex():
-            raise TypeError(
-                f"{path} has complex dtype {leaf.dtype}; hypergradients are defined here for real "
-                f"tensors. Use torch.view_as_real and torch.view_as_complex inside your functions"
-            )
-        if not leaf.is_floating_point():
-            raise TypeError(
-                f"{path} has dtype {leaf.dtype}; expected a floating-point tensor. "
-                f"Convert it (.float() or .double()) or pass it through *args"
-            )
-        raise TypeError(
-            f"{path} has layout {tracking.innermost(leaf).layout}; expected a dense (strided) "
-            f"tensor. Call .to_dense(), or pass sparse data through *args"
-        )
+            problem = f"is {_value_and_type(leaf)}; expected a floating-point tensor"
+            advice = _advice(leaf)
+        elif leaf.is_complex():
+            expected = "hypergradients are defined here for real tensors"
+            problem = f"has complex dtype {leaf.dtype}; {expected}"
+            advice = "Use torch.view_as_real and torch.view_as_complex inside your functions"
+        elif not leaf.is_floating_point():
+            problem = f"has dtype {leaf.dtype}; expected a floating-point tensor"
+            advice = "Convert it (.float() or .double()) or pass it through *args"
+        else:
+            layout = tracking.innermost(leaf).layout
+            problem = f"has layout {layout}; expected a dense (strided) tensor"
+            advice = "Call .to_dense(), or pass sparse data through *args"
+        raise TypeError(f"{path} {problem}. {advice}")
     return tuple(leaves), spec
 
 
@@ -172,10 +169,7 @@ def epsilon(leaves: Leaves) -> float:
 
 def dot(a: Leaves, b: Leaves) -> Tensor:
     """Euclidean inner product over all leaves, accumulated in `accumulation_dtype`."""
-    layout = sharding.layout_of(a)
-    if layout is not None:
-        return layout.sum(_local_dots(layout, ((a, b),)))[0]
-    return _dot(a, b)
+    return dots((a, b))[0]
 
 
 def dots(*pairs: tuple[Leaves, Leaves]) -> tuple[Tensor, ...]:
@@ -207,10 +201,7 @@ def norm(a: Leaves) -> Tensor:
 
 
 def may_overwrite(*vectors: Leaves) -> bool:
-    """Whether vectors that the caller alone holds may be written to, and combined with each other.
-
-    They may not where a derivative of one of them can be asked for.
-    """
+    """Whether vectors that the caller alone holds may be written to: none has a derivative."""
     return batching.may_overwrite([leaf for vector in vectors for leaf in vector])
 
 
@@ -276,8 +267,7 @@ def sum_is_finite(x: Leaves) -> Tensor:
         return all_finite(x)
     total = x[0].sum()
     for leaf in x[1:]:
-        term = leaf.sum()
-        total = total + (term if term.device == total.device else term.to(total.device))
+        total = total + leaf.sum().to(total.device)
     return torch.eq(total - total, 0)  # NaN where it is not finite
 
 
@@ -288,10 +278,7 @@ def all_finite(x: Leaves) -> Tensor:
         return torch.eq(layout.sum((~all_finite(layout.local(x))).to(torch.int32)), 0)
     # u - u is zero, or NaN where u is not finite: many times faster than isfinite of every entry
     flags = [torch.isfinite((u - u).sum()).to(x[0].device) for u in x]
-    result = flags[0]
-    for flag in flags[1:]:
-        result = result & flag
-    return result
+    return functools.reduce(torch.logical_and, flags)
 
 
 def ravel(x: Leaves, dtype: torch.dtype) -> Tensor:
@@ -320,10 +307,8 @@ def unravel(vector: Tensor, like: Leaves) -> Leaves:
     layout = sharding.layout_of(like)
     refs = like if layout is None else layout.local(like)
     parts = torch.split(vector, [ref.numel() for ref in refs])
-    x = tuple(
-        part.reshape(ref.shape).to(device=ref.device, dtype=ref.dtype)
-        for part, ref in zip(parts, refs, strict=True)
-    )
+    pairs = zip(parts, refs, strict=True)
+    x = tuple(part.reshape(ref.shape).to(device=ref.device, dtype=ref.dtype) for part, ref in pairs)
     return x if layout is None else layout.wrap(x, like)
 
 
@@ -371,10 +356,8 @@ def _advice(leaf: Any) -> str:
     if tensordicts.is_tensordict(leaf):
         return "Call .to_tensordict() on it, or pass it through *args"
     if hasattr(leaf, "__dict__"):
-        return (
-            f"If it holds tensors, register its class by optree.register_pytree_node(..., "
-            f"namespace={NAMESPACE!r})"
-        )
+        register = f"optree.register_pytree_node(..., namespace={NAMESPACE!r})"
+        return f"If it holds tensors, register its class by {register}"
     return "Write torch.tensor(...) around a number"
 
 

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable
-from hyperfunc._engine.results import (
-    RESULTS,
-    HypergradError,
-    SolveStats,
-    code_where,
-    find_failure,
-)
+from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, code_where, find_failure
 from hyperfunc._torch import batching, sharding
 from hyperfunc._types import InnerSolver, Leaves, ParamsFunction, TensorTree
 from hyperfunc.linear_solvers._base import check_stopping
@@ -29,7 +24,7 @@ _GROWTH = 10.0
 class AbstractFixedPointSolver(abc.ABC):
     """What every fixed-point solver provides: the call, and `inner_solver`.
 
-    A subclass is final: a frozen dataclass of its settings with one method that is private.
+    A subclass is a frozen dataclass of its settings with one method that is private.
     """
 
     maxiter: int
@@ -40,13 +35,10 @@ class AbstractFixedPointSolver(abc.ABC):
 
     def __post_init__(self) -> None:
         check_stopping(self)
-        batch_dim = self.batch_dim
-        if batch_dim is not None and (
-            isinstance(batch_dim, bool) or not isinstance(batch_dim, int)
-        ):
+        if isinstance(self.batch_dim, bool) or not isinstance(self.batch_dim, int | None):
             raise TypeError(
-                f"{type(self).__name__}: batch_dim is {batch_dim!r}; expected an integer, or None "
-                f"for one problem"
+                f"{type(self).__name__}: batch_dim is {self.batch_dim!r}; expected an integer, or "
+                f"None for one problem"
             )
 
     def __call__(
@@ -60,13 +52,13 @@ class AbstractFixedPointSolver(abc.ABC):
         Args:
             fixed_point: ``(params, hparams, *args) -> tree like params``.
             init: where to start: the solution for similar ``hparams`` saves steps.
-            hparams: passed on to ``fixed_point``.
-            args: passed on to ``fixed_point``.
+            hparams: passed on to ``fixed_point``, as ``args`` are.
+            args: further arguments.
 
         Returns:
-            The solution, a tree like ``init``, and its `hyperfunc.SolveStats`: steps taken (the map
-            is evaluated once more, to measure the last one), residual norm of the solution, and
-            result. With ``batch_dim`` they have shape ``(batch,)``.
+            The solution, a tree like ``init``, and its `hyperfunc.SolveStats`, of shape
+            ``(batch,)`` with ``batch_dim``: steps taken (the map is evaluated once more, to measure
+            the last one), residual norm of the solution, and result.
 
         Raises:
             HypergradError: for non-finite values and divergence, with ``throw``.
@@ -74,14 +66,13 @@ class AbstractFixedPointSolver(abc.ABC):
             ValueError: if the map changes structure, shape, dtype or device, or leaves have no
                 common batch dimension.
         """
-        layout = RowLayout.make(init, self.batch_dim)
-        apply = FlatMap(fixed_point, layout.spec, hparams, args)
-        rows, stats = _solve(self, self._iteration(layout, apply), layout)
+        problem = Problem.make(fixed_point, init, hparams, args, self.batch_dim)
+        rows, stats = _solve(self, self._iteration(problem), problem)
         if self.throw:
             raise_unless_solved(self, stats)
         if self.batch_dim is None:
             stats = SolveStats(*(field[0] for field in stats))
-        return trees.unflatten(layout.spec, layout.unpack(rows)), stats
+        return trees.unflatten(problem.spec, problem.unpack(rows)), stats
 
     def inner_solver(
         self, fixed_point: ParamsFunction, *, init: InnerSolver
@@ -93,8 +84,7 @@ class AbstractFixedPointSolver(abc.ABC):
             init: ``(hparams, *args) -> params``, where the solver starts.
 
         Returns:
-            The inner solver, for `hyperfunc.hypergrad` and `hyperfunc.implicit_diff`, which then
-            need no ``fixed_point=``.
+            The inner solver; with it, `hyperfunc.hypergrad` needs no ``fixed_point=``.
 
         Example:
             >>> solve = hf.fixed_point_solvers.Anderson().inner_solver(
@@ -108,19 +98,13 @@ class AbstractFixedPointSolver(abc.ABC):
         return FixedPointInnerSolver(self, fixed_point, init)
 
     @abc.abstractmethod
-    def _iteration(self, layout: RowLayout, apply: FlatMap) -> Iteration:
+    def _iteration(self, problem: Problem) -> Iteration:
         """What the solver does in one call."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FixedPointInnerSolver:
-    """An inner solver made by `AbstractFixedPointSolver.inner_solver`.
-
-    Attributes:
-        solver: the fixed-point solver.
-        fixed_point: the map that it solves.
-        init: ``(hparams, *args) -> params``, where it starts.
-    """
+    """An inner solver made by `AbstractFixedPointSolver.inner_solver`."""
 
     solver: AbstractFixedPointSolver
     fixed_point: ParamsFunction
@@ -176,51 +160,42 @@ class Point(NamedTuple):
         return self.value - self.z
 
 
-class Iteration(Protocol):
-    """The steps of one solve: the map, and from a point the next iterate; holds the memory."""
+class Iteration(NamedTuple):
+    """The steps of one solve.
 
-    @property
-    def memory(self) -> int | None:
-        """After how many steps it may have to start anew; None if it has no memory."""
-        ...
+    Attributes:
+        apply: the map on flat trees.
+        advance: the next iterates, from a point, the active samples, and those that have forgotten
+            their memory.
+        memory: after how many steps a sample may have to start anew; None without a memory.
+    """
 
-    def apply(self, leaves: Leaves, /) -> Leaves:
-        """The map on flat trees."""
-        ...
-
-    def advance(self, point: Point, active: Tensor, restart: Tensor) -> Tensor:
-        """The next iterates; samples to ``restart`` have no memory any more."""
-        ...
+    apply: Callable[[Leaves], Leaves]
+    advance: Callable[[Point, Tensor, Tensor], Tensor]
+    memory: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FlatMap:
-    """The user's map on flat trees."""
+class Problem:
+    """The map on flat trees, and how these are laid out as a matrix with one row a sample."""
 
     fixed_point: ParamsFunction
+    init: Leaves
     spec: trees.TreeSpec
     hparams: TensorTree
     args: tuple[Any, ...]
-
-    def __call__(self, leaves: Leaves) -> Leaves:
-        output = self.fixed_point(trees.unflatten(self.spec, leaves), self.hparams, *self.args)
-        values, spec = trees.flatten(output)
-        trees.check_like(values, spec, leaves, self.spec, "the output of fixed_point", "params")
-        return tuple(values)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RowLayout:
-    """How the leaves of a tree are laid out as a matrix with one row a sample."""
-
-    init: Leaves
-    spec: trees.TreeSpec
     batch_dim: int | None
     num_rows: int
     dtype: torch.dtype
 
     @staticmethod
-    def make(init: TensorTree, batch_dim: int | None) -> RowLayout:
+    def make(
+        fixed_point: ParamsFunction,
+        init: TensorTree,
+        hparams: TensorTree,
+        args: tuple[Any, ...],
+        batch_dim: int | None,
+    ) -> Problem:
         leaves, spec = trees.flatten_floating(init, "init")
         paths = trees.paths(spec, "init")
         for leaf, path in zip(leaves, paths, strict=True):
@@ -244,15 +219,21 @@ class RowLayout:
                     f"(batch_dim), which counts samples"
                 )
         num_rows = 1 if batch_dim is None else leaves[0].shape[batch_dim]
-        return RowLayout(leaves, spec, batch_dim, num_rows, trees.accumulation_dtype(leaves))
+        dtype = trees.accumulation_dtype(leaves)
+        return Problem(fixed_point, leaves, spec, hparams, args, batch_dim, num_rows, dtype)
+
+    def apply(self, leaves: Leaves) -> Leaves:
+        """The map on flat trees."""
+        output = self.fixed_point(trees.unflatten(self.spec, leaves), self.hparams, *self.args)
+        values, spec = trees.flatten(output)
+        trees.check_like(values, spec, leaves, self.spec, "the output of fixed_point", "params")
+        return tuple(values)
 
     def pack(self, leaves: Leaves) -> Tensor:
         """The leaves as rows, in the accumulation dtype."""
         device = self.init[0].device
         rows = [
-            (leaf if self.batch_dim is None else leaf.movedim(self.batch_dim, 0))
-            .reshape(self.num_rows, size)
-            .to(device=device, dtype=self.dtype)
+            self._first(leaf).reshape(self.num_rows, size).to(device=device, dtype=self.dtype)
             for leaf, size in zip(leaves, self._sizes, strict=True)
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
@@ -261,10 +242,8 @@ class RowLayout:
         """The inverse of `pack`."""
         leaves = []
         for part, leaf in zip(rows.split(self._sizes, dim=1), self.init, strict=True):
-            if self.batch_dim is None:
-                part = part.reshape(leaf.shape)
-            else:
-                part = part.reshape(leaf.movedim(self.batch_dim, 0).shape)
+            part = part.reshape(self._first(leaf).shape)
+            if self.batch_dim is not None:
                 part = part.movedim(0, self.batch_dim)
             leaves.append(part.to(device=leaf.device, dtype=leaf.dtype))
         return tuple(leaves)
@@ -275,28 +254,32 @@ class RowLayout:
             return rows
         return self.pack(self.unpack(rows))
 
+    def _first(self, leaf: Tensor) -> Tensor:
+        """The leaf with its samples in the first dimension."""
+        return leaf if self.batch_dim is None else leaf.movedim(self.batch_dim, 0)
+
     @property
     def _sizes(self) -> list[int]:
-        if self.batch_dim is None:
-            return [leaf.numel() for leaf in self.init]
-        return [leaf.movedim(self.batch_dim, 0).shape[1:].numel() for leaf in self.init]
+        # not numel over rows, of which there may be none
+        shapes = [self._first(leaf).shape for leaf in self.init]
+        return [(shape if self.batch_dim is None else shape[1:]).numel() for shape in shapes]
 
 
 def _solve(
-    solver: AbstractFixedPointSolver, iteration: Iteration, layout: RowLayout
+    solver: AbstractFixedPointSolver, iteration: Iteration, problem: Problem
 ) -> tuple[Tensor, SolveStats]:
-    eps = trees.epsilon(layout.init)
+    eps = trees.epsilon(problem.init)
     adaptive = solver.rtol != 0 or solver.atol != 0
     rtol = max(eps**0.75 if solver.rtol is None else solver.rtol, eps)
 
     def measure(z: Tensor) -> tuple[Point, Tensor]:
-        value = layout.pack(iteration.apply(layout.unpack(z)))
+        value = problem.pack(iteration.apply(problem.unpack(z)))
         return Point(z, value, row_norms(value - z)), row_norms(value)
 
-    z = layout.pack(layout.init)
+    z = problem.pack(problem.init)
     point, size = measure(z)
     best, first, largest = point, point.norm, torch.maximum(point.norm, size)
-    active = torch.ones(layout.num_rows, dtype=torch.bool, device=z.device)
+    active = torch.ones(problem.num_rows, dtype=torch.bool, device=z.device)
     done = ~active
     num_steps = age = torch.zeros_like(active, dtype=torch.int64)
     for step in range(solver.maxiter + adaptive):
@@ -317,7 +300,7 @@ def _solve(
             restart = active & (age > iteration.memory) & (point.norm > _GROWTH * best.norm)
             start = _select(restart, best, point)
             age = torch.where(restart, 0, age + 1)
-        following = layout.round(iteration.advance(start, active, restart))
+        following = problem.round(iteration.advance(start, active, restart))
         z = torch.where(active[:, None], following, z) if adaptive else following
         num_steps = num_steps + active
     if not adaptive:
@@ -338,9 +321,5 @@ def row_norms(rows: Tensor) -> Tensor:
 
 
 def _select(mask: Tensor, a: Point, b: Point) -> Point:
-    column = mask[:, None]
-    return Point(
-        torch.where(column, a.z, b.z),
-        torch.where(column, a.value, b.value),
-        torch.where(mask, a.norm, b.norm),
-    )
+    masks = mask[:, None], mask[:, None], mask
+    return Point(*(torch.where(*parts) for parts in zip(masks, a, b, strict=True)))

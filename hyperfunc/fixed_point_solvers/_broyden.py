@@ -10,10 +10,9 @@ from torch import Tensor
 from hyperfunc._engine.checks import check_count
 from hyperfunc.fixed_point_solvers._base import (
     AbstractFixedPointSolver,
-    FlatMap,
     Iteration,
     Point,
-    RowLayout,
+    Problem,
     row_norms,
 )
 from hyperfunc.linear_solvers._anderson import append_row
@@ -61,16 +60,15 @@ class Broyden(AbstractFixedPointSolver):
         super().__post_init__()
         check_count(self, "memory", self.memory)
 
-    def _iteration(self, layout: RowLayout, apply: FlatMap) -> Iteration:
-        return _BroydenIteration(apply, self.memory)
+    def _iteration(self, problem: Problem) -> Iteration:
+        return Iteration(problem.apply, _InverseJacobian(self.memory).advance, self.memory)
 
 
-class _BroydenIteration:
-    """Holds the inverse Jacobian as ``H = -I + sum_i u_i v_i^T``."""
+class _InverseJacobian:
+    """``H = -I + sum_i u_i v_i^T``."""
 
-    def __init__(self, apply: FlatMap, memory: int) -> None:
-        self.apply = apply
-        self.memory = memory
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
         self._previous: tuple[Tensor, Tensor] | None = None
 
     def advance(self, point: Point, active: Tensor, restart: Tensor) -> Tensor:
@@ -78,7 +76,7 @@ class _BroydenIteration:
         if self._previous is None:
             self._u = self._v = z.new_empty(len(z), 0, z.shape[1])
         else:
-            if self._u.shape[1] == self.memory:
+            if self._u.shape[1] == self._memory:
                 self._u = self._v = self._u[:, :0]
             z_step, g_step = z - self._previous[0], g - self._previous[1]
             row = _combine(z_step, self._u, self._v) - z_step
@@ -87,8 +85,8 @@ class _BroydenIteration:
             noise = torch.finfo(z.dtype).eps * row_norms(row) * row_norms(g_step)
             sound = active & (denominator.abs() > noise)
             column = error / torch.where(sound, denominator, 1.0)[:, None]
-            self._u = append_row(self._u, torch.where(sound[:, None], column, 0.0), self.memory)
-            self._v = append_row(self._v, row, self.memory)
+            self._u = append_row(self._u, torch.where(sound[:, None], column, 0.0), self._memory)
+            self._v = append_row(self._v, row, self._memory)
             self._u = torch.where(restart[:, None, None], 0.0, self._u)
         self._previous = z, g
         return point.value - _combine(g, self._v, self._u)

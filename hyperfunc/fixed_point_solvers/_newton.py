@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,7 @@ from hyperfunc._engine import trees
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves
-from hyperfunc.fixed_point_solvers._base import (
-    AbstractFixedPointSolver,
-    FlatMap,
-    Iteration,
-    Point,
-    RowLayout,
-)
+from hyperfunc.fixed_point_solvers._base import AbstractFixedPointSolver, Iteration, Point, Problem
 from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver, LinearOperator
 from hyperfunc.linear_solvers._wrappers import check_solver
 
@@ -32,9 +27,9 @@ class Newton(AbstractFixedPointSolver):
     Converges quadratically from a start that is close enough; no contraction is needed. A step
     takes one evaluation of the map and the products of the linear solver.
 
-    Samples (``batch_dim``) have their own stop and statistics, and those that are done have a zero
-    right-hand side, but the linear system is one for all of them. Where samples do not interact,
-    ``Blockwise(GMRES(), blocks="batch")`` solves one for each.
+    Samples (``batch_dim``) share one linear system, in which those that are done have a zero
+    right-hand side. Where samples do not interact, ``Blockwise(GMRES(), blocks="batch")`` solves
+    one for each.
 
     Args:
         linear_solver: any of the linear solvers, such as ``hf.NormalCG()``. A solve that stops
@@ -61,8 +56,8 @@ class Newton(AbstractFixedPointSolver):
         super().__post_init__()
         check_solver(self, "linear_solver", self.linear_solver)
 
-    def _iteration(self, layout: RowLayout, apply: FlatMap) -> Iteration:
-        tensors = (*layout.init, *trees.flatten((apply.hparams, apply.args))[0])
+    def _iteration(self, problem: Problem) -> Iteration:
+        tensors = (*problem.init, *trees.flatten((problem.hparams, problem.args))[0])
         recorded = torch.is_grad_enabled() or tracking.transforms_active()
         if recorded and any(map(tracking.is_attached, tensors)):
             raise ValueError(
@@ -71,44 +66,31 @@ class Newton(AbstractFixedPointSolver):
                 "hf.implicit_diff(solver.inner_solver(fixed_point, init=...)) for the derivatives "
                 "of the solution, detach the tensors, or take Anderson or Broyden"
             )
-        return _NewtonIteration(apply, layout, self.linear_solver)
+        linearization: Any = None
 
+        def apply(leaves: Leaves) -> Leaves:
+            nonlocal linearization
+            inputs = tracking.detach(leaves)
+            linearization = autodiff.Linearization(
+                lambda *z: problem.apply(z), inputs, (tuple(range(len(inputs))),)
+            )
+            if linearization.captures_gradient and torch.is_grad_enabled():
+                raise ValueError(captured_message("fixed_point"))
+            return tracking.detach(linearization.outputs)
 
-class _NewtonIteration:
-    memory = None
+        def advance(point: Point, active: Tensor, restart: Tensor) -> Tensor:
+            column = active[:, None]
 
-    def __init__(
-        self, apply: FlatMap, layout: RowLayout, linear_solver: AbstractLinearSolver
-    ) -> None:
-        self._map = apply
-        self._layout = layout
-        self._linear_solver = linear_solver
+            def masked(product: Callable[[Leaves], Leaves]) -> Callable[[Leaves], Leaves]:
+                # a sample that is NaN must not reach the others by the solver's inner products
+                if self.batch_dim is None:
+                    return product
+                return lambda v: problem.unpack(torch.where(column, problem.pack(product(v)), 0.0))
 
-    def apply(self, leaves: Leaves, /) -> Leaves:
-        inputs = tracking.detach(leaves)
-        self._linearization = autodiff.Linearization(
-            lambda *z: self._map(z), inputs, (tuple(range(len(inputs))),)
-        )
-        if self._linearization.captures_gradient and torch.is_grad_enabled():
-            raise ValueError(captured_message("fixed_point"))
-        return tracking.detach(self._linearization.outputs)
+            push, pull = masked(linearization.push), masked(linearization.pull)
+            operator = LinearOperator(push, pull, shift=1.0, scale=-1.0, spec=problem.spec)
+            rhs = problem.unpack(torch.where(column, point.residual, 0.0))
+            step, _ = self.linear_solver.solve(operator, rhs)
+            return point.z + problem.pack(step).detach()
 
-    def advance(self, point: Point, active: Tensor, restart: Tensor) -> Tensor:
-        layout, column = self._layout, active[:, None]
-
-        def masked(product: Callable[[Leaves], Leaves]) -> Callable[[Leaves], Leaves]:
-            # a sample that is NaN must not reach the others by the inner products of the solver
-            if layout.batch_dim is None:
-                return product
-            return lambda v: layout.unpack(torch.where(column, layout.pack(product(v)), 0.0))
-
-        operator = LinearOperator(
-            product=masked(self._linearization.push),
-            transposed_product=masked(self._linearization.pull),
-            shift=1.0,
-            scale=-1.0,
-            spec=layout.spec,
-        )
-        rhs = layout.unpack(torch.where(column, point.residual, 0.0))
-        step, _ = self._linear_solver.solve(operator, rhs)
-        return point.z + layout.pack(step).detach()
+        return Iteration(apply, advance)

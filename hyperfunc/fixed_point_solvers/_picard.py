@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine.checks import check_number
-from hyperfunc.fixed_point_solvers._base import (
-    AbstractFixedPointSolver,
-    FlatMap,
-    Iteration,
-    Point,
-    RowLayout,
-)
+from hyperfunc.fixed_point_solvers._base import AbstractFixedPointSolver, Iteration, Point, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +51,10 @@ class Picard(AbstractFixedPointSolver):
         super().__post_init__()
         check_number(self, "step_size", self.step_size, above=True)
 
-    def _iteration(self, layout: RowLayout, apply: FlatMap) -> Iteration:
-        return _PicardIteration(apply, self.step_size)
+    def _iteration(self, problem: Problem) -> Iteration:
+        def advance(point: Point, active: Tensor, restart: Tensor) -> Tensor:
+            if self.step_size == 1:
+                return point.value
+            return torch.lerp(point.z, point.value, self.step_size)
 
-
-class _PicardIteration:
-    memory = None
-
-    def __init__(self, apply: FlatMap, step_size: float) -> None:
-        self.apply = apply
-        self._step_size = step_size
-
-    def advance(self, point: Point, active: Tensor, restart: Tensor) -> Tensor:
-        if self._step_size == 1:
-            return point.value
-        return torch.lerp(point.z, point.value, self._step_size)
+        return Iteration(problem.apply, advance)

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
-from hyperfunc._engine.results import SolveStats
 from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers._base import Bounds, LinearOperator
+from hyperfunc.linear_solvers._base import Bounds, LinearOperator, Solved, no_steps
 from hyperfunc.linear_solvers._stationary import RichardsonSolver, report_growth
 
 
@@ -27,11 +26,10 @@ class AndersonFixedPoint(RichardsonSolver):
         x_{k+1} = x_k + f_k - \sum_i \gamma_i (\Delta x_i + \Delta f_i),
         \qquad \gamma = \arg\min_\gamma \| f_k - \sum_i \gamma_i \Delta f_i \|.
 
-    It takes one product a step as `FixedPoint` does, none for the first one from zero and one more
-    to see that it has converged, and converges where that one diverges too: as long as the memory
-    holds all steps, ``x_{k+1}`` is one plain step from the iterate ``k`` of `GMRES`. `GMRES` keeps
-    half as many vectors for the same; this method goes on with a moving window where `GMRES` starts
-    anew.
+    One product a step, none for the first one from zero and one more to see that it has converged.
+    It converges where `FixedPoint` diverges too: as long as the memory holds all steps, ``x_{k+1}``
+    is one plain step from the iterate ``k`` of `GMRES`, which keeps half as many vectors. Beyond
+    that, this method goes on with a moving window where `GMRES` starts anew.
 
     Args:
         step_size: :math:`\eta > 0`.
@@ -57,18 +55,14 @@ class AndersonFixedPoint(RichardsonSolver):
         super().__post_init__()
         check_count(self, "memory", self.memory)
 
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         dtype = trees.accumulation_dtype(b)
         rhs = ravel(b, dtype)
         x = torch.zeros_like(rhs) if x0 is None else ravel(x0, dtype)
         r = rhs if x0 is None else ravel(operator.residual(x0, b), dtype)
         bb, rs = rhs @ rhs, r @ r
-        first = rs
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
-        num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
-        active = bounds.open(rs)
+        first, num_steps, active = rs, no_steps(rs), bounds.open(rs)
         x_steps = f_steps = rhs.new_empty(0, len(rhs))
         x_previous = f_previous = x
         for step in range(self.maxiter):
@@ -88,8 +82,8 @@ class AndersonFixedPoint(RichardsonSolver):
             x_previous, f_previous = x, f
             num_steps = num_steps + active
             x = torch.where(active, new, x)
-        stats = bounds.stats(num_steps, rs, active)
-        return unravel(x, b), report_growth(stats, rs, first, bb, b)
+        stats = report_growth(bounds.stats(num_steps, rs, active), rs, first, bb, b)
+        return unravel(x, b), stats
 
 
 def append_row(rows: Tensor, row: Tensor, size: int) -> Tensor:
@@ -111,7 +105,6 @@ def mixing_coefficients(
     unit = rows * inverse.unsqueeze(-1)
     if ridge is None:
         ridge = 10 * torch.finfo(f.dtype).eps
-    identity = torch.eye(rows.shape[-2], dtype=f.dtype, device=f.device)
-    gram = unit @ unit.mT + ridge * identity
+    gram = unit @ unit.mT + ridge * torch.eye(rows.shape[-2], dtype=f.dtype, device=f.device)
     coefficients: Tensor = torch.linalg.solve_ex(gram, unit @ f.unsqueeze(-1))[0].squeeze(-1)
     return inverse * coefficients

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
-from hyperfunc._engine.results import SolveStats
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator, check_stopping
+from hyperfunc.linear_solvers._base import (
+    AbstractLinearSolver,
+    LinearOperator,
+    Solved,
+    check_stopping,
+)
 from hyperfunc.linear_solvers._dense import Dense
 from hyperfunc.linear_solvers._gmres import GMRES
 from hyperfunc.linear_solvers._krylov import CG, NormalCG
@@ -50,11 +54,10 @@ class Auto(AbstractLinearSolver):
     or fewer, the choice is `Dense`. Where the choice does not succeed, `GMRES` and then `NormalCG`
     go on from the start. `hyperfunc.diagnose` reports these facts and the choice.
 
-    Nothing is cached: every solve measures anew, ``num_steps`` products for an inner loss and up to
-    ``4 num_steps + 6`` for a map; second derivatives solve further systems. Under ``vmap`` one
-    method is chosen for all tasks, for which its assumptions hold in each of them. The choice
-    depends on values, so it waits for the device a few times. ``num_steps`` of the statistics
-    counts the steps of the chosen solver.
+    Every solve measures anew, by ``num_steps`` products for an inner loss and up to
+    ``4 num_steps + 6`` for a map, and waits for the device a few times. Under ``vmap`` one method
+    is chosen, whose assumptions hold in all tasks. The statistics count the steps of the chosen
+    solver alone.
 
     Args:
         num_steps: dimension of the Krylov spaces, >= 1.
@@ -81,9 +84,7 @@ class Auto(AbstractLinearSolver):
         check_count(self, "num_steps", self.num_steps)
         check_stopping(self)
 
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         is_map = isinstance(operator.shift, float) and (operator.shift, operator.scale) == (1, -1)
         spectrum = measure(operator, b, self.num_steps, is_map=is_map, full=False)
         size = sum(leaf.numel() for leaf in b)
@@ -112,20 +113,17 @@ def choose(spectrum: Spectrum, size: int, is_map: bool, accuracy: float) -> Choi
     """Choose a solver for the operators of all tasks, inside or outside of `vmap`."""
     kappa = condition_number(spectrum).value
     q = spectrum.contraction.value
-    applies = {
-        "cg": spectrum.symmetric & (spectrum.eig_min.value > 0) & torch.isfinite(kappa),
-        "fixed_point": (q < 1) & is_map,
-        "normal_cg": torch.isfinite(kappa),
-    }
+    finite = torch.isfinite(kappa)
+    definite = spectrum.symmetric & (spectrum.eig_min.value > 0) & finite
     rates = {
-        "cg": torch.clamp_max(_cg_steps(kappa.sqrt(), accuracy), size),
-        "fixed_point": _steps(accuracy, q) - 1,
-        "normal_cg": 2 * _cg_steps(kappa, accuracy),
+        "cg": (definite, torch.clamp_max(_cg_steps(kappa.sqrt(), accuracy), size)),
+        "fixed_point": ((q < 1) & is_map, _steps(accuracy, q) - 1),
+        "normal_cg": (finite, 2 * _cg_steps(kappa, accuracy)),
     }
     tasks = _total(torch.ones_like(kappa, dtype=torch.int64))
     products = {
-        name: _total(_count(rates[name])) if _everywhere(flag) else -1
-        for name, flag in applies.items()
+        name: _total(_count(count)) if _everywhere(applies) else -1
+        for name, (applies, count) in rates.items()
     }
     products |= {"gmres": products["fixed_point"], "dense": size * tasks}
     few = FEW_PRODUCTS * tasks
@@ -149,11 +147,8 @@ def make_solver(
     """The solver of a choice."""
     if name == "dense":
         return Dense()
-    if name == "gmres":
-        return GMRES(maxiter, None, rtol, atol)
-    if name == "normal_cg":
-        return NormalCG(maxiter, rtol, atol)
-    return CG(maxiter, rtol, atol) if name == "cg" else FixedPoint(maxiter, rtol, atol)
+    families = {"cg": CG, "fixed_point": FixedPoint, "normal_cg": NormalCG, "gmres": GMRES}
+    return families[name](maxiter=maxiter, rtol=rtol, atol=atol)
 
 
 def condition_number(spectrum: Spectrum) -> Estimate:

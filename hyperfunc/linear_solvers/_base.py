@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,14 +18,16 @@ from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 
+Solved: TypeAlias = tuple[Leaves, SolveStats]
+"""What `AbstractLinearSolver.solve` returns: the solution and its statistics."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearOperator:
     """The operator ``A = shift I + scale P``, given by the products with ``P`` and ``P^T``.
 
     A fixed-point map has ``P = dphi/dw`` with ``shift = 1, scale = -1``; an inner loss has its
-    Hessian with ``shift = 0, scale = 1``. Keeping the identity apart lets solvers fuse it into
-    their own vector updates.
+    Hessian with ``shift = 0, scale = 1``. Solvers fuse the identity into their vector updates.
 
     Args:
         product: ``v -> P v`` on tuples of leaves.
@@ -33,8 +35,7 @@ class LinearOperator:
         shift: the coefficient of the identity, a number or a 0-d tensor.
         scale: the coefficient of ``P``.
         symmetric: whether ``P = P^T`` is known.
-        spec: the structure of the vectors as trees, for a preconditioner that takes trees; by
-            default the tuple of leaves itself.
+        spec: the structure of the vectors as trees; by default the tuple of leaves itself.
     """
 
     product: Callable[[Leaves], Leaves]
@@ -47,18 +48,14 @@ class LinearOperator:
     @staticmethod
     def from_matrix(matrix: Tensor) -> LinearOperator:
         """The operator of a square matrix, acting on a single leaf of shape ``(n,)``."""
-        return LinearOperator(
-            functools.partial(_matrix_product, matrix),
-            functools.partial(_matrix_product, matrix.mT),
-            spec=trees.flatten(matrix)[1],
-        )
+        forward, transposed = (functools.partial(_matrix_product, m) for m in (matrix, matrix.mT))
+        return LinearOperator(forward, transposed, spec=trees.flatten(matrix)[1])
 
     @property
     def T(self) -> LinearOperator:
         """The transposed operator."""
-        return dataclasses.replace(
-            self, product=self.transposed_product, transposed_product=self.product
-        )
+        forward, transposed = self.product, self.transposed_product
+        return dataclasses.replace(self, product=transposed, transposed_product=forward)
 
     def structure(self, v: Leaves) -> trees.TreeSpec:
         """The structure of a vector as a tree."""
@@ -75,9 +72,8 @@ class LinearOperator:
 
     def symmetric_part(self, v: Leaves) -> Leaves:
         """The product ``(A + A^T) v / 2``."""
-        if self.symmetric:
-            return self.mv(v)
-        return trees.scale(0.5, trees.add(self.mv(v), self.T.mv(v)))
+        image = self.mv(v)
+        return image if self.symmetric else trees.scale(0.5, trees.add(image, self.T.mv(v)))
 
     def residual(self, v: Leaves, b: Leaves) -> Leaves:
         """The residual ``b - A v``."""
@@ -91,15 +87,10 @@ class LinearOperator:
 
 
 class AbstractLinearSolver(abc.ABC):
-    """What every linear solver provides: `solve`.
-
-    A subclass is final: a frozen dataclass of its settings with this one method.
-    """
+    """What every linear solver provides: `solve`; a subclass is a frozen dataclass of settings."""
 
     @abc.abstractmethod
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         """Solve ``A x = b`` from ``x0`` (zeros by default).
 
         Args:
@@ -140,6 +131,7 @@ class Bounds:
     They are 0-d tensors, or numbers for an iteration whose scalars are numbers too.
     """
 
+    bb: Tensor
     converged: Any
     diverged: Any
     asymmetry: float
@@ -160,18 +152,19 @@ class Bounds:
         converged = bb * max(relative, eps) ** 2
         if atol:
             converged = converged.clamp_min(atol**2)
-        return Bounds(
-            converged=converged,
-            diverged=torch.maximum(rs, bb) * (1 / eps if growth is None else growth**2),
-            asymmetry=eps**0.25,
-            adaptive=bool(relative or atol),
-        )
+        diverged = torch.maximum(rs, bb) * (1 / eps if growth is None else growth**2)
+        return Bounds(bb, converged, diverged, eps**0.25, bool(relative or atol))
 
-    def read(self) -> Bounds:
-        """The same bounds as numbers."""
-        return dataclasses.replace(
-            self, converged=self.converged.item(), diverged=self.diverged.item()
-        )
+    def read(self, *scalars: Tensor) -> tuple[Bounds, list[Any]]:
+        """The same bounds, and scalars of the iteration, as numbers."""
+        converged, diverged = self.converged.item(), self.diverged.item()
+        numbers = dataclasses.replace(self, converged=converged, diverged=diverged)
+        return numbers, [scalar.item() for scalar in scalars]
+
+    def dots(self, *pairs: tuple[Leaves, Leaves]) -> tuple[Any, ...]:
+        """Inner products, as numbers if the bounds are."""
+        dots = trees.dots if isinstance(self.converged, Tensor) else trees.read_dots
+        return dots(*pairs)
 
     def open(self, rs: Any) -> Any:
         """Whether the iteration may go on: neither converged, nor diverged, nor NaN."""
@@ -186,26 +179,42 @@ class Bounds:
 
         Numbers will do, but the bounds must be tensors.
         """
-        if not isinstance(rs, Tensor):
-            device = self.converged.device
-            num_steps = torch.tensor(num_steps, dtype=torch.int64, device=device)
-            active = torch.tensor(active, device=device)
-            rs = self.converged.new_tensor(rs)
+
+        def tensor(value: Any, dtype: torch.dtype) -> Tensor:
+            if isinstance(value, Tensor):
+                return value
+            return torch.full((), value, dtype=dtype, device=self.converged.device)
+
+        rs = tensor(rs, self.converged.dtype)
         unfinished = RESULTS.max_steps if self.adaptive else RESULTS.success
-        result = code_where(active, unfinished, RESULTS.breakdown)
+        result = code_where(tensor(active, torch.bool), unfinished, RESULTS.breakdown)
         result = code_where(rs >= self.diverged, RESULTS.divergence, result)
         result = code_where(rs <= self.converged, RESULTS.success, result)
         result = code_where(torch.isfinite(rs), result, RESULTS.nonfinite)
-        return SolveStats(num_steps.expand_as(result).clone(), rs.sqrt(), result)
+        num_steps = tensor(num_steps, torch.int64).expand_as(result).clone()
+        return SolveStats(num_steps, rs.sqrt(), result)
 
 
-def first_iterate(operator: LinearOperator, b: Leaves, x0: Leaves | None) -> tuple[Leaves, Leaves]:
-    """The first iterate, ``x0`` or zeros, whichever has the smaller residual, and that residual."""
-    if x0 is None:
-        return trees.zeros_like(b), b
-    r = operator.residual(x0, b)
-    better = trees.dot(r, r) < trees.dot(b, b)
-    return trees.where(better, x0, trees.zeros_like(b)), trees.where(better, r, b)
+def begin(
+    solver: Any, operator: LinearOperator, b: Leaves, x0: Leaves | None
+) -> tuple[Leaves, Leaves, Tensor, Bounds, Tensor, Tensor]:
+    """The first iterate, its residual, the squared norm of that, bounds, a count and who is active.
+
+    The iterate is ``x0`` or zeros, whichever has the smaller residual.
+    """
+    x, r = trees.zeros_like(b), b
+    if x0 is not None:
+        residual = operator.residual(x0, b)
+        better = trees.dot(residual, residual) < trees.dot(b, b)
+        x, r = trees.where(better, x0, x), trees.where(better, residual, b)
+    rs = trees.dot(r, r)
+    bounds = Bounds.make(solver.rtol, solver.atol, b, rs)
+    return x, r, rs, bounds, no_steps(rs), bounds.open(rs)
+
+
+def no_steps(like: Tensor) -> Tensor:
+    """A count of steps, at zero."""
+    return torch.zeros((), dtype=torch.int64, device=like.device)
 
 
 def ratio(a: Any, b: Any) -> Any:
@@ -224,15 +233,11 @@ def _combine(
     alpha: float, x: Leaves, beta: float | Tensor, y: Leaves, out: Leaves | None = None
 ) -> Leaves:
     """``alpha x + beta y``; ``out`` is x if that may be overwritten."""
-    if isinstance(beta, Tensor):
-        return trees.axpy(beta, y, x if alpha == 1 else trees.scale(alpha, x), out)
-    if beta == 0:
-        return x if alpha == 1 else trees.scale(alpha, x)
-    if alpha == 1:
-        return trees.axpy(beta, y, x, out)
-    if beta == 1:
-        return trees.axpy(alpha, x, y, out)
-    return trees.axpy(alpha, x, trees.scale(beta, y), out)
+    fixed = not isinstance(beta, Tensor)
+    if fixed and beta != 0 and alpha != 1:
+        return trees.axpy(alpha, x, y if beta == 1 else trees.scale(beta, y), out)
+    scaled = x if alpha == 1 else trees.scale(alpha, x)
+    return scaled if fixed and beta == 0 else trees.axpy(beta, y, scaled, out)
 
 
 def _matrix_product(matrix: Tensor, v: Leaves) -> Leaves:

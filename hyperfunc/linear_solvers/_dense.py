@@ -10,16 +10,16 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
+from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator, Solved
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense(AbstractLinearSolver):
     """Forms the matrix of the operator column by column and solves by LU factorisation.
 
-    Exact up to rounding for any invertible operator. Takes ``n`` products and ``n^2`` memory for
-    ``n`` inner parameters in all, so it is for small problems and as the oracle that other methods
-    are checked against. A matrix that is singular to working precision is reported as breakdown.
+    Exact up to rounding for any invertible operator, by ``n`` products and ``n^2`` memory for ``n``
+    inner parameters in all. A matrix that is singular to working precision is reported as
+    breakdown.
 
     Example:
         >>> A = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
@@ -28,9 +28,7 @@ class Dense(AbstractLinearSolver):
         (tensor([-3.,  2.]),)
     """
 
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         dtype = trees.accumulation_dtype(b)
         rhs = ravel(b, dtype)
         identity = torch.eye(rhs.numel(), dtype=dtype, device=rhs.device)
@@ -41,9 +39,8 @@ class Dense(AbstractLinearSolver):
         x, info = torch.linalg.solve_ex(matrix, rhs)
         residual_norm = torch.linalg.vector_norm(rhs - matrix @ x)
         conditioning = torch.linalg.vector_norm(matrix) * torch.linalg.vector_norm(x)
-        singular = (info != 0) | (
-            conditioning * torch.finfo(dtype).eps > torch.linalg.vector_norm(rhs)
-        )
+        noise = conditioning * torch.finfo(dtype).eps
+        singular = (info != 0) | (noise > torch.linalg.vector_norm(rhs))
         finite = torch.isfinite(matrix).all() & torch.isfinite(rhs).all()
         result = code_where(singular, RESULTS.breakdown, RESULTS.success)
         result = code_where(finite, result, RESULTS.nonfinite)

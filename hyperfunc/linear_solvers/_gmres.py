@@ -10,16 +10,16 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
-from hyperfunc._engine.results import RESULTS, SolveStats, code_where
+from hyperfunc._engine.results import RESULTS, code_where
 from hyperfunc._engine.trees import ravel_local, unravel
 from hyperfunc._torch import sharding, tracking
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
     AbstractLinearSolver,
-    Bounds,
     LinearOperator,
+    Solved,
+    begin,
     check_stopping,
-    first_iterate,
 )
 from hyperfunc.linear_solvers._preconditioners import (
     Preconditioner,
@@ -34,16 +34,14 @@ class GMRES(AbstractLinearSolver):
     """Generalised minimal residuals, for any invertible operator.
 
     Each step takes one product and gives the smallest residual ``||b - A x||`` over the Krylov
-    space. All its basis vectors are kept, so the iteration starts anew from its iterate after
-    ``restart`` of them, which takes one product for the residual: with ``maxiter=K``,
-    ``K + (K - 1) // restart`` products. The basis is built by classical Gram-Schmidt, done twice,
-    in the accumulation dtype (float32 at least), and Givens rotations follow the residual norm.
+    space. All its basis vectors are kept, so the iteration starts anew after ``restart`` of them:
+    with ``maxiter=K``, ``K + (K - 1) // restart`` products. The basis is built by classical
+    Gram-Schmidt, done twice, in the accumulation dtype (float32 at least).
 
-    The residual never grows, but may stop shrinking: one that is no smaller after a whole cycle is
-    reported as stagnation, unless it is rounding errors that keep it from shrinking, below
-    ``eps^0.25 ||b||``, which is a success. A singular operator whose Krylov space holds no
-    solution is reported as breakdown. The residual norm that is reported is that of the recurrence,
-    and the level of rounding ``eps (||A|| ||x|| + ||b||)`` at least.
+    A residual that is no smaller after a whole cycle is reported as stagnation, or as success below
+    ``eps^0.25 ||b||`` if rounding errors keep it there. A singular operator whose Krylov space
+    holds no solution is reported as breakdown. The residual norm is that of the recurrence, and the
+    level of rounding ``eps (||A|| ||x|| + ||b||)`` at least.
 
     Args:
         maxiter: largest number of steps, over all cycles, >= 0.
@@ -78,21 +76,15 @@ class GMRES(AbstractLinearSolver):
         check_stopping(self)
         if self.restart is not None:
             check_count(self, "restart", self.restart)
-        check_preconditioner(self, self.preconditioner)
+        check_preconditioner(self)
 
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         restart = resolve_count(self, "restart", self.restart, 20, b)
         preconditioner = prepare(self.preconditioner, operator, b)
         precondition = preconditioner or (lambda v: v)
         eps, vectors = trees.epsilon(b), _FlatVectors(b)
-        x, r = first_iterate(operator, b, x0)
-        rs = before = trees.dot(r, r)
-        bounds = Bounds.make(self.rtol, self.atol, b, rs)
-        num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
-        active = bounds.open(rs)
-        operator_norm = torch.zeros_like(rs)
+        x, r, rs, bounds, num_steps, active = begin(self, operator, b, x0)
+        before, operator_norm = rs, torch.zeros_like(rs)
         verdict = torch.full_like(rs, -1, dtype=torch.int64)
         size = min(restart, self.maxiter) + 1
         cycle = _Cycle(vectors, r, rs, active, size)
@@ -107,7 +99,7 @@ class GMRES(AbstractLinearSolver):
                 if bounds.adaptive:
                     stalled = active & (rs >= (1 - eps**0.5) * before)
                     # rounding errors undo what the cycle gained: there is no more to be had
-                    exhausted = (predicted < rs / 4) & (rs <= eps**0.5 * trees.dot(b, b))
+                    exhausted = (predicted < rs / 4) & (rs <= eps**0.5 * bounds.bb)
                     code = code_where(exhausted, RESULTS.success, RESULTS.stagnation)
                     verdict = torch.where(stalled, code, verdict)
                     active = active & ~stalled
@@ -151,9 +143,7 @@ class _FlatVectors:
 
     def products(self, rows: Tensor, w: Tensor) -> Tensor:
         """``rows @ w``."""
-        if self._layout is None:
-            return rows @ w
-        return self._layout.sum(rows @ self._once(w))
+        return rows @ w if self._layout is None else self._layout.sum(rows @ self._once(w))
 
     def norm(self, w: Tensor) -> Tensor:
         if self._layout is None:
@@ -219,8 +209,7 @@ class _Cycle:
         column = torch.cat([column, below[None]])
         idle = torch.eye(len(column), dtype=w.dtype, device=w.device)[-1]
         self.columns.append(torch.where(made, column, idle))
-        vector = torch.where(made & (below > 0), w / below, 0.0)
-        self._append(vector)
+        self._append(torch.where(made & (below > 0), w / below, 0.0))
         return made, norm
 
     def _append(self, vector: Tensor) -> None:
@@ -240,6 +229,6 @@ class _Cycle:
         pad: Callable[..., Tensor] = torch.nn.functional.pad
         hessenberg = torch.stack([pad(c, (0, size + 1 - len(c))) for c in self.columns], dim=1)
         orthogonal, triangular = torch.linalg.qr(hessenberg)
-        rhs = self.start * orthogonal[0]
-        y: Tensor = torch.linalg.solve_triangular(triangular, rhs[:, None], upper=True)
+        rhs = (self.start * orthogonal[0])[:, None]
+        y: Tensor = torch.linalg.solve_triangular(triangular, rhs, upper=True)
         return y[:, 0] @ self.basis[:size]

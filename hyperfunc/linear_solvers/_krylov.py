@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,47 +12,42 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.random_vectors import random_uniform
-from hyperfunc._engine.results import RESULTS, SolveStats, code_where
+from hyperfunc._engine.results import RESULTS, code_where
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
     Bounds,
     IterativeLinearSolver,
     LinearOperator,
-    first_iterate,
+    Solved,
+    begin,
+    no_steps,
     ratio,
     where,
 )
-from hyperfunc.linear_solvers._preconditioners import (
-    Preconditioner,
-    check_preconditioner,
-    prepare,
-)
+from hyperfunc.linear_solvers._preconditioners import PreconditionedSolver, prepare
 
 
 @dataclasses.dataclass(frozen=True)
-class CG(IterativeLinearSolver):
+class CG(PreconditionedSolver):
     """Conjugate gradients, for a symmetric positive definite operator.
 
     Minimises ``||x - x*||_A`` over the Krylov space, one product a step. Stops when
     ``||b - A x|| <= max(rtol ||b||, atol)``, at the level of rounding, or on breakdown: a search
-    direction with ``p^T A p <= 0``, or, where symmetry is not known beforehand, successive
-    residuals that are not orthogonal, which tells a non-symmetric operator.
-
-    With a preconditioner ``M``, close to the inverse of ``A``, the number of steps depends on the
-    condition number of ``M A``; the tolerances stay those of the residual itself.
+    direction with ``p^T A p <= 0`` or, unless the operator is known to be symmetric, successive
+    residuals that are not orthogonal.
 
     Args:
-        maxiter: largest number of steps, >= 0. With ``rtol=0, atol=0`` exactly this many steps are
-            taken, without any host synchronisation, and that is a success.
+        maxiter: largest number of steps, >= 0. With ``rtol=0, atol=0`` exactly this many are taken,
+            without any host synchronisation, and that is a success.
         rtol: relative tolerance, >= 0; by default ``eps ** 0.75`` for the coarsest dtype, that is
             1.8e-12 in float64 and 6.4e-6 in float32.
         atol: absolute tolerance, >= 0.
         preconditioner: a symmetric positive definite approximation of the inverse: an object such
-            as `JacobiPreconditioner`, built in each solve, or a linear function of trees like
-            params that returns such trees.
+            as `JacobiPreconditioner`, built in each solve, or a linear function from trees like
+            params to such trees. The tolerances stay those of the residual itself.
         check_symmetry: whether to spend two products on the test ``<A u, v> = <u, A v>`` for
-            random ``u, v`` first; an operator that fails it is reported as breakdown.
+            random ``u, v`` first; failing it is a breakdown.
 
     Example:
         >>> A = torch.tensor([[3.0, 1.0], [1.0, 2.0]])
@@ -67,37 +63,24 @@ class CG(IterativeLinearSolver):
         as adjoint solver: Pedregosa, arXiv 1602.02355, and Grazzi et al., arXiv 2006.16218.
     """
 
-    preconditioner: Preconditioner | None = None
     check_symmetry: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_preconditioner(self, self.preconditioner)
-
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         precondition = prepare(self.preconditioner, operator, b)
-        x, r = first_iterate(operator, b, x0)
-        rs = trees.dot(r, r)
-        bounds = Bounds.make(self.rtol, self.atol, b, rs)
-        num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
-        active = bounds.open(rs)
+        x, r, rs, bounds, num_steps, active = begin(self, operator, b, x0)
+        limits = bounds
         if self.check_symmetry:
             active = active & _seems_symmetric(operator, b)
         p = z = r if precondition is None else precondition(r)
         rz = rs if precondition is None else trees.dot(r, z)
-        limits: Any = bounds
-        dots: Any = trees.dots
         own = False  # the first residual and direction are those of the caller
         for step in range(self.maxiter):
             if bounds.finished(active):
                 break
             Ap = operator.mv(p)
             if step == 0 and trees.can_read(x, r, p, Ap):
-                rs, rz, num_steps, active = _read(rs, rz, num_steps, active)
-                limits, dots = bounds.read(), trees.read_dots
-            alpha = ratio(rz, *dots((p, Ap)))
+                limits, (rs, rz, num_steps, active) = bounds.read(rs, rz, num_steps, active)
+            alpha = ratio(rz, *limits.dots((p, Ap)))
             active = active & (alpha > 0) & (alpha < torch.inf)
             alpha = where(active, alpha, 0.0)
             fresh = own or (x0 is None and trees.may_overwrite(x, p, Ap))
@@ -108,7 +91,7 @@ class CG(IterativeLinearSolver):
             others: tuple[Leaves, ...] = () if precondition is None else (z,)
             if not operator.symmetric:
                 others = (*others, z_previous)
-            rs, *products = dots((r, r), *((r, other) for other in others))
+            rs, *products = limits.dots((r, r), *((r, other) for other in others))
             rz_previous, rz = rz, rs if precondition is None else products[0]
             if not operator.symmetric:
                 overlap = ratio(abs(products[-1]), where(rz > rz_previous, rz, rz_previous))
@@ -140,17 +123,10 @@ class NormalCG(IterativeLinearSolver):
         Bjorck, Numerical methods for least squares problems, SIAM 1996, algorithm 7.4.1.
     """
 
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         transposed = operator.T
-        x, r = first_iterate(operator, b, x0)
-        rs = trees.dot(r, r)
-        bounds = Bounds.make(self.rtol, self.atol, b, rs)
-        num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
-        active = bounds.open(rs)
-        limits: Any = bounds
-        dots: Any = trees.dots
+        x, r, rs, bounds, num_steps, active = begin(self, operator, b, x0)
+        limits = bounds
         own = False  # the first vectors are those of the caller
         for step in range(self.maxiter):
             if bounds.finished(active):
@@ -160,21 +136,20 @@ class NormalCG(IterativeLinearSolver):
                 gamma: Any = trees.dot(s, s)
             q = operator.mv(p)
             if step == 0 and trees.can_read(x, r, p, q):
-                rs, gamma, num_steps, active = _read(rs, gamma, num_steps, active)
-                limits, dots = bounds.read(), trees.read_dots
-            alpha = ratio(gamma, *dots((q, q)))
+                limits, (rs, gamma, num_steps, active) = bounds.read(rs, gamma, num_steps, active)
+            alpha = ratio(gamma, *limits.dots((q, q)))
             active = active & (alpha > 0) & (alpha < torch.inf)
             alpha = where(active, alpha, 0.0)
             x = trees.axpy(alpha, p, x, out=x if own else None)
             r = trees.axpy(-alpha, q, r, out=r if own else None)
             num_steps = num_steps + active
             if step + 1 == self.maxiter:
-                (rs,) = dots((r, r))
+                (rs,) = limits.dots((r, r))
                 active = active & limits.open(rs)
                 break
             s = transposed.mv(r)
             gamma_previous = gamma
-            rs, gamma = dots((r, r), (s, s))
+            rs, gamma = limits.dots((r, r), (s, s))
             active = active & limits.open(rs)
             beta = where(active, ratio(gamma, gamma_previous), 0.0)
             p = trees.axpy(beta, p, s, out=p if own else None)
@@ -183,19 +158,17 @@ class NormalCG(IterativeLinearSolver):
 
 
 @dataclasses.dataclass(frozen=True)
-class BiCGStab(IterativeLinearSolver):
+class BiCGStab(PreconditionedSolver):
     """Stabilised biconjugate gradients, for any invertible operator.
 
     Two products a step and a fixed number of vectors, where `GMRES` keeps all of them; no product
-    with the transpose, where `NormalCG` needs one a step. In return the residual does not shrink
-    steadily: it may grow a lot on the way, and leave rounding errors behind. So the residual that
-    the recurrence ends with is checked, which takes one more product, and where it does not hold,
-    the iteration begins anew from its iterate; the code is stagnation if that does not help.
+    with the transpose, which `NormalCG` needs. The residual may grow a lot on the way and leave
+    rounding errors behind. So the residual at the end is checked by one more product. Where it is
+    too large, the iteration begins anew; stagnation is reported if that does not help.
 
-    The recurrence can break down on an operator that is invertible: where ``rho``, the overlap of
-    the residual with the first one, or ``omega``, the overlap of ``A s`` with ``s`` for the
-    residual ``s`` halfway through the step, is zero up to rounding. This is reported;
-    ``Fallback(BiCGStab(), GMRES())`` then starts over with the other method.
+    Breakdown is reported where ``rho``, the overlap of the residual with the first one, or
+    ``omega``, the overlap of ``A s`` with the residual ``s`` halfway through the step, is zero up
+    to rounding. ``Fallback(BiCGStab(), GMRES())`` then starts over with the other method.
 
     Args:
         preconditioner: an approximation of the inverse, applied from the right, so that the
@@ -216,29 +189,15 @@ class BiCGStab(IterativeLinearSolver):
         van der Vorst, Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG, 1992.
     """
 
-    preconditioner: Preconditioner | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_preconditioner(self, self.preconditioner)
-
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
-        eps = trees.epsilon(b)
-        x, r = first_iterate(operator, b, x0)
-        rs = before = trees.dot(r, r)
-        bounds = Bounds.make(self.rtol, self.atol, b, rs)
-        num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
-        active = bounds.open(rs)
+        iterate = functools.partial(_bicgstab, operator.mv, precondition)
+        x, r, rs, bounds, num_steps, active = begin(self, operator, b, x0)
+        before, left = rs, self.maxiter
         verdict = torch.full_like(rs, -1, dtype=torch.int64)
-        left = self.maxiter
         while left > 0:
             started = active
-            x, rs, made, active, left = self._iterate(
-                operator, precondition, x, r, active, bounds, left
-            )
+            x, rs, made, active, left = iterate(x, r, active, bounds, left)
             num_steps = num_steps + made
             ended = started & (rs <= bounds.converged)
             if not bounds.adaptive or not batching.any_true(ended):
@@ -248,7 +207,7 @@ class BiCGStab(IterativeLinearSolver):
             missed = ended & bounds.open(rs)
             # where beginning anew gains nothing more, that is as far as rounding errors allow
             exhausted = missed & (rs >= before / 4)
-            accurate = rs <= eps**0.5 * trees.dot(b, b)
+            accurate = rs <= trees.epsilon(b) ** 0.5 * bounds.bb
             code = code_where(accurate, RESULTS.success, RESULTS.stagnation)
             verdict = torch.where(exhausted, code, verdict)
             before = torch.where(ended, rs, before)
@@ -258,61 +217,51 @@ class BiCGStab(IterativeLinearSolver):
         stats = bounds.stats(num_steps, rs, active)
         return x, stats._replace(result=torch.where(verdict >= 0, verdict, stats.result))
 
-    def _iterate(
-        self,
-        operator: LinearOperator,
-        precondition: Callable[[Leaves], Leaves],
-        x: Leaves,
-        r: Leaves,
-        active: Tensor,
-        bounds: Bounds,
-        maxiter: int,
-    ) -> tuple[Leaves, Tensor, Tensor, Tensor, int]:
-        """Iterate from ``x`` with residual ``r`` until the recurrence has converged.
 
-        Returns the iterate, the squared norm of the recurrence's residual, the steps that each task
-        made, the tasks that could go on, and what is left of the step limit.
-        """
-        eps = trees.epsilon(r)
-        first = r
-        p = v = trees.zeros_like(r)
-        rs = first_rs = rho = trees.dot(r, r)
-        rho_previous = alpha = omega = torch.ones_like(rs)
-        num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
-        own = False  # the first vectors are those of the caller
-        while maxiter > 0:
-            if bounds.finished(active):
-                break
-            maxiter -= 1
-            active = active & (rho.abs() > eps * (first_rs * rs).sqrt())
-            beta = torch.where(active, (rho / rho_previous) * (alpha / omega), 0.0)
-            p = trees.axpy(-omega, v, p, out=p if own else None)
-            p = trees.axpy(beta, p, r, out=p if own else None)
-            p_hat = precondition(p)
-            v = operator.mv(p_hat)
-            alpha = rho / trees.dot(first, v)
-            active = active & torch.isfinite(alpha)
-            alpha = torch.where(active, alpha, 0.0)
-            s = trees.axpy(-alpha, v, r)
-            s_hat = precondition(s)
-            t = operator.mv(s_hat)
-            ss, ts, tt = trees.dots((s, s), (t, s), (t, t))
-            # where s is zero, or the second half breaks down, only the first half is taken
-            stable = active & (ts.abs() > eps * (tt * ss).sqrt())
-            omega = torch.where(stable, ts / tt, 0.0)
-            x = trees.axpy(alpha, p_hat, x, out=x if own else None)
-            x = trees.axpy(omega, s_hat, x, out=x if own else None)
-            r = trees.axpy(-omega, t, s, out=s if own else None)
-            own = own or trees.may_overwrite(x, p, r)
-            rho_previous = rho
-            rs, rho = trees.dots((r, r), (first, r))
-            num_steps = num_steps + active
-            active = stable & bounds.open(rs)
-        return x, rs, num_steps, active, maxiter
-
-
-def _read(*scalars: Tensor) -> list[Any]:
-    return [scalar.item() for scalar in scalars]
+def _bicgstab(
+    product: Callable[[Leaves], Leaves],
+    precondition: Callable[[Leaves], Leaves],
+    x: Leaves,
+    r: Leaves,
+    active: Tensor,
+    bounds: Bounds,
+    left: int,
+) -> tuple[Leaves, Tensor, Tensor, Tensor, int]:
+    """Iterate until the recurrence has converged: ``x, rs``, steps made, who is active, ``left``."""
+    eps = trees.epsilon(r)
+    first = r
+    p = v = trees.zeros_like(r)
+    rs = first_rs = rho = trees.dot(r, r)
+    rho_previous = alpha = omega = torch.ones_like(rs)
+    num_steps = no_steps(rs)
+    own = False  # the first vectors are those of the caller
+    while left > 0 and not bounds.finished(active):
+        left -= 1
+        active = active & (rho.abs() > eps * (first_rs * rs).sqrt())
+        beta = torch.where(active, (rho / rho_previous) * (alpha / omega), 0.0)
+        p = trees.axpy(-omega, v, p, out=p if own else None)
+        p = trees.axpy(beta, p, r, out=p if own else None)
+        p_hat = precondition(p)
+        v = product(p_hat)
+        alpha = rho / trees.dot(first, v)
+        active = active & torch.isfinite(alpha)
+        alpha = torch.where(active, alpha, 0.0)
+        s = trees.axpy(-alpha, v, r)
+        s_hat = precondition(s)
+        t = product(s_hat)
+        ss, ts, tt = trees.dots((s, s), (t, s), (t, t))
+        # where s is zero, or the second half breaks down, only the first half is taken
+        stable = active & (ts.abs() > eps * (tt * ss).sqrt())
+        omega = torch.where(stable, ts / tt, 0.0)
+        x = trees.axpy(alpha, p_hat, x, out=x if own else None)
+        x = trees.axpy(omega, s_hat, x, out=x if own else None)
+        r = trees.axpy(-omega, t, s, out=s if own else None)
+        own = own or trees.may_overwrite(x, p, r)
+        rho_previous = rho
+        rs, rho = trees.dots((r, r), (first, r))
+        num_steps = num_steps + active
+        active = stable & bounds.open(rs)
+    return x, rs, num_steps, active, left
 
 
 def _seems_symmetric(operator: LinearOperator, b: Leaves) -> Tensor:

@@ -13,7 +13,7 @@ from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._torch import sharding
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
+from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator, Solved
 from hyperfunc.linear_solvers._preconditioners import resolve_count
 
 
@@ -28,19 +28,17 @@ class Nystrom(AbstractLinearSolver):
     .. math::
         A_K = (s + \rho) I + H_{:K} H_{KK}^{+} H_{:K}^\top,
 
-    and the solution is :math:`A_K^{-1} b`, by the Woodbury identity. There is no iteration: `rank`
-    products, which do not depend on ``b``, and one for the residual, or two with a starting
-    iterate. The result is an approximation whose quality the residual norm tells; it is exact up
-    to :math:`\rho` if :math:`H` has the rank of its sample. Where the columns miss a direction,
-    the solution has the part of ``b`` in it over :math:`s + \rho`, so that :math:`\rho` should be
-    of the size of the eigenvalues that may be missed.
+    and the solution is :math:`A_K^{-1} b`, by the Woodbury identity. This takes ``rank`` products,
+    which do not depend on ``b``, and one for the residual, or two with a starting iterate. It is
+    exact up to :math:`\rho` if :math:`H` has the rank of its sample. In a direction that the
+    columns miss, the solution is ``b`` over :math:`s + \rho`, so :math:`\rho` should be of the size
+    of the eigenvalues that may be missed.
 
     Args:
-        rank: columns to sample, in each solve; from 1 to the number of inner parameters. By
-            default 10, or all of them if they are fewer.
+        rank: columns to sample in each solve, from 1 to the number of inner parameters; by default
+            10, or that number if it is smaller.
         rho: :math:`\rho > 0`.
-        seed: the sample is a pure function of this integer. Under ``vmap`` each task has the same
-            coordinates; change the seed for another sample.
+        seed: of the sample, which is the same for each task of ``vmap``; >= 0.
 
     A non-symmetric operator, as far as the sampled block shows it, is reported as breakdown. A
     residual above that of zero is reported as max_steps: raise ``rank`` or :math:`\rho`.
@@ -68,9 +66,7 @@ class Nystrom(AbstractLinearSolver):
         check_number(self, "rho", self.rho, above=True)
         check_count(self, "seed", self.seed, 0)
 
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         rank = resolve_count(self, "rank", self.rank, 10, b)
         dtype = trees.accumulation_dtype(b)
         rhs = ravel(b if x0 is None else operator.residual(x0, b), dtype)

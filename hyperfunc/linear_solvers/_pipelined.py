@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,36 +12,25 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers._base import (
-    Bounds,
-    IterativeLinearSolver,
-    LinearOperator,
-    first_iterate,
-)
-from hyperfunc.linear_solvers._preconditioners import (
-    Preconditioner,
-    check_preconditioner,
-    prepare,
-)
+from hyperfunc.linear_solvers._base import LinearOperator, Solved, begin
+from hyperfunc.linear_solvers._preconditioners import PreconditionedSolver, prepare
 
 
 @dataclasses.dataclass(frozen=True)
-class PipelinedCG(IterativeLinearSolver):
+class PipelinedCG(PreconditionedSolver):
     r"""`CG` rearranged so that a step takes one sum over the ranks, done during its product.
 
-    In exact arithmetic the iterates are those of `CG`. There, a step waits for two sums over the
-    ranks one after the other, with the product before the first; here recurrences for
-    :math:`A p`, :math:`M A p` and :math:`A M A p` bring all inner products of a step together, and
-    the next product does not need them. It pays on DTensors, where a sum over the ranks takes
-    longer than the six further vectors cost in memory and passes: on many ranks, or over a slow
-    network. On ordinary tensors `CG` is faster.
+    In exact arithmetic the iterates are those of `CG`, where a step waits for two sums over the
+    ranks, one before and one after its product. Here recurrences for :math:`A p`, :math:`M A p` and
+    :math:`A M A p` bring all inner products of a step together, and the next product does not need
+    them. It pays on DTensors, on many ranks or over a slow network; it takes six further vectors.
+    On ordinary tensors `CG` is faster.
 
-    The price is rounding: the recurrences drift from what they stand for. So they are evaluated
-    anew every ``replace`` steps, by four products. Where they come to an end all the same, by a
-    tolerance or a breakdown, the residual itself decides, by one product, and what has brought it
-    down tenfold may start again from there. It is this residual that is reported. One that stays
-    above ten times the tolerance and ``sqrt(eps) ||b||``, while the recurrence is below, is
-    reported as stagnation. In float32, condition numbers of about 1e3 are what can be had.
+    The recurrences drift by rounding. So they are evaluated anew every ``replace`` steps, by four
+    products, and the residual itself decides at the end, by one product: what has brought it down
+    tenfold may start again from there, and a residual above ten times the tolerance and
+    ``sqrt(eps) ||b||``, while the recurrence is below, is reported as stagnation. In float32,
+    condition numbers of about 1e3 are what can be had.
 
     With ``K`` steps, ``K + 2`` products, four more for each replacement, and two for each restart.
 
@@ -51,8 +39,7 @@ class PipelinedCG(IterativeLinearSolver):
 
     All other arguments are those of `CG`.
 
-    An operator that is not positive definite is reported as breakdown. One that is not symmetric
-    shows in the residual at the end alone.
+    An operator that is not symmetric shows in the residual at the end alone.
 
     Example:
         >>> A = torch.tensor([[3.0, 1.0], [1.0, 2.0]])
@@ -67,30 +54,35 @@ class PipelinedCG(IterativeLinearSolver):
         Vanroose, arXiv 1601.07068.
     """
 
-    preconditioner: Preconditioner | None = None
     replace: int = 50
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_preconditioner(self, self.preconditioner)
         check_count(self, "replace", self.replace)
 
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
-        x, r = first_iterate(operator, b, x0)
-        bb, rs = trees.dots((b, b), (r, r))
-        bounds = Bounds.make(self.rtol, self.atol, b, rs)
-        num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
-        active = bounds.open(rs)
-        vectors = _Vectors.start(x, r, operator, precondition)
+        x, r, rs, bounds, num_steps, active = begin(self, operator, b, x0)
+
+        def vectors_at(x: Leaves, r: Leaves, p: Leaves | None = None) -> _Vectors:
+            """Those of an iterate, its residual and a direction, evaluated anew."""
+            u = precondition(r)
+            w = operator.mv(u)
+            if p is None:
+                zeros = trees.zeros_like(x)
+                return _Vectors(x, r, u, w, zeros, zeros, zeros, zeros)
+            s = operator.mv(p)
+            q = precondition(s)
+            return _Vectors(x, r, u, w, p, s, q, operator.mv(q))
+
+        vectors = vectors_at(x, r)
         gamma_previous = alpha = torch.ones_like(rs)
         fresh, reached = torch.ones_like(active), rs
         own = False  # the first vectors are those of the caller, or one and the same
         for step in range(self.maxiter):
             if step and step % self.replace == 0:
-                vectors = vectors.replaced(operator, precondition, b, active)
+                r = operator.residual(vectors.x, b)
+                vectors = vectors_at(vectors.x, r, vectors.p).where(active, vectors)
             v = vectors
             pending = trees.start_dots((v.r, v.r), (v.r, v.u), (v.w, v.u))
             m = precondition(v.w)
@@ -104,7 +96,7 @@ class PipelinedCG(IterativeLinearSolver):
                 again = bounds.open(true_rs) & (true_rs < 0.01 * reached)
                 if bounds.finished(again):
                     break
-                vectors = v.restarted(r, operator, precondition, again)
+                vectors = vectors_at(v.x, r).where(again, v)
                 rs, reached = (torch.where(again, true_rs, old) for old in (rs, reached))
                 active, fresh = again, fresh | again
                 continue
@@ -119,16 +111,11 @@ class PipelinedCG(IterativeLinearSolver):
         true_rs = trees.dot(r, r)
         # a recurrence that broke down or blew up tells more than the residual it leaves behind
         stats = bounds.stats(num_steps, torch.where(bounds.open(rs), true_rs, rs), active)
-        return vectors.x, self._judged(stats, bounds, rs, true_rs, bb, b)
-
-    def _judged(
-        self, stats: SolveStats, bounds: Bounds, rs: Tensor, true_rs: Tensor, bb: Tensor, b: Leaves
-    ) -> SolveStats:
-        allowed = torch.maximum(100 * bounds.converged, trees.epsilon(b) * bb)
+        allowed = torch.maximum(100 * bounds.converged, trees.epsilon(b) * bounds.bb)
         drifted = torch.isfinite(rs) & (rs <= bounds.converged) & ~(true_rs <= allowed)
         result = code_where(drifted, RESULTS.stagnation, stats.result)
-        finite = torch.isfinite(true_rs)
-        return stats._replace(residual_norm=torch.where(finite, true_rs, rs).sqrt(), result=result)
+        norm = torch.where(torch.isfinite(true_rs), true_rs, rs).sqrt()
+        return vectors.x, SolveStats(stats.num_steps, norm, result)
 
 
 class _Vectors(NamedTuple):
@@ -146,14 +133,6 @@ class _Vectors(NamedTuple):
     q: Leaves
     z: Leaves
 
-    @staticmethod
-    def start(
-        x: Leaves, r: Leaves, operator: LinearOperator, precondition: Callable[[Leaves], Leaves]
-    ) -> _Vectors:
-        u = precondition(r)
-        zeros = trees.zeros_like(x)
-        return _Vectors(x, r, u, operator.mv(u), zeros, zeros, zeros, zeros)
-
     def step(self, alpha: Tensor, beta: Tensor, m: Leaves, n: Leaves, own: bool) -> _Vectors:
         """The vectors after a step; ``own`` if these may be written over."""
 
@@ -165,31 +144,6 @@ class _Vectors(NamedTuple):
         x, r = add(alpha, p, self.x, self.x), add(-alpha, s, self.r, self.r)
         u, w = add(-alpha, q, self.u, self.u), add(-alpha, z, self.w, self.w)
         return _Vectors(x, r, u, w, p, s, q, z)
-
-    def replaced(
-        self,
-        operator: LinearOperator,
-        precondition: Callable[[Leaves], Leaves],
-        b: Leaves,
-        active: Tensor,
-    ) -> _Vectors:
-        """The same iterate and direction, with all the rest evaluated anew for active tasks."""
-        r = operator.residual(self.x, b)
-        u = precondition(r)
-        s = operator.mv(self.p)
-        q = precondition(s)
-        new = _Vectors(self.x, r, u, operator.mv(u), self.p, s, q, operator.mv(q))
-        return new.where(active, self)
-
-    def restarted(
-        self,
-        r: Leaves,
-        operator: LinearOperator,
-        precondition: Callable[[Leaves], Leaves],
-        again: Tensor,
-    ) -> _Vectors:
-        """The same iterate with its residual, and no direction yet, for the tasks to go again."""
-        return _Vectors.start(self.x, r, operator, precondition).where(again, self)
 
     def where(self, mask: Tensor, others: _Vectors) -> _Vectors:
         """These where the mask holds, else the others."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -15,13 +15,13 @@ from hyperfunc._engine.random_vectors import random_signs
 from hyperfunc._engine.trees import ravel, ravel_local, unravel
 from hyperfunc._torch import tracking
 from hyperfunc._types import Leaves, TensorTree
-from hyperfunc.linear_solvers._base import LinearOperator
+from hyperfunc.linear_solvers._base import IterativeLinearSolver, LinearOperator
 
 
 class AbstractPreconditioner(abc.ABC):
     """What builds an approximate inverse for each solve anew: `prepare`.
 
-    A subclass is final: a frozen dataclass of its settings with this one method.
+    A subclass is a frozen dataclass of its settings with this one method.
     """
 
     @abc.abstractmethod
@@ -45,16 +45,14 @@ Preconditioner: TypeAlias = AbstractPreconditioner | Callable[[TensorTree], Tens
 class JacobiPreconditioner(AbstractPreconditioner):
     """Divides by an estimate of the diagonal of the operator.
 
-    Hutchinson's estimate is the mean of ``z * (A z)`` over vectors ``z`` of random signs. It is
-    exact for a diagonal operator. Elsewhere the error is about ``|a_i| / sqrt(num_probes)`` at
-    most, with the norm of the row, and an entry below that is replaced by it: all entries are
-    positive, and none of the inverse is large by accident. Worth its products where the rows of
-    ``A`` differ much in scale. It suits `CG`, `GMRES` and `BiCGStab`.
+    Hutchinson's estimate is the mean of ``z * (A z)`` over vectors ``z`` of random signs, exact for
+    a diagonal operator. Elsewhere the error is about ``|a_i| / sqrt(num_probes)`` at most, with the
+    norm of the row; a smaller entry is replaced by that, so that the inverse is positive and
+    bounded. It pays where the rows of ``A`` differ much in scale.
 
     Args:
-        num_probes: products to spend on the estimate, in each solve; >= 1.
-        seed: the estimate is a pure function of the operator and this integer. Under ``vmap`` each
-            task has the same signs.
+        num_probes: products to spend in each solve, >= 1.
+        seed: of the signs, which are the same for each task of ``vmap``; >= 0.
 
     Example:
         >>> A = torch.diag(torch.tensor([1.0, 100.0, 10000.0]))
@@ -101,13 +99,11 @@ class NystromPreconditioner(AbstractPreconditioner):
     noise. It suits `CG` where few eigenvalues are large and the others are close to each other.
 
     Args:
-        rank: products to spend, in each solve, and vectors to keep; from 1 to the number of inner
-            parameters. By default 10, or all of them if they are fewer.
-        damping: :math:`\mu \ge 0`, a multiple of the identity that is known to be contained in the
-            operator, for instance the weight of a squared norm in the inner loss, or the damping
-            of `Damped`.
-        seed: the approximation is a pure function of the operator and this integer. Under ``vmap``
-            each task has the same test vectors.
+        rank: products to spend in each solve and vectors to keep, from 1 to the number of inner
+            parameters; by default 10, or that number if it is smaller.
+        damping: :math:`\mu \ge 0`, a multiple of the identity that the operator contains, such as the
+            weight of a squared norm in the inner loss, or the damping of `Damped`.
+        seed: of the test vectors, which are the same for each task of ``vmap``; >= 0.
 
     An operator that turns out not to be positive definite is left without preconditioner.
 
@@ -139,8 +135,8 @@ class NystromPreconditioner(AbstractPreconditioner):
     def prepare(self, operator: LinearOperator, b: Leaves) -> Callable[[Leaves], Leaves]:
         rank = resolve_count(self, "rank", self.rank, 10, b)
         dtype = trees.accumulation_dtype(b)
-        first = self.seed * rank
-        signs = torch.stack([ravel(random_signs(b, first + i), dtype) for i in range(rank)]).mT
+        seeds = range(self.seed * rank, (self.seed + 1) * rank)
+        signs = torch.stack([ravel(random_signs(b, seed), dtype) for seed in seeds]).mT
         tests = torch.linalg.qr(signs)[0]
         sketch = torch.stack([ravel(operator.mv(unravel(test, b)), dtype) for test in tests.mT]).mT
         sketch = sketch - self.damping * tests
@@ -165,6 +161,17 @@ class NystromPreconditioner(AbstractPreconditioner):
             return unravel(flat + vectors @ (change * (vectors.mT @ flat)), b)
 
         return apply
+
+
+@dataclasses.dataclass(frozen=True)
+class PreconditionedSolver(IterativeLinearSolver):
+    """An iterative solver that takes a preconditioner; see `CG`."""
+
+    preconditioner: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_preconditioner(self)
 
 
 def prepare(
@@ -196,11 +203,11 @@ def prepare(
     return apply
 
 
-def check_preconditioner(solver: object, preconditioner: object) -> None:
+def check_preconditioner(solver: Any) -> None:
     """Raise for what cannot be a preconditioner."""
+    preconditioner, name = solver.preconditioner, type(solver).__name__
     if preconditioner is None or isinstance(preconditioner, AbstractPreconditioner):
         return
-    name = type(solver).__name__
     if isinstance(preconditioner, type):
         raise TypeError(
             f"{name}: preconditioner is the class {preconditioner.__name__}; expected an object. "

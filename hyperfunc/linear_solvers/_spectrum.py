@@ -25,9 +25,9 @@ PROBES = 3
 class Estimate(NamedTuple):
     """A number and how far off it may be, as two 0-d tensors.
 
-    For an extreme eigenvalue or singular value the uncertainty is ``min(r, 4 r^2 / gap)`` with
-    the norm ``r`` of its residual and the gap to the next Ritz value, which is larger than that to
-    the next eigenvalue. A value whose vector the random start has no part of is missed.
+    For an extreme eigenvalue or singular value the uncertainty is ``min(r, 4 r^2 / gap)`` with the
+    norm ``r`` of its residual and the gap to the next Ritz value. A value whose vector the random
+    start has no part of is missed.
     """
 
     value: Tensor
@@ -96,35 +96,31 @@ def measure(
     if not operator.symmetric:
         asymmetry, count = _asymmetry(operator, like, seed), 2 * PROBES
     symmetric = asymmetry.value <= 10 * trees.epsilon(like) ** 0.75
-
-    if batching.all_true(symmetric):
-        ritz = eigenvalues(operator.mv, like, num_steps, seed)
-        count += num_steps
+    known = batching.all_true(symmetric)
+    eig_min = eig_max = contraction = radius = unknown
+    signs = torch.zeros_like(nan, dtype=torch.int64).expand(3)
+    if known or full:
+        product = operator.mv if known else operator.symmetric_part
+        ritz = eigenvalues(product, like, num_steps, seed)
+        count += num_steps if known else 2 * num_steps
         eig_min, eig_max, sigma_min, sigma_max = ritz.extremes()
         signs = ritz.signs()
-        step_size = _step_size(is_map, eig_min, eig_max, sigma_max, symmetric)
-        contraction = radius = ritz.largest(torch.ones_like(zero), -step_size)
-    else:
+    if not known:
         sigma_min, sigma_max = singular_values(operator.gram, like, num_steps, seed)
         count += 2 * num_steps
-        eig_min = eig_max = contraction = radius = unknown
-        signs = torch.zeros_like(nan, dtype=torch.int64).expand(3)
-        if full:
-            ritz = eigenvalues(operator.symmetric_part, like, num_steps, seed)
-            count += 2 * num_steps
-            eig_min, eig_max, _, _ = ritz.extremes()
-            signs = ritz.signs()
-        step_size = _step_size(is_map, eig_min, eig_max, sigma_max, symmetric)
-        step = LinearOperator(
-            lambda v: trees.axpy(-step_size, operator.mv(v), v),
-            lambda v: trees.axpy(-step_size, operator.T.mv(v), v),
-        )
-        if full or is_map:
-            _, contraction = singular_values(step.gram, like, num_steps, seed)
-            count += 2 * num_steps
-        if full:
-            radius = spectral_radius(step.mv, like, num_steps, seed)
-            count += num_steps
+    step_size = _step_size(is_map, eig_min, eig_max, sigma_max, symmetric)
+    step = LinearOperator(
+        lambda v: trees.axpy(-step_size, operator.mv(v), v),
+        lambda v: trees.axpy(-step_size, operator.T.mv(v), v),
+    )
+    if known:
+        contraction = radius = ritz.largest(torch.ones_like(zero), -step_size)
+    elif full or is_map:
+        _, contraction = singular_values(step.gram, like, num_steps, seed)
+        count += 2 * num_steps
+    if full and not known:
+        radius = spectral_radius(step.mv, like, num_steps, seed)
+        count += num_steps
     return Spectrum(
         asymmetry=asymmetry,
         symmetric=symmetric,
@@ -187,11 +183,7 @@ def eigenvalues(
     residual = vectors.mT @ images - values[:, None] * (vectors.mT @ basis)
     rounding = _rounding(values.abs().amax(), like)
     uncertainties = _sharpen(torch.linalg.vector_norm(residual, dim=1), values, rounding)
-    return Ritz(
-        torch.where(finite, values, torch.nan),
-        torch.where(finite, uncertainties, torch.nan),
-        rounding,
-    )
+    return Ritz(*_where_finite(finite, values, uncertainties), rounding)
 
 
 def singular_values(
@@ -203,21 +195,15 @@ def singular_values(
     _, values, rows = torch.linalg.svd(images.mT, full_matrices=False)
     # in fewer dimensions than the space has, some vectors go to zero
     missing = basis.shape[0] - values.shape[0]
+    column = values[:, None]
     floor = torch.finfo(values.dtype).tiny
-    residual = (rows @ seconds) / values.clamp_min(floor)[:, None] - values[:, None] * (
-        rows @ basis
-    )
+    residual = (rows @ seconds) / column.clamp_min(floor) - column * (rows @ basis)
     rounding = _rounding(values.amax(), like)
-    norms = torch.linalg.vector_norm(residual, dim=1)
-    norms = torch.where(values > rounding, norms, rounding)
-    values, norms = values.flip(0), norms.flip(0)
-    uncertainties = _sharpen(norms, values, rounding)
-    values = torch.where(finite, values, torch.nan)
-    uncertainties = torch.where(finite, uncertainties, torch.nan)
-    largest = Estimate(values[-1], uncertainties[-1])
-    if missing:
-        return Estimate(torch.zeros_like(values[0]), rounding), largest
-    return Estimate(values[0], uncertainties[0]), largest
+    norms = torch.where(values > rounding, torch.linalg.vector_norm(residual, dim=1), rounding)
+    values = values.flip(0)
+    ends = _where_finite(finite, values, _sharpen(norms.flip(0), values, rounding))
+    smallest, largest = (Estimate(*(part[i] for part in ends)) for i in (0, -1))
+    return Estimate(torch.zeros_like(rounding), rounding) if missing else smallest, largest
 
 
 def spectral_radius(
@@ -231,9 +217,11 @@ def spectral_radius(
     value = values.index_select(0, index)[0]
     residual = images.mT.to(y.dtype) @ y - value * (basis.mT.to(y.dtype) @ y)
     uncertainty = torch.linalg.vector_norm(residual) + _rounding(value.abs(), like)
-    return Estimate(
-        torch.where(finite, value.abs(), torch.nan), torch.where(finite, uncertainty, torch.nan)
-    )
+    return Estimate(*_where_finite(finite, value.abs(), uncertainty))
+
+
+def _where_finite(finite: Tensor, *parts: Tensor) -> list[Tensor]:
+    return [torch.where(finite, part, torch.nan) for part in parts]
 
 
 def _krylov(
@@ -255,12 +243,10 @@ def _krylov(
         seconds.append(ravel(second, dtype))
         if step + 1 == num_steps:
             break
-        scale = torch.linalg.vector_norm(seconds[-1])
         vector = _orthogonal(seconds[-1], basis)
-        norm = torch.linalg.vector_norm(vector)
         fresh = _orthogonal(ravel(random_uniform(like, seed + step + 1), dtype), basis)
-        going = norm > 100 * eps * scale
-        vector = torch.where(going, vector, fresh)
+        noise = 100 * eps * torch.linalg.vector_norm(seconds[-1])
+        vector = torch.where(torch.linalg.vector_norm(vector) > noise, vector, fresh)
         vector = vector / torch.linalg.vector_norm(vector)
         basis = torch.cat([basis, _orthogonal(vector, basis)[None]])
     parts = basis, torch.stack(images), torch.stack(seconds)
@@ -315,11 +301,7 @@ def _step_size(
     """1 for a map; else what contracts best where the symmetric part is positive definite."""
     if is_map:
         return torch.ones_like(sigma_max.value)
-    positive = eig_min.value > 0
-    best = torch.where(
-        symmetric,
-        2 / (eig_min.value + eig_max.value),
-        eig_min.value / sigma_max.value**2,
-    )
-    usual = torch.where(sigma_max.value > 0, 1 / sigma_max.value, 1.0)
-    return torch.where(positive & torch.isfinite(best), best, usual)
+    low, high, sigma = eig_min.value, eig_max.value, sigma_max.value
+    best = torch.where(symmetric, 2 / (low + high), low / sigma**2)
+    usual = torch.where(sigma > 0, 1 / sigma, 1.0)
+    return torch.where((low > 0) & torch.isfinite(best), best, usual)

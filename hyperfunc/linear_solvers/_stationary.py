@@ -16,6 +16,7 @@ from hyperfunc.linear_solvers._base import (
     Bounds,
     IterativeLinearSolver,
     LinearOperator,
+    Solved,
 )
 
 
@@ -29,12 +30,10 @@ class RichardsonSolver(IterativeLinearSolver):
         super().__post_init__()
         check_number(self, "step_size", self.step_size, above=True)
 
-    def _iterate(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None
-    ) -> tuple[Leaves, SolveStats]:
-        first = bb = trees.dot(b, b)
+    def _iterate(self, operator: LinearOperator, b: Leaves, x0: Leaves | None) -> Solved:
+        first = rs = bb = trees.dot(b, b)
         bounds = Bounds.make(self.rtol, self.atol, b, bb)
-        x, rs, steps = (trees.zeros_like(b) if x0 is None else x0), bb, 0
+        x, steps = (trees.zeros_like(b) if x0 is None else x0), 0
         if x0 is None and self.maxiter > 0:
             x, steps = trees.scale(self.step_size, b), 1
         num_steps = torch.full((), steps, dtype=torch.int64, device=bb.device)
@@ -50,8 +49,7 @@ class RichardsonSolver(IterativeLinearSolver):
                 update = trees.sub(new, x)
                 rs = torch.where(active, trees.dot(update, update) / self.step_size**2, rs)
             if step == 0:
-                first = rs
-                bounds = Bounds.make(self.rtol, self.atol, b, first)
+                first, bounds = rs, Bounds.make(self.rtol, self.atol, b, rs)
             uncounted += 1
             x = trees.where(active, new, x) if bounds.adaptive else new
             if measured:
@@ -65,11 +63,10 @@ class FixedPoint(RichardsonSolver):
     """Fixed-point (Richardson) iteration ``x <- x + step_size (b - A x)``.
 
     For a fixed-point map with Jacobian ``J``, where the adjoint system has ``A^T = I - J^T``, and
-    step size 1 this is ``v <- J^T v + b`` from ``v = 0``: HyperTorch's ``fixed_point``. It
-    converges when ``I - step_size A`` is a contraction, and its error after ``K`` steps is that of
-    ``K`` steps of reverse mode at the solution. For an inner loss ``A`` is the Hessian, and the
-    step size must be below 2 over its largest eigenvalue. One product a step; the first step from
-    zero needs none.
+    step size 1 this is ``v <- J^T v + b`` from ``v = 0``: HyperTorch's ``fixed_point``, with the
+    error of ``K`` steps of reverse mode at the solution. For an inner loss ``A`` is the Hessian,
+    and the step size must be below 2 over its largest eigenvalue. It converges when
+    ``I - step_size A`` is a contraction. One product a step; the first from zero needs none.
 
     Args:
         step_size: > 0.
@@ -88,9 +85,7 @@ class FixedPoint(RichardsonSolver):
         Grazzi et al., On the iteration complexity of hypergradient computation, arXiv 2006.16218.
     """
 
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         return self._iterate(operator, b, x0)
 
 
@@ -98,9 +93,8 @@ class FixedPoint(RichardsonSolver):
 class Neumann(RichardsonSolver):
     """Truncated Neumann series ``x_K = step_size sum_{i<=K} (I - step_size A)^i b``.
 
-    For a fixed-point map and step size 1 this is ``sum_{i<=K} (J^T)^i b``: it starts at ``v = b``,
-    so ``Neumann(K)`` equals ``FixedPoint(K + 1)``, with ``K`` products. It converges under the same
-    condition and takes the same arguments as `FixedPoint`.
+    `FixedPoint` from ``step_size b`` in place of zero, with the same arguments: ``Neumann(K)``
+    equals ``FixedPoint(K + 1)``, with ``K`` products.
 
     Example:
         >>> operator = hf.linear_solvers.LinearOperator.from_matrix(0.5 * torch.eye(1))
@@ -112,9 +106,7 @@ class Neumann(RichardsonSolver):
         Lorraine, Vicol and Duvenaud, arXiv 1911.02590; Grazzi et al., arXiv 2006.16218.
     """
 
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         start = trees.scale(self.step_size, b) if x0 is None else x0
         return self._iterate(operator, b, start)
 
@@ -123,11 +115,10 @@ class Neumann(RichardsonSolver):
 class OneStep(AbstractLinearSolver):
     """The adjoint taken as ``u = b``: differentiate one step of the map at the solution.
 
-    With a fixed-point condition the hypergradient becomes
-    ``dE/dhparams + (dphi/dhparams)^T dE/dw``, which is what differentiating only the last step of
-    the inner iteration gives. No product is needed; the error is the whole contribution of
-    ``J^T u``, so the map must contract fast. Also known as Jacobian-free backpropagation, the
-    T1-T2 method, and, for one gradient step, first-order DARTS or first-order MAML.
+    For a fixed-point map the hypergradient becomes ``dE/dhparams + (dphi/dhparams)^T dE/dw``, that
+    of the last step of the inner iteration alone, without a product. The error is the whole
+    contribution of ``J^T u``, so the map must contract fast. Also known as Jacobian-free
+    backpropagation, the T1-T2 method and, for a gradient step, first-order DARTS or MAML.
 
     Args:
         step_size: ``u = step_size b``; > 0. With an inner loss, the size of the one gradient step.
@@ -147,13 +138,10 @@ class OneStep(AbstractLinearSolver):
     def __post_init__(self) -> None:
         check_number(self, "step_size", self.step_size, above=True)
 
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         rs = trees.dot(b, b)
         bounds = Bounds.make(0.0, 0.0, b, rs)
-        num_steps = torch.zeros((), dtype=torch.int64, device=rs.device)
-        return trees.scale(self.step_size, b), bounds.stats(num_steps, rs, bounds.open(rs))
+        return trees.scale(self.step_size, b), bounds.stats(0, rs, bounds.open(rs))
 
 
 def report_growth(

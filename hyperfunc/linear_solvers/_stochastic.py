@@ -11,10 +11,9 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
-from hyperfunc._engine.results import SolveStats
 from hyperfunc._torch import tracking
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers._base import AbstractLinearSolver, Bounds, LinearOperator
+from hyperfunc.linear_solvers._base import AbstractLinearSolver, Bounds, LinearOperator, Solved
 from hyperfunc.optim import Optimizer, check_optimizer, sgd
 
 Sampler: TypeAlias = Any
@@ -40,70 +39,61 @@ class StochasticAID(AbstractLinearSolver):
         (\partial_\lambda r_{K + j})^\top u_K .
 
     If minibatches are drawn independently and give ``A`` and ``r`` on average, the expectation of
-    this, at given params, is what `FixedPoint` of ``K`` steps gives with all data; without a
-    sampler it is that itself. Exactly ``K`` steps are taken, of one product each (the first one
-    from zero needs none). Steps of decreasing size also remove the variance.
+    this, at given params, is `FixedPoint` of ``K`` steps with all data; without a sampler it is
+    that itself. Exactly ``K`` steps are taken, of one product each (the first one from zero needs
+    none). Steps of decreasing size also remove the variance.
 
-    **Minibatches.** The condition is called with the arguments ``sampler(step, *args)`` in place
-    of ``*args``: with steps ``0, ..., num_steps - 1`` in the system and the ``num_cross_batches``
-    that follow in the cross term. A sampler is pure: what it returns depends on the step and the
-    arguments alone, so that a solve can be repeated. Draw the indices beforehand, as in the
-    example; ``torch.func.vmap`` does not allow to draw them inside. What the sampler changes are
-    the shapes of tensors, not the structure of the arguments.
+    The condition is called with the arguments ``sampler(step, *args)`` in place of ``*args``: with
+    steps ``0, ..., num_steps - 1`` in the system and the ``num_cross_batches`` that follow in the
+    cross term. A sampler is pure, so draw the indices beforehand, as in the example; it may change
+    the shapes of tensors, but not the structure of the arguments. It may also be a tuple like
+    ``args`` with a leading step dimension, or an iterator of tuples like ``args``, outside
+    transforms only: the next call continues where this one stopped, so two calls do not agree.
 
-    A sampler may also be a tuple like ``args`` with a leading step dimension, or an iterator of
-    tuples like ``args``. An iterator draws as many batches as are used, outside transforms only,
-    and the next call continues where this one stopped: two calls do not agree, and nothing can be
-    replayed.
-
-    The solution map has first derivatives by this method. Second derivatives (a derivative of the
-    hypergradient) are refused with a sampler, since the solve and its derivative would share their
-    minibatches, which is biased.
+    The solution map has first derivatives. With a sampler, second derivatives (a derivative of the
+    hypergradient) are refused: the solve and its derivative would share their minibatches, which
+    is biased.
 
     Args:
         num_steps: the number of steps ``K``, >= 0.
         optimizer: an `hyperfunc.optim.Optimizer`, which sees ``A_t^T u - b`` as gradient and the
-            step number as its hparams, so that coefficients may be schedules, as in
-            ``hf.optim.sgd(lr=lambda step: 1 / (1 + 0.1 * step))``, or trees like params with a
-            value for each block. Or a function of a list of tensors that makes a
-            ``torch.optim.Optimizer``, outside transforms.
+            step number as its hparams, for schedules such as
+            ``hf.optim.sgd(lr=lambda step: 1 / (1 + 0.1 * step))``. Or a function of a list of
+            tensors that makes a ``torch.optim.Optimizer``, outside transforms.
         sampler: minibatches of the condition; by default it is called with all of ``*args``.
         outer_sampler: minibatches of the outer loss, with steps ``0, ..., num_outer_batches - 1``.
-        num_outer_batches: the outer gradients, and the value, are means over so many minibatches.
-            Where there is more than one, aux is the tuple of what they gave.
+        num_outer_batches: the outer gradients, and the value, are means over so many minibatches;
+            aux is the tuple of what they gave if there is more than one.
         num_cross_batches: the cross term is the mean over so many minibatches.
         start: ``"zero"``, or ``"outer_gradient"`` for ``u_0 = b``. ``adjoint_init`` overrides it.
         scheduler: a function of the ``torch.optim`` optimiser that makes its learning rate
-            scheduler, which is stepped after every step (``ReduceLROnPlateau`` sees the norm of
-            the residual).
+            scheduler, stepped after every step (``ReduceLROnPlateau`` sees the residual norm).
 
     Raises:
         TypeError: an optimiser or sampler of no kind above.
-        ValueError: a number out of its range; several batches without a sampler for them; a tree
-            with too few steps; when called, a sampler that runs out or changes structure.
+        ValueError: a number out of its range; several batches without a sampler for them; too few
+            steps in a tuple; when called, a sampler that runs out or changes structure.
         RuntimeError: a second derivative, when it is taken.
 
-    The residual that is reported is that of the last minibatch, before the last step. A residual
-    beyond 10 times that of the start, or ``1 / sqrt(eps)`` times with a sampler, is reported as
-    divergence.
+    The residual norm is that of the last minibatch, before the last step. Growth by more than 10,
+    or ``1 / sqrt(eps)`` with a sampler, is divergence.
 
     Example:
         >>> X, y = torch.randn(100, 3), torch.randn(100)
         >>> indices = torch.randint(100, (60, 10), generator=torch.Generator().manual_seed(0))
         >>> def ridge_loss(w, reg, X, y):
         ...     return 0.5 * ((X @ w - y) ** 2).mean() + 0.5 * reg * (w**2).sum()
+        >>> def solve(reg, X, y):
+        ...     return torch.linalg.solve(X.T @ X / 100 + reg * torch.eye(3), X.T @ y / 100)
         >>> method = hf.StochasticAID(
         ...     num_steps=50,
         ...     optimizer=hf.optim.sgd(lr=0.2),
         ...     sampler=lambda step, X, y: (X[indices[step]], y[indices[step]]),
         ...     num_cross_batches=10,
         ... )
-        >>> @hf.hypergrad(
-        ...     outer_loss=lambda w, reg, X, y: (w**2).sum(), inner_loss=ridge_loss, method=method
-        ... )
-        ... def solve(reg, X, y):
-        ...     return torch.linalg.solve(X.T @ X / 100 + reg * torch.eye(3), X.T @ y / 100)
-        >>> solve(torch.tensor(0.1), X, y).shape
+        >>> outer_loss = lambda w, reg, X, y: (w**2).sum()
+        >>> hypergradient = hf.hypergrad(solve, outer_loss, inner_loss=ridge_loss, method=method)
+        >>> hypergradient(torch.tensor(0.1), X, y).shape
         torch.Size([])
 
     References:
@@ -143,17 +133,13 @@ class StochasticAID(AbstractLinearSolver):
         _check_sampler("sampler", self.sampler, self.num_steps + self.num_cross_batches)
         _check_sampler("outer_sampler", self.outer_sampler, self.num_outer_batches)
 
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         if self.sampler is not None or self.outer_sampler is not None:
             raise ValueError(
                 "StochasticAID with a sampler was given one operator to solve with, but it needs "
                 "to draw the minibatches. Pass it as method= itself, not inside another solver"
             )
-        return self.descend(
-            lambda step: operator, b, x0, operator.structure(b), growth=_MOST_GROWTH
-        )
+        return self.descend(lambda _: operator, b, x0, operator.structure(b), _MOST_GROWTH)
 
     def descend(
         self,
@@ -162,28 +148,25 @@ class StochasticAID(AbstractLinearSolver):
         x0: Leaves | None,
         spec: trees.TreeSpec,
         growth: float | None = None,
-    ) -> tuple[Leaves, SolveStats]:
+    ) -> Solved:
         """Take the steps, each with the operator of its own minibatch, on trees of a structure.
 
         Growth of the residual beyond a factor, ``1 / sqrt(eps)`` by default, is divergence.
         """
-        x = x0
-        if x is None:
-            x = b if self.start == "outer_gradient" else trees.zeros_like(b)
         at_zero = x0 is None and self.start == "zero"
+        x = trees.zeros_like(b) if at_zero else b if x0 is None else x0
         advance = _make_advance(self.optimizer, self.scheduler, x, spec)
-        bounds, rs = None, trees.dot(b, b)
+        first = rs = trees.dot(b, b)
         for step in range(self.num_steps):
             if step == 0 and at_zero:
                 gradient = trees.neg(b)
             else:
                 gradient = trees.sub(operator_at(step).mv(x), b)
                 rs = trees.dot(gradient, gradient)
-            bounds = bounds or Bounds.make(0.0, 0.0, b, rs, growth)
+            first = rs if step == 0 else first
             x = advance(gradient, x, step)
-        bounds = bounds or Bounds.make(0.0, 0.0, b, rs, growth)
-        num_steps = torch.full((), self.num_steps, dtype=torch.int64, device=rs.device)
-        return x, bounds.stats(num_steps, rs, bounds.open(rs))
+        bounds = Bounds.make(0.0, 0.0, b, first, growth)
+        return x, bounds.stats(self.num_steps, rs, bounds.open(rs))
 
     def without_samplers(self) -> StochasticAID:
         """The same steps, for one operator."""
@@ -237,8 +220,7 @@ def _make_torch_advance(
             "hf.optim, with schedules such as lr=lambda step: ..."
         )
     owned = [leaf.detach().clone() for leaf in x]
-    # a copy, for a factory that changes the list
-    optimizer = factory(list(owned))
+    optimizer = factory(list(owned))  # a copy, for a factory that changes the list
     advice = "Write optimizer=lambda tensors: torch.optim.Adam(tensors, lr=...)"
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
@@ -283,14 +265,12 @@ def _check_optimizer(optimizer: Any, scheduler: Any) -> None:
     is_factory = callable(optimizer) and not module.startswith("hyperfunc.optim")
     if not is_factory:
         check_optimizer(optimizer, "StochasticAID")
-    if scheduler is None:
-        return
-    if not callable(scheduler):
+    if scheduler is not None and not callable(scheduler):
         raise TypeError(
             f"StochasticAID: scheduler is {scheduler!r} of type {type(scheduler).__name__}; "
             f"expected a function of the torch.optim optimizer that makes its scheduler"
         )
-    if not is_factory:
+    if scheduler is not None and not is_factory:
         raise ValueError(
             "StochasticAID: scheduler= goes with a torch.optim factory; an optimizer of hf.optim "
             "takes its schedule as a coefficient. Write hf.optim.sgd(lr=lambda step: ...)"

@@ -18,7 +18,7 @@ from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
+from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator, Solved
 
 Blocks = Literal["children", "leaves", "batch"]
 
@@ -28,18 +28,16 @@ class Damped(AbstractLinearSolver):
     """Solves ``(A + damping I) x = b`` in place of ``A x = b``.
 
     A damping above the size of the most negative eigenvalue makes a symmetric operator positive
-    definite, as CG needs it, and any damping bounds the solution where the operator is nearly
-    singular. The price is a bias of about ``damping ||A^{-1}||`` relative to the solution. The
-    statistics are those of the damped system.
+    definite, as CG needs it, and any damping bounds the solution of a nearly singular system, at a
+    relative bias of about ``damping ||A^{-1}||``. The statistics are those of the damped system.
 
     Args:
         solver: the linear solver for the damped system.
         damping: > 0.
 
     Example:
-        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(
-        ...     torch.diag(torch.tensor([0.0, 1.0]))
-        ... )
+        >>> A = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(A)
         >>> hf.Damped(hf.CG(), damping=1.0).solve(operator, (torch.tensor([1.0, 1.0]),))[0]
         (tensor([1.0000, 0.5000]),)
 
@@ -54,9 +52,7 @@ class Damped(AbstractLinearSolver):
         check_solver(self, "solver", self.solver)
         check_number(self, "damping", self.damping, above=True)
 
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         damped = dataclasses.replace(operator, shift=operator.shift + self.damping)
         return self.solver.solve(damped, b, x0)
 
@@ -65,19 +61,17 @@ class Damped(AbstractLinearSolver):
 class Fallback(AbstractLinearSolver):
     """Solves with ``first``, and with ``then`` where that one did not succeed.
 
-    Not to succeed is any result but success: a failure, or the step limit. The second solver
-    starts where the first one started. Under ``vmap`` it runs if some task needs it, and only
-    those tasks take its solution, its residual and its result; ``num_steps`` adds up the steps of
-    both. Finding out takes one host synchronisation.
+    The step limit counts as no success. The second solver starts where the first one did. Under
+    ``vmap`` it runs if some task needs it, and only such tasks take its solution, its residual and
+    its result; ``num_steps`` adds up the steps of both. It takes one host synchronisation.
 
     Args:
         first: the linear solver to try.
         then: the linear solver for what is left; a `Fallback` again for a third.
 
     Example:
-        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(
-        ...     torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
-        ... )
+        >>> A = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
+        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(A)
         >>> solver = hf.Fallback(hf.CG(), hf.GMRES())
         >>> solver.solve(operator, (torch.tensor([4.0, 3.0]),))[0]
         (tensor([-3.,  2.]),)
@@ -90,9 +84,7 @@ class Fallback(AbstractLinearSolver):
         check_solver(self, "first", self.first)
         check_solver(self, "then", self.then)
 
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         x, stats = self.first.solve(operator, b, x0)
         open_ = stats.result != int(RESULTS.success)
         if not batching.any_true(open_):
@@ -101,35 +93,29 @@ class Fallback(AbstractLinearSolver):
         zeros = trees.zeros_like(b)
         start = None if x0 is None else trees.where(open_, x0, zeros)
         y, then = self.then.solve(operator, trees.where(open_, b, zeros), start)
+        then = then._replace(num_steps=stats.num_steps + then.num_steps)
         merged = (torch.where(open_, new, old) for new, old in zip(then, stats, strict=True))
-        _, residual_norm, result = merged
-        num_steps = stats.num_steps + torch.where(open_, then.num_steps, 0)
-        return trees.where(open_, y, x), SolveStats(num_steps, residual_norm, result)
+        return trees.where(open_, y, x), SolveStats(*merged)
 
 
 @dataclasses.dataclass(frozen=True)
 class Blockwise(AbstractLinearSolver):
     """Solves for blocks of params that do not interact, each with scalars of its own.
 
-    Where the operator is block diagonal, one product with all blocks of a vector gives the product
-    of each block. The wrapped solver runs on all blocks at once, as under ``vmap``: step lengths,
-    stopping and breakdown are decided for each block, and the number of steps is that of the
-    hardest block, not of all eigenvalues together. `Dense` takes as many products as the largest
-    block has entries.
+    Where the operator is block diagonal, one product gives that of each block. The wrapped solver
+    runs on all blocks at once, as under ``vmap``: step lengths, stopping and breakdown are decided
+    for each, and the number of steps is that of the hardest block, not of all eigenvalues together.
+    `Dense` takes as many products as the largest block has entries.
 
     Args:
         solver: the linear solver for one block.
         blocks: what a block is. ``"children"``: the subtree under each key or index at the top of
-            params, as for a list of the params of several tasks; ``"leaves"``: each leaf;
-            ``"batch"``: each index of the first dimension, which all leaves share, as for an inner
-            problem that treats stacked tasks jointly. The first two hold a block as one flat
-            vector, padded to the size of the largest.
-        step_sizes: a factor > 0 for each block, by which the equations of the block are scaled:
-            with ``FixedPoint(step_size=1)`` the step size of each block. For ``"batch"`` one a
-            task.
+            params; ``"leaves"``: each leaf; ``"batch"``: each index of the first dimension, which
+            all leaves share. The first two pad each block to the size of the largest.
+        step_sizes: a factor > 0 for each block, by which its equations are scaled: with
+            ``FixedPoint(step_size=1)`` its step size.
         check_blocks: whether to spend two products on the test ``A (D v) = D (A v)`` for a random
-            vector ``v`` and a random factor ``D`` for each block; blocks that interact fail it,
-            and are reported as breakdown.
+            vector ``v`` and a random factor ``D`` for each block; failing it is a breakdown.
 
     The statistics are the largest number of steps, the norm of all residuals together, and the
     result of the block with the highest code. A preconditioner of the solver is built for blocks.
@@ -167,9 +153,7 @@ class Blockwise(AbstractLinearSolver):
         for index, step in enumerate(self.step_sizes or ()):
             check_number(self, f"step_sizes[{index}]", step, above=True)
 
-    def solve(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
-    ) -> tuple[Leaves, SolveStats]:
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         layout = _make_layout(self.blocks, operator, b)
         factors = self._factors(layout.num_blocks, b)
 
@@ -178,7 +162,7 @@ class Blockwise(AbstractLinearSolver):
 
         product, transposed = lifted(operator.mv), lifted(operator.T.mv)
 
-        def solve_block(rhs: Leaves, start: Leaves) -> tuple[Leaves, SolveStats]:
+        def solve_block(rhs: Leaves, start: Leaves) -> Solved:
             block = LinearOperator(
                 lambda v: _JointProduct.apply(product, rhs[0], *v),
                 lambda v: _JointProduct.apply(transposed, rhs[0], *v),
@@ -218,7 +202,7 @@ class _JointProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(product: Callable[[Leaves], Leaves], anchor: Tensor, *v: Tensor) -> Leaves:
+    def forward(product: Any, anchor: Tensor, *v: Tensor) -> Leaves:
         raise AssertionError("called outside the vmap over blocks")
 
     @staticmethod
@@ -226,13 +210,7 @@ class _JointProduct(torch.autograd.Function):
         return None
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        product: Callable[[Leaves], Leaves],
-        anchor: Tensor,
-        *v: Tensor,
-    ) -> tuple[Leaves, tuple[int, ...]]:
+    def vmap(info: Any, in_dims: Any, product: Any, anchor: Tensor, *v: Tensor) -> Any:
         stacked = tuple(
             leaf.expand(info.batch_size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
             for leaf, dim in zip(v, in_dims[2:], strict=True)
