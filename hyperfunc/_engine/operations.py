@@ -26,19 +26,15 @@ class Operation(Protocol):
 
     def run(self, operands: Leaves) -> Leaves:
         """The value; called with gradient mode off and no transform active."""
-        ...
 
     def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> Operation:
         """``(operands, cotangents of the live outputs) -> gradients`` for the operands ``wrt``."""
-        ...
 
     def push(self, wrt: tuple[int, ...]) -> Operation:
         """``(operands, tangents of the operands wrt) -> tangents`` of differentiable outputs."""
-        ...
 
     def vmap(self, info: Any, in_dims: tuple[int | None, ...], operands: Leaves) -> Any:
         """The outputs for a batch, and their batch dimension."""
-        ...
 
 
 class Recorded(torch.autograd.Function):
@@ -86,9 +82,7 @@ class Recorded(torch.autograd.Function):
             return tuple(next(results) if smooth else None for smooth in ctx.smooth)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], operation: Operation, *operands: Tensor
-    ) -> Any:
+    def vmap(info: Any, in_dims: Any, operation: Operation, *operands: Tensor) -> Any:
         return operation.vmap(info, tuple(in_dims[1:]), operands)
 
 

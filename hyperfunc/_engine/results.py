@@ -64,8 +64,7 @@ class SolveStats(NamedTuple):
 
     Attributes:
         num_steps: int64, the steps that were taken.
-        residual_norm: Euclidean norm of the last residual that was computed, in the accumulation
-            dtype (at least float32).
+        residual_norm: Euclidean norm of the last residual, in float32 at least.
         result: int64, a code of `RESULTS`.
     """
 
@@ -95,8 +94,7 @@ class Solution(NamedTuple):
     error_bound: Any = ()
 
 
-# A message names no more tasks than these.
-_MOST_NAMED = 8
+_MOST_NAMED = 8  # tasks in a message
 
 
 class HypergradError(RuntimeError):

@@ -74,18 +74,16 @@ class Frame:
     def fill(self, tensors: Iterable[Tensor]) -> Any:
         """The tree with these tensors in it, the inverse of `partition`."""
         remaining = iter(tensors)
-        return unflatten(
-            self.spec, [next(remaining) if leaf is None else leaf for leaf in self.constants]
-        )
+        leaves = [next(remaining) if leaf is None else leaf for leaf in self.constants]
+        return unflatten(self.spec, leaves)
 
 
 def partition(tree: Any) -> tuple[Leaves, Frame]:
     """The tensors of a tree, in flattening order, and the `Frame` that they are put back into."""
     leaves, spec = flatten(tree)
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
     # no leaf of a tree is None
     constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    return tensors, Frame(spec, constants)
+    return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor)), Frame(spec, constants)
 
 
 def tree_map(fn: Callable[..., Any], tree: TensorTree, *rest: TensorTree) -> TensorTree:
@@ -98,15 +96,14 @@ def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:
     """Flatten a tree that must hold floating-point tensors only, and at least one of them."""
     leaves, spec = flatten(tree)
     if not leaves:
-        raise ValueError(
-            f"{root} is an empty tree ({tree!r}); expected at least one floating-point tensor"
-            + (
+        advice = ""
+        if tree == {}:
+            advice = (
                 ". hf.functional(module) gives {} where all parameters of the module are frozen: "
                 "call module.requires_grad_() first, or write include_frozen=True"
-                if tree == {}
-                else ""
             )
-        )
+        expected = "expected at least one floating-point tensor"
+        raise ValueError(f"{root} is an empty tree ({tree!r}); {expected}{advice}")
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and tracking.is_dense(leaf):
             continue
@@ -134,9 +131,8 @@ def check_like(
 ) -> None:
     """Raise unless a flattened tree has the structure, shapes, dtypes and devices of another."""
     if spec != like_spec and _plain(spec, leaves) != _plain(like_spec, like):
-        raise ValueError(
-            f"{what} has another structure than {root}: got {spec}, expected {like_spec}"
-        )
+        advice = f"got {spec}, expected {like_spec}"
+        raise ValueError(f"{what} has another structure than {root}: {advice}")
     for index, (leaf, ref) in enumerate(zip(leaves, like, strict=True)):
         if leaf is ref:
             continue
@@ -175,9 +171,9 @@ def dot(a: Leaves, b: Leaves) -> Tensor:
 def dots(*pairs: tuple[Leaves, Leaves]) -> tuple[Tensor, ...]:
     """Inner products of several pairs of vectors, with one reduction over ranks for all."""
     layout = sharding.layout_of(pairs[0][0])
-    if layout is not None:
-        return layout.sum(_local_dots(layout, pairs)).unbind()
-    return tuple(_dot(a, b) for a, b in pairs)
+    if layout is None:
+        return tuple([_dot(a, b) for a, b in pairs])
+    return layout.sum(_local_dots(layout, pairs)).unbind()
 
 
 def read_dots(*pairs: tuple[Leaves, Leaves]) -> tuple[float, ...]:
@@ -188,11 +184,11 @@ def read_dots(*pairs: tuple[Leaves, Leaves]) -> tuple[float, ...]:
 def start_dots(*pairs: tuple[Leaves, Leaves]) -> Callable[[], tuple[Tensor, ...]]:
     """`dots`, with the reduction over ranks under way until the returned function is called."""
     layout = sharding.layout_of(pairs[0][0])
-    if layout is not None:
-        wait = layout.start_sum(_local_dots(layout, pairs))
-        return lambda: wait().unbind()
-    values = dots(*pairs)
-    return lambda: values
+    if layout is None:
+        values = dots(*pairs)
+        return lambda: values
+    wait = layout.start_sum(_local_dots(layout, pairs))
+    return lambda: wait().unbind()
 
 
 def norm(a: Leaves) -> Tensor:
@@ -333,21 +329,19 @@ def _dot(a: Leaves, b: Leaves) -> Tensor:
 
 def _local_dots(layout: sharding.Layout, pairs: Sequence[tuple[Leaves, Leaves]]) -> Tensor:
     """The inner products of what this rank holds of each vector, to be added up over the ranks."""
-    counted = layout.counted()
+    counted, dtype = layout.counted(), accumulation_dtype(pairs[0][0])
+    if not any(counted):
+        return torch.zeros(len(pairs), dtype=dtype, device=pairs[0][0][0].device)
 
     def local(v: Leaves) -> Leaves:
         return tuple(part for part, count in zip(layout.local(v), counted, strict=True) if count)
 
-    dtype = accumulation_dtype(pairs[0][0])
-    if not any(counted):
-        return torch.zeros(len(pairs), dtype=dtype, device=pairs[0][0][0].device)
     return torch.stack([_dot(local(a), local(b)).to(dtype) for a, b in pairs])
 
 
 def _scalar_like(alpha: Tensor, leaf: Tensor) -> Tensor:
-    if alpha.dtype == leaf.dtype and alpha.device == leaf.device:
-        return alpha
-    return alpha.to(device=leaf.device, dtype=leaf.dtype)
+    same = alpha.dtype == leaf.dtype and alpha.device == leaf.device
+    return alpha if same else alpha.to(device=leaf.device, dtype=leaf.dtype)
 
 
 def _advice(leaf: Any) -> str:

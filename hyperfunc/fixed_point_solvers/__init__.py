@@ -5,10 +5,9 @@ returns the solution and `hyperfunc.SolveStats`. It stops when
 
 .. math:: \| f(z) - z \| \le \max(\text{rtol} \, \| f(z) \|, \, \text{atol})
 
-and returns the iterate :math:`z` that this was measured at. The norm is over all leaves. With
-``batch_dim`` each index of that dimension is a sample, with its own norm, stop and statistics, as
-each task is under ``torch.func.vmap``: a sample that has converged keeps its iterate, bit by bit,
-while the others go on. A sample that has not converged gets its iterate with the smallest residual.
+and returns that iterate :math:`z`, or else the one with the smallest residual. The norm is over all
+leaves. With ``batch_dim`` each index of that dimension is a sample, with its own norm, stop and
+statistics, as each task is under ``torch.func.vmap``: what has converged keeps its iterate.
 """
 
 # Here: one module a solver, and in ``_base`` the loop of all. May import the rule, the linear

@@ -17,15 +17,11 @@ from hyperfunc._torch import batching, sharding
 from hyperfunc._types import InnerSolver, Leaves, ParamsFunction, TensorTree
 from hyperfunc.linear_solvers._base import check_stopping
 
-# A residual this many times the best one makes a method with a memory start anew from there.
-_GROWTH = 10.0
+_GROWTH = 10.0  # of the residual over the best one, where a method with a memory starts anew
 
 
 class AbstractFixedPointSolver(abc.ABC):
-    """What every fixed-point solver provides: the call, and `inner_solver`.
-
-    A subclass is a frozen dataclass of its settings with one method that is private.
-    """
+    """What a fixed-point solver, a frozen dataclass, provides: the call, and `inner_solver`."""
 
     maxiter: int
     rtol: float | None
@@ -36,10 +32,8 @@ class AbstractFixedPointSolver(abc.ABC):
     def __post_init__(self) -> None:
         check_stopping(self)
         if isinstance(self.batch_dim, bool) or not isinstance(self.batch_dim, int | None):
-            raise TypeError(
-                f"{type(self).__name__}: batch_dim is {self.batch_dim!r}; expected an integer, or "
-                f"None for one problem"
-            )
+            expected = "expected an integer, or None for one problem"
+            raise TypeError(f"{type(self).__name__}: batch_dim is {self.batch_dim!r}; {expected}")
 
     def __call__(
         self, fixed_point: ParamsFunction, init: TensorTree, hparams: TensorTree, /, *args: Any
@@ -52,8 +46,8 @@ class AbstractFixedPointSolver(abc.ABC):
         Args:
             fixed_point: ``(params, hparams, *args) -> tree like params``.
             init: where to start: the solution for similar ``hparams`` saves steps.
-            hparams: passed on to ``fixed_point``, as ``args`` are.
-            args: further arguments.
+            hparams: passed on to ``fixed_point``.
+            args: passed on to ``fixed_point``.
 
         Returns:
             The solution, a tree like ``init``, and its `hyperfunc.SolveStats`, of shape
@@ -77,14 +71,14 @@ class AbstractFixedPointSolver(abc.ABC):
     def inner_solver(
         self, fixed_point: ParamsFunction, *, init: InnerSolver
     ) -> FixedPointInnerSolver:
-        """An inner solver ``(hparams, *args) -> params`` that carries its condition.
+        """An inner solver ``(hparams, *args) -> params``, which carries its condition.
 
         Args:
             fixed_point: ``(params, hparams, *args) -> tree like params``.
             init: ``(hparams, *args) -> params``, where the solver starts.
 
         Returns:
-            The inner solver; with it, `hyperfunc.hypergrad` needs no ``fixed_point=``.
+            The inner solver, for `hyperfunc.hypergrad` and `hyperfunc.implicit_diff`.
 
         Example:
             >>> solve = hf.fixed_point_solvers.Anderson().inner_solver(
@@ -112,7 +106,7 @@ class FixedPointInnerSolver:
 
     @property
     def condition(self) -> tuple[str, ParamsFunction]:
-        """What the solution satisfies, for `hypergrad`."""
+        """What the solution satisfies."""
         return ("fixed_point", self.fixed_point)
 
     def __call__(self, hparams: TensorTree, /, *args: Any) -> TensorTree:
@@ -123,10 +117,7 @@ class FixedPointInnerSolver:
 def raise_unless_solved(
     solver: AbstractFixedPointSolver, stats: SolveStats, *, finished: bool = False
 ) -> None:
-    """Raise if a solve failed, or with ``finished`` if it only stopped at its step limit.
-
-    The message says why, and for which of the samples of all batch and vmap dimensions.
-    """
+    """Raise if a solve failed, or with ``finished`` if it only stopped at its step limit."""
     accepted = RESULTS.success if finished else RESULTS.max_steps
     failure = find_failure(stats.result, accepted, "samples")
     if failure is not None:
@@ -163,11 +154,8 @@ class Point(NamedTuple):
 class Iteration(NamedTuple):
     """The steps of one solve.
 
-    Attributes:
-        apply: the map on flat trees.
-        advance: the next iterates, from a point, the active samples, and those that have forgotten
-            their memory.
-        memory: after how many steps a sample may have to start anew; None without a memory.
+    ``advance`` gives the next iterates from a point, the active samples, and those that are to
+    forget their memory, which they may have to after ``memory`` steps.
     """
 
     apply: Callable[[Leaves], Leaves]
@@ -190,11 +178,7 @@ class Problem:
 
     @staticmethod
     def make(
-        fixed_point: ParamsFunction,
-        init: TensorTree,
-        hparams: TensorTree,
-        args: tuple[Any, ...],
-        batch_dim: int | None,
+        fixed_point: ParamsFunction, init: Any, hparams: Any, args: Any, batch_dim: int | None
     ) -> Problem:
         leaves, spec = trees.flatten_floating(init, "init")
         paths = trees.paths(spec, "init")
@@ -250,9 +234,8 @@ class Problem:
 
     def round(self, rows: Tensor) -> Tensor:
         """The rows with each entry in the precision of its leaf."""
-        if all(leaf.dtype == self.dtype for leaf in self.init):
-            return rows
-        return self.pack(self.unpack(rows))
+        exact = all(leaf.dtype == self.dtype for leaf in self.init)
+        return rows if exact else self.pack(self.unpack(rows))
 
     def _first(self, leaf: Tensor) -> Tensor:
         """The leaf with its samples in the first dimension."""
@@ -274,7 +257,7 @@ def _solve(
 
     def measure(z: Tensor) -> tuple[Point, Tensor]:
         value = problem.pack(iteration.apply(problem.unpack(z)))
-        return Point(z, value, row_norms(value - z)), row_norms(value)
+        return Point(z, value, _norms(value - z)), _norms(value)
 
     z = problem.pack(problem.init)
     point, size = measure(z)
@@ -315,7 +298,7 @@ def _solve(
     return best.z, SolveStats(num_steps, best.norm, result)
 
 
-def row_norms(rows: Tensor) -> Tensor:
+def _norms(rows: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(rows.detach(), dim=1)
     return norms
 

@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine.checks import check_count
-from hyperfunc.fixed_point_solvers._base import (
-    AbstractFixedPointSolver,
-    Iteration,
-    Point,
-    Problem,
-    row_norms,
-)
+from hyperfunc.fixed_point_solvers._base import AbstractFixedPointSolver, Iteration, Point, Problem
 from hyperfunc.linear_solvers._anderson import append_row
 
 
@@ -29,9 +23,8 @@ class Broyden(AbstractFixedPointSolver):
         H_{k+1} = H_k + \frac{(\Delta z - H_k \Delta g) \, \Delta z^\top H_k}
             {\Delta z^\top H_k \Delta g} .
 
-    The first step is a plain one. One evaluation a step; the updates are kept as ``memory`` pairs
-    of vectors, all forgotten when there is no room for another, and an update with a denominator
-    at rounding level is left out. Growth of the residual is dealt with as in `Anderson`.
+    One evaluation a step. The updates are all forgotten when there is no room for another, and one
+    with a denominator at rounding level is left out. Growth is dealt with as in `Anderson`.
 
     Args:
         memory: updates to keep, two vectors each; >= 1.
@@ -82,7 +75,8 @@ class _InverseJacobian:
             row = _combine(z_step, self._u, self._v) - z_step
             error = z_step + g_step - _combine(g_step, self._v, self._u)
             denominator = (row * g_step).sum(dim=1)
-            noise = torch.finfo(z.dtype).eps * row_norms(row) * row_norms(g_step)
+            row_size, g_size = (torch.linalg.vector_norm(v.detach(), dim=1) for v in (row, g_step))
+            noise = torch.finfo(z.dtype).eps * row_size * g_size
             sound = active & (denominator.abs() > noise)
             column = error / torch.where(sound, denominator, 1.0)[:, None]
             self._u = append_row(self._u, torch.where(sound[:, None], column, 0.0), self._memory)

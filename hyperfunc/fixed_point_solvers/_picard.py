@@ -15,8 +15,8 @@ from hyperfunc.fixed_point_solvers._base import AbstractFixedPointSolver, Iterat
 class Picard(AbstractFixedPointSolver):
     r"""The plain iteration :math:`z_{k+1} = z_k + \eta \, (f(z_k) - z_k)`.
 
-    Converges for a contraction, with its factor; a step size :math:`\eta < 1` averages, which also
-    makes maps converge whose Jacobian has eigenvalues beyond -1.
+    Converges for a contraction, with its factor; with a step size :math:`\eta < 1` also for maps
+    whose Jacobian has eigenvalues beyond -1.
 
     Args:
         maxiter: largest number of steps, >= 0. With ``rtol=0, atol=0`` exactly this many, a

@@ -41,9 +41,8 @@ class AndersonFixedPoint(RichardsonSolver):
     Example:
         >>> J = torch.tensor([[0.5, 0.25], [0.0, -1.5]])  # not a contraction
         >>> operator = hf.linear_solvers.LinearOperator.from_matrix(torch.eye(2) - J)
-        >>> (x,), stats = hf.AndersonFixedPoint().solve(operator, (torch.tensor([0.0, 5.0]),))
-        >>> x
-        tensor([1.0000, 2.0000])
+        >>> hf.AndersonFixedPoint().solve(operator, (torch.tensor([0.0, 5.0]),))[0]
+        (tensor([1.0000, 2.0000]),)
 
     References:
         Walker and Ni, Anderson acceleration for fixed-point iterations, 2011.
@@ -94,17 +93,12 @@ def append_row(rows: Tensor, row: Tensor, size: int) -> Tensor:
 def mixing_coefficients(
     rows: Tensor, f: Tensor, *, ridge: float | None = None, alive: Tensor | None = None
 ) -> Tensor:
-    """The least-squares coefficients of vectors in rows, for any number of batch dimensions.
-
-    The rows are normalised, and the problem is regularised by ``ridge``, at rounding level by
-    default. Rows that are zero or not ``alive`` get the coefficient 0.
-    """
+    """Least-squares coefficients of vectors in rows; 0 for those that are zero or not ``alive``."""
     norms = torch.linalg.vector_norm(rows, dim=-1)
     alive = norms > 0 if alive is None else alive & (norms > 0)
     inverse = torch.where(alive, 1 / torch.where(alive, norms, 1.0), 0.0)
     unit = rows * inverse.unsqueeze(-1)
-    if ridge is None:
-        ridge = 10 * torch.finfo(f.dtype).eps
+    ridge = 10 * torch.finfo(f.dtype).eps if ridge is None else ridge
     gram = unit @ unit.mT + ridge * torch.eye(rows.shape[-2], dtype=f.dtype, device=f.device)
     coefficients: Tensor = torch.linalg.solve_ex(gram, unit @ f.unsqueeze(-1))[0].squeeze(-1)
     return inverse * coefficients

@@ -25,11 +25,8 @@ from hyperfunc.linear_solvers._spectrum import Estimate, Spectrum, measure
 from hyperfunc.linear_solvers._stationary import FixedPoint
 from hyperfunc.linear_solvers._wrappers import Fallback
 
-MOST_ENTRIES = 256
-"""Inner parameters up to which the matrix may be formed."""
-
-FEW_PRODUCTS = 30
-"""Products up to which a plain fixed-point iteration is good enough."""
+MOST_ENTRIES = 256  # inner parameters up to which the matrix may be formed
+FEW_PRODUCTS = 30  # products up to which a plain fixed-point iteration is good enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +97,7 @@ class Auto(AbstractLinearSolver):
 
 
 class Choice(NamedTuple):
-    """The name of a solver, and the products that each solver is expected to need.
-
-    The products are added up over the tasks; -1 where the assumptions of the solver fail.
-    """
+    """The name of a solver, and the products of each over all tasks, -1 where it does not apply."""
 
     name: str
     products: dict[str, int]
@@ -120,9 +114,9 @@ def choose(spectrum: Spectrum, size: int, is_map: bool, accuracy: float) -> Choi
         "fixed_point": ((q < 1) & is_map, _steps(accuracy, q) - 1),
         "normal_cg": (finite, 2 * _cg_steps(kappa, accuracy)),
     }
-    tasks = _total(torch.ones_like(kappa, dtype=torch.int64))
+    tasks = _total(torch.ones_like(kappa))
     products = {
-        name: _total(_count(count)) if _everywhere(applies) else -1
+        name: _total(count) if _everywhere(applies) else -1
         for name, (applies, count) in rates.items()
     }
     products |= {"gmres": products["fixed_point"], "dense": size * tasks}
@@ -147,8 +141,9 @@ def make_solver(
     """The solver of a choice."""
     if name == "dense":
         return Dense()
-    families = {"cg": CG, "fixed_point": FixedPoint, "normal_cg": NormalCG, "gmres": GMRES}
-    return families[name](maxiter=maxiter, rtol=rtol, atol=atol)
+    if name == "gmres":
+        return GMRES(maxiter, None, rtol, atol)
+    return {"cg": CG, "fixed_point": FixedPoint, "normal_cg": NormalCG}[name](maxiter, rtol, atol)
 
 
 def condition_number(spectrum: Spectrum) -> Estimate:
@@ -171,13 +166,10 @@ def _steps(accuracy: float | Tensor, rate: Tensor) -> Tensor:
     return (goal.log() / rate.clamp(1e-30, 1 - 1e-15).log()).ceil().clamp_min(1)
 
 
-def _count(products: Tensor) -> Tensor:
-    return torch.nan_to_num(products, nan=0.0, posinf=1e12).clamp(0, 1e12).to(torch.int64)
-
-
 def _everywhere(flag: Tensor) -> bool:
     return batching.all_true(flag.all())
 
 
 def _total(count: Tensor) -> int:
-    return batching.count_true(count.sum())
+    whole = torch.nan_to_num(count, nan=0.0, posinf=1e12).clamp(0, 1e12).to(torch.int64)
+    return batching.count_true(whole.sum())

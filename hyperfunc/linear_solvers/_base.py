@@ -126,10 +126,7 @@ def check_stopping(solver: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The squared residual norms at which an iteration stops, and the verdict when it has.
-
-    They are 0-d tensors, or numbers for an iteration whose scalars are numbers too.
-    """
+    """Squared residual norms, tensors or numbers, at which an iteration stops, and its verdict."""
 
     bb: Tensor
     converged: Any
@@ -175,10 +172,7 @@ class Bounds:
         return self.adaptive and not batching.any_true(active)
 
     def stats(self, num_steps: Any, rs: Any, active: Any) -> SolveStats:
-        """Statistics at the end, where ``active`` tells an iteration that could have gone on.
-
-        Numbers will do, but the bounds must be tensors.
-        """
+        """Statistics, from tensors or numbers; ``active``: whether it could have gone on."""
 
         def tensor(value: Any, dtype: torch.dtype) -> Tensor:
             if isinstance(value, Tensor):
@@ -198,10 +192,7 @@ class Bounds:
 def begin(
     solver: Any, operator: LinearOperator, b: Leaves, x0: Leaves | None
 ) -> tuple[Leaves, Leaves, Tensor, Bounds, Tensor, Tensor]:
-    """The first iterate, its residual, the squared norm of that, bounds, a count and who is active.
-
-    The iterate is ``x0`` or zeros, whichever has the smaller residual.
-    """
+    """The better of ``x0`` and zeros, its residual, ``||r||^2``, bounds, a count, who is active."""
     x, r = trees.zeros_like(b), b
     if x0 is not None:
         residual = operator.residual(x0, b)

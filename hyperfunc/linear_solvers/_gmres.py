@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,11 +54,8 @@ class GMRES(AbstractLinearSolver):
     Example:
         >>> A = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
         >>> operator = hf.linear_solvers.LinearOperator.from_matrix(A)
-        >>> (x,), stats = hf.GMRES().solve(operator, (torch.tensor([4.0, 3.0]),))
-        >>> x
-        tensor([-3.,  2.])
-        >>> stats.num_steps
-        tensor(2)
+        >>> hf.GMRES().solve(operator, (torch.tensor([4.0, 3.0]),))[0]
+        (tensor([-3.,  2.]),)
 
     References:
         Saad and Schultz, GMRES: a generalized minimal residual algorithm for solving nonsymmetric
@@ -124,10 +120,7 @@ class GMRES(AbstractLinearSolver):
 
 
 class _FlatVectors:
-    """Flat vectors in the layout of some leaves, and their inner products.
-
-    Of DTensors a rank has the entries that it holds, and products are added up over the ranks.
-    """
+    """Flat vectors of what this rank holds of some leaves, and their products over all ranks."""
 
     def __init__(self, like: Leaves) -> None:
         self._dtype = trees.accumulation_dtype(like)
@@ -167,8 +160,7 @@ class _FlatVectors:
 class _Cycle:
     """The Arnoldi relation ``A M V_k = V_{k+1} H_k``, and its residual norm as it grows.
 
-    A task that is not active any more gets zero vectors for its basis, and columns of ``H_k`` that
-    keep its later coefficients at zero.
+    A finished task gets zero vectors, and columns of ``H_k`` that keep its coefficients at zero.
     """
 
     def __init__(
@@ -188,10 +180,7 @@ class _Cycle:
         self._row = torch.ones_like(self.start)[None]
 
     def extend(self, product: Leaves, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in the product with the last vector.
-
-        Returns the tasks that made this step, and the norm of the product.
-        """
+        """Take in the product with the last vector: who made this step, and its norm."""
         vectors, w = self._vectors, self._vectors.ravel(product)
         projection, norm = vectors.project(self.basis, w)
         w = w - projection @ self.basis
@@ -226,7 +215,7 @@ class _Cycle:
         size = len(self.columns)
         if size == 0:
             return torch.zeros_like(self.basis[0])
-        pad: Callable[..., Tensor] = torch.nn.functional.pad
+        pad = torch.nn.functional.pad
         hessenberg = torch.stack([pad(c, (0, size + 1 - len(c))) for c in self.columns], dim=1)
         orthogonal, triangular = torch.linalg.qr(hessenberg)
         rhs = (self.start * orthogonal[0])[:, None]

@@ -44,9 +44,8 @@ class PipelinedCG(PreconditionedSolver):
     Example:
         >>> A = torch.tensor([[3.0, 1.0], [1.0, 2.0]])
         >>> operator = hf.linear_solvers.LinearOperator.from_matrix(A)
-        >>> (x,), stats = hf.PipelinedCG().solve(operator, (torch.tensor([5.0, 5.0]),))
-        >>> x
-        tensor([1., 2.])
+        >>> hf.PipelinedCG().solve(operator, (torch.tensor([5.0, 5.0]),))[0]
+        (tensor([1., 2.]),)
 
     References:
         Ghysels and Vanroose, Hiding global synchronization latency in the preconditioned conjugate
@@ -119,10 +118,7 @@ class PipelinedCG(PreconditionedSolver):
 
 
 class _Vectors(NamedTuple):
-    """The iterate, the residual, and what the recurrences keep.
-
-    ``u = M r``, ``w = A u``, ``s = A p``, ``q = M s``, ``z = A q``.
-    """
+    """Iterate, residual, ``u = M r``, ``w = A u``, ``s = A p``, ``q = M s``, ``z = A q``."""
 
     x: Leaves
     r: Leaves

@@ -19,10 +19,7 @@ from hyperfunc.linear_solvers._base import IterativeLinearSolver, LinearOperator
 
 
 class AbstractPreconditioner(abc.ABC):
-    """What builds an approximate inverse for each solve anew: `prepare`.
-
-    A subclass is a frozen dataclass of its settings with this one method.
-    """
+    """What builds an approximate inverse for each solve; a subclass is a frozen dataclass."""
 
     @abc.abstractmethod
     def prepare(self, operator: LinearOperator, b: Leaves) -> Callable[[Leaves], Leaves]:
@@ -101,21 +98,19 @@ class NystromPreconditioner(AbstractPreconditioner):
     Args:
         rank: products to spend in each solve and vectors to keep, from 1 to the number of inner
             parameters; by default 10, or that number if it is smaller.
-        damping: :math:`\mu \ge 0`, a multiple of the identity that the operator contains, such as the
-            weight of a squared norm in the inner loss, or the damping of `Damped`.
+        damping: :math:`\mu \ge 0`, a multiple of the identity that the operator contains, such as
+            the weight of a squared norm in the inner loss, or the damping of `Damped`.
         seed: of the test vectors, which are the same for each task of ``vmap``; >= 0.
 
     An operator that turns out not to be positive definite is left without preconditioner.
 
     Example:
-        >>> x = torch.linspace(0.0, 1.0, 100)
-        >>> A = 1000 * torch.exp(-((x[:, None] - x) ** 2)) + torch.eye(100)
+        >>> A = torch.diag(torch.tensor([10000.0, 100.0, 1.0, 1.0]))
         >>> operator = hf.linear_solvers.LinearOperator.from_matrix(A)
-        >>> def num_steps(preconditioner):
-        ...     solver = hf.CG(rtol=1e-3, preconditioner=preconditioner)
-        ...     return int(solver.solve(operator, (torch.randn(100),))[1].num_steps)
-        >>> num_steps(hf.NystromPreconditioner(rank=10, damping=1.0)) < num_steps(None)
-        True
+        >>> preconditioner = hf.NystromPreconditioner(rank=4)
+        >>> solver = hf.CG(rtol=1e-3, preconditioner=preconditioner)
+        >>> solver.solve(operator, (torch.ones(4),))[1].num_steps
+        tensor(1)
 
     References:
         Frangella, Tropp and Udell, Randomized Nystrom preconditioning, arXiv 2110.02820,
@@ -223,11 +218,9 @@ def check_preconditioner(solver: Any) -> None:
 def resolve_count(owner: object, name: str, value: int | None, default: int, b: Leaves) -> int:
     """A number of vectors, with an error if it exceeds the dimension, which bounds the default."""
     dimension = sum(leaf.numel() for leaf in b)
-    if value is None:
-        return min(default, dimension)
-    if value > dimension:
+    if value is not None and value > dimension:
         raise ValueError(
             f"{type(owner).__name__}: {name} is {value}, but params have {dimension} entries in "
             f"all; expected {name} <= {dimension}"
         )
-    return value
+    return min(default, dimension) if value is None else value

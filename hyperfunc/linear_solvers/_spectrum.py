@@ -35,31 +35,19 @@ class Estimate(NamedTuple):
 
     @property
     def upper(self) -> Tensor:
-        """Value plus uncertainty."""
         return self.value + self.uncertainty
 
     @property
     def lower(self) -> Tensor:
-        """Value minus uncertainty."""
         return self.value - self.uncertainty
 
 
 class Spectrum(NamedTuple):
     """What was measured of an operator ``A``; what was not is NaN.
 
-    Attributes:
-        asymmetry: ``||A - A^T|| / ||A||`` in the Frobenius norm.
-        symmetric: whether that is zero up to rounding.
-        eig_min: the smallest eigenvalue of the symmetric part ``(A + A^T) / 2``.
-        eig_max: the largest one.
-        curvature_signs: int64, of shape (3,): how many Ritz values of the symmetric part are
-            negative, zero up to rounding, and positive.
-        sigma_min: the smallest singular value of ``A``.
-        sigma_max: the largest one.
-        step_size: the ``s`` of the two rows below.
-        contraction: the norm of ``I - s A``.
-        spectral_radius: its spectral radius.
-        num_products: int64, products with ``A`` or ``A^T`` that were taken.
+    The asymmetry is ``||A - A^T|| / ||A||`` in the Frobenius norm. Eigenvalues and curvature signs
+    (int64: how many Ritz values are negative, zero up to rounding, positive) are those of the
+    symmetric part ``(A + A^T) / 2``, the contraction is the norm of ``I - step_size A``.
     """
 
     asymmetry: Estimate
@@ -84,11 +72,7 @@ def measure(
     full: bool,
     seed: int = 0,
 ) -> Spectrum:
-    """Measure an operator by Krylov spaces of a dimension.
-
-    With ``is_map`` the operator is ``I - J``, and the contraction is that of ``J``. Without
-    ``full``, only what the choice of a solver depends on is measured.
-    """
+    """Measure an operator, ``I - J`` with ``is_map``: what a choice depends on, or all if full."""
     num_steps = min(num_steps, sum(leaf.numel() for leaf in like))
     nan = torch.full((), torch.nan, dtype=trees.accumulation_dtype(like), device=like[0].device)
     zero, unknown = torch.zeros_like(nan), Estimate(nan, nan)
@@ -227,10 +211,7 @@ def _where_finite(finite: Tensor, *parts: Tensor) -> list[Tensor]:
 def _krylov(
     apply: Callable[[Leaves], tuple[Leaves, Leaves]], like: Leaves, num_steps: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An orthonormal basis, its images, what extends it, and whether all of them are finite.
-
-    Where the space is exhausted early, a new random vector goes on.
-    """
+    """An orthonormal basis, its images, what extends it, and whether all of them are finite."""
     dtype = trees.accumulation_dtype(like)
     eps = torch.finfo(dtype).eps
     num_steps = min(num_steps, sum(leaf.numel() for leaf in like))
@@ -246,6 +227,7 @@ def _krylov(
         vector = _orthogonal(seconds[-1], basis)
         fresh = _orthogonal(ravel(random_uniform(like, seed + step + 1), dtype), basis)
         noise = 100 * eps * torch.linalg.vector_norm(seconds[-1])
+        # where the space is exhausted early, a new random vector goes on
         vector = torch.where(torch.linalg.vector_norm(vector) > noise, vector, fresh)
         vector = vector / torch.linalg.vector_norm(vector)
         basis = torch.cat([basis, _orthogonal(vector, basis)[None]])
@@ -264,10 +246,9 @@ def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
 def _asymmetry(operator: LinearOperator, like: Leaves, seed: int) -> Estimate:
     """For random signs ``v`` the squared norm of ``M v`` has the mean ``||M||_F^2``."""
     gaps, sizes = [], []
-    transposed = operator.T
     for probe in range(PROBES):
         v = random_signs(like, seed + probe)
-        image, other = operator.mv(v), transposed.mv(v)
+        image, other = operator.mv(v), operator.T.mv(v)
         difference = trees.sub(image, other)
         gaps.append(trees.dot(difference, difference))
         sizes.append((trees.dot(image, image) + trees.dot(other, other)) / 2)

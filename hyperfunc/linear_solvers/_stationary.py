@@ -77,9 +77,8 @@ class FixedPoint(RichardsonSolver):
     Example:
         >>> J = torch.tensor([[0.5, 0.25], [0.0, 0.5]])
         >>> operator = hf.linear_solvers.LinearOperator.from_matrix(torch.eye(2) - J)
-        >>> (x,), stats = hf.FixedPoint(maxiter=100).solve(operator, (torch.tensor([0.0, 1.0]),))
-        >>> x
-        tensor([1.0000, 2.0000])
+        >>> hf.FixedPoint(maxiter=100).solve(operator, (torch.tensor([0.0, 1.0]),))[0]
+        (tensor([1.0000, 2.0000]),)
 
     References:
         Grazzi et al., On the iteration complexity of hypergradient computation, arXiv 2006.16218.
@@ -98,9 +97,8 @@ class Neumann(RichardsonSolver):
 
     Example:
         >>> operator = hf.linear_solvers.LinearOperator.from_matrix(0.5 * torch.eye(1))
-        >>> (x,), stats = hf.Neumann(maxiter=2, rtol=0, atol=0).solve(operator, (torch.ones(1),))
-        >>> x
-        tensor([1.7500])
+        >>> hf.Neumann(maxiter=2, rtol=0, atol=0).solve(operator, (torch.ones(1),))[0]
+        (tensor([1.7500]),)
 
     References:
         Lorraine, Vicol and Duvenaud, arXiv 1911.02590; Grazzi et al., arXiv 2006.16218.

@@ -21,8 +21,8 @@ Sampler: TypeAlias = Any
 
 STARTS = ("zero", "outer_gradient")
 
-# Of the residual, where no minibatch disturbs it.
-_MOST_GROWTH = 10.0
+_MOST_GROWTH = 10.0  # of the residual, where no minibatch disturbs it
+_NUMBERS = {"sampler": "num_cross_batches", "outer_sampler": "num_outer_batches"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,10 +120,8 @@ class StochasticAID(AbstractLinearSolver):
                 f"StochasticAID: start is {self.start!r}; expected one of "
                 f"{', '.join(map(repr, STARTS))}. To start elsewhere, pass adjoint_init to the call"
             )
-        for field, number, name in (
-            ("sampler", self.num_cross_batches, "num_cross_batches"),
-            ("outer_sampler", self.num_outer_batches, "num_outer_batches"),
-        ):
+        for field, name in _NUMBERS.items():
+            number = getattr(self, name)
             if getattr(self, field) is None and number > 1:
                 raise ValueError(
                     f"StochasticAID: {name} is {number}, but without {field} all batches are the "
@@ -149,10 +147,7 @@ class StochasticAID(AbstractLinearSolver):
         spec: trees.TreeSpec,
         growth: float | None = None,
     ) -> Solved:
-        """Take the steps, each with the operator of its own minibatch, on trees of a structure.
-
-        Growth of the residual beyond a factor, ``1 / sqrt(eps)`` by default, is divergence.
-        """
+        """Take the steps, each with the operator of its own minibatch, on trees of a structure."""
         at_zero = x0 is None and self.start == "zero"
         x = trees.zeros_like(b) if at_zero else b if x0 is None else x0
         advance = _make_advance(self.optimizer, self.scheduler, x, spec)

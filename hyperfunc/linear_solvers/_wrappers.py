@@ -142,10 +142,8 @@ class Blockwise(AbstractLinearSolver):
     def __post_init__(self) -> None:
         check_solver(self, "solver", self.solver)
         if self.blocks not in get_args(Blocks):
-            raise ValueError(
-                f"Blockwise: blocks is {self.blocks!r}; "
-                f"expected one of {', '.join(map(repr, get_args(Blocks)))}"
-            )
+            names = ", ".join(map(repr, get_args(Blocks)))
+            raise ValueError(f"Blockwise: blocks is {self.blocks!r}; expected one of {names}")
         if self.step_sizes is not None and not isinstance(self.step_sizes, tuple):
             raise TypeError(
                 f"Blockwise: step_sizes is {self.step_sizes!r}; expected a tuple of numbers > 0"
@@ -196,10 +194,7 @@ class Blockwise(AbstractLinearSolver):
 
 
 class _JointProduct(torch.autograd.Function):
-    """A product for all blocks at once, to be called for one block inside ``vmap``.
-
-    The anchor is a tensor that is batched for certain; the vector of a caller may be a constant.
-    """
+    """A product for all blocks, called for one inside ``vmap``, where the anchor is batched."""
 
     @staticmethod
     def forward(product: Any, anchor: Tensor, *v: Tensor) -> Leaves:
@@ -301,8 +296,7 @@ def _scale(factors: Tensor | None, stacked: Leaves) -> Leaves:
 
 def _seem_separate(product: Callable[[Leaves], Leaves], like: Leaves, num_blocks: int) -> Tensor:
     v = random_uniform(like, 0)
-    factors = random_uniform((like[0].new_ones(num_blocks),), 1)[0]
+    (factors,) = random_uniform((like[0].new_ones(num_blocks),), 1)
     one, other = _scale(factors, product(v)), product(_scale(factors, v))
-    gap = trees.norm(trees.sub(one, other))
-    tolerance = trees.epsilon(like) ** 0.75
-    return torch.le(gap, tolerance * (trees.norm(one) + trees.norm(other)))
+    gap, size = trees.norm(trees.sub(one, other)), trees.norm(one) + trees.norm(other)
+    return torch.le(gap, trees.epsilon(like) ** 0.75 * size)
