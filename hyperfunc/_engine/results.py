@@ -105,8 +105,8 @@ class HypergradError(RuntimeError):
 
 def code_where(mask: Tensor, code: RESULTS | Tensor, other: RESULTS | Tensor) -> Tensor:
     """A code where the mask holds, else the other one; either may be a tensor of codes."""
-    codes: Any = (int(c) if isinstance(c, RESULTS) else c for c in (code, other))
-    return torch.where(mask, *codes)
+    codes: list[Any] = [int(c) if isinstance(c, RESULTS) else c for c in (code, other)]
+    return torch.where(mask, codes[0], codes[1])
 
 
 def find_failure(

@@ -143,7 +143,9 @@ def make_solver(
         return Dense()
     if name == "gmres":
         return GMRES(maxiter, None, rtol, atol)
-    return {"cg": CG, "fixed_point": FixedPoint, "normal_cg": NormalCG}[name](maxiter, rtol, atol)
+    if name == "normal_cg":
+        return NormalCG(maxiter, rtol, atol)
+    return CG(maxiter, rtol, atol) if name == "cg" else FixedPoint(maxiter, rtol, atol)
 
 
 def condition_number(spectrum: Spectrum) -> Estimate:

@@ -204,8 +204,8 @@ def spectral_radius(
     return Estimate(*_where_finite(finite, value.abs(), uncertainty))
 
 
-def _where_finite(finite: Tensor, *parts: Tensor) -> list[Tensor]:
-    return [torch.where(finite, part, torch.nan) for part in parts]
+def _where_finite(finite: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.where(finite, a, torch.nan), torch.where(finite, b, torch.nan)
 
 
 def _krylov(
