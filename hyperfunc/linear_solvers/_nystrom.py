@@ -11,7 +11,6 @@ from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc._engine.random_vectors import random_sample
 from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._engine.trees import ravel, unravel
-from hyperfunc._torch import sharding
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator, Solved
 from hyperfunc.linear_solvers._preconditioners import resolve_count
@@ -71,7 +70,9 @@ class Nystrom(AbstractLinearSolver):
         dtype = trees.accumulation_dtype(b)
         rhs = ravel(b if x0 is None else operator.residual(x0, b), dtype)
         sample = random_sample(rhs.numel(), rank, self.seed)
-        products = [ravel(operator.product(_unit(i, b)), dtype) for i in sample]
+        position = torch.arange(rhs.numel(), device=rhs.device)
+        units = (unravel((position == i).to(dtype), b) for i in sample)
+        products = [ravel(operator.product(unit), dtype) for unit in units]
         columns = operator.scale * torch.stack(products).mT
         core = columns[torch.tensor(sample, device=columns.device)]
         asymmetry = torch.linalg.matrix_norm(core - core.mT)
@@ -97,16 +98,3 @@ class Nystrom(AbstractLinearSolver):
         result = code_where(symmetric & (info == 0), result, RESULTS.breakdown)
         result = code_where(torch.isfinite(residual_norm), result, RESULTS.nonfinite)
         return x, SolveStats(torch.full_like(result, rank), residual_norm, result)
-
-
-def _unit(index: int, like: Leaves) -> Leaves:
-    """The vector that is 1 at one of the entries of all leaves, and 0 elsewhere."""
-    vectors = []
-    for leaf in like:
-        vector = torch.zeros(leaf.numel(), dtype=leaf.dtype, device=leaf.device)
-        if 0 <= index < leaf.numel():
-            vector[index] = 1.0
-        vectors.append(vector.reshape(leaf.shape))
-        index -= leaf.numel()
-    layout = sharding.layout_of(like)
-    return tuple(vectors) if layout is None else layout.wrap(vectors, like)

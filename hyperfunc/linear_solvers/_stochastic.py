@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -173,9 +174,8 @@ class StochasticAID(AbstractLinearSolver):
         self, fn: Callable[..., Any], step: int, sampler: str = "sampler"
     ) -> Callable[..., Any]:
         """A function of ``(params, hparams, *args)`` with the arguments of a step's minibatch."""
-        return lambda params, hparams, *args: fn(
-            params, hparams, *_draw(sampler, getattr(self, sampler), step, args)
-        )
+        draw = functools.partial(_draw, sampler, getattr(self, sampler), step)
+        return lambda params, hparams, *args: fn(params, hparams, *draw(args))
 
     def outer_losses(self, fn: Callable[..., Any]) -> list[Callable[..., Any]]:
         """The outer loss on each of its minibatches."""
@@ -302,8 +302,19 @@ def _check_sampler(name: str, sampler: Any, length: int) -> None:
 
 
 def _draw(name: str, sampler: Any, step: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if isinstance(sampler, Iterator) and tracking.transforms_active():
+        raise ValueError(
+            f"{name} is an iterator, which cannot be replayed as torch.func transforms and "
+            f"inference mode need it. Pass a function (step, *args) -> args that indexes into "
+            f"the data"
+        )
     try:
-        batch = _call(name, sampler, step, args)
+        if isinstance(sampler, Iterator):
+            batch = next(sampler)
+        elif callable(sampler):
+            batch = sampler(step, *args)
+        else:
+            batch = trees.tree_map(lambda leaf: leaf[step], sampler)
     except (IndexError, StopIteration) as error:
         raise ValueError(
             f"{name} has no minibatch for step {step} ({type(error).__name__}: {error}). Let it "
@@ -316,26 +327,10 @@ def _draw(name: str, sampler: Any, step: int, args: tuple[Any, ...]) -> tuple[An
         )
     leaves, spec = trees.flatten(batch)
     expected, expected_spec = trees.flatten(args)
-    if spec != expected_spec or any(
-        isinstance(a, Tensor) != isinstance(b, Tensor)
-        for a, b in zip(leaves, expected, strict=True)
-    ):
+    kinds, expected_kinds = ([isinstance(leaf, Tensor) for leaf in v] for v in (leaves, expected))
+    if spec != expected_spec or kinds != expected_kinds:
         raise ValueError(
             f"{name} changed the structure of args at step {step}: got {spec}, expected "
             f"{expected_spec}. Let it return all of *args, those that are not sampled unchanged"
         )
     return batch
-
-
-def _call(name: str, sampler: Any, step: int, args: tuple[Any, ...]) -> Any:
-    if isinstance(sampler, Iterator):
-        if tracking.transforms_active():
-            raise ValueError(
-                f"{name} is an iterator, which cannot be replayed as torch.func transforms and "
-                f"inference mode need it. Pass a function (step, *args) -> args that indexes into "
-                f"the data"
-            )
-        return next(sampler)
-    if callable(sampler):
-        return sampler(step, *args)
-    return trees.tree_map(lambda leaf: leaf[step], sampler)

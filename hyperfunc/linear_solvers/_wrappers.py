@@ -277,15 +277,13 @@ def _make_layout(blocks: Blocks, operator: LinearOperator, b: Leaves) -> _Layout
 def _check_first_dimension(b: Leaves, paths: list[str]) -> None:
     for leaf, path in zip(b, paths, strict=True):
         if leaf.ndim == 0:
-            raise ValueError(
-                f"Blockwise: blocks is 'batch', but {path} is a scalar (0-d); "
-                f"expected a first dimension that counts blocks"
-            )
-        if leaf.shape[0] != b[0].shape[0]:
-            raise ValueError(
-                f"Blockwise: blocks is 'batch', but {paths[0]} has shape {tuple(b[0].shape)} and "
-                f"{path} has shape {tuple(leaf.shape)}; expected the same first dimension"
-            )
+            fault = f"{path} is a scalar (0-d); expected a first dimension that counts blocks"
+        elif leaf.shape[0] != b[0].shape[0]:
+            shapes = f"{tuple(b[0].shape)} and {path} has shape {tuple(leaf.shape)}"
+            fault = f"{paths[0]} has shape {shapes}; expected the same first dimension"
+        else:
+            continue
+        raise ValueError(f"Blockwise: blocks is 'batch', but {fault}")
 
 
 def _scale(factors: Tensor | None, stacked: Leaves) -> Leaves:
