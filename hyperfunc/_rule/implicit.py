@@ -44,6 +44,12 @@ _NOT_FINITE = {
 }
 
 
+_FLOAT16 = (
+    ". In float16 the derivative of a step of Adam or RMSprop overflows at a gradient of zero, "
+    "where it is 1 / eps: take eps=1e-3 or more, bfloat16, or float32 for params and hparams"
+)
+
+
 @dataclasses.dataclass(eq=False)
 class ImplicitProblem:
     """An inner solver called, and the condition of its result, ``bound`` once that is known."""
@@ -371,7 +377,10 @@ def raise_unless_finite(leaves: Leaves, spec: trees.TreeSpec, name: str = "param
         return
     parts = zip(trees.paths(spec, name), leaves, strict=True)
     path = next(path for path, leaf in parts if not batching.all_true(trees.all_finite((leaf,))))
-    raise HypergradError(_NOT_FINITE[name].format(path=path, tasks=of_tasks(~finite)))
+    message = _NOT_FINITE[name].format(path=path, tasks=of_tasks(~finite))
+    if name == "hparams" and any(leaf.dtype == torch.float16 for leaf in leaves):
+        message += _FLOAT16
+    raise HypergradError(message)
 
 
 def raise_on_failure(stats: SolveStats, linear_solver: AbstractLinearSolver) -> None:

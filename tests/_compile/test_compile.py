@@ -592,7 +592,7 @@ def test_threads_share_compiled_functions() -> None:
         for (n, _), got in zip(tasks, pool.map(work, tasks), strict=True):
             close(got, work((n, plain)))
     for fn in (first, second):  # two shapes, each plain and under vmap
-        assert len(fn._call.args[0].compiler.entries) == 4
+        assert len(fn._call.args[1].compiler.entries) == 4
 
 
 @pytest.mark.slow
