@@ -71,11 +71,9 @@ def check_hypergrad(  # noqa: D417
     - the derivative through the inner solver's code, where it has one.
 
     The check passes where method and differences agree within ``rtol`` of the largest derivative
-    and twice the estimated error. If they do not, further tests tell which ingredient is off: each
-    derivative that enters the formula is compared with differences of its own function, the
-    condition is tried at the returned params, the adjoint in its system, and the assumptions of the
-    method are measured. Whether a solver stopped early or solves another problem can be told for
-    those of `hyperfunc.iterate` and `hyperfunc.minimize`; for others both causes are reported.
+    and twice the estimated error. If they do not, further tests tell which ingredient is off.
+    Whether a solver stopped early or solves another problem can be told for those of
+    `hyperfunc.iterate` and `hyperfunc.minimize`; for others both causes are reported.
 
     All arguments that are not listed here are those of `hyperfunc.hypergrad`.
 
@@ -141,8 +139,6 @@ def check_hypergrad(  # noqa: D417
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Problem:
-    """What the user passed, and functions made of it."""
-
     inner_solver: Callable[..., Any]
     outer_loss: Callable[..., Any]
     method: Any
@@ -163,7 +159,6 @@ class _Problem:
         return tracking.detach(trees.flatten(grads)[0]), solution
 
     def outer(self, params: TensorTree, hparams: TensorTree) -> Tensor:
-        """The outer loss without its aux."""
         output = self.outer_loss(params, hparams, *self.args)
         value: Tensor = output[0] if self.has_aux else output
         return value
@@ -177,7 +172,6 @@ class _Problem:
         return float(self.outer(self.solve(h), self.tree(h)).detach())
 
     def outer_gradient(self, params: TensorTree) -> tuple[Leaves, Leaves]:
-        """The gradient of the outer loss by params and by hparams."""
         w, spec = trees.flatten(params)
         h, n = trees.flatten(self.hparams)[0], len(w)
         grads = autodiff.gradient(
@@ -188,7 +182,6 @@ class _Problem:
         return tracking.detach(grads[:n]), tracking.detach(grads[n:])
 
     def tree(self, h: Leaves) -> TensorTree:
-        """Leaves as hparams."""
         return trees.unflatten(trees.flatten(self.hparams)[1], h)
 
 
@@ -357,7 +350,6 @@ class _Search:
         return abs(value - derivative) > self.rtol * scale + 4 * error
 
     def causes(self, lost: bool) -> set[str]:
-        """The names of the causes, given whether a dependence on hparams is lost."""
         v = random_direction(self.w, torch.Generator().manual_seed(1))
         lost = lost or any(self._differs(fn, v, "params") for fn in self.functions.values())
         found = {"dependence_lost"} if lost else set()
@@ -375,7 +367,6 @@ class _Search:
         return found or {"condition_mismatch"}
 
     def _solved(self) -> bool:
-        """Whether the adjoint solves its system."""
         report = self.report
         if outcome(report.result).failed:
             return False
@@ -395,7 +386,6 @@ class _Search:
         return _within(here, there, self.gap / 2)
 
     def _exact(self, at: _ConditionAtParams, w: Leaves) -> Tensor:
-        """The derivatives along the directions by an exact solve at given params."""
         params = trees.unflatten(at.bound.params_spec, w)
         return _along(self.problem.hypergrad(at.exact, params)[0], self.directions)
 
@@ -446,7 +436,6 @@ def _by_unrolling(problem: _Problem, directions: list[Leaves]) -> Any:
 
 
 def _along(grads: Leaves, directions: list[Leaves]) -> Tensor:
-    """The products of a gradient with the directions."""
     products = [
         sum(float((g.double() * d.double()).sum()) for g, d in zip(grads, v, strict=True))
         for v in directions

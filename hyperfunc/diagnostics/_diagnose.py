@@ -206,9 +206,8 @@ def diagnose(
         2
 
     References:
-        The rates: Grazzi, Franceschi, Pontil and Salzo, On the iteration complexity of
-        hypergradient computation, arXiv 2006.16218. The estimates: Golub and Van Loan, Matrix
-        computations, chapter 10.
+        The rates: Grazzi, Franceschi, Pontil and Salzo, arXiv 2006.16218.
+        The estimates: Golub and Van Loan, Matrix computations, chapter 10.
     """
     condition = make_condition(None, fixed_point, inner_loss, optimality)
     if condition is None:
@@ -229,7 +228,6 @@ def diagnose(
 def diagnose_bound(
     bound: BoundCondition, w: Leaves, theta: Leaves, num_steps: int, seed: int = 0
 ) -> Diagnosis:
-    """The diagnosis of a condition at a detached point."""
     is_map = bound.condition.kind == "fixed_point"
     linearization, operator = bound.linearize_residual(w, theta, ())
     norm = trees.norm(linearization.outputs)

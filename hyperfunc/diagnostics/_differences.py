@@ -16,8 +16,6 @@ ScalarFunction: TypeAlias = Callable[[Leaves], float]
 
 
 class DerivativeEstimate(NamedTuple):
-    """A directional derivative and an estimate of its error."""
-
     value: float
     error: float
 
@@ -39,12 +37,7 @@ def magnitude(fn: ScalarFunction, x: Leaves, direction: Leaves) -> float:
 
 
 def noise_level(fn: ScalarFunction, x: Leaves, direction: Leaves) -> float:
-    """The standard deviation of a function's noise, from a table of differences of close values.
-
-    Those of order ``k`` nearly vanish for a smooth function, and have the variance
-    ``(2k)! / (k!)^2 s^2`` for noise with deviation ``s`` (More and Wild, Estimating computational
-    noise, 2011).
-    """
+    """The standard deviation of a function's noise, from a table of differences (More and Wild)."""
     step = trees.epsilon(x) ** 0.4  # its cube is below the rounding of a smooth function
     values = [fn(trees.axpy(i * step, direction, x)) for i in range(7)]
     rounding = max(map(abs, values)) * trees.epsilon(x)
@@ -59,12 +52,7 @@ def noise_level(fn: ScalarFunction, x: Leaves, direction: Leaves) -> float:
 def directional_derivative(
     fn: ScalarFunction, x: Leaves, direction: Leaves, noise: float
 ) -> DerivativeEstimate:
-    """The derivative along a direction, by central differences extrapolated to fourth order.
-
-    The steps go down from one that suits the noise. The error of each value is what the
-    extrapolation changes plus what the noise may do. The value with the smallest wins, and its
-    error is not less than its distance from the nearest other, as two values agree by chance.
-    """
+    """By central differences, extrapolated to fourth order, with the smallest estimated error."""
     size = max(magnitude(fn, x, direction), noise, torch.finfo(torch.float64).tiny)
     start = max(noise / size, trees.epsilon(x)) ** 0.2
     found = []
@@ -78,7 +66,7 @@ def directional_derivative(
         return DerivativeEstimate(math.nan, math.inf)
     best = min(finite, key=lambda each: each.error)
     distance = min(abs(best.value - each.value) for each in finite if each is not best)
-    return DerivativeEstimate(best.value, max(best.error, distance))
+    return DerivativeEstimate(best.value, max(best.error, distance))  # two may agree by chance
 
 
 def _central(fn: ScalarFunction, x: Leaves, direction: Leaves, step: float) -> float:

@@ -157,5 +157,4 @@ class HypergradCheck(NamedTuple):
 
 
 def outcome(result: Tensor) -> RESULTS:
-    """The result code that a tensor holds."""
     return next(code for code in RESULTS if code == int(result))

@@ -31,8 +31,6 @@ class Optimizer(NamedTuple):
             is a tree like ``params``; ``hparams`` is handed to the coefficients that are functions.
 
     Example:
-        A step written by hand is an optimiser too:
-
         >>> halve = hf.optim.Optimizer(
         ...     init=lambda params: (),
         ...     update=lambda grads, state, params, hparams=None: (0.5 * params, state),
@@ -81,9 +79,6 @@ def check_optimizer(optimizer: Any, caller: str) -> Optimizer:
         optimizer: what a user passed.
         caller: the function that it was passed to, with which the error begins.
 
-    Returns:
-        The optimiser itself.
-
     Raises:
         TypeError: anything but an `Optimizer`.
 
@@ -109,7 +104,6 @@ def check_optimizer(optimizer: Any, caller: str) -> Optimizer:
 
 
 def check_coefficient(name: str, key: str, coefficient: Coefficient) -> None:
-    """Check what can be known before hparams are."""
     if not callable(coefficient):
         _check_values(name, key, coefficient, key)
 
@@ -238,7 +232,6 @@ def match_prefix(label: str, tree: Any, params: TensorTree) -> list[tuple[Any, A
 def _broadcast_prefix(
     label: str, value: Any, params: TensorTree, leaves: Sequence[Tensor], spec: trees.TreeSpec
 ) -> list[Any]:
-    """One value a leaf, from a tree that is a prefix of params."""
     parts = match_prefix(label, value, params)
     column = [item for item, part in parts for _ in trees.flatten(part)[0]]
     for path, item, leaf in zip(trees.paths(spec, "params"), column, leaves, strict=True):

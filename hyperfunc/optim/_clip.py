@@ -46,8 +46,7 @@ def clip_grad_norm(optimizer: Optimizer, max_norm: Coefficient) -> Optimizer:
         tensor([-0.6000, -0.8000])
 
     References:
-        Pascanu, Mikolov, Bengio. On the difficulty of training recurrent neural networks. ICML
-        2013.
+        Pascanu et al. On the difficulty of training recurrent neural networks. ICML 2013.
     """
     inner = check_optimizer(optimizer, "clip_grad_norm")
     check_coefficient("clip_grad_norm", "max_norm", max_norm)
@@ -70,8 +69,7 @@ def clip_grad_value(optimizer: Optimizer, clip_value: Coefficient) -> Optimizer:
         tensor([-0.5000,  0.1000])
 
     References:
-        Mikolov. Statistical language models based on neural networks. PhD thesis, Brno University
-        of Technology, 2012.
+        Mikolov. Statistical language models based on neural networks. PhD thesis, Brno, 2012.
     """
     inner = check_optimizer(optimizer, "clip_grad_value")
     check_coefficient("clip_grad_value", "clip_value", clip_value)

@@ -31,15 +31,9 @@ from hyperfunc.optim._base import (
 
 @dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
 class Leafwise(PrintsAsCall, abc.ABC):
-    """The update of an optimiser that takes one step rule leaf by leaf.
+    """A step rule taken leaf by leaf, with flags and coefficients; ``keys`` names the latter."""
 
-    A rule is a frozen dataclass of its coefficients, whose fields ``keys`` names, and its flags.
-
-    Attributes:
-        slots: what each slot starts as: a value, or None for the params.
-        timed: whether `prepare` depends on the number of the step.
-    """
-
+    # what each slot starts as, None for the params; and whether `prepare` depends on ``t``
     slots: dict[str, Any] = dataclasses.field(repr=False, compare=False)
     timed: bool = dataclasses.field(default=True, repr=False, compare=False)
 
@@ -61,7 +55,6 @@ class Leafwise(PrintsAsCall, abc.ABC):
         """The new leaf and its new slots; ``c`` is what `prepare` returned."""
 
     def optimizer(self) -> Optimizer:
-        """The optimiser with this update, checked."""
         for key, coefficient in self.coefficients.items():
             check_coefficient(self.name, key, coefficient)
         for start in self.slots.values():
@@ -95,11 +88,7 @@ class Leafwise(PrintsAsCall, abc.ABC):
     def bind(
         self, like: Leaves, spec: trees.TreeSpec, hparams: Any
     ) -> Callable[[Leaves, Leaves, Leaves], tuple[Leaves, Leaves]]:
-        """The update at given hparams, on leaves: ``(params, grads, state) -> (new, state)``.
-
-        The state is the leaves of a `State`, whose step is not counted on where nothing depends on
-        it.
-        """
+        """The update at given hparams, on leaves: ``(params, grads, state) -> (new, state)``."""
         params = trees.unflatten(spec, like)
         rows = values_by_leaf(self.name, self.coefficients, hparams, params, like, spec)
         dtypes = [torch.promote_types(leaf.dtype, torch.float32) for leaf in like]
@@ -135,7 +124,6 @@ class Leafwise(PrintsAsCall, abc.ABC):
         return update
 
     def _flatten_slots(self, state: Any, slots: list[str], spec: trees.TreeSpec) -> list[Tensor]:
-        """The leaves of all slots, in the order of these names."""
         if not isinstance(state, State) or set(state.slots) != set(slots):
             got = f"slots {sorted(state.slots)}" if isinstance(state, State) else describe(state)
             raise TypeError(

@@ -65,8 +65,7 @@ def sgd(
         {'lr': tensor([-0.5000, -4.0000])}
 
     References:
-        Sutskever, Martens, Dahl, Hinton. On the importance of initialization and momentum in deep
-        learning. ICML 2013.
+        Sutskever et al. On the importance of initialization and momentum in deep learning. 2013.
     """
     if nesterov and (is_zero(momentum) or not is_zero(dampening)):
         raise ValueError(
@@ -142,8 +141,7 @@ def heavy_ball(lr: Coefficient, beta: Coefficient) -> Optimizer:
         tensor(0.7600)
 
     References:
-        Polyak. Some methods of speeding up the convergence of iteration methods. USSR Computational
-        Mathematics and Mathematical Physics 4(5), 1964.
+        Polyak. Some methods of speeding up the convergence of iteration methods. 1964.
     """
     return _HeavyBall(lr, beta, slots={"previous": None}, timed=False).optimizer()
 
@@ -234,9 +232,8 @@ def adamw(
 
         w_t = (1 - lr weight_decay) w_{t-1} - lr m^ / (sqrt(v^) + eps)
 
-    with m^ and v^ the averages of the bare gradient, as in `adam`.
-
-    The arguments, slots and errors are those of `adam`, with ``weight_decay`` relative to ``lr``.
+    with m^ and v^ the averages of the bare gradient. The arguments, slots and errors are those of
+    `adam`, with ``weight_decay`` relative to ``lr``.
 
     Example:
         >>> optimizer = hf.optim.adamw(lr=0.1, weight_decay=lambda hparams: hparams)
@@ -345,8 +342,7 @@ def rmsprop(
         tensor([-0.2000,  0.2000])
 
     References:
-        Tieleman, Hinton. Lecture 6.5: rmsprop. COURSERA: Neural networks for machine learning,
-        2012.
+        Tieleman, Hinton. Lecture 6.5: rmsprop. Neural networks for machine learning, 2012.
         Graves. Generating sequences with recurrent neural networks. arXiv:1308.0850 (``centered``).
     """
     momenta = [] if is_zero(momentum) else ["momentum_buffer"]

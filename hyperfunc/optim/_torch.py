@@ -246,7 +246,6 @@ class _TorchRule:
         self.traced_execution = {"differentiable": True, **execution}
 
     def evaluate(self, name: str, hparams: Any) -> list[Tensor]:
-        """The values of the open options."""
         values = []
         for label, index in zip(self.labels, self._open, strict=True):
             value = evaluate(name, label, self._leaves[index], hparams)
@@ -316,14 +315,10 @@ class _SafeRoots(torch.overrides.TorchFunctionMode):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _TaskByTask(Recomputed):
-    """An operation that ``vmap`` runs task by task.
-
-    ``fn`` is to be differentiated, but not in the operands of which ``errors`` says why; ``plain``
-    computes the same values, if something else does. Both see plain tensors only.
-    """
+    """An operation that ``vmap`` runs task by task; ``plain`` gives values alone."""
 
     fn: Callable[..., Leaves]
-    errors: dict[int, str]
+    errors: dict[int, str]  # why there is no derivative in some of the operands
     plain: Callable[..., Leaves] | None = None
 
     def run(self, operands: Leaves) -> Leaves:

@@ -40,7 +40,6 @@ class Rule:
     throw: bool
 
     def make_problem(self, arguments: Arguments) -> ImplicitProblem:
-        """One call of the inner solver, for an implicit method."""
         assert self.condition is not None
         condition = self.condition
         named = [(self.inner_solver, "the inner solver"), (condition.fn, condition.kind)]

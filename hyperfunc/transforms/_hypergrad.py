@@ -194,14 +194,11 @@ def hypergrad_and_value(
     has_aux: bool = False,
     **options: Unpack[HypergradOptions],
 ) -> Any:
-    """Like `hypergrad`, returning the value of the outer loss too.
-
-    All arguments are those of `hypergrad`.
+    """Like `hypergrad`, with the same arguments, returning the value of the outer loss too.
 
     Returns:
         ``fn(hparams, *args, adjoint_init=None) -> (hypergradient, value)``, or
-        ``(hypergradient, (value, aux))`` with ``has_aux``: the order of
-        `torch.func.grad_and_value`.
+        ``(hypergradient, (value, aux))`` with ``has_aux``, as `torch.func.grad_and_value`.
 
     Example:
         >>> fn = hf.hypergrad_and_value(
@@ -309,9 +306,8 @@ def implicit_diff(
 
     .. math:: \partial_\lambda w^* = -(\partial_w r)^{-1} \partial_\lambda r .
 
-    The starting point of an iterative solver, if it is an argument, has derivative zero.
-
-    All arguments are those of `hypergrad`, which has more of them.
+    The starting point of an iterative solver, if it is an argument, has derivative zero. All
+    arguments are those of `hypergrad`.
 
     Returns:
         ``fn(hparams, *args) -> params``; without ``inner_solver``, a decorator.
@@ -396,8 +392,6 @@ for _function in (hypergrad, hypergrad_and_value, hypergrad_and_solution):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Transform:
-    """A transform that waits for an inner solver."""
-
     name: str
     outer_loss: Loss
     has_aux: bool
@@ -452,7 +446,6 @@ def _call(
     *args: Any,
     adjoint_init: TensorTree = None,
 ) -> Any:
-    """What the public function of this name returns of a computation."""
     grads, solution = compute(hparams, args, adjoint_init)
     has_aux = compute.has_aux
     if name == "hypergrad":
