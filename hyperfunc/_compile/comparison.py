@@ -38,14 +38,9 @@ def difference(
     levels: int = 0,
     dtypes: Sequence[torch.dtype] = (),
 ) -> Difference | None:
-    """The greatest difference between outputs and what ``function(*operands)`` gave, if any counts.
+    """The greatest difference between outputs and what the function gave, if any counts.
 
-    Entries may differ by ``tol`` times the largest of their output and task (the first ``levels``
-    dimensions), with ``tol = 32 eps sqrt(n)`` and ``n`` the most entries of any one tensor, at most
-    the cube root of ``eps``. Where they differ by more, the function may be ill-conditioned, or
-    have kinks: they may do so by 8 times what perturbations of its operands of 4 ``eps`` change.
-
-    ``dtypes`` names those of intermediate values; the coarsest of all gives ``eps``.
+    None does within rounding, or 8 times what tiny perturbations of the operands change.
     """
     outputs, expected = _real(outputs), _real(expected)
     found = {tensor.dtype for tensor in (*operands, *expected) if tensor.is_floating_point()}

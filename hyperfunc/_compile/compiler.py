@@ -48,7 +48,6 @@ class Backend:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, graph: torch.fx.GraphModule, operands: Leaves) -> Callable[..., Any]:
-        """A traced function compiled, for operands like these."""
         if self.is_direct(operands):
             return compile_in_pieces(graph, operands, self._compile_directly)
         compiled = torch.compile(
@@ -75,10 +74,7 @@ class Backend:
         return compiled
 
     def is_direct(self, operands: Leaves) -> bool:
-        """Whether the default backend is called without ``torch.compile``, and its guards.
-
-        What they would look at in each call is in the signature that code is kept for.
-        """
+        """Whether the default backend is called without guards, which the signature stands for."""
         return (
             self.name == DEFAULT_BACKEND
             and self.mode is None
@@ -98,11 +94,7 @@ class Variables:
 
 
 class Compiler:
-    """Compiles the functions of one transform or solver, and keeps them.
-
-    ``backend`` compiles a graph; ``name`` says in errors what was to be compiled, and
-    ``functions`` are those of the user that take part, whose variables belong to the signature.
-    """
+    """Compiles the functions of one transform or solver, for each state of their variables."""
 
     def __init__(self, backend: Backend, name: str, functions: tuple[Any, ...]) -> None:
         self.backend = backend
@@ -116,17 +108,13 @@ class Compiler:
         return Compiler, (self.backend, self.name, self.functions)  # which compiles anew
 
     def read(self) -> Variables:
-        """The variables of the functions, as they are now."""
         values, self._names = captured_values(self.functions, self._names)
         return self._variables.setdefault(values, Variables())
 
     def call(
         self, fn: Callable[..., Any], key: Hashable, variables: Variables, operands: Leaves
     ) -> Any:
-        """``fn(*operands)``, a tree, by compiled code.
-
-        ``key`` tells apart functions that are not the same for the same operands and variables.
-        """
+        """``fn(*operands)``, a tree, by compiled code; ``key`` tells apart what operands do not."""
         try:
             hash(key)
         except TypeError as error:
@@ -149,7 +137,6 @@ class Compiler:
         return frames[0].fill(outputs)
 
     def run(self, call: _Call, operands: Leaves) -> Leaves:
-        """The compiled call where no transform is active."""
         operands = tracking.detach(operands)
         signature = (call.key, _circumstances(operands), tuple(map(_describe, operands)))
         entry = self.entries.get(signature)
@@ -211,7 +198,6 @@ class Compiler:
     def _compare(
         self, call: _Call, outputs: Leaves, operands: Leaves, graph: torch.fx.GraphModule
     ) -> None:
-        """Raise if compiled code gives other numbers than the function uncompiled."""
         found = difference(
             outputs,
             call.fn(*operands),
@@ -318,10 +304,7 @@ class _Outside(torch.autograd.Function):
 
 
 def _spell_out_scaled_sums(graph: torch.fx.GraphModule) -> None:
-    """Write ``add(x, y, alpha)`` as ``x + alpha y`` in a graph.
-
-    Inductor fuses a sum with a product of matrices, and forgets the factor (torch 2.13).
-    """
+    """Write ``add(x, y, alpha)`` as ``x + alpha y``: Inductor forgets the factor (torch 2.13)."""
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):
         alpha = node.kwargs.get("alpha", 1)

@@ -1,7 +1,6 @@
 """Traced functions with a loop in them, compiled a few steps at a time and not all as one.
 
-A trace holds every step of a loop, and the time of compiling grows with them. Here it is cut where
-it repeats itself, and pieces that do the same are compiled once.
+A trace holds every step of a loop. It is cut where it repeats itself, equal pieces compiled once.
 """
 
 from __future__ import annotations
@@ -253,7 +252,6 @@ def _aliases(node: Node) -> bool:
 
 
 def results_of(graph: GraphModule) -> tuple[Node, ...]:
-    """The nodes of what a graph returns."""
     (results,) = graph.graph.output_node().args
     return tuple(cast("Sequence[Node]", results))
 

@@ -1,15 +1,8 @@
 """What characterises the inner solution: a fixed-point map, inner loss, or optimality function.
 
 Each is brought to one form, a residual ``r(w, theta) = shift w + scale P(w, theta)`` that vanishes
-at the solution:
-
-===============  ========================  ======  =====
-condition        ``P``                     shift   scale
-===============  ========================  ======  =====
-``fixed_point``  the map itself            1        -1
-``inner_loss``   the gradient of the loss  0         1
-``optimality``   the function itself       0         1
-===============  ========================  ======  =====
+at the solution: ``P`` is the map itself for ``fixed_point`` (shift 1, scale -1), the gradient for
+``inner_loss`` and the function itself for ``optimality`` (shift 0, scale 1).
 
 An inner loss made by `hyperfunc.proximal` with weight ``mu`` and centre ``c`` keeps its quadratic
 part apart: ``r = mu (w - c(theta)) + P`` with ``P`` the gradient of the loss without it.
@@ -43,7 +36,6 @@ class Condition:
 
     @property
     def scale(self) -> float:
-        """Coefficient of the user's function in the residual."""
         return -1.0 if self.kind == "fixed_point" else 1.0
 
     @property
@@ -75,7 +67,6 @@ class Arguments:
         return arguments, tracking.out_of_inference(tensors), hparams_spec
 
     def unflatten(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        """``(hparams, *args)`` with the tensors put in their places."""
         return tuple(self.frame.fill(tensors))
 
 
@@ -146,7 +137,6 @@ class BoundCondition:
         return fn if self.condition.kind == "inner_loss" and isinstance(fn, ProximalLoss) else None
 
     def shift(self, theta: Leaves) -> float | Tensor:
-        """Coefficient of the identity in the residual."""
         if self.proximal:
             return self.proximal.weight_at(self.arguments.unflatten(theta)[0])
         return 1.0 if self.condition.kind == "fixed_point" else 0.0
@@ -187,11 +177,9 @@ class BoundCondition:
         return trees.add(value, self.proximal.gradient(w, self.params_spec, hparams))
 
     def residual_at(self, w: Leaves, theta: Leaves) -> Leaves:
-        """The residual at a point."""
         return self.residual(w, theta, self.function(*w, *theta))
 
     def operator(self, linearization: autodiff.Linearization, theta: Leaves) -> LinearOperator:
-        """``A = dr/dw`` as a linear operator."""
         symmetric = self.condition.symmetric
         return LinearOperator(
             product=linearization.pull if symmetric else linearization.push,

@@ -154,7 +154,6 @@ class ImplicitProblem:
         return explained("the derivative of the inner solution", arguments)
 
     def _refuse_written(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
-        """Raise if the inner solver has changed hparams."""
         if before == after:
             return
         paths = trees.paths(self.arguments.frame.spec.children()[0], "hparams")
@@ -245,7 +244,6 @@ class _LinearSystem:
         return x, stats
 
     def operator(self, linearization: autodiff.Linearization, theta: Leaves) -> LinearOperator:
-        """``A^T`` (or ``A``) from the linearisation of the condition."""
         assert self.problem.bound is not None
         operator = self.problem.bound.operator(linearization, theta)
         return operator.T if self.transposed else operator
@@ -384,7 +382,6 @@ def raise_unless_finite(leaves: Leaves, spec: trees.TreeSpec, name: str = "param
 
 
 def raise_on_failure(stats: SolveStats, linear_solver: AbstractLinearSolver) -> None:
-    """Raise if a solve failed, with the reason and the tasks it failed for."""
     if failure := find_failure(stats.result):
         code, tasks = failure
         raise HypergradError(

@@ -84,12 +84,7 @@ def captured_message(name: str) -> str:
 
 
 def captured_tensors(fn: Any) -> list[Tensor]:
-    """The tensors that a function closes over.
-
-    Looked through are its variables, globals, and default values, the attributes and methods of
-    these that it names, dicts, lists and other collections, and the functions among all these.
-    Modules are not: their parameters may be replaced by arguments in the call.
-    """
+    """The tensors that a function closes over; not a module's, as a call may replace those."""
     walk = _Walk()
     walk.look_into(fn)
     return walk.found
@@ -98,18 +93,9 @@ def captured_tensors(fn: Any) -> list[Tensor]:
 def captured_values(
     functions: Iterable[Any], names: _Names = frozenset()
 ) -> tuple[tuple[Hashable, ...], _Names]:
-    """What code that is made of functions depends on besides their arguments.
+    """What code made of functions depends on besides arguments (see ``compile`` of `hypergrad`).
 
-    Equal for equal functions that read equal values. Beside the tensors, which are told apart by
-    identity, these are numbers, strings and other constants in what `captured_tensors` looks
-    through, the code of functions, the structure of collections (of their first 1000 items; a
-    larger one is itself a value too), members of classes and of imported modules, of a
-    `torch.nn.Module` the mode, numbers and strings of all its parts and what its ``forward`` reads.
-    Not looked through are functions imported from another module or a library, what iterators would
-    give next, and what only a call would tell (as ``os.environ.get``).
-
-    An object is looked through for all ``names`` of attributes in any of the functions. They come
-    back with those that were missing, for the next call.
+    Objects are looked through for ``names``, which come back with those that were missing.
     """
     while True:
         walk = _Walk(names)
@@ -137,11 +123,7 @@ class _Same:
 
 
 class _Walk:
-    """Collects what functions close over: the tensors, and constants where names are given.
-
-    Then objects are looked through for the attributes of these names, else for those that are named
-    by the function that holds the object; ``read`` are the names that were met.
-    """
+    """Collects the tensors that functions close over, and, where names are given, the constants."""
 
     def __init__(self, names: _Names | None = None) -> None:
         self.found: list[Any] = []
@@ -151,7 +133,6 @@ class _Walk:
         self._seen: dict[Hashable, tuple[int, Any]] = {}
 
     def look_into(self, fn: Any) -> None:
-        """Add what a function closes over to what was found."""
         if isinstance(fn, functools.partial):
             for held in (fn.func, fn.args, fn.keywords):
                 self._add(held)

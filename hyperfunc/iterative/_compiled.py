@@ -28,25 +28,19 @@ class Block(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Compiled:
-    """Compiles blocks of ``size`` steps; ``key`` tells apart those of different calls.
-
-    Cotangents and tangents are given for each differentiable leaf of a state, so that no two blocks
-    differ in which there are. ``kept`` are the operands that derivatives are expected with respect
-    to, if the values that these take are to be kept from the forward pass; otherwise None.
-    """
+    """Compiles blocks of ``size`` steps; ``key`` tells apart those of different calls."""
 
     compiler: Compiler
     variables: Variables
     size: int
     key: Hashable
-    kept: tuple[int, ...] | None = None
+    kept: tuple[int, ...] | None = None  # operands for whose derivatives values are kept
 
     def serves(self, wrt: Sequence[int]) -> bool:
         """Whether what is kept is enough for products with respect to these operands."""
         return self.kept is None or set(wrt) <= set(self.kept)
 
     def run(self, block: Block, state: Leaves, seen: Leaves) -> Leaves:
-        """The state after a block."""
         return self._call("run", block, block.fn, (*state, *seen))
 
     def record(self, block: Block, state: Leaves, seen: Leaves) -> tuple[Leaves, Leaves]:

@@ -26,19 +26,14 @@ from hyperfunc.iterative._storage import Mark, Schedule, Trace
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loop:
-    """The result of all steps, as an operation; ``memo`` takes the trace of its run.
-
-    ``chunk`` is how many tangents go along at a time in forward accumulation, None for reverse
-    mode. ``levels`` are the enclosing vmaps, the innermost first; each adds its batch dimension in
-    front of those before it. What is ``compiled`` are blocks of several steps.
-    """
+    """The result of all steps, as an operation under ``levels`` of vmap, the innermost first."""
 
     steps: Steps
     schedule: Schedule
-    chunk: int | None
+    chunk: int | None  # tangents at a time in forward accumulation; None for reverse mode
     rng_autocast: RngAutocastState
-    compiled: Compiled | None = None
-    memo: list[Trace] = dataclasses.field(default_factory=list)
+    compiled: Compiled | None = None  # blocks of several steps
+    memo: list[Trace] = dataclasses.field(default_factory=list)  # takes the trace of its run
     levels: tuple[_Level, ...] = ()
 
     def run(self, operands: Leaves) -> Leaves:
@@ -59,7 +54,6 @@ class Loop:
     def batch(
         self, info: Any, in_dims: Sequence[int | None], operands: Leaves
     ) -> tuple[Loop, Leaves]:
-        """The loop and its operands under one more vmap."""
         batched = tuple(dim is not None for dim in in_dims)
         level = _Level(batched, info.batch_size, info.randomness)
         moved = tuple(
@@ -386,7 +380,6 @@ class _Level(NamedTuple):
         return lambda fixed: tuple(leaf.expand(self.size, *leaf.shape) for leaf in fn(fixed))
 
     def advance(self, fn: Callable[..., Leaves], num_fixed: int) -> Callable[..., Leaves]:
-        """A function that takes a step, for a batch."""
         fixed_dims, row_dims = split(self.dims, num_fixed)
 
         def advance(active: Tensor | None, *tensors: Leaves) -> Leaves:
@@ -398,16 +391,12 @@ class _Level(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Product:
-    """Products with the Jacobian of a loop with respect to the operands ``wrt``.
-
-    Transposed ones with cotangents of the ``live`` outputs, or, if that is None, plain ones with
-    tangents of the operands. ``batched`` if these vectors have a leading dimension.
-    """
+    """Products with the Jacobian of a loop with respect to the operands ``wrt``."""
 
     loop: Loop
     wrt: tuple[int, ...]
-    live: tuple[int, ...] | None
-    batched: bool = False
+    live: tuple[int, ...] | None  # outputs that have cotangents; None: products with tangents
+    batched: bool = False  # whether these vectors have a leading dimension
 
     def run(self, operands: Leaves) -> Leaves:
         operands, vectors = split(operands, self.loop.steps.num_operands)

@@ -186,16 +186,12 @@ class ForwardMode:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How the last of so many steps (None: all) are differentiated.
-
-    ``schedule`` says, for a number of steps, which iterates are kept; ``chunk`` is that of `Loop`.
-    With ``keeps_values``, what the products of compiled steps need is kept.
-    """
+    """How the last of so many steps (None: all) are differentiated; ``chunk`` is that of `Loop`."""
 
     schedule: Callable[[int], Schedule] = lambda _: Schedule(stride=1)
     chunk: int | None = None
     last: int | None = None
-    keeps_values: bool = False
+    keeps_values: bool = False  # those that products of compiled steps need
 
 
 def _solve(solver: IterativeSolver, plan: _Plan, hparams: Any, /, *args: Any) -> Any:

@@ -32,12 +32,7 @@ _VIEWS = {
 def forward_and_backward(
     fn: Callable[..., Leaves], operands: Leaves, num_primals: int, num_outputs: int
 ) -> tuple[Callable[..., Leaves], Callable[..., Leaves]]:
-    """Two functions that are ``fn(*operands) = (*outputs, *products)`` one after the other.
-
-    The first takes the primals, and returns the outputs, which depend on nothing else, and the
-    values that the second needs of them. That takes these, the primals and the other operands, and
-    returns the products.
-    """
+    """Split ``fn(*operands) = (*outputs, *products)``: outputs and what to keep, then products."""
     with disable_proxy_modes_tracing():
         graph = make_fx(fn)(*operands)
     placeholders = graph.graph.find_nodes(op="placeholder")

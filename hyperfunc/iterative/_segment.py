@@ -41,9 +41,6 @@ def checkpoint(fn: F) -> F:
         fn: a pure function of any trees. Every tensor that a derivative is to be taken for must
             be an argument; with a module, pass its parameters and use `torch.func.functional_call`.
 
-    Returns:
-        A function with the signature of ``fn``.
-
     Raises:
         TypeError: if ``fn`` is not a function.
         ValueError: when called or differentiated, if ``fn`` closes over a tensor whose gradient
@@ -56,8 +53,7 @@ def checkpoint(fn: F) -> F:
         torch.Size([3, 3])
 
     References:
-        Griewank and Walther, Algorithm 799: revolve, ACM TOMS 26 (2000);
-        Chen et al., arXiv 1604.06174.
+        Griewank and Walther, Algorithm 799, ACM TOMS 26 (2000); Chen et al., arXiv 1604.06174.
     """
     check_callable(fn, "fn", "of trees of tensors")
     return cast(F, _Checkpointed(fn))
@@ -103,7 +99,6 @@ class RngAutocastState:
 
     @staticmethod
     def capture(leaves: Sequence[Any]) -> RngAutocastState:
-        """The present one, for a function of these arguments."""
         devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
         generators = [torch.default_generator]
         for device in devices:
@@ -128,7 +123,6 @@ class RngAutocastState:
         )
 
     def write(self, states: Leaves) -> None:
-        """Put the streams into given states."""
         for generator, state in zip(self.generators, states, strict=True):
             generator.set_state(state)
 
@@ -155,17 +149,12 @@ class RngAutocastState:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segment(Recomputed):
-    """Any differentiable function of flat tensors, computed again for each derivative.
-
-    Its random numbers are drawn at the first ``num_points`` operands; what follows are cotangents
-    and tangents. The one with a ``name`` is no repetition: it draws from the streams as they are,
-    and looks out for tensors of enclosing transforms that were not passed in.
-    """
+    """Any differentiable function of flat tensors, computed again for each derivative."""
 
     fn: Callable[..., Leaves]
     rng_autocast: RngAutocastState
-    num_points: int
-    name: str | None = None
+    num_points: int  # at which random numbers are drawn; then come cotangents and tangents
+    name: str | None = None  # of the one that is no repetition, and draws as the streams are
 
     def run(self, operands: Leaves) -> Leaves:
         if self.name is not None:

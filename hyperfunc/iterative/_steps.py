@@ -20,18 +20,13 @@ from hyperfunc.iterative._segment import RngAutocastState, Segment
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Steps:
-    """The steps of one call as functions of flat operands.
-
-    The operands are those that every step sees (``theta``, the tensors of hparams and args; then,
-    for a truncated derivative, the state it enters with; then the vmap marker), followed by a
-    series: the inputs, of which each step sees one row.
-    """
+    """The steps of one call: functions of flat operands, those that all of them see first."""
 
     flat: FlatSteps
     arguments: Arguments
     inputs_spec: trees.TreeSpec
     num_steps: int
-    num_theta: int
+    num_theta: int  # tensors of hparams and args; then come the entry state and the vmap marker
     num_entry: int
     num_fixed: int
 
@@ -48,7 +43,6 @@ class Steps:
         return self.flat.start(hparams, tuple(args))
 
     def advance(self, active: Tensor | None, state: Leaves, fixed: Leaves, row: Leaves) -> Leaves:
-        """One step; see `bind`."""
         return self.bind(fixed)(active, state, row)
 
     def bind(self, fixed: Leaves) -> Callable[[Tensor | None, Leaves, Leaves], Leaves]:
@@ -63,14 +57,12 @@ class Steps:
     def advance_block(
         self, size: int, _: Tensor | None, state: Leaves, fixed: Leaves, rows: Leaves
     ) -> Leaves:
-        """Some steps, with that many rows of the inputs."""
         advance = self.bind(fixed)
         for row in self._rows(rows, size):
             state = advance(None, state, row)
         return state
 
     def run(self, operands: Leaves) -> Leaves:
-        """The state after all steps."""
         fixed, series = split(operands, self.num_fixed)
         start = self.start(fixed)
         return self.flat.run(self.bind(fixed), start, self._rows(series, self.num_steps))
