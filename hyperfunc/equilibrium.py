@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
-from hyperfunc._torch import autodiff, layers, tracking
+from hyperfunc._torch import autodiff, derivative_rules, tracking
 from hyperfunc._types import TensorTree
 from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson
 from hyperfunc.fixed_point_solvers._base import raise_unless_solved
@@ -359,21 +359,18 @@ def _shallow_copy(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     done[id(module)] = copy
     if parametrized:
         parametrizations: Any = copy._modules.pop("parametrizations")
-        for name, chain in parametrizations.items():
-            copy._parameters[name] = _weight(module, name, chain)
+        for name in parametrizations:
+            copy._parameters[name] = _weight(module, name)
     for name, child in copy._modules.items():
         if child is not None:
             copy._modules[name] = _shallow_copy(child, done)
     return copy
 
 
-def _weight(module: nn.Module, name: str, chain: Any) -> Any:
-    """A parametrised weight, and the modules that compute it."""
-    first, *others = chain
-    if layers.is_weight_norm(first) and not others:
-        # torch's own has a wrong second derivative
-        return layers.weight_norm(first, chain.original0, chain.original1)
-    return getattr(module, name)
+def _weight(module: nn.Module, name: str) -> Any:
+    """A parametrised weight."""
+    with derivative_rules.active():
+        return getattr(module, name)
 
 
 def _autocast_of(state: TensorTree) -> tuple[str, torch.dtype | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, cast, final, get_args
 
@@ -12,12 +13,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hyperfunc._engine.trees import check_like, flatten, flatten_floating
+from hyperfunc._torch import derivative_rules
 from hyperfunc._torch.batching import mapped_zero
 from hyperfunc._torch.checkpointing import computed_once
 from hyperfunc._torch.internals import is_wrapped, tree_leaves
 from hyperfunc._torch.layers import is_compiled, use_values
 from hyperfunc._torch.tensordicts import is_tensordict
-from hyperfunc._torch.tracking import foreign_leaves, is_tracked, transforms_active
+from hyperfunc._torch.tracking import (
+    foreign_leaves,
+    is_tracked,
+    transforms_active,
+    variables_of_others,
+)
 from hyperfunc._torch.unsupported import refuse_unmappable
 from hyperfunc._types import TensorTree
 
@@ -254,6 +261,9 @@ class FunctionalModule:
         for layer in module.modules():
             use_values(layer, mode)
         self._module, self._layers = module, tuple(module.modules())
+        self._writes_to_params = any(
+            getattr(layer, "max_norm", None) is not None for layer in self._layers
+        )
         tensors: dict[str, Tensor] = dict(module.named_parameters())
         self._shapes = {name: tensors[name].shape for name in names}
         tensors.update(self._buffers)
@@ -290,7 +300,7 @@ class FunctionalModule:
         values = {alias: tensors[name] for alias, name in self._aliases.items()}
         attributes = [vars(layer).copy() for layer in self._layers]
         try:
-            with computed_once():
+            with computed_once(), self._rules((*values.values(), *tree_leaves((inputs, keywords)))):
                 output = torch.func.functional_call(
                     self._module, values, inputs, keywords, tie_weights=False
                 )
@@ -308,6 +318,16 @@ class FunctionalModule:
 
     def __repr__(self) -> str:
         return f"<functional({self._name}, buffers={self._mode!r}), {len(self._shapes)} parameters>"
+
+    def _rules(self, tensors: tuple[Any, ...]) -> derivative_rules.active:
+        """The derivative rules, where a second derivative or a vmap of the forward may be meant."""
+        if transforms_active():
+            return derivative_rules.active()
+        variables = variables_of_others(tensors)
+        wanted = bool(variables) or self._writes_to_params
+        # with a leaf of the user's, a function that we differentiate may do so itself
+        order = math.inf if any(variable.is_leaf for variable in variables) else 0
+        return derivative_rules.active(wanted, order)
 
     def _fresh(self, buffers: Mapping[str, Tensor], arguments: Any) -> dict[str, Tensor]:
         """Copies of the buffers that forward may write to, mapped under vmap where they must be."""

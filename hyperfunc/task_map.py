@@ -14,6 +14,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_count
 from hyperfunc._engine.wrapped_functions import WrappedFunction
+from hyperfunc._torch import derivative_rules, tracking
 from hyperfunc._types import Leaves
 
 _SMALLEST_BATCH = 6
@@ -129,9 +130,10 @@ class _MappedFunction(WrappedFunction):
         if size == "auto":
             size = _best_size(num_tasks, leaves, dims)
         call = _MappedCall(self._fn, spec, dims, self._randomness)
-        if size == 1:
-            return call.one_by_one(leaves, num_tasks)
-        return call.in_chunks(leaves, num_tasks, size)
+        with derivative_rules.active(tracking.transforms_active() or tracking.is_tracked(leaves)):
+            if size == 1:
+                return call.one_by_one(leaves, num_tasks)
+            return call.in_chunks(leaves, num_tasks, size)
 
 
 class _MappedCall:

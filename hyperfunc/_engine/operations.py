@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine.flat import differentiable_indices, scatter, split
-from hyperfunc._torch import autodiff, internals, tracking
+from hyperfunc._torch import autodiff, derivative_rules, internals, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves
 
@@ -46,7 +46,9 @@ class Recorded(torch.autograd.Function):
         operands = tracking.detach(operands)
         taken = {id(tensor) for tensor in operands}
         outputs = []
-        for output in operation.run(operands):
+        with derivative_rules.inactive():  # operations enter the rules where they call the user
+            results = operation.run(operands)
+        for output in results:
             # Autograd wants outputs that are neither inputs, nor views of them, nor equal.
             fresh = output.clone() if id(output) in taken or internals.is_view(output) else output
             taken.add(id(output))

@@ -27,7 +27,7 @@ from hyperfunc._engine.flat import differentiable_indices, scatter, split
 from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, find_failure, of_tasks
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition
 from hyperfunc._rule.minibatches import SECOND_DERIVATIVE, MinibatchLinearization
-from hyperfunc._torch import autodiff, batching, tracking
+from hyperfunc._torch import autodiff, batching, derivative_rules, tracking
 from hyperfunc._torch.captured import captured_message, captured_tensors, escaped_message
 from hyperfunc._torch.unsupported import explained
 from hyperfunc._types import Leaves
@@ -68,7 +68,11 @@ class ImplicitProblem:
         captured = captured_tensors(self.inner_solver) if tracking.transforms_active() else ()
         used = (*theta, *filter(tracking.has_level, captured))
         try:
-            with torch.enable_grad(), batching.outside_idle_vmaps(used):
+            with (
+                torch.enable_grad(),
+                batching.outside_idle_vmaps(used),
+                derivative_rules.active(tracking.transforms_active()),
+            ):
                 leaves, spec = self._run(tracking.detach(theta), captured)
         except RuntimeError as error:
             if tracking.escaped(error):

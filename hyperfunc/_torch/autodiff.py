@@ -8,13 +8,15 @@ Both give the same numbers, and neither leaves a trace on the tensors that were 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hyperfunc._torch import internals, sharding, tangents, tracking
+from hyperfunc._torch import derivative_rules, internals, sharding, tangents, tracking
 from hyperfunc._types import Leaves
 
 LeavesFunction = Callable[..., Leaves]
@@ -132,19 +134,25 @@ def gradient(
 
     The result is differentiable whenever the primals are tracked (or ``create_graph`` says so).
     """
-    if tracking.transforms_active():
-        return tangents.all_in_own_dtype(
-            torch.func.grad(lambda leaves: fn(*leaves))(tuple(primals))
-        )
     tracked = tracking.is_tracked(primals) if create_graph is None else create_graph
-    with torch.enable_grad():
+    if tracking.transforms_active():
+        transformed = torch.func.grad(lambda leaves: fn(*leaves))
+        order = derivative_rules.derivatives(tracked or tracking.is_tracked(primals))
+        grads, _ = derivative_rules.evaluate(transformed, (tuple(primals),), order)
+        return tangents.all_in_own_dtype(grads)
+    with (
+        torch.enable_grad(),
+        derivative_rules.active(tracked, derivative_rules.derivatives(tracked)),
+    ):
         inputs = [
             _enter(leaf.clone() if leaf.is_inference() else leaf, tracked) for leaf in primals
         ]
         value = fn(*inputs)
         if not value.requires_grad:
             return tuple(torch.zeros_like(leaf) for leaf in primals)
-        grads = torch.autograd.grad(value, inputs, create_graph=tracked, allow_unused=True)
+        grads = derivative_rules.differentiate(
+            value, inputs, create_graph=tracked, allow_unused=True
+        )
     return sharding.align(_zeros_for_none(grads, primals), primals)
 
 
@@ -217,7 +225,10 @@ class _GraphEngine:
                 _enter(leaf, tracked) if index in chosen else leaf
                 for index, leaf in enumerate(primals)
             ]
-            outputs, aux = fn(*inputs)
+            (outputs, aux), record = derivative_rules.evaluate(
+                fn, inputs, math.inf if tracked else 1
+            )
+        self._uses_rows = record.uses_rows
         self.captures_gradient = tracking.reaches_foreign_leaf(outputs, inputs)
         self.outputs = tuple(outputs) if tracked else tracking.detach(outputs)
         self.aux = tuple(aux) if tracked else tracking.detach(aux)
@@ -237,14 +248,16 @@ class _GraphEngine:
         create_graph = torch.is_grad_enabled() and (
             self._tracked or any(cotangent.requires_grad for cotangent in selected)
         )
-        grads = torch.autograd.grad(
-            self._live_outputs,
-            inputs,
-            selected,
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
+        # what is computed again on the way (by torch.utils.checkpoint) is so by the same rules
+        with derivative_rules.active(self._uses_rows):
+            grads = derivative_rules.differentiate(
+                self._live_outputs,
+                inputs,
+                selected,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
         return sharding.align(grads, inputs)
 
 
@@ -280,8 +293,10 @@ class _FunctionalEngine:
             return tuple(outputs), tuple(aux)
 
         selected = (self._primals[index] for index in indices)
-        outputs, self._vjps[group], aux = torch.func.vjp(  # type: ignore[misc]
-            restricted, *selected, has_aux=True
+        (outputs, self._vjps[group], aux), _ = derivative_rules.evaluate(
+            functools.partial(torch.func.vjp, restricted, has_aux=True),
+            tuple(selected),
+            math.inf if self._tracked else 1,
         )
         return outputs, aux
 

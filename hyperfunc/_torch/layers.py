@@ -1,4 +1,4 @@
-"""Layers of ``torch.nn`` whose forward is not a pure function, or not one with all derivatives."""
+"""Layers of ``torch.nn`` whose forward is not a pure function."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 
 def is_compiled(layer: nn.Module) -> bool:
     """Whether ``torch.compile`` made a module."""
     return hasattr(layer, "_orig_mod")
-
-
-def is_weight_norm(parametrization: nn.Module) -> bool:
-    """Whether this computes a weight for ``weight_norm``."""
-    return isinstance(parametrization, _WeightNorm)
 
 
 def use_values(layer: nn.Module, mode: str) -> None:
@@ -31,8 +26,6 @@ def use_values(layer: nn.Module, mode: str) -> None:
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
         elif layer.momentum is None and type(layer).forward is _BatchNorm.forward:
             vars(layer)["forward"] = partial(_cumulative_batch_norm, layer)
-    elif isinstance(layer, _WeightNorm):
-        vars(layer)["forward"] = partial(weight_norm, layer)
     elif isinstance(layer, _SpectralNorm):
         if mode == "frozen":
             layer.training = False
@@ -51,15 +44,6 @@ def _cumulative_batch_norm(self: Any, x: Tensor) -> Tensor:
     self.running_mean = (1.0 - step) * self.running_mean + step * mean
     self.running_var = (1.0 - step) * self.running_var + step * var
     return output
-
-
-def weight_norm(self: Any, length: Tensor, direction: Tensor) -> Tensor:
-    """The weight of weight_norm, by operations that have all derivatives and vmap rules."""
-    others = [dim for dim in range(direction.ndim) if dim != self.dim]
-    norm: Tensor = direction.abs()
-    if others:  # none means all of them to vector_norm
-        norm = torch.linalg.vector_norm(direction, dim=others, keepdim=True)
-    return direction * (length / norm)
 
 
 def _power_method(self: Any, weight: Tensor, steps: int) -> None:

@@ -42,6 +42,15 @@ def is_tracked(tensors: Sequence[Any]) -> bool:
     return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
+def variables_of_others(tensors: Sequence[Any]) -> list[Tensor]:
+    """Those that require grad, but for the variables of a gradient that is taken here."""
+    if not torch.is_grad_enabled():
+        return []
+    return [
+        t for t in tensors if isinstance(t, Tensor) and t.requires_grad and not hasattr(t, OWN_LEAF)
+    ]
+
+
 def is_differentiable(value: Any) -> bool:
     """Whether a value is a tensor that a derivative can be taken with respect to."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -13,7 +13,7 @@ from hyperfunc._compile.compiler import Backend, Compiler, applies, check_backen
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_count, check_number
 from hyperfunc._engine.flat import split
-from hyperfunc._torch import batching, tracking
+from hyperfunc._torch import batching, derivative_rules, tracking
 from hyperfunc._torch.tangents import all_in_own_dtype
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
 from hyperfunc.inner_solvers._steps import DescentStep, FlatStep, MapStep, Specs, Step
@@ -58,7 +58,8 @@ class IterativeSolver:
 
     def __call__(self, hparams: TensorTree, /, *args: Any) -> TensorTree:
         """Run the steps; derivatives flow through every one of them."""
-        steps = FlatSteps(self)
+        leaves, _ = trees.flatten((hparams, args, self.inputs))
+        steps = FlatSteps(self, tracking.transforms_active() or tracking.is_tracked(leaves))
         state = steps.start(hparams, args)
         rows = unbind(self.inputs, self.num_steps)
         compiled = _compiled(self.compiler, steps, state, hparams, args) if self.compiler else None
@@ -170,10 +171,13 @@ def minimize(
 class FlatSteps:
     """The steps of a solver on flat states; `start` fixes the structure that the rest relies on.
 
-    A state is the leaves of the params, then the leaves of the memory.
+    A state is the leaves of the params, then the leaves of the memory. ``differentiated`` if a
+    derivative may be taken of the steps, or they may be taken again for one.
     """
 
-    def __init__(self, solver: IterativeSolver) -> None:
+    def __init__(self, solver: IterativeSolver, differentiated: bool = True) -> None:
+        self._watches = [derivative_rules.Watch(), derivative_rules.Watch()]
+        self._differentiated = differentiated
         self._step = solver.step
         self._init = solver.init
         self._rtol, self._atol = solver.rtol, solver.atol
@@ -181,7 +185,10 @@ class FlatSteps:
 
     def start(self, hparams: TensorTree, args: tuple[Any, ...]) -> Leaves:
         """The state before the first step."""
-        params = self._init(hparams, *args)
+        if self._differentiated:
+            params = self._watches[0].run(self._init, hparams, *args)
+        else:
+            params = self._init(hparams, *args)
         leaves, self._params_spec = trees.flatten_floating(params, "params")
         memory, self._memory_spec = trees.flatten(self._step.remember(params))
         for path, leaf in zip(trees.paths(self._memory_spec, "state"), memory, strict=True):
@@ -218,7 +225,10 @@ class FlatSteps:
             old = state[:n]
             if step is None:
                 step = self._step.bind(self.structure, old, hparams, args)
-            new, memory = step(old, state[n:], extra)
+            if self._differentiated:
+                new, memory = self._watches[1].run(step, old, state[n:], extra)
+            else:
+                new, memory = step(old, state[n:], extra)
             result = all_in_own_dtype((*new, *memory))
             if active is not None:
                 result = trees.where(active, result, state)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from hyperfunc._torch import tracking
+from hyperfunc._torch import derivative_rules, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 STEP = "the inner solver's step"
 
@@ -18,6 +22,18 @@ ByIndex: TypeAlias = dict[int, Tensor]
 """Vectors by the position of the operands or outputs that they belong to."""
 
 
+def _counted(product: F) -> F:
+    """A product that says how many derivatives are taken of its function: one more."""
+
+    @functools.wraps(product)
+    def run(*args: Any, batched: bool = False, **keywords: Any) -> Any:
+        with derivative_rules.active(False, math.inf if batched else 1):
+            return product(*args, batched=batched, **keywords)
+
+    return cast(F, run)
+
+
+@_counted
 def pull(
     fn: Callable[..., Leaves],
     primals: Leaves,
@@ -42,6 +58,7 @@ def pull(
     return values, _nonzero(wrt, grads)
 
 
+@_counted
 def push(
     fn: Callable[..., Leaves],
     primals: Leaves,
@@ -83,7 +100,11 @@ def _grad(
             "check_nan=False), or under it method='reverse' in place of 'forward'"
         )
     options = {"create_graph": create_graph, "is_grads_batched": batched}
-    return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, **options)
+    with derivative_rules.again():
+        grads: tuple[Tensor | None, ...] = derivative_rules.differentiate(
+            outputs, inputs, cotangents, allow_unused=True, **options
+        )
+    return grads
 
 
 def _nonzero(indices: Sequence[int], values: Sequence[Tensor | None]) -> ByIndex:

@@ -18,7 +18,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable
 from hyperfunc._engine.operations import Recomputed, Recorded
 from hyperfunc._engine.wrapped_functions import WrappedFunction
-from hyperfunc._torch import batching, tracking
+from hyperfunc._torch import batching, derivative_rules, tracking
 from hyperfunc._torch.captured import captured_message, refuse_captured_tensors
 from hyperfunc._types import Leaves
 
@@ -158,9 +158,9 @@ class Segment(Recomputed):
 
     def run(self, operands: Leaves) -> Leaves:
         if self.name is not None:
-            with self.rng_autocast.refuse_foreign(self.name):
+            with self.rng_autocast.refuse_foreign(self.name), derivative_rules.active():
                 return self.fn(*operands)
-        with self.rng_autocast.restored():
+        with self.rng_autocast.restored(), derivative_rules.active():
             return self.fn(*operands)
 
     def derivative(self, fn: Callable[..., Leaves], wrt: tuple[int, ...]) -> Segment:

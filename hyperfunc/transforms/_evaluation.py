@@ -23,7 +23,7 @@ from hyperfunc._rule.implicit import (
     raise_unless_finite,
 )
 from hyperfunc._rule.outer_loss import OuterLoss, mean_outer_gradient
-from hyperfunc._torch import autodiff, tracking
+from hyperfunc._torch import autodiff, derivative_rules, tracking
 from hyperfunc._torch.captured import refuse_captured_tensors
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.linear_solvers import StochasticAID
@@ -51,7 +51,11 @@ class Rule:
     def solution_map(self, hparams: TensorTree, *args: Any) -> TensorTree:
         """The inner solution, with this rule as its derivative."""
         if not is_implicit(self.method):
-            return self.method.solution_map(self.inner_solver)(hparams, *args)
+            solution_map = self.method.solution_map(self.inner_solver)
+            wanted = tracking.transforms_active()
+            wanted = wanted or tracking.is_tracked(trees.flatten((hparams, args))[0])
+            with derivative_rules.active(wanted):
+                return solution_map(hparams, *args)
         arguments, theta, _ = Arguments.flatten(hparams, args)
         problem = self.make_problem(arguments)
         w = problem.solution(theta)
