@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias, cast, final, get_args
 
 import torch
@@ -300,7 +301,7 @@ class FunctionalModule:
         values = {alias: tensors[name] for alias, name in self._aliases.items()}
         attributes = [vars(layer).copy() for layer in self._layers]
         try:
-            with computed_once(), self._rules((*values.values(), *tree_leaves((inputs, keywords)))):
+            with computed_once(), self._rules(values.values(), (inputs, keywords)):
                 output = torch.func.functional_call(
                     self._module, values, inputs, keywords, tie_weights=False
                 )
@@ -319,15 +320,16 @@ class FunctionalModule:
     def __repr__(self) -> str:
         return f"<functional({self._name}, buffers={self._mode!r}), {len(self._shapes)} parameters>"
 
-    def _rules(self, tensors: tuple[Any, ...]) -> derivative_rules.active:
+    def _rules(self, values: Iterable[Tensor], inputs: Any) -> AbstractContextManager[Any]:
         """The derivative rules, where a second derivative or a vmap of the forward may be meant."""
         if transforms_active():
             return derivative_rules.active()
-        variables = variables_of_others(tensors)
-        wanted = bool(variables) or self._writes_to_params
+        variables = variables_of_others((*values, *tree_leaves(inputs)))
+        if not variables and not self._writes_to_params:
+            return nullcontext()
         # with a leaf of the user's, a function that we differentiate may do so itself
-        order = math.inf if any(variable.is_leaf for variable in variables) else 0
-        return derivative_rules.active(wanted, order)
+        own = any(variable.is_leaf for variable in variables)
+        return derivative_rules.active(order=math.inf if own else 0)
 
     def _fresh(self, buffers: Mapping[str, Tensor], arguments: Any) -> dict[str, Tensor]:
         """Copies of the buffers that forward may write to, mapped under vmap where they must be."""

@@ -140,10 +140,9 @@ def gradient(
         order = derivative_rules.derivatives(tracked or tracking.is_tracked(primals))
         grads, _ = derivative_rules.evaluate(transformed, (tuple(primals),), order)
         return tangents.all_in_own_dtype(grads)
-    with (
-        torch.enable_grad(),
-        derivative_rules.active(tracked, derivative_rules.derivatives(tracked)),
-    ):
+    order = derivative_rules.derivatives(tracked)
+    rules = derivative_rules.active(order=order) if tracked else derivative_rules.counting(order)
+    with torch.enable_grad(), rules:
         inputs = [
             _enter(leaf.clone() if leaf.is_inference() else leaf, tracked) for leaf in primals
         ]
@@ -248,9 +247,12 @@ class _GraphEngine:
         create_graph = torch.is_grad_enabled() and (
             self._tracked or any(cotangent.requires_grad for cotangent in selected)
         )
+        grad = torch.autograd.grad
         # what is computed again on the way (by torch.utils.checkpoint) is so by the same rules
-        with derivative_rules.active(self._uses_rows):
-            grads = derivative_rules.differentiate(
+        with derivative_rules.active() if self._uses_rows else contextlib.nullcontext():
+            if self._uses_rows:
+                grad = derivative_rules.differentiate
+            grads = grad(
                 self._live_outputs,
                 inputs,
                 selected,

@@ -80,6 +80,9 @@ class active:
 
     def __enter__(self) -> Record:
         here = _here
+        if _is_compiling():
+            self._entered, self._record, self._outer = False, Record(None), (here.order, 0)
+            return self._record
         self._record = Record(here.record)
         self._outer = here.order, here.outside
         if self._order and not here.order:
@@ -95,6 +98,25 @@ class active:
         if self._entered:
             torch._C._pop_torch_function_stack()
         _here.record = self._record.close()
+        _here.order, _here.outside = self._outer
+
+
+class counting:
+    """`active` where it is not wanted, for which nothing is noted: only the derivatives count."""
+
+    __slots__ = ("_order", "_outer")
+
+    def __init__(self, order: float) -> None:
+        self._order = order
+
+    def __enter__(self) -> None:
+        here = _here
+        self._outer = here.order, here.outside
+        if not here.order:
+            here.outside = len(internals.active_transforms() or ())
+        here.order += self._order
+
+    def __exit__(self, *error: Any) -> None:
         _here.order, _here.outside = self._outer
 
 
@@ -187,6 +209,8 @@ def evaluate(fn: Callable[..., Any], args: Sequence[Any], order: float) -> tuple
     If the function differentiates on its own account, by ``torch.autograd``, there is one
     derivative more than was counted, and it is called once more.
     """
+    if _is_compiling():
+        return fn(*args), Record(None)
     counted = 0 < _here.order + order < math.inf and not _here.suspended
     states = _random_states(args) if counted else []
     with active(order=order) as record:
