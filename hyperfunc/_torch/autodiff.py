@@ -247,12 +247,9 @@ class _GraphEngine:
         create_graph = torch.is_grad_enabled() and (
             self._tracked or any(cotangent.requires_grad for cotangent in selected)
         )
-        grad = torch.autograd.grad
         # what is computed again on the way (by torch.utils.checkpoint) is so by the same rules
         with derivative_rules.active() if self._uses_rows else contextlib.nullcontext():
-            if self._uses_rows:
-                grad = derivative_rules.differentiate
-            grads = grad(
+            grads = derivative_rules.differentiate(
                 self._live_outputs,
                 inputs,
                 selected,
