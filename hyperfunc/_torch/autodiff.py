@@ -295,7 +295,7 @@ class _FunctionalEngine:
         (outputs, self._vjps[group], aux), _ = derivative_rules.evaluate(
             functools.partial(torch.func.vjp, restricted, has_aux=True),
             tuple(selected),
-            math.inf if self._tracked else 1,
+            math.inf,  # products may be taken in one more vmap, for which torch has rules missing
         )
         return outputs, aux
 

@@ -484,3 +484,53 @@ def test_a_fixed_point_with_a_vmap_inside() -> None:
     expected = slope(lambda h: outer(vmap(solve, (None, 0))(h, x), h, x), meta, v)
     actual = sum((g * v[k]).sum() for k, g in fn(meta, x).items())
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("method", ["reverse_unroll", "reverse", "cg"])
+def test_sparse_gradients_become_dense(kind: Any, method: str) -> None:
+    torch.manual_seed(0)
+    (sparse, w0), (dense, _) = (
+        hf.functional(kind(9, 4, sparse=flag, dtype=D)) for flag in (True, False)
+    )
+    ids, y = torch.randint(0, 9, (5, 3)), torch.randn(4, dtype=D)
+
+    def hypergradient(apply: Any) -> Tensor:
+        def inner(w: Any, h: Tensor) -> Tensor:
+            return (apply(w, ids) - y).square().mean() + h.exp() * w["weight"].square().sum()
+
+        def outer(w: Any, h: Tensor) -> Tensor:
+            return apply(w, ids).cos().sum()
+
+        steps, tolerance = (300, {"rtol": 1e-14}) if method == "cg" else (3, {})
+        sgd = hf.optim.sgd(lr=0.2)
+        solver = hf.minimize(inner, sgd, steps, init=lambda h: w0, **tolerance)
+        return hf.hypergrad(solver, outer, method=method)(torch.tensor(0.1, dtype=D))
+
+    torch.testing.assert_close(hypergradient(sparse), hypergradient(dense), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.LayerNorm(4), nn.GroupNorm(1, 4), nn.BatchNorm1d(4)],
+    ids=lambda x: type(x).__name__,
+)
+def test_whole_hessians_of_normalised_nets(layer: nn.Module) -> None:
+    """The products with a Hessian's columns are taken in a vmap of their own."""
+    torch.manual_seed(0)
+    apply, w0 = hf.functional(norm(layer).to(D))
+    x, h = torch.randn(10, 3, dtype=D), torch.tensor([0.1, -0.1], dtype=D)
+
+    def inner(w: Any, h: Tensor) -> Tensor:
+        far: Any = sum((w[k] - w0[k]).square().sum() for k in w0)
+        return h.exp() * (apply(w, x) - 1).square().mean() + 10 * far
+
+    sgd = hf.optim.sgd(lr=0.02)
+    solver = hf.minimize(inner, sgd, 300, init=lambda h: w0, rtol=1e-14)
+    dense, cg = (
+        hf.hypergrad(solver, lambda w, h: apply(w, x).cos().mean(), method=method)
+        for method in ("dense", hf.CG(rtol=1e-14))
+    )
+    expected = torch.stack([cg(value) for value in h])
+    torch.testing.assert_close(torch.stack([dense(value) for value in h]), expected)
+    torch.testing.assert_close(vmap(dense)(h), expected)

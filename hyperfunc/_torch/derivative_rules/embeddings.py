@@ -14,7 +14,7 @@ from torch import Tensor
 from hyperfunc._torch.derivative_rules._mode import TORCHS_OWN, in_mode, in_place_of, torch_is_right
 
 
-@in_place_of(torch.embedding)
+@in_place_of(torch.embedding, right_up_to=-1)
 def embedding(
     weight: Tensor,
     indices: Tensor,
@@ -22,6 +22,8 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
+    if not sparse and torch_is_right(1, False):
+        return TORCHS_OWN
     rows = torch.embedding(weight, indices)
     if padding_idx >= 0:
         rows = torch.where((indices == padding_idx).unsqueeze(-1), rows.detach(), rows)
@@ -63,7 +65,11 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    if (max_norm is None and torch_is_right(1, False)) or mode not in ("sum", "mean", "max"):
+    if (max_norm is None and not sparse and torch_is_right(1, False)) or mode not in (
+        "sum",
+        "mean",
+        "max",
+    ):
         return TORCHS_OWN
     if input.ndim == 2:
         bag = torch.arange(len(input), device=input.device).repeat_interleave(input.shape[1])
@@ -76,7 +82,7 @@ def embedding_bag(
         return TORCHS_OWN
     flat = input.reshape(-1)
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-    rows = embedding(weight, flat, padding, scale_grad_by_freq)
+    rows: Tensor = in_mode(torch.embedding, weight, flat, padding, scale_grad_by_freq, sparse)
     if max_norm is not None:
         rows = _shortened(rows, max_norm, norm_type)
     counted = torch.ones_like(flat, dtype=rows.dtype)
