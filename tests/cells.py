@@ -25,6 +25,11 @@ def thinned(*axes: Iterable[Any], every: int = 2) -> list[Any]:
     ]
 
 
+def slow_but(*kept: Any, of: Iterable[Any]) -> list[Any]:
+    """Parameters that are all marked slow, but for those that are kept in `make test`."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in of]
+
+
 @contextlib.contextmanager
 def each_cell() -> Iterator[Callable[..., contextlib.AbstractContextManager[None]]]:
     """Run the cells of a product in one test, all of them, and name each that fails.

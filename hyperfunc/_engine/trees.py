@@ -86,6 +86,11 @@ def partition(tree: Any) -> tuple[Leaves, Frame]:
     return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor)), Frame(spec, constants)
 
 
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors among the leaves of a tree."""
+    return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
 def tree_map(fn: Callable[..., Any], tree: TensorTree, *rest: TensorTree) -> TensorTree:
     """Apply ``fn`` leaf by leaf to trees of one structure."""
     flatten(tree)  # which makes nodes of the classes in it
@@ -261,10 +266,14 @@ def sum_is_finite(x: Leaves) -> Tensor:
     """A 0-d bool tensor that shows `all_finite` in one pass where it holds; a sum may overflow."""
     if sharding.layout_of(x) is not None:
         return all_finite(x)
-    total = x[0].sum()
-    for leaf in x[1:]:
-        total = total + leaf.sum().to(total.device)
+    total = _total(x)
     return torch.eq(total - total, 0)  # NaN where it is not finite
+
+
+def sum_is_finite_and_nonzero(x: Leaves) -> Tensor:
+    """A 0-d bool tensor that shows in one pass that some entry is not zero and all are finite."""
+    total = _total(x) if sharding.layout_of(x) is None else dot(x, x)
+    return torch.ne(total, 0) & torch.eq(total - total, 0)
 
 
 def all_finite(x: Leaves) -> Tensor:
@@ -306,6 +315,13 @@ def unravel(vector: Tensor, like: Leaves) -> Leaves:
     pairs = zip(parts, refs, strict=True)
     x = tuple(part.reshape(ref.shape).to(device=ref.device, dtype=ref.dtype) for part, ref in pairs)
     return x if layout is None else layout.wrap(x, like)
+
+
+def _total(x: Leaves) -> Tensor:
+    total = x[0].sum()
+    for leaf in x[1:]:
+        total = total + leaf.sum().to(total.device)
+    return total
 
 
 def _plain(spec: TreeSpec, leaves: Sequence[Any]) -> TreeSpec:

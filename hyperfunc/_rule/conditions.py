@@ -107,6 +107,9 @@ class BoundCondition:
             # where the hparams are a centre alone, the loss without the regulariser has none
             optional=1 if self.proximal else None,
         )
+        return self._checked(linearization)
+
+    def _checked(self, linearization: autodiff.Linearization) -> autodiff.Linearization:
         if linearization.captures_gradient:
             raise ValueError(captured_message(self.condition.kind))
         return linearization
@@ -121,8 +124,7 @@ class BoundCondition:
             (*w, *theta),
             (tuple(range(n)), tuple(n + i for i in wrt)),
         )
-        if linearization.captures_gradient:
-            raise ValueError(captured_message(self.condition.kind))
+        self._checked(linearization)
         symmetric = self.condition.symmetric
         product = linearization.pull if symmetric else linearization.push
         operator = LinearOperator(
@@ -149,13 +151,14 @@ class BoundCondition:
         if proximal is None:
             return None
         n = self.num_params
-        return autodiff.Linearization(
+        linearization = autodiff.Linearization(
             lambda *leaves: proximal.gradient(
                 leaves[:n], self.params_spec, self.arguments.unflatten(leaves[n:])[0]
             ),
             (*w, *theta),
             (tuple(n + i for i in wrt),),
         )
+        return self._checked(linearization)
 
     def center_weight(self, w: Leaves, theta: Leaves) -> float | None:
         """``mu`` where the regulariser is ``mu/2 ||w - hparams||^2`` with a number mu, or None."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -43,6 +44,12 @@ _NOT_FINITE = {
     "pass throw=False to get the numbers as they are",
 }
 
+UNUSED = (
+    "no derivative reaches hparams: {kind} computes nothing from them. An implicit method "
+    "differentiates the solution of {kind}, so that hparams which the inner solver only starts "
+    "from count for nothing. Use them in {kind}, for example by hf.proximal(loss, weight), which "
+    "keeps the solution near them, or differentiate the steps: method='reverse_unroll'"
+)
 
 _FLOAT16 = (
     ". In float16 the derivative of a step of Adam or RMSprop overflows at a gradient of zero, "
@@ -67,6 +74,7 @@ class ImplicitProblem:
         versions = tracking.versions(hparams)
         captured = captured_tensors(self.inner_solver) if tracking.transforms_active() else ()
         used = (*theta, *filter(tracking.has_level, captured))
+        since = tracking.now()
         try:
             with (
                 torch.enable_grad(),
@@ -78,6 +86,8 @@ class ImplicitProblem:
             if tracking.escaped(error):
                 raise ValueError(escaped_message("the inner solver")) from error
             raise
+        if tracking.reaches_foreign_leaf(tuple(map(tracking.innermost, leaves)), (), since):
+            raise ValueError(captured_message("the inner solver"))
         self._refuse_written(versions, tracking.versions(hparams))
         self.bound = BoundCondition(self.condition, self.arguments, spec, len(leaves))
         if self.throw:
@@ -117,6 +127,7 @@ class ImplicitProblem:
         """The inner solution, with the implicit rule attached if derivatives may be asked for."""
         if not tracking.is_tracked(theta):
             return self.solve(theta)
+        self._refuse_captured_by_solver(theta)
         w: Leaves = _ImplicitSolution.apply(self, *theta)
         if tracking.transforms_active():  # without them, every linearisation looks for itself
             self.refuse_captured(w, theta)
@@ -167,13 +178,26 @@ class ImplicitProblem:
             f"they are. Start from a copy: {path}.clone()"
         )
 
+    def _refuse_captured_by_solver(self, theta: Leaves) -> None:
+        """Raise if the inner solver uses a tensor of an enclosing transform, besides its value."""
+        if not (tracking.transforms_active() and tracking.is_tracked(())):
+            return
+        if not any(map(tracking.is_attached, captured_tensors(self.inner_solver))):
+            return
+        # which runs it below the transforms, where it cannot be told: so once more within them
+        with torch.enable_grad(), contextlib.suppress(RuntimeError):
+            result = self.inner_solver(*self.arguments.unflatten(tracking.detach(theta)))
+            if not any(map(tracking.is_attached, trees.tensors(result))):
+                return
+        raise ValueError(captured_message("the inner solver"))
+
     def refuse_captured(self, w: Leaves, theta: Leaves) -> None:
         """Raise if the condition uses a tensor that carries a derivative and is no argument."""
         assert self.bound is not None
         if not tracking.transforms_active():
             self.bound.linearize(tracking.detach(w), tracking.detach(theta), ())
             return
-        value = self.bound.function(*tracking.detach(w), *tracking.detach(theta))
+        value = self.bound.residual_at(tracking.detach(w), tracking.detach(theta))
         if any(tracking.is_attached(leaf) for leaf in value):
             raise ValueError(captured_message(self.condition.kind))
 
@@ -354,6 +378,10 @@ def cross_term(
         add(weight, [u[i] if i < size else None for i in wrt])
     elif (regulariser := bound.regulariser(w, theta, wrt)) is not None:
         add(-1.0, regulariser.pull_used(u, 0))
+    size = problem.arguments.num_hparams
+    of_hparams = [term for i, term in zip(wrt, total, strict=True) if i < size]
+    if of_hparams and all(term is None for term in of_hparams):  # never so with a start
+        warnings.warn(UNUSED.format(kind=problem.condition.kind), stacklevel=2)
     return tuple(
         torch.zeros_like(theta[i]) if term is None else term
         for i, term in zip(wrt, total, strict=True)

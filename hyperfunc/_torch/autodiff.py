@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -81,9 +81,7 @@ class Linearization:
         """`pull`, with None for the primals that the function is known not to use."""
         if group in self._unused:
             return (None,) * len(self._unused[group])
-        if isinstance(self._engine, _GraphEngine):
-            return self._engine.pull_used(cotangents, group)
-        return self._engine.pull(cotangents, group)
+        return self._engine.pull_used(cotangents, group)
 
     def push(self, tangents: Leaves, group: int = 0) -> Leaves:
         """The product with the Jacobian, as the transpose of the transposed product."""
@@ -155,6 +153,23 @@ def gradient(
     return sharding.align(_zeros_for_none(grads, primals), primals)
 
 
+def uses(fn: Callable[..., Leaves], primals: Leaves, indices: Iterable[int]) -> bool:
+    """Whether a function computes its value from some of these primals, by differentiable code."""
+    found = False
+    chosen = list(indices)
+
+    def restricted(*selected: Tensor) -> Leaves:
+        nonlocal found
+        outputs = fn(*_replace(tracking.detach(primals), chosen, selected))
+        found = any(out.requires_grad for out in outputs)
+        return outputs
+
+    derivative_rules.evaluate(
+        functools.partial(torch.func.vjp, restricted), [primals[i].detach() for i in chosen], 1
+    )
+    return found
+
+
 def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
     """What ``Function.backward`` saved; it may run after its transform, as by ``torch.func.vjp``.
 
@@ -210,6 +225,8 @@ class _Engine(Protocol):
 
     def pull(self, cotangents: Leaves, group: int) -> Leaves: ...
 
+    def pull_used(self, cotangents: Leaves, group: int) -> tuple[Tensor | None, ...]: ...
+
 
 class _GraphEngine:
     """Products from one recorded autograd graph, for use outside all transforms."""
@@ -219,6 +236,7 @@ class _GraphEngine:
     ) -> None:
         chosen = {index for group in groups for index in group}
         primals = tracking.out_of_inference(primals)
+        since = tracking.now()
         with torch.enable_grad():
             inputs = [
                 _enter(leaf, tracked) if index in chosen else leaf
@@ -228,7 +246,7 @@ class _GraphEngine:
                 fn, inputs, math.inf if tracked else 1
             )
         self._uses_rows = record.uses_rows
-        self.captures_gradient = tracking.reaches_foreign_leaf(outputs, inputs)
+        self.captures_gradient = tracking.reaches_foreign_leaf(outputs, inputs, since)
         self.outputs = tuple(outputs) if tracked else tracking.detach(outputs)
         self.aux = tuple(aux) if tracked else tracking.detach(aux)
         self._tracked = tracked
@@ -271,6 +289,7 @@ class _FunctionalEngine:
         self._groups = groups
         self._tracked = tracked
         self._vjps: dict[int, Callable[[Leaves], Leaves]] = {}
+        self._used: dict[int, bool] = {}
         self.outputs, self.aux = self._record(0)
         self.captures_gradient = not tracked and any(map(tracking.requires_grad, self.outputs))
 
@@ -284,11 +303,16 @@ class _FunctionalEngine:
         ):
             return tuple(self._vjps[group](tuple(cotangents)))
 
+    def pull_used(self, cotangents: Leaves, group: int) -> tuple[Tensor | None, ...]:
+        grads = self.pull(cotangents, group)
+        return grads if self._used.get(group, True) else (None,) * len(grads)
+
     def _record(self, group: int) -> tuple[Leaves, Leaves]:
         indices = self._groups[group]
 
         def restricted(*selected: Tensor) -> tuple[Leaves, Leaves]:
             outputs, aux = self._fn(*_replace(self._primals, indices, selected))
+            self._used[group] = any(map(tracking.requires_grad, outputs))
             return tuple(outputs), tuple(aux)
 
         selected = (self._primals[index] for index in indices)

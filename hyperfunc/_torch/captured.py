@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hyperfunc._torch import tensordicts, tracking
+from hyperfunc._torch import tensordicts
 
 _Names: TypeAlias = frozenset[str]
 
@@ -54,16 +54,6 @@ _LIBRARIES = tuple(
         os.path.dirname(os.path.dirname(__file__)),
     }
 )
-
-
-def refuse_captured_tensors(*named: tuple[Any, str]) -> None:
-    """Raise if one of some functions, each with its name, closes over what carries a derivative."""
-    walk = _Walk()
-    for fn, name in named:
-        start = len(walk.found)
-        walk.look_into(fn)
-        if any(tracking.is_attached(value) for value in walk.found[start:]):
-            raise ValueError(captured_message(name))
 
 
 def escaped_message(name: str) -> str:
@@ -102,7 +92,9 @@ def captured_values(
         for fn in functions:
             walk.look_into(fn)
         if walk.read <= names:
-            values = (_Same(v) if isinstance(v, Tensor) else v for v in walk.found)
+            values = (
+                (_Same(v), v.requires_grad) if isinstance(v, Tensor) else v for v in walk.found
+            )
             return tuple(values), names
         names |= walk.read
 

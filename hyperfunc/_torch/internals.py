@@ -5,6 +5,8 @@ Those of ``torch.nn`` are in ``layers``, and what compiling alone needs is in ``
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 import torch
@@ -72,6 +74,27 @@ def is_traced() -> bool:
 def is_recorded() -> bool:
     """Whether ``torch.jit`` or a mode of any kind records what is computed."""
     return torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+
+
+def next_sequence_number() -> int:
+    """The number that the next node of a graph gets in this thread."""
+    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+
+
+def sequence_number(node: Any) -> int:
+    """That of a node; the ends of a graph have the largest one."""
+    number: int = node._sequence_nr()
+    return number
+
+
+@functools.lru_cache(maxsize=1)
+def references_if_unheld() -> int:
+    """What ``sys.getrefcount`` says of the variable of a graph that nothing but the graph holds."""
+    with outside_all(), torch.inference_mode(False), torch.enable_grad():
+        node = torch.zeros((), device="cpu", requires_grad=True).neg().grad_fn
+    assert node is not None
+    leaf = node.next_functions[0][0].variable  # type: ignore[union-attr]
+    return sys.getrefcount(leaf)
 
 
 def version(tensor: Tensor) -> int:

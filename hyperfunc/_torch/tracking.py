@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,17 @@ from hyperfunc._torch.internals import DIFFERENTIATING, active_transforms, inner
 
 # Marks the leaf variables made here, such as that of a gradient inside a function being recorded.
 OWN_LEAF = "_hyperfunc_own_leaf"
+
+# What reads a tensor without a derivative: its values, or its layout alone.
+_VALUES = {
+    *("detach", "data", "item", "tolist", "numpy", "__repr__"),
+    *("__float__", "__int__", "__bool__", "__index__"),
+}
+_LAYOUT = {
+    *("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_leaf", "__hash__"),
+    *("dim", "ndimension", "size", "stride", "numel", "nelement", "element_size", "__len__"),
+    *("is_floating_point", "is_complex", "is_contiguous"),
+}
 
 
 def transforms_active() -> bool:
@@ -113,6 +125,26 @@ def is_foreign(tensor: Tensor) -> bool:
     return bool(internals.is_batched(tensor) != (stack[level - 1].key() == internals.VMAP))
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor has other values for each task of some vmap."""
+    while internals.is_wrapped(tensor):
+        if internals.is_batched(tensor):
+            return True
+        tensor = internals.unwrapped(tensor)
+    return False
+
+
+def carries_no_derivative(func: Any, tensor: Tensor) -> bool:
+    """Whether a function of torch's reads a tensor's layout alone, or values that are no task's."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":  # of an attribute
+        name = getattr(func.__self__, "__name__", "")
+    if name in _LAYOUT:
+        return True
+    values = name in _VALUES or name.endswith("_like") or name.startswith("new_")
+    return values and not is_mapped(tensor)
+
+
 def has_level(value: Any, level: int | None = None) -> bool:
     """Whether a tensor belongs to this level of the transforms, or to any level."""
     if not isinstance(value, Tensor):
@@ -157,13 +189,28 @@ def _has_tangent(value: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(value, level=0).tangent is not None
 
 
-def reaches_foreign_leaf(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> bool:
-    """Whether the graph of the outputs ends in a leaf variable that is not among the inputs."""
-    return any(True for _ in foreign_leaves(outputs, inputs))
+def now() -> int:
+    """A moment: nodes of a graph that are recorded from here on are younger."""
+    return 0 if torch.compiler.is_compiling() else internals.next_sequence_number()
 
 
-def foreign_leaves(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> Iterator[Tensor]:
-    """The leaf variables that the graph of the outputs ends in and that are not inputs."""
+def reaches_foreign_leaf(
+    outputs: Sequence[Tensor], inputs: Sequence[Any], since: int | None = None
+) -> bool:
+    """Whether a graph ends in a leaf variable that is no input; see `foreign_leaves`."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(True for _ in foreign_leaves(outputs, inputs, since))
+
+
+def foreign_leaves(
+    outputs: Sequence[Tensor], inputs: Sequence[Any], since: int | None = None
+) -> Iterator[Tensor]:
+    """The leaf variables that the graph of the outputs ends in and that are not inputs.
+
+    Those that were made ``since`` a moment, by the code whose graph this is, are left out: nothing
+    but the graph holds them, and all of the graph is younger.
+    """
     tracked = [leaf for leaf in inputs if requires_grad(leaf)]
     known = {id(leaf) for leaf in tracked}
     stop = {leaf.grad_fn for leaf in tracked}
@@ -178,8 +225,13 @@ def foreign_leaves(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> Iterator
                 stack.append(parent)
         if not parents:  # only the end of a graph holds a variable, and asking others takes long
             leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in known and not hasattr(leaf, OWN_LEAF):
-                yield leaf
+            if leaf is None or id(leaf) in known or hasattr(leaf, OWN_LEAF):
+                continue
+            if since is not None and sys.getrefcount(leaf) <= internals.references_if_unheld():
+                nodes = seen - stop - {None}
+                if all(internals.sequence_number(node) >= since for node in nodes):
+                    continue
+            yield leaf
 
 
 def requires_grad(value: Any) -> bool:

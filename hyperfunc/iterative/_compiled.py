@@ -13,7 +13,7 @@ from hyperfunc._engine.flat import differentiable_indices, split
 from hyperfunc._types import Leaves
 from hyperfunc.iterative import _products
 from hyperfunc.iterative._partition import forward_and_backward
-from hyperfunc.iterative._products import ByIndex
+from hyperfunc.iterative._products import STEP, ByIndex
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class Compiled:
         def compute(*tensors: Tensor) -> tuple[Leaves, ByIndex]:
             primals, vectors = split(tensors, m)
             tangents = dict(zip(wrt, vectors, strict=True))
-            outputs, dots = _products.push(block.fn, primals, tangents, batched=batched, check=True)
+            outputs, dots = _products.push(block.fn, primals, tangents, batched=batched, check=STEP)
             return outputs, {i: dot.contiguous() for i, dot in dots.items()}
 
         operands = (*state, *seen, *_fill(state, tangents, lead), *further.values())
@@ -141,7 +141,7 @@ def _joint(
     def compute(*tensors: Tensor) -> tuple[Leaves, ByIndex]:
         primals, vectors = split(tensors, num_primals)
         cotangents = dict(zip(live, vectors, strict=True))
-        outputs, grads = _products.pull(block.fn, primals, indices, cotangents, check=True)
+        outputs, grads = _products.pull(block.fn, primals, indices, cotangents, check=STEP)
         return outputs, {i: grad.contiguous() for i, grad in grads.items()}
 
     return compute

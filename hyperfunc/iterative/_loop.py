@@ -18,7 +18,7 @@ from hyperfunc._engine.operations import Operation, Recorded
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves
 from hyperfunc.iterative._compiled import Block, Compiled
-from hyperfunc.iterative._products import STEP, ByIndex, pull, push
+from hyperfunc.iterative._products import START, STEP, ByIndex, pull, push
 from hyperfunc.iterative._segment import RngAutocastState, Segment
 from hyperfunc.iterative._steps import Steps
 from hyperfunc.iterative._storage import Mark, Schedule, Trace
@@ -64,8 +64,8 @@ class Loop:
 
     def trace(self, operands: Leaves, *, keep: bool, first: bool = False) -> tuple[Leaves, Trace]:
         """Run the steps, keeping iterates by the schedule if they are needed."""
-        check = self.rng_autocast.refuse_foreign(STEP) if first else contextlib.nullcontext()
-        with check:
+        refuse = self.rng_autocast.refuse_foreign if first else contextlib.nullcontext
+        with refuse(START):
             state = self._start(*operands)
         trace = Trace(self.steps.num_steps, [], [])
         hold = 0 if keep else trace.num_steps
@@ -82,7 +82,7 @@ class Loop:
                 hold = self._mark(trace, step, state, trace.num_steps, first=True)
             elif keep and (self.steps.flat.can_stop or step == trace.num_steps - self._width):
                 last = Mark(step, state, self.rng_autocast.read(trace.marks[-1].streams))
-            with check if step == 0 and self.compiled is None else contextlib.nullcontext():
+            with refuse(STEP) if step == 0 and self.compiled is None else contextlib.nullcontext():
                 outputs = advance(active, state, self._at(operands, step))
             state = outputs[: len(state)]
             if self.steps.flat.can_stop:
@@ -132,7 +132,7 @@ class Loop:
                     (*differentiable_indices(state), *(size + i for i in wrt)),
                     cotangents,
                     batched=batched,
-                    check=end == trace.num_steps,
+                    check=STEP if end == trace.num_steps else None,
                 )
             cotangents = {i: grad for i, grad in grads.items() if i < size}
             for index in wrt:
@@ -145,7 +145,7 @@ class Loop:
         trace.buffers.clear()
         self.rng_autocast.write(self.rng_autocast.states)
         fixed = [i for i in wrt if i < num_fixed]
-        _, starts = pull(self._start, operands, fixed, cotangents, batched=batched)
+        _, starts = pull(self._start, operands, fixed, cotangents, batched=batched, check=START)
         for index, grad in starts.items():
             _add(totals, index, grad)
         for index, by_step in rows.items():
@@ -177,7 +177,7 @@ class Loop:
         if self.steps.flat.can_stop:
             trace = self._known_trace(operands, keep=False)
         self.rng_autocast.write(self.rng_autocast.states)
-        state, dots = push(self._start, operands, tangents, batched=batched)
+        state, dots = push(self._start, operands, tangents, batched=batched, check=START)
         size = len(state)
         for step in range(0, trace.num_steps, self._width):
             seen = self._at(operands, step)
@@ -192,7 +192,7 @@ class Loop:
                     (*state, *seen),
                     dots,
                     batched=batched,
-                    check=step == 0,
+                    check=STEP if step == 0 else None,
                 )
             state = outputs[:size]
         outputs = state[: self.steps.flat.num_params]

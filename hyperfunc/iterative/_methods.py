@@ -16,12 +16,10 @@ from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.operations import Recorded
 from hyperfunc._rule.conditions import Arguments
 from hyperfunc._torch import batching, sharding, tracking
-from hyperfunc._torch.captured import refuse_captured_tensors
 from hyperfunc._types import InnerSolver, Leaves
 from hyperfunc.inner_solvers._solvers import FlatSteps, IterativeSolver, block_size
 from hyperfunc.iterative._compiled import Compiled
 from hyperfunc.iterative._loop import Loop
-from hyperfunc.iterative._products import STEP
 from hyperfunc.iterative._segment import RngAutocastState
 from hyperfunc.iterative._steps import Steps
 from hyperfunc.iterative._storage import Schedule
@@ -199,7 +197,6 @@ def _solve(solver: IterativeSolver, plan: _Plan, hparams: Any, /, *args: Any) ->
     inputs, inputs_spec = trees.flatten(solver.inputs)
     if not tracking.is_tracked((*theta, *inputs)):
         return solver(hparams, *args)
-    refuse_captured_tensors((solver.step, STEP), (solver.init, "init"))
     flat = FlatSteps(solver)
     num_steps = min(plan.last or solver.num_steps, solver.num_steps)
     skipped = solver.num_steps - num_steps

@@ -17,6 +17,7 @@ from hyperfunc._types import Leaves
 F = TypeVar("F", bound=Callable[..., Any])
 
 STEP = "the inner solver's step"
+START = "the inner solver's init"
 
 ByIndex: TypeAlias = dict[int, Tensor]
 """Vectors by the position of the operands or outputs that they belong to."""
@@ -41,7 +42,7 @@ def pull(
     cotangents: ByIndex,
     *,
     batched: bool = False,
-    check: bool = False,
+    check: str | None = None,
 ) -> tuple[Leaves, ByIndex]:
     """Outputs and transposed products; zeros are left out."""
     inputs, outputs = _record(fn, primals, wrt, check)
@@ -65,7 +66,7 @@ def push(
     tangents: ByIndex,
     *,
     batched: bool,
-    check: bool = False,
+    check: str | None = None,
 ) -> tuple[Leaves, ByIndex]:
     """Outputs and their tangents, as the transpose of a transposed product; zeros are left out."""
     inputs, outputs = _record(fn, primals, tangents, check)
@@ -112,15 +113,15 @@ def _nonzero(indices: Sequence[int], values: Sequence[Tensor | None]) -> ByIndex
 
 
 def _record(
-    fn: Callable[..., Leaves], primals: Leaves, wrt: Iterable[int], check: bool
+    fn: Callable[..., Leaves], primals: Leaves, wrt: Iterable[int], check: str | None
 ) -> tuple[Leaves, Leaves]:
-    """The graph of a function; looks for tensors that should have been arguments on ``check``."""
-    chosen = set(wrt)
+    """The graph of a function; with its name, tensors that should be arguments are refused."""
+    chosen, since = set(wrt), tracking.now()
     with torch.enable_grad():
         inputs = tuple(
             primal.detach().requires_grad_(i in chosen) for i, primal in enumerate(primals)
         )
         outputs = tuple(fn(*inputs))
-    if check and tracking.reaches_foreign_leaf(outputs, inputs):
-        raise ValueError(captured_message(STEP))
+    if check is not None and tracking.reaches_foreign_leaf(outputs, inputs, since):
+        raise ValueError(captured_message(check))
     return inputs, outputs

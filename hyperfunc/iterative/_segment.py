@@ -19,7 +19,7 @@ from hyperfunc._engine.checks import check_callable
 from hyperfunc._engine.operations import Recomputed, Recorded
 from hyperfunc._engine.wrapped_functions import WrappedFunction
 from hyperfunc._torch import batching, derivative_rules, tracking
-from hyperfunc._torch.captured import captured_message, refuse_captured_tensors
+from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -72,7 +72,6 @@ class _Checkpointed(WrappedFunction):
         if not tensors or not tracking.is_tracked(tensors):
             return fn(*args, **kwargs)
         name = f"the checkpointed function {getattr(fn, '__name__', repr(fn))}"
-        refuse_captured_tensors((fn, name))
         result: list[trees.Frame] = []
 
         def flat(*operands: Tensor) -> Leaves:
@@ -185,7 +184,7 @@ class _RefuseForeignTensors(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        leaves = trees.flatten((args, kwargs))[0]
-        if any(isinstance(leaf, Tensor) and tracking.is_foreign(leaf) for leaf in leaves):
+        foreign = filter(tracking.is_foreign, trees.tensors((args, kwargs)))
+        if not all(tracking.carries_no_derivative(func, tensor) for tensor in foreign):
             raise ValueError(captured_message(self._name))
         return func(*args, **kwargs)

@@ -13,6 +13,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._torch import tracking
+from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, Bounds, LinearOperator, Solved
 from hyperfunc.optim import Optimizer, check_optimizer, sgd
@@ -333,4 +334,6 @@ def _draw(name: str, sampler: Any, step: int, args: tuple[Any, ...]) -> tuple[An
             f"{name} changed the structure of args at step {step}: got {spec}, expected "
             f"{expected_spec}. Let it return all of *args, those that are not sampled unchanged"
         )
+    if tracking.reaches_foreign_leaf(trees.tensors(batch), trees.tensors(args)):
+        raise ValueError(captured_message(name))
     return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +25,16 @@ from hyperfunc._rule.implicit import (
 )
 from hyperfunc._rule.outer_loss import OuterLoss, mean_outer_gradient
 from hyperfunc._torch import autodiff, derivative_rules, tracking
-from hyperfunc._torch.captured import refuse_captured_tensors
+from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.linear_solvers import StochasticAID
 from hyperfunc.transforms._methods import is_implicit
+from hyperfunc.transforms._unreached import (
+    is_sound,
+    refuse_own_leaves,
+    refuse_unreached_by_rule,
+    refuse_unreached_by_solver,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,12 +48,9 @@ class Rule:
 
     def make_problem(self, arguments: Arguments) -> ImplicitProblem:
         assert self.condition is not None
-        condition = self.condition
-        named = [(self.inner_solver, "the inner solver"), (condition.fn, condition.kind)]
-        if isinstance(self.method, StochasticAID):
-            named += [(getattr(self.method, name), name) for name in ("sampler", "outer_sampler")]
-        refuse_captured_tensors(*named)
-        return ImplicitProblem(self.inner_solver, condition, self.method, arguments, self.throw)
+        return ImplicitProblem(
+            self.inner_solver, self.condition, self.method, arguments, self.throw
+        )
 
     def solution_map(self, hparams: TensorTree, *args: Any) -> TensorTree:
         """The inner solution, with this rule as its derivative."""
@@ -116,8 +120,9 @@ class Hypergradient:
         if self.compiler is not None and applies((*w, *theta)):
             differentiate = self._differentiate_compiled
         value, aux, u, stats, grads = differentiate(problem, w, theta, start)
-        if self.rule.throw:
+        if self.rule.throw and not is_sound(grads):
             raise_unless_finite(grads, hparams_spec, "hparams")
+            refuse_unreached_by_rule(problem, self._outer_value(problem, len(w)), w, theta, grads)
         params, adjoint = (trees.unflatten(params_spec, leaves) for leaves in (w, u))
         error = self._bound_error(problem, w, theta, u)
         solution = Solution(params, value, aux, adjoint, stats, error)
@@ -144,7 +149,6 @@ class Hypergradient:
         """`_differentiate`, compiled; where it fails is told afterwards."""
         assert self.compiler is not None
         assert problem.bound is not None
-        refuse_captured_tensors((self.outer_loss, "outer_loss"))
         quiet = dataclasses.replace(problem, throw=False)
         n, m = len(w), len(theta)
 
@@ -164,44 +168,67 @@ class Hypergradient:
     def _bound_error(self, problem: ImplicitProblem, w: Leaves, theta: Leaves, u: Leaves) -> Any:
         if self.bound is None:
             return ()
+        assert problem.bound is not None
+        detached = (tracking.detach(leaves) for leaves in (w, theta, u))
+        return error_bound(self.bound, problem.bound, self._outer_value(problem, len(w)), *detached)
+
+    def _outer_value(self, problem: ImplicitProblem, n: int) -> Callable[..., Tensor]:
+        """The outer loss as a function of the leaves of params, n of them, and theta."""
         bound = problem.bound
         assert bound is not None
-        outer, n = OuterLoss(self.outer_loss, self.has_aux), len(w)
+        outer = OuterLoss(self.outer_loss, self.has_aux)
 
         def value(*leaves: Tensor) -> Tensor:
             params = trees.unflatten(bound.params_spec, leaves[:n])
             return outer(params, *problem.arguments.unflatten(leaves[n:]))[0][0]
 
-        detached = (tracking.detach(leaves) for leaves in (w, theta, u))
-        return error_bound(self.bound, bound, value, *detached)
+        return value
 
     def _through_the_solver(
         self, hparams: TensorTree, args: tuple[Any, ...]
     ) -> tuple[TensorTree, Solution]:
         arguments, theta, hparams_spec = Arguments.flatten(hparams, args)
-        refuse_captured_tensors((self.rule.inner_solver, "the inner solver"))
-        solution_map = self.rule.method.solution_map(self.rule.inner_solver)
+        wrt = tuple(range(arguments.num_hparams))
+        method, inner_solver = self.rule.method, self.rule.inner_solver
         outer = OuterLoss(self.outer_loss, self.has_aux)
         params_specs: list[trees.TreeSpec] = []
 
-        def value_and_aux(*leaves: Tensor) -> tuple[Leaves, Leaves]:
-            hparams_and_args = arguments.unflatten(leaves)
-            params = solution_map(*hparams_and_args)
+        def solve(solver: Callable[..., Any], leaves: Leaves) -> tuple[Any, Leaves]:
+            params = solver(*arguments.unflatten(leaves))
             w, spec = flatten_params(params)
             params_specs[:] = [spec]
-            outputs, aux = outer(params, *hparams_and_args)
+            refuse_own_leaves(w, spec, leaves, method)
+            return params, w
+
+        def value_and_aux(solver: Callable[..., Any], *leaves: Tensor) -> tuple[Leaves, Leaves]:
+            params, w = solve(solver, leaves)
+            outputs, aux = outer(params, *arguments.unflatten(leaves))
             return outputs, (*w, *aux)
 
+        solution_map = method.solution_map(inner_solver)
         linearized = autodiff.Linearization(
-            value_and_aux, theta, (tuple(range(arguments.num_hparams)),), has_aux=True
+            functools.partial(value_and_aux, solution_map), theta, (wrt,), has_aux=True
         )
-        outer.refuse_captured(linearized)
+        if linearized.captures_gradient and torch.is_grad_enabled():
+            alone = autodiff.Linearization(
+                lambda *leaves: solve(solution_map, leaves)[1], theta, (wrt,)
+            )
+            name = "the inner solver" if alone.captures_gradient else "outer_loss"
+            raise ValueError(captured_message(name))
         (value,), (params_spec,) = linearized.outputs, params_specs
         grads = linearized.pull((torch.ones_like(value),))
         w, aux = split(linearized.aux, params_spec.num_leaves)
         if self.rule.throw:
             raise_unless_finite(w, params_spec)
-            raise_unless_finite(grads, hparams_spec, "hparams")
+            if not is_sound(grads):
+                raise_unless_finite(grads, hparams_spec, "hparams")
+                refuse_unreached_by_solver(
+                    inner_solver,
+                    lambda solver, *leaves: value_and_aux(solver, *leaves)[0],
+                    linearized,
+                    theta,
+                    grads,
+                )
         params = trees.unflatten(params_spec, w)
         solution = Solution(params, value, outer.unflatten_aux(aux), adjoint=(), stats=())
         return trees.unflatten(hparams_spec, grads), solution

@@ -13,6 +13,7 @@ from torch import Tensor
 import hyperfunc as hf
 from hyperfunc._compile import compiler
 from hyperfunc._compile.compiler import Compiler
+from tests.cells import slow_but
 
 F64 = torch.float64
 
@@ -116,7 +117,7 @@ def test_under_vmap_all_blocks_but_the_first_are_one_signature() -> None:
     assert len(solver.compiler.entries) == 2
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but("adam", of=OPTIMIZERS))
 def test_steps_of_any_optimizer(name: str) -> None:
     meta, x, y = arguments()
     compiled = make(BACKEND, optimizer=OPTIMIZERS[name], adjoint=False)
@@ -128,6 +129,7 @@ def test_steps_of_any_optimizer(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_nested_vmap_and_task_map() -> None:
     meta, x, y = arguments()
     rates = torch.tensor([0.5, 0.7, 0.9], dtype=F64)

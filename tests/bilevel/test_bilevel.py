@@ -19,6 +19,7 @@ from torch.func import vmap
 
 import hyperfunc as hf
 from hyperfunc.bilevel import Loop, State
+from tests.cells import slow_but
 from tests.problems import ravel, stack
 
 N, M = 6, 4  # inner and outer batches
@@ -500,7 +501,7 @@ def train(name: str, losses: Any, hparams: Tensor, num_steps: int, batch: int, *
 cross_entropy = torch.nn.functional.cross_entropy
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", slow_but("soba", "saba", of=LOOPS))
 def test_hyper_cleaning_finds_the_wrong_labels(name: str) -> None:
     def inner(W: Tensor, weights: Tensor, X: Tensor, y: Tensor, i: Tensor) -> Tensor:
         losses = cross_entropy(X @ W, y, reduction="none")

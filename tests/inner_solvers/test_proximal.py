@@ -8,6 +8,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import hyperfunc as hf
+from tests.cells import slow_but
 
 X, y, X_val, y_val = (
     torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -62,7 +63,10 @@ def difference(a, b):
 
 
 @pytest.mark.parametrize(
-    "method", ["cg", hf.NormalCG(rtol=1e-15), "dense", hf.FixedPoint(step_size=0.05)]
+    "method",
+    slow_but(
+        "cg", "dense", of=["cg", hf.NormalCG(rtol=1e-15), "dense", hf.FixedPoint(step_size=0.05)]
+    ),
 )
 def test_hypergradient_is_that_of_the_loss_by_hand(method, hparams):
     expected = hf.hypergrad(newton, outer, inner_loss=by_hand, method=method)

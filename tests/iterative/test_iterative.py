@@ -19,6 +19,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 import hyperfunc as hf
 from hyperfunc.inner_solvers import gradient_descent_map, iterate, minimize
 from hyperfunc.iterative import ForwardMode, Reverse, ReverseUnroll, _storage, checkpoint
+from tests.cells import slow_but
 
 METHODS = [
     Reverse(),
@@ -150,6 +151,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     )(data(2)[1]),
     "vmap of hessian": lambda f: vmap(hessian(f), (None, 0, 0))(hparams(), *data(2)),
 }
+# The others take seconds.
+LIGHT = set(OPERATIONS) - {"forward over forward", "reverse over forward", "chunked vmap"}
 FIRST_ORDER = ["value", "autograd", "grad", "jvp", "vmap of grad", "grad of vmap"]
 
 
@@ -170,7 +173,7 @@ def test_all_methods_agree(operation: str) -> None:
     assert_same(lambda method: OPERATIONS[operation](objective(method, by_iterate(7))))
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", slow_but(*LIGHT, of=OPERATIONS))
 def test_every_kind_composes(operation: str) -> None:
     assert_same(lambda method: OPERATIONS[operation](objective(method, by_minimize(4))), KINDS)
 

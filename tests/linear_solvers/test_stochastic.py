@@ -872,9 +872,9 @@ MISUSE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"outer_sampler changed the structure of args at step 0",
     ),
     "sampler that closes over hparams": (
-        lambda: (lambda h: estimate(hf.StochasticAID(3, sampler=lambda s, *a: h * a), h, X, y))(
-            reg.clone().requires_grad_()
-        ),
+        lambda: (
+            lambda h: estimate(hf.StochasticAID(3, sampler=lambda s, X, y: (X, h[0] * y)), h, X, y)
+        )(reg.clone().requires_grad_()),
         ValueError,
         r"sampler closes over a tensor that requires grad",
     ),

@@ -18,7 +18,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
 from hyperfunc.transforms._methods import METHODS
-from tests.cells import each_cell, thinned
+from tests.cells import each_cell, slow_but, thinned
 
 # torch compiles its rules for forward mode by a deprecated function when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -333,7 +333,7 @@ def every_way(name: str) -> Callable[[], None]:
     return call
 
 
-@pytest.mark.parametrize("name", ["cg", "reverse"])
+@pytest.mark.parametrize("name", slow_but("cg", of=["cg", "reverse"]))
 def test_nothing_grows(name: str) -> None:
     blocks, tensors, nodes = growth(every_way(name), calls=20)
     assert max(tensors, nodes) <= 0  # what other tests left may go away meanwhile

@@ -1,0 +1,101 @@
+"""Hypergradients that are zero because no derivative reaches hparams, told from other zeros."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperfunc._engine import trees
+from hyperfunc._rule.implicit import UNUSED, ImplicitProblem
+from hyperfunc._torch import autodiff, batching, tracking
+from hyperfunc._types import Leaves
+from hyperfunc.inner_solvers._solvers import IterativeSolver
+
+_AS_THEY_ARE = ". Pass throw=False to get the zeros"
+
+_NOT_FOLLOWED = (
+    "no derivative reaches hparams: neither the result of the inner solver nor outer_loss depends "
+    "on them by operations that autograd follows. Look in the inner solver for torch.optim, "
+    "backward(), detach(), .data, .item(), NumPy, torch.no_grad() or create_graph=False, and for "
+    "a loop that takes no step. Make the solver with hf.minimize or hf.iterate, or name what its "
+    "result satisfies and take an implicit method, which needs no graph of it: "
+    "inner_loss=..., method='cg'"
+)
+
+_PARAMETERS = (
+    "the inner solver returned in {path} a tensor that it made and that requires grad (as "
+    "torch.optim trains), which is cut off from hparams. {method!r} needs params that were "
+    "computed from hparams. Make the solver with hf.minimize, whose steps can be "
+    "differentiated, or name what its result satisfies and take an implicit method: "
+    "inner_loss=..., method='cg'"
+)
+
+
+def is_sound(grads: Leaves) -> bool:
+    """Whether a sum shows that all entries are finite and not all of them zero, for each task."""
+    return not grads or batching.all_true(trees.sum_is_finite_and_nonzero(grads))
+
+
+def refuse_unreached_by_rule(
+    problem: ImplicitProblem,
+    outer: Callable[..., Tensor],
+    w: Leaves,
+    theta: Leaves,
+    grads: Leaves,
+) -> None:
+    """Raise if all is zero as condition and outer loss, of ``(*w, *theta)``, use no hparams."""
+    bound, n = problem.bound, len(w)
+    assert bound is not None
+    indices = range(n, n + problem.arguments.num_hparams)
+
+    def residual(*leaves: Tensor) -> Leaves:
+        return bound.residual_at(leaves[:n], leaves[n:])
+
+    functions = (lambda *leaves: (outer(*leaves),), residual)
+    if _are_zero(grads) and not any(autodiff.uses(f, (*w, *theta), indices) for f in functions):
+        raise ValueError(UNUSED.format(kind=problem.condition.kind) + _AS_THEY_ARE)
+
+
+def refuse_unreached_by_solver(
+    inner_solver: Any,
+    value: Callable[..., Leaves],
+    linearized: autodiff.Linearization,
+    theta: Leaves,
+    grads: Leaves,
+) -> None:
+    """Raise if all is zero as the ``value`` by a solver, a function of theta, does not use hparams.
+
+    It was linearized; but of a method that replays steps the graph does not tell, while one step
+    does.
+    """
+    if not _are_zero(grads):
+        return
+    if isinstance(inner_solver, IterativeSolver):
+        count = min(inner_solver.num_steps, 1)
+        inputs = trees.tree_map(lambda leaf: leaf[:count], inner_solver.inputs)
+        short = dataclasses.replace(inner_solver, num_steps=count, inputs=inputs, compiler=None)
+        used = autodiff.uses(functools.partial(value, short), theta, range(len(grads)))
+    else:
+        one = tuple(map(torch.ones_like, linearized.outputs))
+        used = any(grad is not None for grad in linearized.pull_used(one, 0))
+    if not used:
+        raise ValueError(_NOT_FOLLOWED + _AS_THEY_ARE)
+
+
+def refuse_own_leaves(w: Leaves, spec: trees.TreeSpec, given: Leaves, method: Any) -> None:
+    """Raise if an inner solver returned leaf variables that it was not given."""
+    if tracking.transforms_active():
+        return
+    known = set(map(id, given))
+    for path, leaf in zip(trees.paths(spec, "params"), w, strict=True):
+        if leaf.requires_grad and leaf.is_leaf and id(leaf) not in known:
+            raise ValueError(_PARAMETERS.format(path=path, method=method))
+
+
+def _are_zero(grads: Leaves) -> bool:
+    return not batching.any_true(trees.norm(grads) != 0)
