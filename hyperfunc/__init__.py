@@ -4,6 +4,7 @@
 # ``tests/test_architecture.py``.
 
 from hyperfunc import bilevel, distributed, fixed_point_solvers, optim, prox
+from hyperfunc._engine.convergence import ConvergenceWarning
 from hyperfunc._engine.results import RESULTS, HypergradError, Solution, SolveStats
 from hyperfunc._rule.error_bound import ErrorBound, HypergradBound
 from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, diagnose
@@ -48,6 +49,7 @@ __all__ = [
     "Auto",
     "BiCGStab",
     "Blockwise",
+    "ConvergenceWarning",
     "Damped",
     "Dense",
     "Diagnosis",

@@ -48,14 +48,26 @@ class HypergradFunction(Protocol[H_contra, R_co]):
     ) -> R_co: ...
 
 
-class RuleOptions(TypedDict, total=False):
-    """The keywords that say how an inner solver is differentiated."""
+class ConditionOptions(TypedDict, total=False):
+    """The keywords that say what an inner solution satisfies, and the method."""
 
     fixed_point: ParamsFunction | None
     inner_loss: Loss | None
     optimality: ParamsFunction | None
     method: Any
+
+
+class RuleOptions(ConditionOptions, total=False):
+    """The keywords that say how an inner solver is differentiated."""
+
     throw: bool
+
+
+class ImplicitDiffOptions(ConditionOptions, total=False):
+    """The keywords of `implicit_diff`."""
+
+    throw: bool | None
+    on_backward: Callable[[Any], object] | None
 
 
 class HypergradOptions(RuleOptions, total=False):

@@ -13,10 +13,11 @@ from torch.nn.utils import parametrize
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
+from hyperfunc._engine.results import SolveStats
 from hyperfunc._torch import autodiff, derivative_rules, tracking
 from hyperfunc._types import TensorTree
 from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson
-from hyperfunc.fixed_point_solvers._base import raise_unless_solved
+from hyperfunc.fixed_point_solvers._base import raise_unless_solved, warn_unless_solved
 from hyperfunc.inner_solvers import iterate
 from hyperfunc.iterative import Reverse, ReverseUnroll
 from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver
@@ -60,9 +61,13 @@ class EquilibriumLayer(nn.Module):
             ``hf.ReverseUnroll()`` differentiates every step of the solver, and holds their graphs.
         init: ``(*inputs) -> state``, where the solver starts and what a state looks like; by
             default zeros like the first input.
-        throw: whether to raise where the solver does not reach its tolerance, or the linear
-            solver of the backward pass fails. With ``throw=False`` the result is the best iterate.
-            With ``rtol=0, atol=0`` there is no tolerance to reach.
+        throw: what happens where the solver does not reach its tolerance. By default non-finite
+            values raise; else the result is the best iterate, and a `ConvergenceWarning` tells it,
+            unless ``return_stats`` does. True raises for all of these, False for none. With
+            ``rtol=0, atol=0`` there is no tolerance to reach.
+        throw_backward: the same for the linear solver of the backward pass, which by default raises
+            for divergence too, and with True for all that `RESULTS` calls a failure.
+        on_backward: called with the `SolveStats` of the backward pass, as ``history.append``.
 
     Example:
         >>> class Cell(torch.nn.Module):
@@ -94,10 +99,13 @@ class EquilibriumLayer(nn.Module):
         method: Any = GMRES(),
         *,
         init: Callable[..., TensorTree] | None = None,
-        throw: bool = True,
+        throw: bool | None = None,
+        throw_backward: bool | None = None,
+        on_backward: Callable[[SolveStats], object] | None = None,
     ) -> None:
         super().__init__()
-        self.solver, self.method, self.init, self.throw = solver, method, init, throw
+        self.solver, self.method, self.init = solver, method, init
+        self.throw, self.throw_backward, self.on_backward = throw, throw_backward, on_backward
         self.cell = cell
         self.training = cell.training
 
@@ -119,7 +127,11 @@ class EquilibriumLayer(nn.Module):
             super().__setattr__(name, value)
 
     def forward(
-        self, *inputs: Any, init: TensorTree = None, return_stats: bool = False
+        self,
+        *inputs: Any,
+        init: TensorTree = None,
+        return_stats: bool = False,
+        return_trace: bool = False,
     ) -> TensorTree:
         """The fixed point for these inputs.
 
@@ -128,24 +140,30 @@ class EquilibriumLayer(nn.Module):
             init: the state to start from, such as the solution for similar inputs, a constant.
             return_stats: whether to return ``(state, SolveStats)``, the statistics of shape
                 ``(batch,)`` with a ``batch_dim`` of the solver.
+            return_trace: whether to return the residual norms of all iterates last, of shape
+                ``(iterates, batch)`` or ``(iterates,)``, for a plot.
 
         Returns:
-            The state, a tree like ``init``.
+            The state, a tree like ``init``; in a tuple with what else was asked for.
 
         Raises:
-            HypergradError: if the solver did not reach its tolerance, and ``throw`` is on.
+            HypergradError: if the solver failed in a way that ``throw`` does not allow.
             ValueError: if the cell changes the structure, shape or dtype of the state.
         """
         run = self._forward
         if torch.compiler.is_compiling():  # loops that stop by values are no graph
             run = torch.compiler.disable(run)
-        return run(inputs, init, return_stats)
+        state, stats, trace = run(inputs, init, return_stats)
+        further = ((stats,) if return_stats else ()) + ((trace,) if return_trace else ())
+        return (state, *further) if further else state
 
     def extra_repr(self) -> str:
         """What the layer's repr says besides its submodules."""
         return f"solver={self.solver!r}, method={self.method!r}"
 
-    def _forward(self, inputs: tuple[Any, ...], init: TensorTree, return_stats: bool) -> TensorTree:
+    def _forward(
+        self, inputs: tuple[Any, ...], init: TensorTree, stats_are_seen: bool
+    ) -> tuple[TensorTree, SolveStats, Tensor]:
         state = self._initial_state(inputs) if init is None else init
         apply, weights, buffers = _snapshot(self.cell, "batch")
         device_type, dtype = _autocast_of(state)
@@ -157,9 +175,12 @@ class EquilibriumLayer(nn.Module):
             unroll = isinstance(self.method, ReverseUnroll)
             point = (state, (weights, state), *args)
             with contextlib.nullcontext() if unroll else torch.enable_grad():
-                solution, stats = solver(cell, *(point if unroll else _detach(point)))
-            if self.throw:
-                raise_unless_solved(self.solver, stats, finished=True)
+                arguments = point if unroll else _detach(point)
+                solution, stats, trace = solver(cell, *arguments, return_trace=True)
+            if self.throw is not False:
+                raise_unless_solved(self.solver, stats, finished=self.throw)
+            if not stats_are_seen:
+                warn_unless_solved(self.solver, stats)
             if not unroll:
                 solution = self._attach(cell, (weights, _detach(solution)), args, dtype)
         if self.training and buffers and not tracking.transforms_active():
@@ -168,7 +189,7 @@ class EquilibriumLayer(nn.Module):
                 _, updated = apply(weights, solution, *inputs, buffers=buffers)
                 for name, buffer in updated.items():
                     buffers[name].copy_(buffer)
-        return (solution, stats) if return_stats else solution
+        return solution, stats, trace
 
     def _initial_state(self, inputs: tuple[Any, ...]) -> TensorTree:
         if self.init is not None:
@@ -193,7 +214,13 @@ class EquilibriumLayer(nn.Module):
             assert method.last is not None
             rule = implicit_diff(iterate(cell, method.last, init=_second), method=method)
         else:
-            rule = implicit_diff(_second, fixed_point=cell, method=method, throw=self.throw)
+            rule = implicit_diff(
+                _second,
+                fixed_point=cell,
+                method=method,
+                throw=self.throw_backward,
+                on_backward=self.on_backward,
+            )
         return rule(hparams, *args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

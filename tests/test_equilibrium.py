@@ -205,7 +205,9 @@ def test_statistics_of_samples_on_request_and_warm_start() -> None:
 @pytest.mark.parametrize("solver", [Picard(60, batch_dim=0), Anderson(60, batch_dim=0)])
 def test_a_cell_that_is_no_contraction_is_never_silent(solver: Any) -> None:
     cell, x = Cell(scale=20.0), inputs()
-    layer = hf.EquilibriumLayer(cell, solver)
+    with pytest.warns(hf.ConvergenceWarning, match=r"did not converge for \d of 6 samples"):
+        hf.EquilibriumLayer(cell, solver)(x)
+    layer = hf.EquilibriumLayer(cell, solver, throw=True)
     with pytest.raises(
         hf.HypergradError, match=r"failed for \d of 6 samples \(index .*throw=False"
     ):
@@ -234,6 +236,9 @@ def test_non_finite_inputs_name_the_number_of_samples() -> None:
 
 def test_the_step_limit_is_not_silent_either() -> None:
     layer = hf.EquilibriumLayer(Cell(), Picard(3, batch_dim=0))
+    with pytest.warns(hf.ConvergenceWarning, match="took 3 steps .* the tolerance was not reached"):
+        layer(inputs())
+    layer.throw = True
     with pytest.raises(
         hf.HypergradError, match=r"for 6 of 6 samples .*: the tolerance was not rea"
     ):
@@ -243,7 +248,9 @@ def test_the_step_limit_is_not_silent_either() -> None:
 
 
 def test_exactly_k_steps_wait_for_no_values() -> None:
-    layer = hf.EquilibriumLayer(Cell(), Picard(3, rtol=0), hf.GMRES(3, rtol=0), throw=False)
+    layer = hf.EquilibriumLayer(
+        Cell(), Picard(3, rtol=0), hf.GMRES(3, rtol=0), throw=False, throw_backward=False
+    )
     z = layer.to("meta")(inputs().to("meta"))
     z.sum().backward()
     assert layer.state.weight.grad.is_meta
@@ -329,7 +336,7 @@ def test_state_of_a_cell_and_of_layers_before_they_had_a_submodule(make: str) ->
 def test_settings_are_attributes_and_so_are_the_submodules_of_the_cell() -> None:
     cell, x = Cell(), inputs()
     layer = hf.EquilibriumLayer(cell)
-    assert (layer.cell, layer.throw, layer.init) == (cell, True, None)
+    assert (layer.cell, layer.throw, layer.init) == (cell, None, None)
     layer.solver, layer.method = SOLVERS["newton"], "one_step"
     assert layer(x, return_stats=True)[1].num_steps.max() < 8
     assert layer.method == hf.OneStep()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.convergence import warn_unless_converged
 from hyperfunc._engine.flat import differentiable_indices, scatter, split
 from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, find_failure, of_tasks
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition
@@ -65,7 +66,8 @@ class ImplicitProblem:
     condition: Condition
     linear_solver: AbstractLinearSolver
     arguments: Arguments
-    throw: bool
+    throw: bool | None  # None: where what is returned is of no use
+    on_backward: Callable[[SolveStats], object] | None = None
     bound: BoundCondition | None = None
 
     def solve(self, theta: Leaves) -> Leaves:
@@ -90,7 +92,7 @@ class ImplicitProblem:
             raise ValueError(captured_message("the inner solver"))
         self._refuse_written(versions, tracking.versions(hparams))
         self.bound = BoundCondition(self.condition, self.arguments, spec, len(leaves))
-        if self.throw:
+        if self.throw is not False:
             raise_unless_finite(leaves, spec)
         return tuple(leaf.clone() for leaf in tracking.detach(leaves))
 
@@ -159,6 +161,16 @@ class ImplicitProblem:
         *u, num_steps, residual_norm, result = _LinearSolution.apply(system, *w, *theta, *b, *start)
         return tuple(u), SolveStats(num_steps, residual_norm, result)
 
+    def unseen_adjoint(self, *args: Any, **keywords: Any) -> tuple[Leaves, SolveStats]:
+        """`adjoint` where nobody sees its statistics, which so warns if it did not converge."""
+        u, stats = self.adjoint(*args, **keywords)
+        if self.on_backward is not None and not tracking.transforms_active():
+            self.on_backward(SolveStats(*tracking.detach(stats)))
+        solver = self.linear_solver
+        name = f"the linear solve with {solver!r} for a derivative"
+        warn_unless_converged(solver, stats, name, lambda code: code.message)
+        return u, stats
+
     def explained(self, theta: Leaves) -> contextlib.AbstractContextManager[None]:
         """Where errors of torch name the argument that they are due to."""
 
@@ -223,7 +235,7 @@ class _ImplicitSolution(torch.autograd.Function):
         wrt = differentiable_indices(theta, ctx.needs_input_grad[1:])
         with ctx.problem.explained(theta):
             linearization = ctx.problem.linearize(w, theta, wrt)
-            u, _ = ctx.problem.adjoint(linearization, w, theta, cotangents)
+            u, _ = ctx.problem.unseen_adjoint(linearization, w, theta, cotangents)
             cross = cross_term(ctx.problem, linearization, w, theta, wrt, u)
         return (None, *scatter(cross, wrt, len(theta)))
 
@@ -236,7 +248,7 @@ class _ImplicitSolution(torch.autograd.Function):
             b = trees.scale(-ctx.problem.condition.scale, linearization.push(directions, 1))
             if (regulariser := ctx.problem.bound.regulariser(w, theta, wrt)) is not None:
                 b = trees.sub(b, regulariser.push(directions))
-            w_dot, _ = ctx.problem.adjoint(linearization, w, theta, b, transposed=False)
+            w_dot, _ = ctx.problem.unseen_adjoint(linearization, w, theta, b, transposed=False)
             return tuple(w_dot)
 
 
@@ -264,8 +276,12 @@ class _LinearSystem:
             if isinstance(solver, StochasticAID):
                 solver = solver.without_samplers()
             x, stats = solver.solve(self.operator(linearization, theta), b, x0)
-        if self.problem.throw:
-            raise_on_failure(stats, solver)
+        if self.problem.throw is not False:
+            result = stats.result
+            if self.problem.throw is None:
+                useless = (result == int(RESULTS.nonfinite)) | (result == int(RESULTS.divergence))
+                result = torch.where(useless, result, 0)
+            raise_on_failure(stats._replace(result=result), solver)
         else:  # what a solver returns then is its last finite iterate, zeros perhaps
             nonfinite = stats.result == int(RESULTS.nonfinite)
             x = trees.where(nonfinite, trees.scale(torch.nan, x), x)
@@ -324,7 +340,7 @@ class _LinearSolution(torch.autograd.Function):
         with system.problem.explained(theta):
             products = system.linearize(u, point, wrt)
             linearization = system.problem.linearize(w, theta, ())
-            s, _ = system.problem.adjoint(
+            s, _ = system.problem.unseen_adjoint(
                 linearization, w, theta, cotangent, transposed=not system.transposed
             )
             grads = trees.neg(products.pull(s))
@@ -345,7 +361,7 @@ class _LinearSolution(torch.autograd.Function):
             wrt, directions = _directions(tangents[: len(point)], point)
             b_dot = trees.sub(b_dot, system.linearize(u, point, wrt).push(directions))
             linearization = system.problem.linearize(w, theta, ())
-            u_dot, stats = system.problem.adjoint(
+            u_dot, stats = system.problem.unseen_adjoint(
                 linearization, w, theta, b_dot, transposed=system.transposed
             )
             return (*u_dot, None, torch.zeros_like(stats.residual_norm), None)

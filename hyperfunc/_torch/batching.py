@@ -216,13 +216,18 @@ def true_indices(flag: Tensor) -> list[tuple[int, ...]]:
     return [tuple(index) for index in _gathered(flag).nonzero().tolist()]
 
 
+def largest(value: Tensor) -> float:
+    """The largest value over all tasks of the ``vmap`` levels (a host sync)."""
+    return float(_Gathered.apply(value.detach().to(torch.float64)).max())
+
+
 def _gathered(flag: Tensor) -> Tensor:
     gathered: Tensor = _Gathered.apply(flag.to(torch.int64))
     return gathered
 
 
 class _Gathered(torch.autograd.Function):
-    """An integer tensor with the levels of vmap that it is batched in as its first dimensions."""
+    """A constant with the levels of vmap that it is batched in as its first dimensions."""
 
     @staticmethod
     def forward(value: Tensor) -> Tensor:

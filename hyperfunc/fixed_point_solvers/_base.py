@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable
+from hyperfunc._engine.convergence import warn_unless_converged
 from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, code_where, find_failure
 from hyperfunc._torch import batching, sharding
 from hyperfunc._types import InnerSolver, Leaves, ParamsFunction, TensorTree
@@ -36,8 +37,14 @@ class AbstractFixedPointSolver(abc.ABC):
             raise TypeError(f"{type(self).__name__}: batch_dim is {self.batch_dim!r}; {expected}")
 
     def __call__(
-        self, fixed_point: ParamsFunction, init: TensorTree, hparams: TensorTree, /, *args: Any
-    ) -> tuple[TensorTree, SolveStats]:
+        self,
+        fixed_point: ParamsFunction,
+        init: TensorTree,
+        hparams: TensorTree,
+        /,
+        *args: Any,
+        return_trace: bool = False,
+    ) -> Any:
         """Solve ``z = fixed_point(z, hparams, *args)``.
 
         A pure function; what autograd records of it are the steps. For the derivatives of the
@@ -48,11 +55,14 @@ class AbstractFixedPointSolver(abc.ABC):
             init: where to start: the solution for similar ``hparams`` saves steps.
             hparams: passed on to ``fixed_point``.
             args: passed on to ``fixed_point``.
+            return_trace: whether to return the residual norms on the way too.
 
         Returns:
             The solution, a tree like ``init``, and its `hyperfunc.SolveStats`, of shape
             ``(batch,)`` with ``batch_dim``: steps taken (the map is evaluated once more, to measure
-            the last one), residual norm of the solution, and result.
+            the last one), residual norm of the solution, and result. With ``return_trace`` then
+            comes a tensor of shape ``(iterates,)`` or ``(iterates, batch)``: the residual norms of
+            all iterates, the start first; that of a sample that is done stays.
 
         Raises:
             HypergradError: for non-finite values and divergence, with ``throw``.
@@ -61,12 +71,16 @@ class AbstractFixedPointSolver(abc.ABC):
                 common batch dimension.
         """
         problem = Problem.make(fixed_point, init, hparams, args, self.batch_dim)
-        rows, stats = _solve(self, self._iteration(problem), problem)
+        rows, stats, trace = _solve(self, self._iteration(problem), problem)
         if self.throw:
             raise_unless_solved(self, stats)
         if self.batch_dim is None:
             stats = SolveStats(*(field[0] for field in stats))
-        return trees.unflatten(problem.spec, problem.unpack(rows)), stats
+        solution = trees.unflatten(problem.spec, problem.unpack(rows))
+        if not return_trace:
+            return solution, stats
+        norms = torch.stack(trace).detach()
+        return solution, stats, norms[:, 0] if self.batch_dim is None else norms
 
     def inner_solver(
         self, fixed_point: ParamsFunction, *, init: InnerSolver
@@ -111,21 +125,37 @@ class FixedPointInnerSolver:
 
     def __call__(self, hparams: TensorTree, /, *args: Any) -> TensorTree:
         """The solution."""
-        return self.solver(self.fixed_point, self.init(hparams, *args), hparams, *args)[0]
+        init = self.init(hparams, *args)
+        solution, stats = self.solver(self.fixed_point, init, hparams, *args)
+        warn_unless_solved(self.solver, stats)
+        return solution
 
 
 def raise_unless_solved(
-    solver: AbstractFixedPointSolver, stats: SolveStats, *, finished: bool = False
+    solver: AbstractFixedPointSolver, stats: SolveStats, *, finished: bool | None = False
 ) -> None:
-    """Raise if a solve failed, or with ``finished`` if it only stopped at its step limit."""
+    """Raise if a solve failed.
+
+    So it did with ``finished`` if it only stopped at its step limit too; with None only if values
+    are not finite.
+    """
     accepted = RESULTS.success if finished else RESULTS.max_steps
-    failure = find_failure(stats.result, accepted, "samples")
+    result = stats.result
+    if finished is None:
+        result = torch.where(result == int(RESULTS.nonfinite), result, 0)
+    failure = find_failure(result, accepted, "samples")
     if failure is not None:
         code, samples = failure
         raise HypergradError(
             f"the fixed-point solve with {solver!r} failed{samples}: {_ADVICE[code]}. "
             f"Pass throw=False to get the best iterates and the result codes instead"
         )
+
+
+def warn_unless_solved(solver: AbstractFixedPointSolver, stats: SolveStats) -> None:
+    """Warn of a solve whose statistics nobody sees, unless it was a success."""
+    name = f"the fixed-point solve with {solver!r}"
+    warn_unless_converged(solver, stats, name, lambda code: f"{_ADVICE[code]}.", "samples")
 
 
 _ADVICE = {
@@ -250,7 +280,7 @@ class Problem:
 
 def _solve(
     solver: AbstractFixedPointSolver, iteration: Iteration, problem: Problem
-) -> tuple[Tensor, SolveStats]:
+) -> tuple[Tensor, SolveStats, list[Tensor]]:
     eps = trees.epsilon(problem.init)
     adaptive = solver.rtol != 0 or solver.atol != 0
     rtol = max(eps**0.75 if solver.rtol is None else solver.rtol, eps)
@@ -262,6 +292,7 @@ def _solve(
     z = problem.pack(problem.init)
     point, size = measure(z)
     best, first, largest = point, point.norm, torch.maximum(point.norm, size)
+    trace = [point.norm]
     active = torch.ones(problem.num_rows, dtype=torch.bool, device=z.device)
     done = ~active
     num_steps = age = torch.zeros_like(active, dtype=torch.int64)
@@ -269,6 +300,7 @@ def _solve(
         if step > 0:
             new, size = measure(z)
             point = new._replace(norm=torch.where(active, new.norm, point.norm))
+            trace.append(point.norm)
         if adaptive:
             met = active & (point.norm <= (rtol * size).clamp_min(solver.atol))
             best = _select(active & (met | (point.norm < best.norm)), point, best)
@@ -289,13 +321,13 @@ def _solve(
     if not adaptive:
         finite = torch.isfinite(point.norm) & torch.isfinite(z.detach()).all(dim=1)
         result = code_where(finite, RESULTS.success, RESULTS.nonfinite)
-        return z, SolveStats(num_steps, point.norm, result)
+        return z, SolveStats(num_steps, point.norm, result), trace
     # rounding noise around a start that is the solution may grow
     grown = ~active | (point.norm > 1.001 * torch.maximum(first, eps * largest))
     result = code_where(grown, RESULTS.divergence, RESULTS.max_steps)
     result = code_where(torch.isfinite(point.norm), result, RESULTS.nonfinite)
     result = code_where(done, RESULTS.success, result)
-    return best.z, SolveStats(num_steps, best.norm, result)
+    return best.z, SolveStats(num_steps, best.norm, result), trace
 
 
 def _norms(rows: Tensor) -> Tensor:

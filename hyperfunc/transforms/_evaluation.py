@@ -44,12 +44,18 @@ class Rule:
     inner_solver: Callable[..., Any]
     condition: Condition | None
     method: Any
-    throw: bool
+    throw: bool | None
+    on_backward: Callable[[SolveStats], object] | None = None
 
     def make_problem(self, arguments: Arguments) -> ImplicitProblem:
         assert self.condition is not None
         return ImplicitProblem(
-            self.inner_solver, self.condition, self.method, arguments, self.throw
+            self.inner_solver,
+            self.condition,
+            self.method,
+            arguments,
+            self.throw,
+            self.on_backward,
         )
 
     def solution_map(self, hparams: TensorTree, *args: Any) -> TensorTree:
@@ -69,7 +75,13 @@ class Rule:
         return trees.unflatten(problem.bound.params_spec, w)
 
 
-def make_rule(inner_solver: Any, conditions: tuple[Any, ...], method: Any, throw: bool) -> Rule:
+def make_rule(
+    inner_solver: Any,
+    conditions: tuple[Any, ...],
+    method: Any,
+    throw: bool | None,
+    on_backward: Callable[[SolveStats], object] | None = None,
+) -> Rule:
     if not callable(inner_solver):
         raise TypeError(
             f"the inner solver is {inner_solver!r}; expected a function (hparams, *args) -> params"
@@ -82,7 +94,7 @@ def make_rule(inner_solver: Any, conditions: tuple[Any, ...], method: Any, throw
             f"by hf.iterate or hf.minimize without minibatch inputs), or use an iterative method "
             f"such as method='reverse_unroll'"
         )
-    return Rule(inner_solver, condition, method, throw)
+    return Rule(inner_solver, condition, method, throw, on_backward)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, overload
 
 from hyperfunc._compile.compiler import Backend, Compiler, check_backend
-from hyperfunc._engine.results import Solution
+from hyperfunc._engine.results import Solution, SolveStats
 from hyperfunc._rule.error_bound import ErrorBound
 from hyperfunc._types import (
     HypergradFunction,
     HypergradOptions,
+    ImplicitDiffOptions,
     InnerSolver,
     Loss,
     ParamsFunction,
-    RuleOptions,
     TensorTree,
 )
 from hyperfunc.inner_solvers._solvers import IterativeSolver
@@ -278,13 +278,13 @@ def hypergrad_and_solution(  # noqa: D417
 
 @overload
 def implicit_diff(
-    inner_solver: Callable[P, R], **options: Unpack[RuleOptions]
+    inner_solver: Callable[P, R], **options: Unpack[ImplicitDiffOptions]
 ) -> Callable[P, R]: ...
 
 
 @overload
 def implicit_diff(
-    inner_solver: None = None, **options: Unpack[RuleOptions]
+    inner_solver: None = None, **options: Unpack[ImplicitDiffOptions]
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
 
@@ -295,7 +295,8 @@ def implicit_diff(
     inner_loss: Loss | None = None,
     optimality: ParamsFunction | None = None,
     method: Any = "cg",
-    throw: bool = True,
+    throw: bool | None = True,
+    on_backward: Callable[[SolveStats], object] | None = None,
 ) -> Any:
     r"""Make any inner solver differentiable, with a method as its differentiation rule.
 
@@ -307,7 +308,13 @@ def implicit_diff(
     .. math:: \partial_\lambda w^* = -(\partial_w r)^{-1} \partial_\lambda r .
 
     The starting point of an iterative solver, if it is an argument, has derivative zero. All
-    arguments are those of `hypergrad`.
+    arguments but the last are those of `hypergrad`.
+
+    Nobody sees the statistics of the linear solves: one that does not converge, and does not raise,
+    warns with a `ConvergenceWarning`. ``throw`` may also be None, for which non-finite values and
+    divergence raise alone. ``on_backward``, such as ``history.append``, is called with the
+    `SolveStats` of each solve for a derivative that is taken outside of `torch.func` transforms, as
+    by ``backward()``.
 
     Returns:
         ``fn(hparams, *args) -> params``; without ``inner_solver``, a decorator.
@@ -335,7 +342,7 @@ def implicit_diff(
             "take minibatches of. Leave outer_sampler and num_outer_batches out"
         )
     conditions = (fixed_point, inner_loss, optimality)
-    transform = functools.partial(_make_differentiable, conditions, method, throw)
+    transform = functools.partial(_make_differentiable, conditions, method, throw, on_backward)
     return transform if inner_solver is None else transform(inner_solver)
 
 
@@ -433,9 +440,13 @@ class _Transform:
 
 
 def _make_differentiable(
-    conditions: tuple[Any, ...], method: Any, throw: bool, inner_solver: InnerSolver
+    conditions: tuple[Any, ...],
+    method: Any,
+    throw: bool | None,
+    on_backward: Callable[[SolveStats], object] | None,
+    inner_solver: InnerSolver,
 ) -> Transformed:
-    rule = make_rule(inner_solver, conditions, method, throw)
+    rule = make_rule(inner_solver, conditions, method, throw, on_backward)
     return Transformed("implicit_diff", inner_solver, method, rule.solution_map)
 
 
