@@ -43,7 +43,7 @@ def checkpoint(fn: F) -> F:
 
     Raises:
         TypeError: if ``fn`` is not a function.
-        ValueError: when called or differentiated, if ``fn`` closes over a tensor whose gradient
+        ValueError: when differentiated, if ``fn`` closes over a tensor whose gradient
             would be lost.
 
     Example:

@@ -962,7 +962,7 @@ def test_checkpoint_refuses_what_it_would_lose() -> None:
     hidden.weight = torch.nn.Parameter(weight.detach())
     x = torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match=r"the checkpointed function .* closes over a tensor"):
-        checkpoint(lambda x: x * weight)(x)
+        checkpoint(lambda x: x * weight)(x).sum().backward()
     with pytest.raises(ValueError, match="closes over a tensor"):
         checkpoint(lambda x: x * hidden.weight)(x).sum().backward()
 
