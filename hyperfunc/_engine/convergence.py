@@ -34,6 +34,7 @@ class ConvergenceWarning(UserWarning):
         residual_norm: Euclidean norm of the last residual, the largest over all tasks.
 
     Example:
+        >>> import warnings
         >>> loss = lambda w, h: (torch.tensor([1.0, 10.0]) * (w - h) ** 2).sum()
         >>> solve = hf.implicit_diff(lambda h: h.clone(), inner_loss=loss, method=hf.CG(maxiter=1))
         >>> h = torch.ones(2, requires_grad=True)

@@ -150,6 +150,7 @@ def count_work(loss, num_products):
         lambda w, meta, X: ((w - 1) ** 2).sum(),
         inner_loss=hf.proximal(counted, 3.0),
         method=hf.CG(maxiter=num_products, rtol=0),
+        throw=num_products > 0,  # the zeros of no product would be looked into
     )
     n, k = 30, 20
     data, meta = torch.randn(2, n, n) / n, torch.randn(n, k)
