@@ -17,13 +17,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.contact import in_contact
 from hyperfunc._engine.convergence import warn_unless_converged
 from hyperfunc._engine.flat import differentiable_indices, scatter, split
 from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, find_failure, of_tasks
@@ -171,14 +172,17 @@ class ImplicitProblem:
         warn_unless_converged(solver, stats, name, lambda code: code.message)
         return u, stats
 
-    def explained(self, theta: Leaves) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def explained(self, theta: Leaves) -> Iterator[None]:
         """Where errors of torch name the argument that they are due to."""
 
         def arguments() -> dict[str, Tensor]:
             hparams, *args = self.arguments.unflatten(theta)
             return trees.named_tensors(hparams, args)
 
-        return explained("the derivative of the inner solution", arguments)
+        what = "the derivative of the inner solution"
+        with explained(what, arguments), in_contact(what):
+            yield
 
     def _refuse_written(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
         if before == after:

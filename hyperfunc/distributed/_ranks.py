@@ -7,7 +7,7 @@ import pickle
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hyperfunc._engine.results import HypergradError
 
+T = TypeVar("T")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -37,11 +38,6 @@ class Ranks:
         if self.group is None:
             return list(range(self.size))
         return dist.get_process_group_ranks(self.group)
-
-    def barrier(self) -> None:
-        """Wait for all."""
-        if not self._alone:
-            dist.barrier(self.group)
 
     def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
         """A few integers of each rank."""
@@ -96,6 +92,29 @@ class Ranks:
                 f"be pickled ({message[0]}). Return dicts, tuples, and classes of a module"
             )
         return pickle.loads(message[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        """An object of each rank."""
+        values: list[Any] = [value] * self.size
+        if not self._alone:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def attempt(self, name: str, action: Callable[[], T], only: int | None = None) -> T:
+        """What an action returns, or the error on all that it raises on one; ``only`` one does it.
+
+        The others get what that one returns.
+        """
+        result: Any = None
+        error = None
+        if only in (None, self.rank):
+            try:
+                result = action()
+            except BaseException as problem:
+                error = problem
+        self.agree(name, error)
+        shared: T = result if only is None else self.from_rank(only, result)
+        return shared
 
     def agree(
         self,

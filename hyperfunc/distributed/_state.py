@@ -1,15 +1,17 @@
-"""The state of an outer loop on disk, by ``torch.distributed.checkpoint``."""
+"""The state of an outer loop on disk: what is saved when, and which state is loaded."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import errno
+import functools
 import os
 import re
-import shutil
+import threading
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,27 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
+from hyperfunc._engine.contact import LostContact, in_contact
+from hyperfunc._engine.results import HypergradError
 from hyperfunc._torch import sharding
 from hyperfunc._types import TensorTree
+from hyperfunc.distributed import _files, _folder
 from hyperfunc.distributed._ranks import Ranks, fingerprint
 
-_NAME = re.compile(r"step-(\d+)")
 # Ordinary tensors up to this size are compared between ranks before they are saved.
 _COMPARED_BYTES = 1 << 20
+# Kinds of leaves, of which one cannot be loaded as another; a bool is no number.
+_KINDS = {"a tensor": Tensor, "a bool": bool, "a number": int | float, "a string": str}
+_EARLIER = threading.local()
+# What helps where the disk refuses something.
+_FULL = "Free some space there, or keep fewer states by keep="
+_FORBIDDEN = "Pass a folder in which this process may write"
+_NO_FOLDER = "A file is where a folder should be: pass another folder, or move the file"
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), _NO_FOLDER),
+}
 
 
 def save_state(
@@ -79,37 +95,43 @@ def save_state(
         (tensor([1., 1., 1.]), 4, 10)
     """
     ranks, named, error = Ranks(group), {}, None
-    try:
-        check_count("save_state", "step", step, 0)
-        check_count("save_state", "keep", keep)
-        if background and group is None and ranks.size > 1:
-            raise ValueError(
-                "save_state: background=True sends from a thread, which takes a group of its own. "
-                'Make one at the start, group = torch.distributed.new_group(backend="gloo"), and '
-                "pass group=group"
-            )
-        named = _named_leaves(_expanded(state))
-    except (TypeError, ValueError) as problem:
-        error = problem
-    alike = {"the leaves that are saved once": _values(named) if ranks.size > 1 else []}
-    advice = (
-        "Make what differs a DTensor, or derive it from the step and the rank, as in "
-        "torch.Generator().manual_seed(hash((seed, step, rank)))"
-    )
-    ranks.agree("save_state", error, alike=alike, advice=advice)
-    future: Future[None] = Future()
-    if not background:
-        _write(named, Path(folder), step, keep, ranks)
-        future.set_result(None)
-        return future
-    copies = {
-        name: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-        for name, leaf in named.items()
-    }
-    pool = ThreadPoolExecutor(1, "save_state")
-    future = pool.submit(_write, copies, Path(folder), step, keep, ranks)
-    pool.shutdown(wait=False)
-    return future
+    folder = Path(folder).absolute()
+    with in_contact("save_state", group):
+        try:
+            check_count("save_state", "step", step, 0)
+            check_count("save_state", "keep", keep)
+            if background and group is None and ranks.size > 1:
+                raise ValueError(
+                    "save_state: background=True sends from a thread, which takes a group of its "
+                    'own. Make one at the start, group = torch.distributed.new_group(backend="gloo"'
+                    "), and pass group=group"
+                )
+            _tell_of_earlier(folder)
+            named = _named_leaves(_expanded(state))
+        except (TypeError, ValueError, HypergradError) as problem:
+            error = problem
+        alike = {
+            "step, keep and background": [repr((step, keep, background))],
+            "the leaves that are saved once": _values(named) if ranks.size > 1 else [],
+        }
+        advice = (
+            "Make what differs a DTensor, or derive it from the step and the rank, as in "
+            "torch.Generator().manual_seed(hash((seed, step, rank)))"
+        )
+        ranks.agree("save_state", error, alike=alike, advice=advice)
+    if background:
+        named = {
+            name: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+            for name, leaf in named.items()
+        }
+    saving = _Saving(step, lambda: _write(named, folder, step, keep, ranks))
+    if background:
+        vars(_EARLIER)[str(folder)] = saving
+        threading.Thread(target=saving.run, name="save_state").start()
+    else:
+        saving.run()
+        saving.result()
+    return saving
 
 
 def load_state(
@@ -117,6 +139,7 @@ def load_state(
     folder: str | os.PathLike[str],
     *,
     step: int | None = None,
+    fallback: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[TensorTree, int] | None:
     """Load a state that `save_state` wrote, on the same number of ranks or another one.
@@ -152,72 +175,152 @@ def load_state(
         >>> optimizer.state[weight]["exp_avg"]
         tensor([-0.2000, -0.2000])
     """
-    folder, ranks = Path(folder), Ranks(group)
-    dcp = importlib.import_module("torch.distributed.checkpoint")
-    names = ranks.from_rank(0, [f"step-{number:08d}" for number in _steps(folder)])
-    if not names and step is None:
-        return None
-    error = None
-    try:
-        name = names[-1] if step is None else f"step-{step:08d}"
-        if name not in names:
+    folder, ranks = Path(folder).absolute(), Ranks(group)
+    if (earlier := vars(_EARLIER).get(str(folder))) is not None:
+        wait([earlier])
+
+    def attempt(action: Callable[[], Any], only: int | None = None) -> Any:
+        doing = f"load_state: the state in {folder} was not read"
+        return ranks.attempt("load_state", lambda: _explained(doing, action), only)
+
+    with in_contact("load_state", group):
+        ranks.agree("load_state", None, alike={"step and fallback": [repr((step, fallback))]})
+        found = attempt(lambda: _folder.states(folder), only=0)
+        if step is not None and step not in found:
+            names = sorted(path.name for path in found.values())
             raise ValueError(
                 f"load_state: {folder} has no state of step {step}; expected one of {names}"
             )
-        saved = dcp.FileSystemReader(folder / name).read_metadata().state_dict_metadata
-        tree = _expanded(like, saved)
-        wanted, spec = _named_leaves(tree), trees.flatten(tree)[1]
-        _check_saved(wanted, saved, folder / name)
-    except Exception as problem:
-        error = problem
-    ranks.agree("load_state", error)
-    loaded = {
-        path: torch.empty_like(leaf.detach()) if isinstance(leaf, Tensor) else leaf
-        for path, leaf in wanted.items()
-    }
-    with _without_warnings():
-        dcp.load(loaded, checkpoint_id=folder / name, process_group=group)
+        if not found:
+            return None
+        candidates = sorted((n for n in found if step is None or n <= step), reverse=True)
+        number, metadata, problem = _first_intact([(n, found[n]) for n in candidates], ranks)
+        if problem is not None:
+            if not fallback:
+                raise HypergradError(
+                    f"load_state: {problem}. The state of step {number} in the same folder is "
+                    f"intact: pass step={number}, or fallback=True for the last intact one"
+                ) from problem
+            text = f"load_state: {problem}. The state of step {number} is loaded in its place"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+        def check() -> tuple[dict[str, Any], trees.TreeSpec]:
+            tree = _expanded(like, metadata.state_dict_metadata)
+            wanted = _named_leaves(tree)
+            _check_saved(wanted, metadata.state_dict_metadata, found[number])
+            return wanted, trees.flatten(tree)[1]
+
+        wanted, spec = ranks.attempt("load_state", check)
+        loaded = {
+            path: torch.empty_like(leaf.detach()) if isinstance(leaf, Tensor) else leaf
+            for path, leaf in wanted.items()
+        }
+        attempt(lambda: _files.read(found[number], metadata, loaded))
+        ranks.attempt("load_state", lambda: _check_kinds(wanted, loaded))
     for path, leaf in wanted.items():
         if isinstance(leaf, Tensor):
             loaded[path].requires_grad_(leaf.requires_grad)
-    return trees.unflatten(spec, list(loaded.values())), int(name.removeprefix("step-"))
+    return trees.unflatten(spec, list(loaded.values())), number
+
+
+class _Saving(Future[None]):
+    """A save under way, perhaps in a thread; if it fails and nobody asks, it tells all the same."""
+
+    def __init__(self, step: int, action: Callable[[], None]) -> None:
+        super().__init__()
+        self.step, self._action = step, action
+        self.untold: list[str] = []
+        weakref.finalize(self, _tell, step, self.untold)  # at the end of the process, if not before
+
+    def run(self) -> None:
+        try:
+            self._action()
+        except BaseException as error:
+            self.untold.append(str(error))
+            self.set_exception(error)
+        else:
+            self.set_result(None)
+        finally:
+            del self._action  # and with it the copies
+
+    def result(self, timeout: float | None = None) -> None:
+        self.exception(timeout)
+        super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        error = super().exception(timeout)
+        self.untold.clear()
+        return error
+
+
+def _tell(step: int, untold: list[str]) -> None:
+    if untold:
+        text = f"save_state: step {step} was not saved in the background. {untold[0]}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _tell_of_earlier(folder: Path) -> None:
+    """Wait for the last save of this thread in the background, and raise if it failed untold."""
+    earlier = vars(_EARLIER).pop(str(folder), None)
+    if earlier is None:
+        return
+    wait([earlier])
+    told = not earlier.untold
+    error = earlier.exception()
+    if error is not None and not told:
+        raise HypergradError(
+            f"save_state: the last save in the background, of step {earlier.step}, has failed, and "
+            f"this call has saved nothing yet: mend the cause, and make it again. {error}"
+        ) from error
 
 
 def _write(named: dict[str, Any], folder: Path, step: int, keep: int, ranks: Ranks) -> None:
-    dcp = importlib.import_module("torch.distributed.checkpoint")  # which takes a moment
-    target = folder / f"step-{step:08d}"
-    partial, replaced = (folder / f".{target.name}.{state}" for state in ("partial", "replaced"))
+    def attempt(action: Callable[[], Any], only: int | None = None) -> Any:
+        doing = f"save_state: step {step} was not written to {folder}"
+        then = ". What was saved before is as it was"
+        return ranks.attempt("save_state", lambda: _explained(doing, action, then), only)
 
-    def prepare() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".step-*"):  # by runs that were killed
-            shutil.rmtree(left, ignore_errors=True)
-
-    def finish() -> None:
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-        _sync(folder)
-        for number in _steps(folder)[:-keep]:
-            shutil.rmtree(folder / f"step-{number:08d}", ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-    _on_first(prepare, ranks)
-    with _without_warnings():
-        dcp.save(dict(named), checkpoint_id=partial, process_group=ranks.group)
-    ranks.barrier()
-    _on_first(finish, ranks)
+    with in_contact("save_state", ranks.group), contextlib.ExitStack() as stack:
+        partial = attempt(lambda: stack.enter_context(_folder.prepared(folder, step)), only=0)
+        _files.write(named, partial, ranks.rank, attempt, ranks.gather)
+        attempt(lambda: _folder.put_in_place(partial, folder / f"step-{step:08d}", keep), only=0)
 
 
-def _on_first(action: Callable[[], None], ranks: Ranks) -> None:
-    """Have the first rank do something on the disk, and the others wait, or raise as it does."""
-    error = None
-    if ranks.rank == 0:
+def _first_intact(
+    candidates: list[tuple[int, Path]], ranks: Ranks
+) -> tuple[int, Any, Exception | None]:
+    """The first state that is not damaged, with its description, and what is wrong before it."""
+    first: Exception | None = None
+    for number, path in candidates:
         try:
-            action()
-        except OSError as problem:
-            error = problem
-    ranks.agree("save_state", error)
+            check = functools.partial(_files.check, path, ranks.rank, ranks.size)
+            metadata = ranks.attempt("load_state", check)
+        except LostContact:
+            raise
+        except HypergradError as problem:
+            first = first or problem
+        else:
+            return number, metadata, first
+    raise HypergradError(
+        f"load_state: {first}. No earlier state in the folder is intact"
+    ) from first
+
+
+def _explained(doing: str, action: Callable[[], Any], then: str = "") -> Any:
+    """Do something on the disk, or raise an error of ours that says why not and what helps."""
+    try:
+        return action()
+    except HypergradError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        cause = cause or error
+        reason, advice = f"{type(cause).__name__}: {cause}", ""
+        if isinstance(cause, OSError) and cause.errno in _ADVICE:
+            advice = f". {_ADVICE[cause.errno]}"
+        raise HypergradError(f"{doing}: {reason}{advice}{then}") from error
 
 
 def _named_leaves(state: TensorTree) -> dict[str, Any]:
@@ -229,6 +332,9 @@ def _named_leaves(state: TensorTree) -> dict[str, Any]:
                 f"{path} is {leaf!r} of type {type(leaf).__name__}; expected a tensor, a number or "
                 f"a string. Put generator.get_state() for a generator"
             )
+        kind = next((kind for kind in (bool, int, float, str) if isinstance(leaf, kind)), None)
+        if kind not in (None, bool) and type(leaf) is not kind:
+            named[path] = kind(leaf)  # not a class of NumPy's, whose pickles are not read back
     return named
 
 
@@ -257,13 +363,17 @@ def _optimizer_state(
         if match is None or int(match[1]) >= len(params):
             continue
         param, key = params[int(match[1])].detach(), match[2]
-        room: Any = 0
+        room: Any = _AnyValue()
         if hasattr(entry, "size"):
             size, dtype = entry.size, entry.properties.dtype
             own = key != "step" and size == param.shape
             room = torch.empty_like(param, dtype=dtype) if own else torch.empty(size, dtype=dtype)
         state.setdefault(int(match[1]), {})[key] = room
     return state
+
+
+class _AnyValue(int):
+    """Room for a number, a bool or a string of an optimizer."""
 
 
 def _check_saved(wanted: dict[str, Any], saved: dict[str, Any], folder: Path) -> None:
@@ -275,7 +385,10 @@ def _check_saved(wanted: dict[str, Any], saved: dict[str, Any], folder: Path) ->
                 f"Pass a tree of the structure that was saved"
             )
         size = getattr(saved[path], "size", None)
-        if not isinstance(leaf, Tensor) or size is None:
+        if isinstance(leaf, Tensor) != (size is not None):
+            was = "a number or a string" if size is None else "a tensor"
+            raise ValueError(f"load_state: {path} is {_kind_of(leaf)}, but {was} was saved")
+        if size is None:
             continue
         dtype = saved[path].properties.dtype
         shapes = ("shape", tuple(leaf.shape), tuple(size))
@@ -291,6 +404,18 @@ def _check_saved(wanted: dict[str, Any], saved: dict[str, Any], folder: Path) ->
         )
 
 
+def _check_kinds(wanted: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Raise unless numbers, bools and strings are what they were."""
+    for path, leaf in wanted.items():
+        got, was = _kind_of(leaf), _kind_of(loaded[path])
+        if got != was and not isinstance(leaf, _AnyValue):
+            raise ValueError(f"load_state: {path} is {got}, but {was} was saved")
+
+
+def _kind_of(leaf: Any) -> str:
+    return next(name for name, kind in _KINDS.items() if isinstance(leaf, kind))
+
+
 def _values(named: dict[str, Any]) -> list[str]:
     """A line for each leaf that is saved once and small, and thus compared between ranks."""
     return [
@@ -299,30 +424,3 @@ def _values(named: dict[str, Any]) -> list[str]:
         if not isinstance(leaf, Tensor)
         or (not sharding.is_dtensor(leaf) and leaf.nbytes <= _COMPARED_BYTES)
     ]
-
-
-def _steps(folder: Path) -> list[int]:
-    names = (path.name for path in folder.glob("step-*")) if folder.is_dir() else ()
-    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
-
-
-def _sync(folder: Path) -> None:
-    """Have the disk know of renamed files in a folder."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Without the warnings that there is no process group, where none was meant."""
-    if dist.is_initialized():
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*single process")
-        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch 2.4
-        yield

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_count
+from hyperfunc._engine.contact import LostContact, in_contact
 from hyperfunc._engine.results import Solution
 from hyperfunc._engine.wrapped_functions import WrappedFunction
 from hyperfunc._torch import sharding, tracking
@@ -80,7 +81,8 @@ def task_parallel(
             or ``fn`` raised there, or returned a hypergradient that is not finite. The text names
             the rank and the task, which is found by calling ``fn`` with one task at a time. With
             ``chunk_size``, no rank goes on for more than a chunk. A rank that is to end, by Ctrl-C
-            or an exit in ``fn``, raises that itself, and the others this.
+            or an exit in ``fn``, raises that itself, and the others this. So do they where a rank
+            dies or does not answer within the timeout of the group.
 
     Example:
         >>> def adapt(m, task):  # min_w (w - task)^2 + (w - m)^2, and then (w - 1)^2
@@ -120,6 +122,10 @@ class _TaskParallel(WrappedFunction):
                 "other processes do. Put it into fn, as in fn = torch.func.vmap(adapt, "
                 "in_dims=(None, 0))"
             )
+        with in_contact("task_parallel", self.group):
+            return self._run(hparams, tasks, args)
+
+    def _run(self, hparams: TensorTree, tasks: TensorTree, args: Any) -> Any:
         ranks = Ranks(self.group)
         share = _Share(self, ranks, hparams, tasks, args)
         counts = share.agree_on_inputs()
@@ -389,7 +395,8 @@ class _Share:
         self.error = error
         if isinstance(error, NonfiniteError):
             self._failed_task = chunk.start + error.index
-        if not isinstance(error, Exception) or isinstance(error, NonfiniteError | MemoryError):
+        known = NonfiniteError | MemoryError | LostContact
+        if not isinstance(error, Exception) or isinstance(error, known):
             return
         for task in range(chunk.start, chunk.stop):
             try:

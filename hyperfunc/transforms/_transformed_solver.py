@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.contact import in_contact
 from hyperfunc._engine.wrapped_functions import Wrapped
 from hyperfunc._torch import tracking
 from hyperfunc._torch.internals import forward_mode_active
@@ -54,7 +55,7 @@ class Transformed(Wrapped):
                 f"{self!r} is differentiated in inference mode, where this version of torch makes "
                 f"zeros of all gradients. Use torch.no_grad() in place of torch.inference_mode()"
             )
-        with explained(self, lambda: trees.named_tensors(hparams, args)):
+        with explained(self, lambda: trees.named_tensors(hparams, args)), in_contact(self):
             if torch.is_inference_mode_enabled():
                 # in that mode no graph is recorded, of which older versions of torch make zeros
                 with torch.inference_mode(False), torch.no_grad():
