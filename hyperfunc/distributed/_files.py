@@ -13,7 +13,6 @@ import io
 import json
 import os
 import pickle
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +76,12 @@ def write(
     def describe() -> None:
         writer.finish(metadata, [results for results, _ in written])
         entries = {name: entry for _, entries in written for name, entry in entries.items()}
+        missing = [name for name in entries if not (data / name).exists()]
+        if missing:
+            raise HypergradError(
+                f"save_state: rank 0 does not see {data / missing[0]}, which another rank has "
+                f"written. Pass a folder that all ranks see"
+            )
         seal(folder, entries | {_METADATA: _entry(data / _METADATA)})
 
     plans = gather(attempt(plan))
@@ -107,18 +112,16 @@ def sync(folder: Path) -> None:
             os.close(descriptor)
 
 
+def is_old(folder: Path) -> bool:
+    """Whether a state is of version 0.1.0, which wrote no checksums."""
+    return not (folder / _DATA).exists() and (folder / _METADATA).exists()
+
+
 def check(folder: Path, rank: int = 0, size: int = 1) -> Any:
     """The description of a state; raises if it, or a file in this rank's share, is damaged."""
+    data = folder if is_old(folder) else folder / _DATA
     try:
-        old = not (folder / _DATA).exists() and (folder / _METADATA).exists()
-        data = folder if old else folder / _DATA
-        if old:
-            warnings.warn(
-                f"load_state: {folder} was written without checksums, by version 0.1.0. Damage to "
-                f"it would not be noticed. Save it again",
-                stacklevel=2,
-            )
-        else:
+        if data != folder:
             _check_manifest(folder, rank, size)
         metadata = _Description(io.BytesIO((data / _METADATA).read_bytes())).load()
         for stored in metadata.storage_data.values():
@@ -127,16 +130,18 @@ def check(folder: Path, rank: int = 0, size: int = 1) -> Any:
                 raise Damaged(f"{path} is damaged: it is shorter than it was written")
     except HypergradError:
         raise
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        kind, what = (Damaged, "is damaged") if missing else (HypergradError, "cannot be read")
+        raise kind(f"{folder} {what}: {type(error).__name__}: {error}") from error
     except Exception as error:
-        raise Damaged(
-            f"{folder} is damaged or cannot be read: {type(error).__name__}: {error}"
-        ) from error
+        raise Damaged(f"{folder} is damaged: {type(error).__name__}: {error}") from error
     return metadata
 
 
 def read(folder: Path, metadata: Any, into: dict[str, Any]) -> None:
     """Read a state into the tensors and in place of the numbers of a dict."""
-    dcp, data = _checkpoint(), folder / _DATA if (folder / _DATA).exists() else folder
+    dcp, data = _checkpoint(), folder if is_old(folder) else folder / _DATA
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(into, metadata)
     for item in planner.finish_plan(planner.create_local_plan()).items:

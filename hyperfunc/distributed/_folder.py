@@ -65,7 +65,7 @@ def _refuse_later(folder: Path, step: int) -> None:
             continue
         try:
             _files.check(path)
-        except HypergradError:  # the run went on from an earlier one
+        except _files.Damaged:  # the run went on from an earlier one
             os.rename(path, folder / f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
             continue
         raise HypergradError(

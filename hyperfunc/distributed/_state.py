@@ -57,31 +57,37 @@ def save_state(
 
     All ranks of the group call this with the same tree. A DTensor is saved shard by shard; an
     ordinary tensor has to be the same on all ranks, and is saved once. A run that is killed at any
-    time leaves the state before or the state after, never a part.
+    time, or a disk that refuses something, leaves the state before or the state after, never a
+    part. ``manifest.json`` in the folder of a step has the SHA-256 of each file.
 
     Args:
         state: a tree of tensors, numbers and strings: hparams, params and adjoint to start from,
             the state of an `hyperfunc.optim` optimiser, the random state
             (``torch.get_rng_state()``), the position in the data; and optimisers of
             ``torch.optim``, of which the ``state_dict()`` is saved.
-        folder: where the states are kept, as ``folder/step-00000012``; one that all ranks see.
-        step: the number of the outer step that comes next, >= 0; what `load_state` returns.
+        folder: where the states are kept, as ``folder/step-00000012``; one that all ranks see, and
+            that no other run saves in. While a state is written, ``folder/.lock`` is locked.
+        step: the number of the outer step that comes next, >= 0; what `load_state` returns. One
+            that was saved before is replaced.
         keep: how many states to keep, >= 1. Older ones are removed.
-        background: copy the state, return, and write the copy in a thread. With several ranks,
-            ``group`` must then be one that nothing else uses meanwhile, as made by
-            ``torch.distributed.new_group(backend="gloo")``.
+        background: copy the state, return, and write the copy in a thread. The next call from the
+            same thread waits for it. With several ranks, ``group`` must then be one that nothing
+            else uses meanwhile, as made by ``torch.distributed.new_group(backend="gloo")``.
         group: the ranks that hold the state; by default all.
 
     Returns:
         A future, which is done already without ``background``. ``future.result()`` waits, and
-        raises what went wrong in the thread. Wait for it before the next call and at the end.
+        raises what went wrong in the thread. If nobody asks, the next call for this folder raises
+        it, or else a warning tells at the end of the process.
 
     Raises:
         TypeError: for a step or a number to keep that is no integer.
-        ValueError: for one out of range, leaves that cannot be saved, small ordinary tensors that
-            differ between ranks, or ``background`` without a group.
-        HypergradError: on every rank, naming the first, where only some met such an error, or one
-            could not write.
+        ValueError: for one out of range, leaves that cannot be saved, calls or small ordinary
+            tensors that differ between ranks, or ``background`` without a group.
+        HypergradError: where the state could not be written (no space, no permission, a file in
+            the place of a folder), the folder holds a later step, or another process has been
+            saving there for ten seconds; where the last save in the background failed; and, on
+            every rank, naming the first, where only some met an error, or a rank has died.
 
     Example:
         >>> import tempfile
@@ -126,8 +132,8 @@ def save_state(
         }
     saving = _Saving(step, lambda: _write(named, folder, step, keep, ranks))
     if background:
-        vars(_EARLIER)[str(folder)] = saving
-        threading.Thread(target=saving.run, name="save_state").start()
+        vars(_EARLIER)[_key(folder)] = saving
+        threading.Thread(target=saving.run, name="save_state", daemon=False).start()
     else:
         saving.run()
         saving.result()
@@ -144,23 +150,29 @@ def load_state(
 ) -> tuple[TensorTree, int] | None:
     """Load a state that `save_state` wrote, on the same number of ranks or another one.
 
+    Checksums tell whether it is what was written. Nothing in the files is run, whoever wrote them.
+    States of version 0.1.0 have no checksums, which a warning says.
+
     Args:
         like: a tree of the structure, shapes and dtypes that were saved, such as the state at the
             start of a run; it is left alone. Its DTensors say how each rank wants its shards, on
             any mesh. An optimiser of ``torch.optim`` need not have taken a step.
         folder: as given to `save_state`, as is ``group``.
         step: which state; by default the last.
+        fallback: where that state is damaged, warn and load the last one before it that is not.
         group: the ranks that take part.
 
     Returns:
-        ``(state, step)``, a tree like ``like`` of new tensors, or None where the folder holds no
-        state yet. In place of an optimiser of ``torch.optim`` comes the dict for its
-        ``load_state_dict``.
+        ``(state, step)``, a tree like ``like`` of new tensors, or None where there is no such
+        folder, or no state in it yet. In place of an optimiser of ``torch.optim`` comes the dict
+        for its ``load_state_dict``.
 
     Raises:
-        ValueError: for a step that is not there, or a tree of another structure, shape or dtype
-            than was saved, naming the leaf.
-        HypergradError: on every rank, naming the first, where only some met such an error.
+        ValueError: for a step that is not there, or a tree of another structure, shape, dtype or
+            kind of leaf than was saved, naming the leaf. An int may stand for a float.
+        HypergradError: for a state that is damaged, naming the file and an earlier step that is
+            not; for a folder that cannot be read; and, on every rank, naming the first, where only
+            some met an error, or a rank has died.
 
     Example:
         >>> import tempfile
@@ -176,7 +188,7 @@ def load_state(
         tensor([-0.2000, -0.2000])
     """
     folder, ranks = Path(folder).absolute(), Ranks(group)
-    if (earlier := vars(_EARLIER).get(str(folder))) is not None:
+    if (earlier := vars(_EARLIER).get(_key(folder))) is not None:
         wait([earlier])
 
     def attempt(action: Callable[[], Any], only: int | None = None) -> Any:
@@ -202,6 +214,12 @@ def load_state(
                     f"intact: pass step={number}, or fallback=True for the last intact one"
                 ) from problem
             text = f"load_state: {problem}. The state of step {number} is loaded in its place"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        if _files.is_old(found[number]):
+            text = (
+                f"load_state: {found[number]} was written without checksums, by version 0.1.0, so "
+                f"that damage to it goes unnoticed. Save it again"
+            )
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
         def check() -> tuple[dict[str, Any], trees.TreeSpec]:
@@ -230,6 +248,7 @@ class _Saving(Future[None]):
         super().__init__()
         self.step, self._action = step, action
         self.untold: list[str] = []
+        self.set_running_or_notify_cancel()  # it cannot be cancelled
         weakref.finalize(self, _tell, step, self.untold)  # at the end of the process, if not before
 
     def run(self) -> None:
@@ -259,9 +278,13 @@ def _tell(step: int, untold: list[str]) -> None:
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
+def _key(folder: Path) -> str:
+    return f"{os.getpid()} {folder}"  # a fork does not wait for a thread that it has not
+
+
 def _tell_of_earlier(folder: Path) -> None:
     """Wait for the last save of this thread in the background, and raise if it failed untold."""
-    earlier = vars(_EARLIER).pop(str(folder), None)
+    earlier = vars(_EARLIER).pop(_key(folder), None)
     if earlier is None:
         return
     wait([earlier])
@@ -329,8 +352,13 @@ def _named_leaves(state: TensorTree) -> dict[str, Any]:
     for path, leaf in named.items():
         if not isinstance(leaf, Tensor | int | float | str | bool):
             raise ValueError(
-                f"{path} is {leaf!r} of type {type(leaf).__name__}; expected a tensor, a number or "
-                f"a string. Put generator.get_state() for a generator"
+                f"{path} is of type {type(leaf).__name__}; expected a tensor, a number or a "
+                f"string. Put generator.get_state() for a generator"
+            )
+        if isinstance(leaf, Tensor) and (leaf.layout is not torch.strided or leaf.is_meta):
+            raise ValueError(
+                f"{path} is a tensor of layout {leaf.layout} on device {leaf.device}; expected a "
+                f"dense one that has values. Put {path}.to_dense() for a sparse one"
             )
         kind = next((kind for kind in (bool, int, float, str) if isinstance(leaf, kind)), None)
         if kind not in (None, bool) and type(leaf) is not kind:
