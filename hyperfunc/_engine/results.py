@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._torch import batching
+from hyperfunc._torch.containers import loadable
 from hyperfunc._types import TensorTree
 
 
@@ -59,6 +60,7 @@ class RESULTS(enum.IntEnum):
         return self > RESULTS.max_steps
 
 
+@loadable
 class SolveStats(NamedTuple):
     """What an iterative solve did; every field is a 0-d tensor (batched under ``vmap``).
 
@@ -73,6 +75,7 @@ class SolveStats(NamedTuple):
     result: Tensor
 
 
+@loadable
 class Solution(NamedTuple):
     """All that one hypergradient computation found; a field without a meaning is ``()``.
 

@@ -14,6 +14,7 @@ from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc._engine.flat import split
 from hyperfunc._rule.conditions import BoundCondition
 from hyperfunc._torch import autodiff
+from hyperfunc._torch.containers import loadable
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers import GMRES, LinearOperator
 from hyperfunc.linear_solvers._spectrum import Estimate, eigenvalues, singular_values
@@ -113,6 +114,7 @@ class ErrorBound:
             )
 
 
+@loadable
 class HypergradBound(NamedTuple):
     """A bound on the Euclidean norm of a hypergradient's error over all leaves; 0-d tensors.
 

@@ -15,9 +15,10 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import optree
+import torch
 from torch import Tensor, nn
 
 from hyperfunc._torch import tracking
@@ -30,8 +31,15 @@ _CODE = (type, ModuleType, FunctionType, MethodType, nn.Module)
 # An object that holds more others is a data set, and is not searched to its end.
 _MOST = 1000
 
+Class = TypeVar("Class", bound=type)
 _REGISTERED: set[tuple[type, str]] = set()
 _LOCK = threading.Lock()
+
+
+def loadable(kind: Class) -> Class:
+    """Have ``torch.load`` read named tuples of a class by default: holders of values, no code."""
+    torch.serialization.add_safe_globals([kind])
+    return kind
 
 
 def register_holders(leaves: Iterable[Any], namespace: str) -> bool:

@@ -14,12 +14,14 @@ from hyperfunc._engine import checks, trees
 from hyperfunc._engine.flat import split
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._torch import autodiff, tracking
+from hyperfunc._torch.containers import loadable
 from hyperfunc._types import Leaves, Loss, TensorTree
 
 StepSize: TypeAlias = float | Tensor | Callable[[Tensor], Any]
 """A number, a 0-d tensor, or a function of the step that returns one of them."""
 
 
+@loadable
 class State(NamedTuple):
     """Where a loop stands: a tree of tensors.
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
+from hyperfunc._torch.containers import loadable
 from hyperfunc._types import Loss, TensorTree
 from hyperfunc.bilevel._base import Loop, Method, State, StepSize
 
 
+@loadable
 class Memory(NamedTuple):
     """What `saba` saw last on each batch: trees like params or hparams, with a leading index.
 

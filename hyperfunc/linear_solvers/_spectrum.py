@@ -16,12 +16,14 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.random_vectors import random_signs, random_uniform
 from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._torch import batching
+from hyperfunc._torch.containers import loadable
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import LinearOperator
 
 PROBES = 3
 
 
+@loadable
 class Estimate(NamedTuple):
     """A number and how far off it may be, as two 0-d tensors.
 

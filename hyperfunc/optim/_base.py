@@ -14,6 +14,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import is_number
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
+from hyperfunc._torch.containers import loadable
 from hyperfunc._torch.internals import forward_mode_active
 from hyperfunc._torch.tangents import in_own_dtype
 from hyperfunc._types import Leaves, TensorTree
@@ -49,6 +50,7 @@ class Optimizer(NamedTuple):
         return f"Optimizer(init={self.init!r}, update={update!r})"
 
 
+@loadable
 class State(NamedTuple):
     """The state of the optimisers of this module.
 

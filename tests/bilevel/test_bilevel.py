@@ -370,7 +370,7 @@ def test_a_state_is_stored_by_torch_save(name: str) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
+    loaded = torch.load(buffer, weights_only=True)
     assert isinstance(loaded, State)
     assert_close(loaded, state, 0)
     i, j = draw(1)[0]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +208,10 @@ def _bad_states(folder: Path) -> list[str]:
         lambda: save({"g": object}, folder, 2),
         lambda: save({"a": torch.ones(3)}, folder, -1),
         lambda: save({"a": torch.ones(3)}, folder, 2, keep=1.0),
+        lambda: load({"a": 1.0}, folder),
+        lambda: save({"a": torch.eye(3).to_sparse()}, folder, 2),
+        lambda: save({"a": torch.ones(3)}, folder, 2 + rank),
+        lambda: load({"a": torch.ones(3)}, folder, step=rank),
     ]
     messages = []
     for call in calls:
@@ -230,10 +237,141 @@ def test_states_that_cannot_be_saved_or_loaded(pair: ranks.Ranks, tmp_path: Path
             "Put generator.get_state() for a generator",
             "step is -1; expected an integer >= 0",
             "save_state: keep is 1.0; expected an integer >= 1",
+            "state['a'] is a number, but a tensor was saved",
+            "Put state['a'].to_dense() for a sparse one",
+            "step, keep and background on rank 1 differ from those on rank 0: got (3, 2, False)",
+            "step and fallback on rank 1 differ from those on rank 0: got (1, False), expected (0,",
         ],
         strict=True,
     ):
         assert part in message
+
+
+# What may come of each attack of attacks.py, and how many there are at least.
+ATTACKS = {
+    "killed at each change of a file": ({"right"}, 25),
+    "killed, one of two ranks": ({"right"}, 8),
+    "killed, one save after another": ({"right", "none yet"}, 15),
+    "one bit flipped": ({"told"}, 60),
+    "a file cut, missing, or a folder": ({"told"}, 18),
+    "code planted": ({"told"}, 60),
+    # what is to be removed last may stay until the next save
+    "the disk refuses": ({"told, earlier right", "done, earlier right"}, 18),
+    "folders that are none": ({"told"}, 8),
+    "another kind of leaf": ({"told"}, 18),
+    "filters of warnings": ({"as before"}, 5),
+    # threads that save an earlier step after a later one are refused
+    "overlapping saves": ({"done", "told", "right"}, 16),
+    "a rank dies or hangs": ({"named"}, 3),
+}
+OUTSIDE = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(OUTSIDE)}
+
+
+def _attack(*options: str) -> dict[str, dict[str, int]]:
+    command = [sys.executable, "-m", "tests.distributed.attacks", *options]
+    process = subprocess.run(command, env=ENVIRONMENT, cwd=OUTSIDE, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    rows = map(json.loads, process.stdout.splitlines())
+    return {name: counts for name, counts, _ in rows}
+
+
+@pytest.mark.parametrize("options", [(), pytest.param(("--all",), marks=pytest.mark.slow)])
+def test_attacks(options: tuple[str, ...]) -> None:
+    """Nothing is lost, nothing is silently wrong, and nothing is run."""
+    found = _attack(*options)
+    assert found.keys() == ATTACKS.keys()
+    for name, (allowed, least) in ATTACKS.items():
+        assert found[name].keys() <= allowed | ({"none yet"} if options else set()), name
+        assert sum(found[name].values()) >= least, name
+
+
+def _damage(folder: Path, step: int) -> Path:
+    path = folder / f"step-{step:08d}" / "data" / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def test_a_damaged_state_is_named_and_an_earlier_one_is_taken_if_asked(tmp_path: Path) -> None:
+    save, load = hf.distributed.save_state, hf.distributed.load_state
+    like = {"a": torch.zeros(3)}
+    for step in (1, 2, 3):
+        save({"a": torch.full((3,), float(step))}, tmp_path, step, keep=3)
+    path = _damage(tmp_path, 3)
+    with pytest.raises(hf.HypergradError) as error:
+        load(like, tmp_path)
+    assert f"load_state: {path} is damaged: it has other contents than were" in str(error.value)
+    assert "state of step 2 in the same folder is intact: pass step=2, or fal" in str(error.value)
+    _damage(tmp_path, 2)
+    with pytest.warns(RuntimeWarning, match=r"step-00000003.*The state of step 1 is loaded in its"):
+        found = load(like, tmp_path, fallback=True)
+    assert found is not None
+    assert (found[0]["a"].tolist(), found[1]) == ([1.0] * 3, 1)
+    save({"a": torch.full((3,), 20.0)}, tmp_path, 2)  # in place of one, with the other put aside
+    found = load(like, tmp_path)
+    assert found is not None
+    assert (found[0]["a"].tolist(), found[1]) == ([20.0] * 3, 2)
+    assert len(list(tmp_path.glob("damaged-step-00000003-*"))) == 1
+    for step in (1, 2):
+        _damage(tmp_path, step)
+    with pytest.raises(
+        hf.HypergradError, match=r"step-00000002.*No earlier state in the folder is"
+    ):
+        load(like, tmp_path, fallback=True)
+
+
+def test_a_later_state_is_not_left_to_be_taken_for_the_last(tmp_path: Path) -> None:
+    save = hf.distributed.save_state
+    save({"a": 1}, tmp_path, 5)
+    with pytest.raises(hf.HypergradError, match=r"has a state of step 5.*remove what comes after"):
+        save({"a": 2}, tmp_path, 4)
+    assert hf.distributed.load_state({"a": 0}, tmp_path) == ({"a": 1}, 5)
+
+
+def test_a_state_of_version_0_1_0_is_loaded_with_a_warning(tmp_path: Path) -> None:
+    checkpoint = importlib.import_module("torch.distributed.checkpoint")
+    leaves = {"state['a']": torch.ones(3), "state['b']": 0.5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint.save(leaves, checkpoint_id=tmp_path / "step-00000001")
+    with pytest.warns(RuntimeWarning, match=r"without checksums, by version 0.1.0.*Save it again"):
+        found = hf.distributed.load_state({"a": torch.zeros(3), "b": 0.0}, tmp_path)
+    assert found is not None
+    assert (found[0]["a"].tolist(), found[0]["b"], found[1]) == ([1.0] * 3, 0.5, 1)
+
+
+def test_one_save_at_a_time_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr("hyperfunc.distributed._folder._PATIENCE", 0.1)
+    hf.distributed.save_state({"a": 1}, tmp_path, 1)
+    with (tmp_path / ".lock").open() as lock:  # as another process would
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(hf.HypergradError, match="another process or thread has been saving in"):
+            hf.distributed.save_state({"a": 2}, tmp_path, 2)
+    assert hf.distributed.load_state({"a": 0}, tmp_path) == ({"a": 1}, 1)
+    hf.distributed.save_state({"a": 3}, tmp_path, 3)
+
+
+def test_a_failed_save_in_the_background_is_told_once(tmp_path: Path) -> None:
+    save = functools.partial(hf.distributed.save_state, {"a": 1}, tmp_path / "states")
+    (tmp_path / "states").touch()
+    with pytest.raises(hf.HypergradError, match=r"step 1 was not written to .* A file is where"):
+        save(1, background=True).result()
+    future = save(2, background=True)
+    with pytest.raises(hf.HypergradError, match=r"of step 2, has failed.* step 2 was not written"):
+        save(3)
+    (tmp_path / "states").unlink()
+    save(3)
+    del future
+    assert hf.distributed.load_state({"a": 0}, tmp_path / "states") == ({"a": 1}, 3)
+    code = "import hyperfunc as hf; hf.distributed.save_state({'a': 1}, 'file', 7, background=True)"
+    (tmp_path / "file").touch()
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "RuntimeWarning: save_state: step 7 was not saved in the background" in process.stderr
 
 
 def _torchrun(folder: Path, *options: str, num_ranks: int = 2, restarts: int = 0) -> str:

@@ -450,3 +450,23 @@ def test_objects_are_read_from_files(tmp_path: Path) -> None:
     loaded = torch.load(path, weights_only=False)
     assert torch.equal(loaded["fn"](H, A), decorated(H, A))
     assert loaded["method"] == hf.CG()
+
+
+def test_what_a_run_saves_is_read_by_torch_load_without_running_code(tmp_path: Path) -> None:
+    """Solutions with all fields, and states of optimisers; those of loops are in their tests."""
+    fn = hf.hypergrad_and_solution(
+        solve, outer_loss, inner_loss=inner_loss, method="cg", error_bound=hf.ErrorBound()
+    )
+    kept = {"grads": fn(H, A)[0], "solution": fn(H, A)[1]}
+    for name in ("adagrad", "adam", "adamw", "heavy_ball", "rmsprop", "sgd"):
+        kept[name] = getattr(hf.optim, name)(lr=0.1).init({"h": H})
+    kept["clipped"] = hf.optim.clip_grad_norm(hf.optim.adam(lr=0.1), 1.0).init({"h": H})
+    kept["torch"] = hf.optim.from_torch(torch.optim.NAdam, lr=0.1).init({"h": H})
+    torch.save(kept, tmp_path / "kept.pt")
+    loaded = torch.load(tmp_path / "kept.pt", weights_only=True)
+    assert loaded["solution"].error_bound.gamma.uncertainty >= 0
+    assert type(loaded["solution"].stats) is hf.SolveStats
+    leaves, structure = optree.tree_flatten(kept)
+    others, other_structure = optree.tree_flatten(loaded)
+    assert structure == other_structure
+    assert all(torch.equal(one, other) for one, other in zip(leaves, others, strict=True))
