@@ -360,10 +360,18 @@ def _named_leaves(state: TensorTree) -> dict[str, Any]:
                 f"{path} is a tensor of layout {leaf.layout} on device {leaf.device}; expected a "
                 f"dense one that has values. Put {path}.to_dense() for a sparse one"
             )
-        kind = next((kind for kind in (bool, int, float, str) if isinstance(leaf, kind)), None)
-        if kind not in (None, bool) and type(leaf) is not kind:
-            named[path] = kind(leaf)  # not a class of NumPy's, whose pickles are not read back
+        if not isinstance(leaf, Tensor | bool | _AnyValue):
+            named[path] = _plain(leaf)
+    if len(named) < len(leaves):
+        raise ValueError(f"two leaves have the same path, of {list(named)}. Rename one of the keys")
     return named
+
+
+def _plain(leaf: float | str) -> float | str:
+    """A number or a string without a class of NumPy's, say, whose pickles are not read back."""
+    if isinstance(leaf, str):
+        return str.__str__(leaf)
+    return int.__int__(leaf) if isinstance(leaf, int) else float.__float__(leaf)
 
 
 def _expanded(tree: TensorTree, saved: dict[str, Any] | None = None) -> TensorTree:

@@ -458,7 +458,7 @@ def test_what_a_run_saves_is_read_by_torch_load_without_running_code(tmp_path: P
         solve, outer_loss, inner_loss=inner_loss, method="cg", error_bound=hf.ErrorBound()
     )
     kept = {"grads": fn(H, A)[0], "solution": fn(H, A)[1]}
-    for name in ("adagrad", "adam", "adamw", "heavy_ball", "rmsprop", "sgd"):
+    for name in ("adagrad", "adam", "adamw", "rmsprop", "sgd"):
         kept[name] = getattr(hf.optim, name)(lr=0.1).init({"h": H})
     kept["clipped"] = hf.optim.clip_grad_norm(hf.optim.adam(lr=0.1), 1.0).init({"h": H})
     kept["torch"] = hf.optim.from_torch(torch.optim.NAdam, lr=0.1).init({"h": H})
