@@ -328,12 +328,33 @@ class _Search:
             functions = self.functions.values()
             differs = any(self._differs(fn, v, "hparams") for fn in functions if fn.by_hparams)
             if not differs and self.at is not None:
-                moved = trees.flatten(self.problem.solve(trees.axpy(0.01, v, self.h)))[0]
-                stays = float(trees.norm(trees.sub(tuple(moved), self.w))) == 0
-                # one of solver and condition depends on this leaf, the other does not
-                differs = stays == bool((self.functions["residual"].by_hparams[leaf] != 0).any())
+                differs = self._left_behind(self.at, v, leaf)
             lost.append(differs)
         return lost
+
+    def _left_behind(self, at: _ConditionAtParams, v: Leaves, leaf: int) -> bool:
+        """Whether solver and condition agree, and follow a leaf of hparams in different ways.
+
+        One of them ignores it, or some entries, or takes a part of it from where it does not move.
+        """
+
+        def moved(direction: Leaves) -> tuple[Leaves, Leaves]:
+            h = trees.axpy(0.01, direction, self.h)
+            return tuple(trees.flatten(self.problem.solve(h))[0]), h
+
+        def residual(w: Leaves, h: Leaves) -> float:
+            return float(trees.norm(at.bound.residual_at(w, (*h, *at.theta[len(h) :]))))
+
+        ignored = self.functions["residual"].by_hparams[leaf] == 0
+        w, h = moved(v)
+        if float(trees.norm(trees.sub(w, self.w))) == 0:
+            return not bool(ignored.all())
+        if bool(ignored.any()):
+            only = tuple(d * ignored if i == leaf else d for i, d in enumerate(v))
+            if float(trees.norm(trees.sub(moved(only)[0], self.w))) > 0:
+                return True
+        before, after, alone = residual(self.w, self.h), residual(w, h), residual(self.w, h)
+        return before < 0.01 * max(alone, after) and after > 0.05 * alone
 
     def _differs(self, fn: _Function, v: Leaves, wrt: Literal["params", "hparams"]) -> bool:
         """Whether the derivative of a function along a direction is another one by differences."""

@@ -32,7 +32,8 @@ ADVICE = {
     ),
     "dependence_lost": (
         "a function ignores or detaches what it depends on (.detach(), .item(), torch.no_grad(), a "
-        "tensor that it closes over, a hyperparameter that it leaves out)"
+        "stale tensor that it closes over in place of hparams, a hyperparameter that it leaves out "
+        "or forgets in one of its terms)"
     ),
     "inconclusive": (
         "the finite differences are too noisy to judge by. Is the inner solver random, or stopped "

@@ -204,9 +204,16 @@ BROKEN = [
         keywords={"inner_loss": lambda w, reg: loss(w, reg + 1)},
     ),
     Broken(
-        "the same solution, but not its derivative",
-        {"condition_mismatch"},
+        "a stale copy of hparams in the condition",
+        {"dependence_lost"},
         keywords={"inner_loss": lambda w, reg: loss(w, REG + (reg - REG) / 2)},
+        text="It concerns hparams",
+    ),
+    Broken(
+        "a stale copy of one entry",
+        {"dependence_lost"},
+        keywords={"inner_loss": lambda w, reg: loss(w, torch.cat([REG[:1], reg[1:]]))},
+        text="It concerns hparams",
     ),
     Broken(
         "two steps of CG",
