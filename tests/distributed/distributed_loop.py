@@ -108,21 +108,21 @@ def kill(args: argparse.Namespace, number: int, moment: str) -> None:
 
 
 class KilledWhileSaving:
-    """Makes the rank end itself when all have written their parts, before they know that."""
+    """Makes the rank end itself when it has written its part, before the others know that."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self._args, self._barrier = args, dist.barrier
+        self._args, self._gather = args, dist.all_gather_object
         self.number = self.calls = 0
-        dist.barrier = self
+        dist.all_gather_object = self
 
     def next(self, number: int) -> None:
         self.number, self.calls = number, 0
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any, **keywords: Any) -> None:
         self.calls += 1
-        if self.calls == 1:
+        if self.calls == 2:  # first the ranks tell what they are to write
             kill(self._args, self.number, "saving")
-        self._barrier(*args)
+        self._gather(*args, **keywords)
 
 
 if __name__ == "__main__":
