@@ -130,6 +130,9 @@ def save_state(
             name: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
             for name, leaf in named.items()
         }
+        for device in {leaf.device for leaf in named.values() if isinstance(leaf, Tensor)}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # the thread reads on another stream
     saving = _Saving(step, lambda: _write(named, folder, step, keep, ranks))
     if background:
         vars(_EARLIER)[_key(folder)] = saving
@@ -343,7 +346,8 @@ def _explained(doing: str, action: Callable[[], Any], then: str = "") -> Any:
         reason, advice = f"{type(cause).__name__}: {cause}", ""
         if isinstance(cause, OSError) and cause.errno in _ADVICE:
             advice = f". {_ADVICE[cause.errno]}"
-        raise HypergradError(f"{doing}: {reason}{advice}{then}") from error
+        text = f"{doing}: {reason}{advice}{then}"
+        raise HypergradError(text) from error
 
 
 def _named_leaves(state: TensorTree) -> dict[str, Any]:
