@@ -209,7 +209,7 @@ def kills(everything: bool, world: int = 1) -> Counts:
     counts: Counts = collections.Counter()
     for case in cases:
         for victim in range(world):
-            counts += killed(*case, world, victim, stride=1 if everything else world**2)
+            counts += killed(*case, world, victim, stride=1 if everything else 3 * world)
     return counts
 
 
@@ -533,7 +533,7 @@ def lost_ranks(everything: bool) -> Counts:
     """What the others say where rank 1 dies, or hangs for longer than the timeout."""
     counts: Counts = collections.Counter()
     cases = list(itertools.product((2, 4), ("dies", "hangs"), (parallel, sharded, saving)))
-    for world, how, run in cases if everything else (*cases[:2], cases[3]):
+    for world, how, run in cases if everything else cases[:1]:
         with tempfile.TemporaryDirectory() as root:
 
             def child(
