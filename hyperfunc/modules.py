@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias, cast, final, get_args
 
@@ -21,6 +21,7 @@ from hyperfunc._torch.internals import is_wrapped, tree_leaves
 from hyperfunc._torch.layers import is_compiled, use_values
 from hyperfunc._torch.tensordicts import is_tensordict
 from hyperfunc._torch.tracking import (
+    STATE,
     foreign_leaves,
     is_tracked,
     transforms_active,
@@ -292,16 +293,17 @@ class FunctionalModule:
     ) -> Any:
         """What the module returns for these inputs if it holds these parameters."""
         self._check(params, "params", self._shapes)
+        given = buffers is not None
         if buffers is None:
             buffers = self._buffers
         else:
             shapes = {name: buffer.shape for name, buffer in self._buffers.items()}
             self._check(buffers, "buffers", shapes)
-        tensors = {**params, **self._fresh(buffers, (params, inputs, keywords))}
+        tensors = {**params, **self._fresh(buffers, given, (params, inputs, keywords))}
         values = {alias: tensors[name] for alias, name in self._aliases.items()}
         attributes = [vars(layer).copy() for layer in self._layers]
         try:
-            with computed_once(), self._rules(values.values(), (inputs, keywords)):
+            with computed_once(), self._rules(values, (inputs, keywords)):
                 output = torch.func.functional_call(
                     self._module, values, inputs, keywords, tie_weights=False
                 )
@@ -320,28 +322,41 @@ class FunctionalModule:
     def __repr__(self) -> str:
         return f"<functional({self._name}, buffers={self._mode!r}), {len(self._shapes)} parameters>"
 
-    def _rules(self, values: Iterable[Tensor], inputs: Any) -> AbstractContextManager[Any]:
+    def _carries_state(self, values: Mapping[str, Tensor]) -> bool:
+        """Whether derivatives may flow in or out of the buffers, for which torch has no rules."""
+        if self._mode == "update":
+            return torch.is_grad_enabled()
+        return any(values[name].requires_grad for name in self._buffers.keys() & values.keys())
+
+    def _rules(self, values: Mapping[str, Tensor], inputs: Any) -> AbstractContextManager[Any]:
         """The derivative rules, where a second derivative or a vmap of the forward may be meant."""
         if transforms_active():
             return derivative_rules.active()
-        variables = variables_of_others((*values, *tree_leaves(inputs)))
-        if not variables and not self._writes_to_params:
+        variables = variables_of_others((*values.values(), *tree_leaves(inputs)))
+        if not variables and not self._writes_to_params and not self._carries_state(values):
             return nullcontext()
         # with a leaf of the user's, a function that we differentiate may do so itself
         own = any(variable.is_leaf for variable in variables)
         return derivative_rules.active(order=math.inf if own else 0)
 
-    def _fresh(self, buffers: Mapping[str, Tensor], arguments: Any) -> dict[str, Tensor]:
+    def _fresh(
+        self, buffers: Mapping[str, Tensor], given: bool, arguments: Any
+    ) -> dict[str, Tensor]:
         """Copies of the buffers that forward may write to, mapped under vmap where they must be."""
         zero = None
         if self._mode == "update" and self._stateful and transforms_active():
             zero = mapped_zero((arguments, dict(buffers)))
-        return {
+        fresh = {
             name: buffer.clone()
             if zero is None or name not in self._stateful
             else buffer + zero.to(device=buffer.device, dtype=buffer.dtype)
             for name, buffer in buffers.items()
         }
+        for name, buffer in fresh.items():
+            updated = self._mode == "update" and name in self._stateful
+            if updated or not given:
+                setattr(buffer, STATE, updated)
+        return fresh
 
     def _check(self, given: Any, what: str, shapes: Mapping[str, torch.Size]) -> None:
         """Raise unless a dictionary has these names and shapes."""

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.utils import checkpoint as torch_checkpoint
 
 _LOCK = threading.Lock()
@@ -29,6 +30,9 @@ _thread = _Thread()
 @contextlib.contextmanager
 def computed_once() -> Iterator[None]:
     """Where `torch.utils.checkpoint` calls its function and does nothing else."""
+    if torch.compiler.is_compiling():  # which checkpoints in a way of its own
+        yield
+        return
     _replace()
     before, _thread.inside = _thread.inside, True
     try:

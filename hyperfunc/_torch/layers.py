@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
+
+from hyperfunc._torch.derivative_rules import normalisation
 
 
 def is_compiled(layer: nn.Module) -> bool:
@@ -24,26 +27,37 @@ def use_values(layer: nn.Module, mode: str) -> None:
             layer.training = False
         elif mode == "batch":
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
-        elif layer.momentum is None and type(layer).forward is _BatchNorm.forward:
-            vars(layer)["forward"] = partial(_cumulative_batch_norm, layer)
+        elif type(layer).forward is _BatchNorm.forward:
+            vars(layer)["forward"] = partial(_batch_norm, layer)
+        elif isinstance(layer, _InstanceNorm):
+            vars(layer)["_apply_instance_norm"] = partial(_instance_norm, layer)
     elif isinstance(layer, _SpectralNorm):
         if mode == "frozen":
             layer.training = False
         vars(layer)["_power_method"] = partial(_power_method, layer)
 
 
-def _cumulative_batch_norm(self: Any, x: Tensor) -> Tensor:
-    """BatchNorm with ``momentum=None``, whose step size 1 / count differs from task to task."""
+def _batch_norm(self: Any, x: Tensor) -> Tensor:
+    """BatchNorm in training mode, with derivatives into its statistics, by traceable operations.
+
+    With ``momentum=None`` the step size is 1 / count, which differs from task to task.
+    """
     self._check_input_dim(x)
-    # With momentum 1, what batch_norm writes to the statistics is those of the batch.
-    mean = x.new_zeros(self.running_mean.shape, dtype=self.running_mean.dtype)
-    var = torch.zeros_like(mean)
-    output = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+    F._verify_batch_size(x.size())  # type: ignore[attr-defined]
     self.num_batches_tracked = self.num_batches_tracked + 1
-    step = 1.0 / self.num_batches_tracked.to(mean.dtype)
-    self.running_mean = (1.0 - step) * self.running_mean + step * mean
-    self.running_var = (1.0 - step) * self.running_var + step * var
-    return output
+    momentum = self.momentum
+    if momentum is None:
+        momentum = 1.0 / self.num_batches_tracked.to(self.running_mean.dtype)
+    state = self.running_mean, self.running_var
+    return normalisation.batch_norm(x, self.weight, self.bias, *state, True, momentum, self.eps)
+
+
+def _instance_norm(self: Any, x: Tensor) -> Tensor:
+    """What `_batch_norm` is for InstanceNorm."""
+    F._verify_spatial_size(x.size())  # type: ignore[attr-defined]
+    momentum = self.momentum or 0.0
+    state = self.running_mean, self.running_var
+    return normalisation.instance_norm(x, self.weight, self.bias, *state, True, momentum, self.eps)
 
 
 def _power_method(self: Any, weight: Tensor, steps: int) -> None:

@@ -26,6 +26,8 @@ _LAYOUT = {
     *("dim", "ndimension", "size", "stride", "numel", "nelement", "element_size", "__len__"),
     *("is_floating_point", "is_complex", "is_contiguous"),
 }
+# Marks the buffers that a module is called with: whether derivatives may flow in or out of them.
+STATE = "_hyperfunc_state"
 
 
 def transforms_active() -> bool:

@@ -8,7 +8,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -20,22 +20,44 @@ F = TypeVar("F", bound=Callable[..., Any])
 # What a row returns in place of a result to leave a call to torch, which may know what is wrong.
 TORCHS_OWN = cast(torch.Tensor, object())
 
-_rows: dict[Callable[..., Any], tuple[Callable[..., Any], int, bool]] = {}
+_rows: dict[Callable[..., Any], _Row] = {}
 _opened: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
+class _Row(NamedTuple):
+    function: Callable[..., Any]
+    right_up_to: int
+    in_vmap: bool
+    state: tuple[int, ...]
+
+    def carries_state(self, args: tuple[Any, ...]) -> bool:
+        """Whether a derivative flows by the arguments that torch has none for."""
+        state = [args[i] for i in self.state if i < len(args) and args[i] is not None]
+        marks = [getattr(tensor, tracking.STATE, None) for tensor in state]
+        if None in marks and _here.record is not None:
+            _here.record.uses_rows = True  # in a later call it may
+        return any(
+            tracking.is_attached(tensor) if mark is None else mark
+            for tensor, mark in zip(state, marks, strict=True)
+        )
+
+
 def in_place_of(
-    *operations: Callable[..., Any], right_up_to: int = 1, in_vmap: bool = False
+    *operations: Callable[..., Any],
+    right_up_to: int = 1,
+    in_vmap: bool = False,
+    state: tuple[int, ...] = (),
 ) -> Callable[[F], F]:
     """Add a row: a function that stands in for operations with its signature.
 
     Where it returns ``TORCHS_OWN``, the operation itself is taken. So it is where no more
     derivatives are taken than torch has right, ``right_up_to``: outside of transforms, and with
-    ``in_vmap``, inside of a vmap that is not itself differentiated, too.
+    ``in_vmap``, inside of a vmap that is not itself differentiated, too; but not where derivatives
+    flow by the arguments at the positions ``state``, for which torch has none.
     """
 
     def add(row: F) -> F:
-        _rows.update(dict.fromkeys(operations, (row, right_up_to, in_vmap)))
+        _rows.update(dict.fromkeys(operations, _Row(row, right_up_to, in_vmap, state)))
         return row
 
     return add
@@ -61,7 +83,7 @@ def in_mode(function: Callable[..., Any], *args: Any) -> Any:
 
 def rules() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The table, from an operation to what stands in for it."""
-    return {operation: row for operation, (row, *_) in _rows.items()}
+    return {operation: row.function for operation, row in _rows.items()}
 
 
 class active:
@@ -79,22 +101,24 @@ class active:
         self._order = order
 
     def __enter__(self) -> Record:
-        here = _here
         if _is_compiling():
-            self._entered, self._record, self._outer = False, Record(None), (here.order, 0)
-            return self._record
+            self._outer = None
+            return Record(None)
+        here = _here
         self._record = Record(here.record)
         self._outer = here.order, here.outside
         if self._order and not here.order:
             here.outside = len(internals.active_transforms() or ())
         here.order += self._order
         here.record = self._record
-        self._entered = self._wanted and not here.suspended and not _is_on() and not _is_compiling()
+        self._entered = self._wanted and not here.suspended and not _is_on()
         if self._entered:
             torch._C._push_on_torch_function_stack(_MODE)
         return self._record
 
     def __exit__(self, *error: Any) -> None:
+        if self._outer is None:
+            return
         if self._entered:
             torch._C._pop_torch_function_stack()
         _here.record = self._record.close()
@@ -110,6 +134,9 @@ class counting:
         self._order = order
 
     def __enter__(self) -> None:
+        if _is_compiling():
+            self._outer = None
+            return
         here = _here
         self._outer = here.order, here.outside
         if not here.order:
@@ -117,7 +144,8 @@ class counting:
         here.order += self._order
 
     def __exit__(self, *error: Any) -> None:
-        _here.order, _here.outside = self._outer
+        if self._outer is not None:
+            _here.order, _here.outside = self._outer
 
 
 def derivatives(tracked: bool) -> float:
@@ -232,9 +260,10 @@ class _Rules(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _rows:
-            row, right_up_to, in_vmap = _rows[func]
-            if not torch_is_right(right_up_to, in_vmap):
-                result = row(*args, **kwargs)
+            row = _rows[func]
+            carries_state = bool(row.state) and row.carries_state(args)
+            if carries_state or not torch_is_right(row.right_up_to, row.in_vmap):
+                result = row.function(*args, **kwargs)
                 if result is not TORCHS_OWN:
                     if _here.record is not None:
                         _here.record.uses_rows = True

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hyperfunc._torch import tracking
 from hyperfunc._torch.derivative_rules._mode import TORCHS_OWN, in_place_of
 from hyperfunc._torch.derivative_rules._precision import narrowed, widened
 
@@ -71,7 +72,7 @@ def group_norm(
     return narrowed(_affine_channels(y, weight, bias), input)
 
 
-@in_place_of(torch.batch_norm, right_up_to=2)
+@in_place_of(torch.batch_norm, right_up_to=2, state=(3, 4))
 def batch_norm(
     input: Tensor,
     weight: Tensor | None,
@@ -79,7 +80,7 @@ def batch_norm(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | Tensor,
     eps: float,
     cudnn_enabled: bool = True,
 ) -> Tensor:
@@ -92,7 +93,7 @@ def batch_norm(
     return narrowed(_affine_channels(y, weight, bias), input)
 
 
-@in_place_of(torch.instance_norm, right_up_to=2)
+@in_place_of(torch.instance_norm, right_up_to=2, state=(3, 4))
 def instance_norm(
     input: Tensor,
     weight: Tensor | None,
@@ -124,16 +125,21 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 class _Statistics:
-    """The running mean and variance of a layer, which move towards those of a batch."""
+    """The running mean and variance of a layer, which move towards those of a batch.
 
-    def __init__(self, mean: Tensor | None, var: Tensor | None, momentum: float) -> None:
+    Derivatives flow into them where they are the buffers of a call of `hyperfunc.functional` that
+    returns them, and not into those of a module of the user's, which outlive the call.
+    """
+
+    def __init__(self, mean: Tensor | None, var: Tensor | None, momentum: float | Tensor) -> None:
         self._running = (mean, var)
         self._momentum = momentum
 
     def update(self, mean: Tensor, var: Tensor, count: int) -> None:
-        unbiased = var.detach() * (count / (count - 1) if count > 1 else math.nan)
-        for running, value in zip(self._running, (mean.detach(), unbiased), strict=True):
+        unbiased = var * (count / (count - 1) if count > 1 else math.nan)
+        for running, value in zip(self._running, (mean, unbiased), strict=True):
             if running is not None:
+                value = value if getattr(running, tracking.STATE, False) else value.detach()
                 channels = value.movedim(1, 0).flatten(1).mean(1)
                 running.copy_(torch.lerp(running, channels.to(running.dtype), self._momentum))
 
@@ -145,7 +151,7 @@ def _standardised(
     centred = x - mean
     var = (centred * centred).mean(dims, keepdim=True)  # torch.var_mean is ten times as slow
     if statistics is not None:
-        statistics.update(mean, var, math.prod(x.shape[i] for i in dims))
+        statistics.update(mean, var, math.prod([x.shape[i] for i in dims]))
     return centred * (var + eps).rsqrt()
 
 
