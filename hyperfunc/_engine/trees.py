@@ -97,9 +97,67 @@ def tree_map(fn: Callable[..., Any], tree: TensorTree, *rest: TensorTree) -> Ten
     return optree.tree_map(fn, tree, *rest, namespace=NAMESPACE)
 
 
-def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:
-    """Flatten a tree that must hold floating-point tensors only, and at least one of them."""
+@dataclasses.dataclass(frozen=True)
+class StateSpec:
+    """The structure of params: floating-point tensors, and integers and bools that go along."""
+
+    full: TreeSpec
+    spec: TreeSpec
+    """Without the latter: None is in their place."""
+    floating: tuple[bool, ...]
+
+    @staticmethod
+    def of(full: TreeSpec, leaves: Sequence[Tensor]) -> StateSpec:
+        """The structure of a flattened tree."""
+        floating = tuple(leaf.is_floating_point() for leaf in leaves)
+        if all(floating):
+            return StateSpec(full, full, floating)
+        kept = (leaf if flag else None for leaf, flag in zip(leaves, floating, strict=True))
+        return StateSpec(full, flatten(unflatten(full, list(kept)))[1], floating)
+
+    @functools.cached_property
+    def num_floating(self) -> int:
+        return sum(self.floating)
+
+    @functools.cached_property
+    def num_others(self) -> int:
+        return len(self.floating) - self.num_floating
+
+    def split(self, leaves: Sequence[Any]) -> tuple[Leaves, Leaves]:
+        """The floating-point leaves, and the others."""
+        pairs = list(zip(leaves, self.floating, strict=True))
+        floating = tuple(leaf for leaf, flag in pairs if flag)
+        return floating, tuple(leaf for leaf, flag in pairs if not flag)
+
+    def merge(self, w: Iterable[Any], others: Iterable[Any]) -> Leaves:
+        """The inverse of `split`."""
+        w, others = iter(w), iter(others)
+        return tuple(next(w) if flag else next(others) for flag in self.floating)
+
+    def fill(self, w: Iterable[Any], others: Iterable[Any]) -> TensorTree:
+        """The tree with these leaves."""
+        return unflatten(self.full, self.merge(w, others) if self.num_others else tuple(w))
+
+
+def flatten_state(tree: TensorTree, root: str) -> tuple[Leaves, Leaves, StateSpec]:
+    """The floating-point leaves of params, of which there is one at least, and the others."""
+    leaves, full = flatten_floating(tree, root, others=True)
+    state = StateSpec.of(full, leaves)
+    return *state.split(leaves), state
+
+
+def flatten_floating(
+    tree: TensorTree, root: str, *, others: bool = False
+) -> tuple[Leaves, TreeSpec]:
+    """Flatten a tree that must hold at least one floating-point tensor and, save others, no else.
+
+    These others are tensors of integers and bools.
+    """
     leaves, spec = flatten(tree)
+    if others and any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
+        rest = [leaf for leaf in leaves if not _is_integral(leaf)]
+    else:
+        rest = leaves
     if not leaves:
         advice = ""
         if tree == {}:
@@ -109,10 +167,10 @@ def flatten_floating(tree: TensorTree, root: str) -> tuple[Leaves, TreeSpec]:
             )
         expected = "expected at least one floating-point tensor"
         raise ValueError(f"{root} is an empty tree ({tree!r}); {expected}{advice}")
-    for index, leaf in enumerate(leaves):
+    for leaf in rest:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and tracking.is_dense(leaf):
             continue
-        path = paths(spec, root)[index]
+        path = paths(spec, root)[next(i for i, each in enumerate(leaves) if each is leaf)]
         if not isinstance(leaf, Tensor):
             problem = f"is {_value_and_type(leaf)}; expected a floating-point tensor"
             advice = _advice(leaf)
@@ -322,6 +380,13 @@ def _total(x: Leaves) -> Tensor:
     for leaf in x[1:]:
         total = total + leaf.sum().to(total.device)
     return total
+
+
+def _is_integral(leaf: Any) -> bool:
+    """Whether a leaf is a tensor of integers or bools."""
+    if not isinstance(leaf, Tensor):
+        return False
+    return not (leaf.is_floating_point() or leaf.is_complex()) and tracking.is_dense(leaf)
 
 
 def _plain(spec: TreeSpec, leaves: Sequence[Any]) -> TreeSpec:

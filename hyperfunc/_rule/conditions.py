@@ -20,7 +20,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_scalar
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.captured import captured_message
-from hyperfunc._types import Leaves
+from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.inner_solvers._proximal import ProximalLoss
 from hyperfunc.linear_solvers import LinearOperator
 
@@ -72,12 +72,33 @@ class Arguments:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BoundCondition:
-    """A condition for params and arguments of a known layout, as a function of flat tensors."""
+    """A condition for params and arguments of a known layout, as a function of flat tensors.
+
+    Params that are integers or bools are constants, and their tensors come last in ``theta``.
+    """
 
     condition: Condition
     arguments: Arguments
-    params_spec: trees.TreeSpec
-    num_params: int
+    state: trees.StateSpec
+
+    @property
+    def params_spec(self) -> trees.TreeSpec:
+        """The structure of ``w``."""
+        return self.state.spec
+
+    @property
+    def num_params(self) -> int:
+        return self.state.num_floating
+
+    def params(self, w: Sequence[Any], theta: Sequence[Tensor]) -> TensorTree:
+        """The params, whose integers, if they have any, are the last tensors of theta."""
+        return trees.unflatten(self.state.full, self.leaves(w, theta))
+
+    def leaves(self, w: Sequence[Any], theta: Sequence[Tensor]) -> Leaves:
+        """The leaves of the params."""
+        if not self.state.num_others:
+            return tuple(w)
+        return self.state.merge(w, theta[len(theta) - self.state.num_others :])
 
     def function(self, *tensors: Tensor) -> Leaves:
         """``P(w, theta)`` for the leaves of ``w`` followed by the tensors of ``theta``."""
@@ -87,15 +108,16 @@ class BoundCondition:
             loss = self.proximal.loss if self.proximal else self.condition.fn
             return autodiff.gradient(
                 lambda *leaves: check_scalar(
-                    loss(trees.unflatten(self.params_spec, leaves), *hparams_and_args), "inner_loss"
+                    loss(self.params(leaves, theta), *hparams_and_args), "inner_loss"
                 ),
                 w,
             )
         name = self.condition.kind
-        value = self.condition.fn(trees.unflatten(self.params_spec, w), *hparams_and_args)
+        value = self.condition.fn(self.params(w, theta), *hparams_and_args)
         leaves, spec = trees.flatten(value)
-        trees.check_like(leaves, spec, w, self.params_spec, f"the output of {name}", "params")
-        return tuple(leaves)
+        like, what = self.leaves(w, theta), f"the output of {name}"
+        trees.check_like(leaves, spec, like, self.state.full, what, "params")
+        return self.state.split(leaves)[0]
 
     def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> autodiff.Linearization:
         """``P`` at a point; group 0 is ``w``, group 1 the tensors of ``theta`` at ``wrt``."""

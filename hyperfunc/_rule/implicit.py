@@ -72,7 +72,10 @@ class ImplicitProblem:
     bound: BoundCondition | None = None
 
     def solve(self, theta: Leaves) -> Leaves:
-        """The inner solution as detached leaves that share no memory with the arguments."""
+        """The inner solution as detached leaves that share no memory with the arguments.
+
+        Those that are integers or bools come last.
+        """
         hparams = theta[: self.arguments.num_hparams]
         versions = tracking.versions(hparams)
         captured = captured_tensors(self.inner_solver) if tracking.transforms_active() else ()
@@ -92,10 +95,12 @@ class ImplicitProblem:
         if tracking.reaches_foreign_leaf(tuple(map(tracking.innermost, leaves)), (), since):
             raise ValueError(captured_message("the inner solver"))
         self._refuse_written(versions, tracking.versions(hparams))
-        self.bound = BoundCondition(self.condition, self.arguments, spec, len(leaves))
         if self.throw is not False:
             raise_unless_finite(leaves, spec)
-        return tuple(leaf.clone() for leaf in tracking.detach(leaves))
+        state = trees.StateSpec.of(spec, leaves)
+        self.bound = BoundCondition(self.condition, self.arguments, state)
+        w, others = state.split(leaves)
+        return tuple(leaf.clone() for leaf in tracking.detach((*w, *others)))
 
     def _run(self, theta: Leaves, captured: Sequence[Tensor]) -> tuple[Leaves, trees.TreeSpec]:
         """What the inner solver returns, by a loop over tasks where it is no code for vmap."""
@@ -126,15 +131,21 @@ class ImplicitProblem:
             )
         return leaves, specs[0]
 
-    def solution(self, theta: Leaves) -> Leaves:
-        """The inner solution, with the implicit rule attached if derivatives may be asked for."""
-        if not tracking.is_tracked(theta):
-            return self.solve(theta)
-        self._refuse_captured_by_solver(theta)
-        w: Leaves = _ImplicitSolution.apply(self, *theta)
-        if tracking.transforms_active():  # without them, every linearisation looks for itself
+    def solution(self, theta: Leaves) -> tuple[Leaves, Leaves]:
+        """The inner solution, and theta, which now has what in the solution is no floating number.
+
+        It has the implicit rule attached if derivatives may be asked for.
+        """
+        tracked = tracking.is_tracked(theta)
+        if tracked:
+            self._refuse_captured_by_solver(theta)
+        leaves = _ImplicitSolution.apply(self, *theta) if tracked else self.solve(theta)
+        assert self.bound is not None
+        w, others = split(leaves, self.bound.num_params)
+        theta = (*theta, *others)
+        if tracked and tracking.transforms_active():  # else every linearisation looks for itself
             self.refuse_captured(w, theta)
-        return w
+        return w, theta
 
     def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> Linearized:
         """The condition's function at a point; see `BoundCondition.linearize`."""
@@ -230,30 +241,34 @@ class _ImplicitSolution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
         ctx.problem, *theta = inputs
-        ctx.num_params = len(output)
-        _save(ctx, *output, *theta)
+        ctx.num_params = ctx.problem.bound.num_params
+        ctx.num_others = len(output) - ctx.num_params
+        w, others = split(output, ctx.num_params)
+        _save(ctx, *w, *theta, *others)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         w, theta = split(autodiff.saved_tensors(ctx), ctx.num_params)
-        wrt = differentiable_indices(theta, ctx.needs_input_grad[1:])
+        num_theta = len(theta) - ctx.num_others
+        wrt = differentiable_indices(theta[:num_theta], ctx.needs_input_grad[1:])
         with ctx.problem.explained(theta):
             linearization = ctx.problem.linearize(w, theta, wrt)
+            cotangents = cotangents[: ctx.num_params]
             u, _ = ctx.problem.unseen_adjoint(linearization, w, theta, cotangents)
             cross = cross_term(ctx.problem, linearization, w, theta, wrt, u)
-        return (None, *scatter(cross, wrt, len(theta)))
+        return (None, *scatter(cross, wrt, num_theta))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Leaves:
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         with autodiff.nested_forward_mode(ctx.saved_tensors) as saved:
             w, theta = split(saved, ctx.num_params)
-            wrt, directions = _directions(tangents, theta)
+            wrt, directions = _directions(tangents, theta[: len(theta) - ctx.num_others])
             linearization = ctx.problem.linearize(w, theta, wrt)
             b = trees.scale(-ctx.problem.condition.scale, linearization.push(directions, 1))
             if (regulariser := ctx.problem.bound.regulariser(w, theta, wrt)) is not None:
                 b = trees.sub(b, regulariser.push(directions))
             w_dot, _ = ctx.problem.unseen_adjoint(linearization, w, theta, b, transposed=False)
-            return tuple(w_dot)
+            return (*w_dot, *[None] * ctx.num_others)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -409,23 +424,26 @@ def cross_term(
 
 
 def flatten_params(params: Any) -> tuple[Leaves, trees.TreeSpec]:
-    """Flatten what an inner solver returned, with an error that names the solver."""
+    """Flatten what an inner solver returned, integers too, with an error that names the solver."""
     if params is None:
         raise TypeError(
             "the inner solver returned None; expected the tree of inner parameters. "
             "Is its return statement missing?"
         )
-    return trees.flatten_floating(params, "params")
+    return trees.flatten_floating(params, "params", others=True)
 
 
 def raise_unless_finite(leaves: Leaves, spec: trees.TreeSpec, name: str = "params") -> None:
     """Raise if a solution, or the gradient for hparams, has NaN or Inf, naming leaf and tasks."""
+    floating = [i for i, leaf in enumerate(leaves) if leaf.is_floating_point()]
+    leaves = tuple(leaves[i] for i in floating)
     if batching.all_true(trees.sum_is_finite(leaves)):
         return
     finite = trees.all_finite(leaves)
     if batching.all_true(finite):
         return
-    parts = zip(trees.paths(spec, name), leaves, strict=True)
+    paths = trees.paths(spec, name)
+    parts = ((paths[i], leaf) for i, leaf in zip(floating, leaves, strict=True))
     path = next(path for path, leaf in parts if not batching.all_true(trees.all_finite((leaf,))))
     message = _NOT_FINITE[name].format(path=path, tasks=of_tasks(~finite))
     if name == "hparams" and any(leaf.dtype == torch.float16 for leaf in leaves):

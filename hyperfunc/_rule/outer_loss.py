@@ -28,14 +28,14 @@ def mean_outer_gradient(
     Losses (of minibatches) are evaluated one by one, so that one graph at a time is held.
     """
     assert problem.bound is not None
-    arguments, params_spec, n = problem.arguments, problem.bound.params_spec, len(w)
+    arguments, bound, n = problem.arguments, problem.bound, len(w)
     auxes = []
     total: Leaves = ()
     for outer_loss in outer_losses:
         outer = OuterLoss(outer_loss, has_aux)
         linearized = autodiff.Linearization(
             lambda *leaves, outer=outer: outer(
-                trees.unflatten(params_spec, leaves[:n]), *arguments.unflatten(leaves[n:])
+                bound.params(leaves[:n], leaves[n:]), *arguments.unflatten(leaves[n:])
             ),
             (*w, *theta),
             (tuple(range(n + arguments.num_hparams)),),

@@ -172,10 +172,10 @@ class _Problem:
         return float(self.outer(self.solve(h), self.tree(h)).detach())
 
     def outer_gradient(self, params: TensorTree) -> tuple[Leaves, Leaves]:
-        w, spec = trees.flatten(params)
+        w, others, state = trees.flatten_state(params, "params")
         h, n = trees.flatten(self.hparams)[0], len(w)
         grads = autodiff.gradient(
-            lambda *leaves: self.outer(trees.unflatten(spec, leaves[:n]), self.tree(leaves[n:])),
+            lambda *leaves: self.outer(state.fill(leaves[:n], others), self.tree(leaves[n:])),
             (*w, *h),
             create_graph=False,
         )
@@ -215,7 +215,7 @@ def _check(
     directions = [random_direction(h, generator) for _ in range(num_directions)]
     grads, solution = problem.hypergrad(problem.method)
     params = trees.tree_map(_detached, solution.params)
-    w = tuple(trees.flatten(params)[0])
+    w = trees.flatten_state(params, "params")[0]
     rtol = max(trees.epsilon(h), trees.epsilon(w)) ** 0.25 if rtol is None else rtol
 
     noise = noise_level(problem.value, h, directions[0])
@@ -252,7 +252,8 @@ def _check(
             by_dense = _along(problem.hypergrad(at.exact, params)[0], directions)
             report = report._replace(by_dense=by_dense)
         if is_implicit(problem.method):
-            u, b = tracking.detach(trees.flatten(solution.adjoint)[0]), outer_gradient[0]
+            u, _ = at.bound.state.split(tracking.detach(trees.flatten(solution.adjoint)[0]))
+            b = outer_gradient[0]
             size = trees.norm(b)
             left = trees.norm(at.operator.T.residual(u, b))
             report = report._replace(linear_residual=left / torch.where(size > 0, size, 1.0))
@@ -284,10 +285,11 @@ def _functions(
     at: _ConditionAtParams | None,
 ) -> dict[str, _Function]:
     """What enters the formula; the residual is multiplied by a fixed vector."""
-    spec, tree = trees.flatten(params)[1], problem.tree
+    _, others, state = trees.flatten_state(params, "params")
+    tree = problem.tree
     functions = {
         "outer loss": _Function(
-            lambda w, h: problem.outer(trees.unflatten(spec, w), tree(h)), *outer_gradient
+            lambda w, h: problem.outer(state.fill(w, others), tree(h)), *outer_gradient
         )
     }
     if at is None:
@@ -301,7 +303,7 @@ def _functions(
     if bound.condition.kind == "inner_loss":  # whose derivative by hparams is not used
         loss = bound.condition.fn
         functions["inner loss"] = _Function(
-            lambda w, h: loss(trees.unflatten(spec, w), tree(h), *problem.args), at.residual, ()
+            lambda w, h: loss(state.fill(w, others), tree(h), *problem.args), at.residual, ()
         )
     return functions
 
@@ -340,7 +342,7 @@ class _Search:
 
         def moved(direction: Leaves) -> tuple[Leaves, Leaves]:
             h = trees.axpy(0.01, direction, self.h)
-            return tuple(trees.flatten(self.problem.solve(h))[0]), h
+            return trees.flatten_state(self.problem.solve(h), "params")[0], h
 
         def residual(w: Leaves, h: Leaves) -> float:
             return float(trees.norm(at.bound.residual_at(w, (*h, *at.theta[len(h) :]))))
@@ -407,7 +409,7 @@ class _Search:
         return _within(here, there, self.gap / 2)
 
     def _exact(self, at: _ConditionAtParams, w: Leaves) -> Tensor:
-        params = trees.unflatten(at.bound.params_spec, w)
+        params = at.bound.params(w, at.theta)
         return _along(self.problem.hypergrad(at.exact, params)[0], self.directions)
 
     def _unsatisfied_because(self, facts: Diagnosis) -> set[str]:
@@ -438,10 +440,10 @@ def _assumption_broken(method: Any, facts: Diagnosis, at: _ConditionAtParams) ->
 def _bind(problem: _Problem, params: TensorTree) -> tuple[BoundCondition, Leaves, Leaves]:
     """The condition on flat tensors, with params and arguments."""
     assert problem.condition is not None
-    leaves, spec = trees.flatten_floating(params, "params")
+    leaves, others, state = trees.flatten_state(params, "params")
     arguments, theta, _ = Arguments.flatten(problem.hparams, problem.args)
-    bound = BoundCondition(problem.condition, arguments, spec, len(leaves))
-    return bound, tracking.detach(leaves), theta
+    bound = BoundCondition(problem.condition, arguments, state)
+    return bound, tracking.detach(leaves), (*theta, *tracking.detach(others))
 
 
 def _by_unrolling(problem: _Problem, directions: list[Leaves]) -> Any:

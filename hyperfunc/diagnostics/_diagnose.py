@@ -216,9 +216,9 @@ def diagnose(
             "characterises params"
         )
     check_count("diagnose", "num_steps", num_steps)
-    leaves, spec = trees.flatten_floating(params, "params")
+    leaves, others, state = trees.flatten_state(params, "params")
     arguments, theta, _ = Arguments.flatten(hparams, args)
-    bound = BoundCondition(condition, arguments, spec, len(leaves))
+    bound, theta = BoundCondition(condition, arguments, state), (*theta, *others)
     with explained("diagnose", lambda: trees.named_tensors(hparams, args)):
         return diagnose_bound(
             bound, tracking.detach(leaves), tracking.detach(theta), num_steps, seed

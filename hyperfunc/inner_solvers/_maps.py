@@ -95,18 +95,21 @@ class _DescentMap:
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree:
         lr = in_own_dtype(self.lr(hparams)) if callable(self.lr) else self.lr
-        leaves, spec = trees.flatten_floating(params, "params")
+        leaves, others, state = trees.flatten_state(params, "params")
         operands, structure = trees.flatten((params, hparams, args))
         trees.refuse_holders(operands, structure, "(params, hparams, args)")
         regularised = self.loss if isinstance(self.loss, ProximalLoss) else None
         loss = self.loss if regularised is None else regularised.loss
 
         def value(*flat: Tensor) -> Tensor:
-            result = loss(trees.unflatten(spec, flat), hparams, *args)
+            result = loss(state.fill(flat, others), hparams, *args)
             return check_scalar(result, "inner_loss")
 
         grads = autodiff.gradient(value, leaves, create_graph=tracking.is_tracked(operands))
         if regularised is not None:
-            grads = regularised.at(hparams, leaves, spec).add_gradient(grads, leaves)
-        moved = trees.unflatten(spec, trees.axpy(-lr, grads, leaves))
-        return moved if self.prox is None else self.prox(moved, hparams, lr)
+            grads = regularised.at(hparams, leaves, state.spec).add_gradient(grads, leaves)
+        moved = trees.axpy(-lr, grads, leaves)
+        if self.prox is None:
+            return state.fill(moved, others)
+        proximal = self.prox(trees.unflatten(state.spec, moved), hparams, lr)
+        return state.fill(trees.flatten(proximal)[0], others) if others else proximal

@@ -81,8 +81,8 @@ class ProximalLoss:
     center: Any
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> Any:
-        leaves, spec = trees.flatten_floating(params, "params")
-        offset = trees.sub(leaves, self.center_at(hparams, leaves, spec))
+        leaves, _, state = trees.flatten_state(params, "params")
+        offset = trees.sub(leaves, self.center_at(hparams, leaves, state.spec))
         norm_squared = sum(torch.sum(leaf * leaf).to(leaves[0]) for leaf in offset)
         return self.loss(params, hparams, *args) + 0.5 * self.weight_at(hparams) * norm_squared
 

@@ -189,7 +189,8 @@ class FlatSteps:
             params = self._watches[0].run(self._init, hparams, *args)
         else:
             params = self._init(hparams, *args)
-        leaves, self._params_spec = trees.flatten_floating(params, "params")
+        leaves, self._params_spec = trees.flatten_floating(params, "params", others=True)
+        self._state_spec = trees.StateSpec.of(self._params_spec, leaves)
         memory, self._memory_spec = trees.flatten(self._step.remember(params))
         for path, leaf in zip(trees.paths(self._memory_spec, "state"), memory, strict=True):
             if not isinstance(leaf, Tensor):
@@ -234,7 +235,9 @@ class FlatSteps:
                 result = trees.where(active, result, state)
             if not self.can_stop:
                 return result
-            new, old = tracking.detach(new), tracking.detach(old)
+            new, old = (
+                tracking.detach(self._state_spec.split(leaves)[0]) for leaves in (new, old)
+            )
             change, size = trees.norm(trees.sub(new, old)), trees.norm(new)
             return (*result, change <= self._atol + self._rtol * size)
 

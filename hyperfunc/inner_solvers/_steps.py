@@ -56,11 +56,14 @@ class DescentStep:
     optimizer: optim.Optimizer
 
     def remember(self, params: TensorTree, /) -> TensorTree:
-        return self.optimizer.init(params)
+        w, _, state = trees.flatten_state(params, "params")
+        return self.optimizer.init(trees.unflatten(state.spec, w))
 
     def bind(self, specs: Specs, like: Leaves, hparams: Any, args: tuple[Any, ...]) -> FlatStep:
-        loss, optimizer, spec = self.inner_loss, self.optimizer.update, specs[0]
-        update = self._update(specs, like, hparams)
+        loss, optimizer = self.inner_loss, self.optimizer.update
+        state = trees.StateSpec.of(specs[0], like)
+        spec, (like, _) = state.spec, state.split(like)
+        update = self._update((spec, specs[1]), like, hparams)
         regulariser, rate = None, None
         if isinstance(loss, ProximalLoss):
             regulariser, loss = loss.at(hparams, like, spec), loss.loss
@@ -71,8 +74,18 @@ class DescentStep:
         tracked = tracking.is_tracked(operands)
 
         def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
+            if not state.num_others:
+                return descend(leaves, (), memory, extra)
+            w, others = state.split(leaves)
+            w, memory = descend(w, others, memory, extra)
+            return state.merge(w, others), memory
+
+        def descend(
+            leaves: Leaves, others: Leaves, memory: Leaves, extra: tuple[Any, ...]
+        ) -> tuple[Leaves, Leaves]:
             def value(*flat: Tensor) -> Tensor:
-                result = loss(trees.unflatten(spec, flat), hparams, *args, *extra)
+                params = state.fill(flat, others) if others else trees.unflatten(spec, flat)
+                result = loss(params, hparams, *args, *extra)
                 return check_scalar(result, "inner_loss")
 
             row = trees.flatten(extra)[0] if extra else ()

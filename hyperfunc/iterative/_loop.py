@@ -404,7 +404,7 @@ class _Product:
             if self.live is None:
                 tangents = dict(zip(self.wrt, vectors, strict=True))
                 results, outputs = self.loop.tangents(operands, tangents, batched=self.batched)
-                like = dict(enumerate(outputs))
+                like = {i: outputs[i] for i in differentiable_indices(outputs)}
             else:
                 compute = self.loop.gradients if self.loop.chunk is None else self.loop.accumulate
                 cotangents = dict(zip(self.live, vectors, strict=True))
@@ -457,7 +457,8 @@ class _Product:
 
         def outputs(*leaves: Tensor) -> Leaves:
             params = chain(*leaves)
-            return params if self.live is None else tuple(params[i] for i in self.live)
+            live = differentiable_indices(params) if self.live is None else self.live
+            return tuple(params[i] for i in live)
 
         linearized = autodiff.Linearization(outputs, operands, (self.wrt,))
         product = linearized.push if self.live is None else linearized.pull

@@ -14,7 +14,7 @@ from hyperfunc._compile.compiler import Compiler, applies
 from hyperfunc._engine import trees
 from hyperfunc._engine.flat import split
 from hyperfunc._engine.results import Solution, SolveStats
-from hyperfunc._rule.conditions import Arguments, Condition, make_condition
+from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition, make_condition
 from hyperfunc._rule.error_bound import ErrorBound, error_bound
 from hyperfunc._rule.implicit import (
     ImplicitProblem,
@@ -68,11 +68,11 @@ class Rule:
                 return solution_map(hparams, *args)
         arguments, theta, _ = Arguments.flatten(hparams, args)
         problem = self.make_problem(arguments)
-        w = problem.solution(theta)
+        w, theta = problem.solution(theta)
         if torch.is_grad_enabled() and not tracking.is_tracked(theta):
             problem.refuse_captured(w, theta)
         assert problem.bound is not None
-        return trees.unflatten(problem.bound.params_spec, w)
+        return problem.bound.params(w, theta)
 
 
 def make_rule(
@@ -124,10 +124,10 @@ class Hypergradient:
     ) -> tuple[TensorTree, Solution]:
         arguments, theta, hparams_spec = Arguments.flatten(hparams, args)
         problem = self.rule.make_problem(arguments)
-        w = problem.solution(theta)
+        w, theta = problem.solution(theta)
         assert problem.bound is not None
-        params_spec = problem.bound.params_spec
-        start = None if adjoint_init is None else _flatten_start(adjoint_init, w, params_spec)
+        bound = problem.bound
+        start = None if adjoint_init is None else _flatten_start(adjoint_init, bound, w, theta)
         differentiate = self._differentiate
         if self.compiler is not None and applies((*w, *theta)):
             differentiate = self._differentiate_compiled
@@ -135,7 +135,8 @@ class Hypergradient:
         if self.rule.throw and not is_sound(grads):
             raise_unless_finite(grads, hparams_spec, "hparams")
             refuse_unreached_by_rule(problem, self._outer_value(problem, len(w)), w, theta, grads)
-        params, adjoint = (trees.unflatten(params_spec, leaves) for leaves in (w, u))
+        zeros = trees.zeros_like(theta[len(theta) - bound.state.num_others :])
+        params, adjoint = bound.params(w, theta), bound.params(u, zeros)
         error = self._bound_error(problem, w, theta, u)
         solution = Solution(params, value, aux, adjoint, stats, error)
         return trees.unflatten(hparams_spec, grads), solution
@@ -168,7 +169,7 @@ class Hypergradient:
             w, theta, rest = operands[:n], operands[n : n + m], operands[n + m :]
             return self._differentiate(quiet, w, theta, rest or None)
 
-        key = (problem.bound.params_spec, problem.arguments)
+        key = (problem.bound.state, problem.arguments)
         result = self.compiler.call(
             compute, key, self.compiler.read(), (*w, *theta, *(start or ()))
         )
@@ -191,7 +192,7 @@ class Hypergradient:
         outer = OuterLoss(self.outer_loss, self.has_aux)
 
         def value(*leaves: Tensor) -> Tensor:
-            params = trees.unflatten(bound.params_spec, leaves[:n])
+            params = bound.params(leaves[:n], leaves[n:])
             return outer(params, *problem.arguments.unflatten(leaves[n:]))[0][0]
 
         return value
@@ -246,11 +247,14 @@ class Hypergradient:
         return trees.unflatten(hparams_spec, grads), solution
 
 
-def _flatten_start(adjoint_init: TensorTree, w: Leaves, params_spec: trees.TreeSpec) -> Leaves:
+def _flatten_start(
+    adjoint_init: TensorTree, bound: BoundCondition, w: Leaves, theta: Leaves
+) -> Leaves:
     """The leaves of a start of the linear solve, which has to be like params."""
     leaves, spec = trees.flatten(adjoint_init)
     try:
-        trees.check_like(leaves, spec, w, params_spec, "adjoint_init", "params")
+        like = bound.leaves(w, theta)
+        trees.check_like(leaves, spec, like, bound.state.full, "adjoint_init", "params")
     except ValueError as error:
         if not tracking.transforms_active():
             raise
@@ -258,4 +262,4 @@ def _flatten_start(adjoint_init: TensorTree, w: Leaves, params_spec: trees.TreeS
             f"{error}. If it is stacked: vmap maps no keywords, so write "
             f"vmap(lambda h, start: fn(h, adjoint_init=start))(hparams, start)"
         ) from None
-    return tuple(leaves)
+    return bound.state.split(leaves)[0]
