@@ -235,9 +235,7 @@ class FlatSteps:
                 result = trees.where(active, result, state)
             if not self.can_stop:
                 return result
-            new, old = (
-                tracking.detach(self._state_spec.split(leaves)[0]) for leaves in (new, old)
-            )
+            new, old = (tracking.detach(self._state_spec.split(leaves)[0]) for leaves in (new, old))
             change, size = trees.norm(trees.sub(new, old)), trees.norm(new)
             return (*result, change <= self._atol + self._rtol * size)
 

@@ -180,7 +180,9 @@ def test_minimize_keeps_what_has_no_gradient() -> None:
 
 def test_params_without_a_floating_number_are_refused() -> None:
     solver = hf.iterate(lambda w, h: w + 1, 3, init=lambda h: {"n": torch.tensor(0)})
-    with pytest.raises(TypeError, match=r"params\['n'\] has dtype torch.int64; expected a floating"):
+    with pytest.raises(
+        TypeError, match=r"params\['n'\] has dtype torch.int64; expected a floating"
+    ):
         hf.hypergrad(solver, lambda w, h: h, method="reverse")(torch.tensor(1.0))
 
 
@@ -230,8 +232,13 @@ def test_derivatives_flow_through_statistics(norm: str) -> None:
         gradient, state = grad(loss, has_aux=True)(s["w"], s["state"], x, y)
         # what was gathered is used inside, too
         pull = evaluate(s["w"], query, buffers=state).mean()
-        return {"w": {k: p - h * g - 0.1 * h * pull for (k, p), g in zip(
-            s["w"].items(), gradient.values(), strict=True)}, "state": state}
+        return {
+            "w": {
+                k: p - h * g - 0.1 * h * pull
+                for (k, p), g in zip(s["w"].items(), gradient.values(), strict=True)
+            },
+            "state": state,
+        }
 
     def outer(s: Any, h: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return ((evaluate(s["w"], query, buffers=s["state"]) - target) ** 2).mean()
