@@ -88,9 +88,9 @@ def iterate(
 
     Args:
         step: ``(params, hparams, *args) -> params``, pure, with a result of the same structure,
-            shapes and dtypes as ``params``. These may hold integers and bools beside floating-point
-            tensors, such as counters of a module's buffers: they have no derivative. Take gradients in it with `torch.func.grad` or
-            `gradient_descent_map`, which work whether or not a graph is being recorded.
+            shapes and dtypes as ``params``. Take gradients in it with `torch.func.grad` or
+            `gradient_descent_map`, which work whether or not a graph is being recorded. Integers
+            and bools in ``params``, such as counters, have no derivative.
         num_steps: the number of steps $T \ge 0$.
         init: ``(hparams, *args) -> params``, the start $w_0$.
         inputs: a tree of tensors with leading dimension ``num_steps`` (minibatches, step sizes, or
