@@ -112,5 +112,6 @@ def add_to_all(x: Leaves, y: Leaves, alpha: float) -> None:
     torch._foreach_add_(x, y, alpha=alpha)
 
 
-# The leaves of what torch takes for a tree, as vmap does.
+# The leaves of what torch takes for a tree, as vmap does, and their replacement.
 tree_leaves = _pytree.tree_leaves
+tree_map = _pytree.tree_map

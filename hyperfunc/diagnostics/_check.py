@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,6 +25,16 @@ from hyperfunc.diagnostics._differences import (
     random_direction,
 )
 from hyperfunc.diagnostics._report import Causes, HypergradCheck, outcome
+from hyperfunc.diagnostics._routes import (
+    REFUSALS,
+    ROUTES,
+    Route,
+    Tasks,
+    gap,
+    gap_of_derivative,
+    gap_of_vmap,
+    suspect,
+)
 from hyperfunc.inner_solvers._solvers import IterativeSolver
 from hyperfunc.iterative import Reverse, ReverseUnroll
 from hyperfunc.linear_solvers import (
@@ -57,6 +67,8 @@ def check_hypergrad(  # noqa: D417
     num_directions: int = 3,
     max_dense: int = 500,
     unroll: bool = True,
+    in_dims: Any = None,
+    routes: Sequence[Route] | None = None,
     generator: torch.Generator | None = None,
 ) -> HypergradCheck:
     r"""Check a hypergradient on a problem of yours, and say what is wrong if it is.
@@ -75,6 +87,11 @@ def check_hypergrad(  # noqa: D417
     Whether a solver stopped early or solves another problem can be told for those of
     `hyperfunc.iterate` and `hyperfunc.minimize`; for others both causes are reported.
 
+    Then what is right for one task is compared with other ways to compute it: with a ``vmap`` over
+    several tasks, and if asked for with compiled code, and with its own derivative against
+    differences. If they do not agree, each operation that was called is tried by itself, so that
+    one with a wrong rule (of yours, for ``vmap`` or a derivative, or of torch) is named.
+
     All arguments that are not listed here are those of `hyperfunc.hypergrad`.
 
     Args:
@@ -88,6 +105,12 @@ def check_hypergrad(  # noqa: D417
         num_directions: how many directions, >= 1; each mixes all leaves of hparams.
         max_dense: leave the direct solve out beyond this many inner parameters, >= 0.
         unroll: whether to differentiate the inner solver; its graph may be large.
+        in_dims: as for `hyperfunc.task_map`, where hparams or args hold several tasks, of which
+            the first one is checked and all are compared. By default there is one, and a second
+            one is made of hparams close by.
+        routes: which of ``"vmap"``, ``"compile"`` and ``"derivative"`` are compared; by default a
+            vmap, if the functions can be mapped. The derivative, of a hypergradient by its
+            hparams, needs a converged solver if the method is implicit.
         generator: of the directions, on the CPU; by default one with seed 0.
 
     Returns:
@@ -126,12 +149,23 @@ def check_hypergrad(  # noqa: D417
     if rtol is not None:
         check_number("check_hypergrad", "rtol", rtol, above=True)
     hparams, args = trees.tree_map(_detached, (hparams, args))
+    for route in routes or ():
+        if route not in ROUTES:
+            raise ValueError(
+                f"check_hypergrad: routes holds {route!r}; expected some of "
+                f"{', '.join(map(repr, ROUTES))}"
+            )
+    tasks = None
+    if in_dims is not None:
+        tasks = Tasks.of(in_dims, (hparams, *args))
+        hparams, *rest = tasks.single[0]
+        args = tuple(rest)
     condition = make_condition(inner_solver, fixed_point, inner_loss, optimality)
     method = resolve_method(method)
     problem = _Problem(inner_solver, outer_loss, method, condition, has_aux, hparams, args)
     named = functools.partial(trees.named_tensors, hparams, args)
     with torch.enable_grad(), explained("check_hypergrad", named):
-        report = _check(problem, rtol, num_directions, max_dense, unroll, generator)
+        report = _check(problem, rtol, num_directions, max_dense, unroll, generator, routes, tasks)
     if throw:
         report.raise_if_failed()
     return report
@@ -149,14 +183,16 @@ class _Problem:
 
     def hypergrad(self, method: Any, params: TensorTree = None) -> tuple[Leaves, Any]:
         """By a method, at given params or those of the inner solver."""
-        solver = self.inner_solver if params is None else lambda hparams, *args: params
-        condition = self.condition
-        keywords: dict[str, Any] = {} if condition is None else {condition.kind: condition.fn}
-        transformed = hypergrad_and_solution(
-            solver, self.outer_loss, method=method, has_aux=self.has_aux, throw=False, **keywords
-        )
-        grads, solution = transformed(self.hparams, *self.args)
+        grads, solution = self.transformed(method, params)(self.hparams, *self.args)
         return tracking.detach(trees.flatten(grads)[0]), solution
+
+    def transformed(self, method: Any, params: TensorTree = None, **options: Any) -> Any:
+        """What `hypergrad_and_solution` makes of the problem."""
+        solver = self.inner_solver if params is None else lambda hparams, *args: params
+        if self.condition is not None:
+            options[self.condition.kind] = self.condition.fn
+        options |= {"method": method, "has_aux": self.has_aux, "throw": False}
+        return hypergrad_and_solution(solver, self.outer_loss, **options)
 
     def outer(self, params: TensorTree, hparams: TensorTree) -> Tensor:
         output = self.outer_loss(params, hparams, *self.args)
@@ -208,6 +244,8 @@ def _check(
     max_dense: int,
     unroll: bool,
     generator: torch.Generator | None,
+    routes: Sequence[Route] | None,
+    tasks: Tasks | None,
 ) -> HypergradCheck:
     """Compare with differences, measure what else the report tells, and find causes if need be."""
     h, h_spec = trees.flatten_floating(problem.hparams, "hparams")
@@ -236,6 +274,8 @@ def _check(
         result=solution.stats.result if is_implicit(problem.method) else (),
         causes=_causes(),
         lost=trees.unflatten(h_spec, [torch.tensor(False) for _ in h]),
+        routes={},
+        operations={},
     )
     outer_gradient = problem.outer_gradient(params)
     at = None
@@ -260,7 +300,7 @@ def _check(
     if not _within(errors, torch.zeros_like(errors), 0.05 * scale):
         return report._replace(causes=_causes("inconclusive"))
     if _within(by_method, by_differences, report.tolerance):
-        return report
+        return _by_routes(problem, report, routes, tasks, directions, rtol)
     functions = _functions(problem, params, outer_gradient, at)
     search = _Search(problem, report, at, functions, w, h, directions, rtol, rtol * scale)
     lost = search.lost_leaves()
@@ -268,6 +308,44 @@ def _check(
         causes=_causes(*search.causes(any(lost))),
         lost=trees.unflatten(h_spec, [torch.tensor(flag) for flag in lost]),
     )
+
+
+def _by_routes(
+    problem: _Problem,
+    report: HypergradCheck,
+    routes: Sequence[Route] | None,
+    tasks: Tasks | None,
+    directions: list[Leaves],
+    rtol: float,
+) -> HypergradCheck:
+    """The report with the gaps by other routes, and the operation that is wrong by one."""
+
+    def one(*task: Any, **options: Any) -> TensorTree:
+        return problem.transformed(problem.method, **options)(*task)[0]
+
+    point = (problem.hparams, *problem.args)
+    gaps: dict[str, Tensor] = {}
+    operations: dict[str, Tensor] = {}
+    for route in ("vmap",) if routes is None else routes:
+        if route == "vmap":
+            several = tasks or Tasks.near(problem.hparams, problem.args, directions[0])
+            try:
+                off = gap_of_vmap(one, several)
+            except REFUSALS:
+                if routes is None and tasks is None:
+                    continue
+                raise
+        elif route == "compile":
+            found, expected = (trees.flatten(one(*point, compile=c))[0] for c in (True, False))
+            off = gap(found, expected)
+        else:
+            off = gap_of_derivative(one, problem.hparams, problem.args, directions[0])
+        gaps[route] = torch.tensor(off)
+        if off > rtol and route != "compile":
+            operations = operations or suspect(one, point, route)
+    wrong = any(float(off) > rtol for off in gaps.values())
+    causes = _causes("route") if wrong else report.causes
+    return report._replace(routes=gaps, operations=operations, causes=causes)
 
 
 class _Function(NamedTuple):

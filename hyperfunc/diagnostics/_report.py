@@ -35,6 +35,12 @@ ADVICE = {
         "stale tensor that it closes over in place of hparams, a hyperparameter that it leaves out "
         "or forgets in one of its terms)"
     ),
+    "route": (
+        "several tasks at a time (vmap), compiled code or one more derivative give other numbers "
+        "than one task at a time. An operation has a wrong rule for it: a vmap or a derivative of "
+        "your own, or one of torch. Write the operation by others, or take tasks one by one: "
+        "hf.task_map(fn, in_dims, chunk_size=1)"
+    ),
     "inconclusive": (
         "the finite differences are too noisy to judge by. Is the inner solver random, or stopped "
         "by a loose tolerance? Use float64, fix its number of steps, or pass a larger rtol"
@@ -50,6 +56,7 @@ class Causes(NamedTuple):
     linear_solve: Tensor
     assumption_broken: Tensor
     dependence_lost: Tensor
+    route: Tensor
     inconclusive: Tensor
 
 
@@ -78,6 +85,11 @@ class HypergradCheck(NamedTuple):
         result: int64, its code of `hyperfunc.RESULTS`.
         causes: what is wrong, as bools.
         lost: a tree like hparams of bools: where a dependence on hparams was found to be lost.
+        routes: a dictionary of the routes that were tried: how far the hypergradient by each is
+            from that of one task at a time, relative to its largest entry. A vmap that was not
+            asked for, and raises, is left out.
+        operations: a dictionary from the name of an operation that is wrong by such a route, if
+            one was found, to how far it is.
         diagnosis: what `hyperfunc.diagnose` finds at the returned params.
     """
 
@@ -94,6 +106,8 @@ class HypergradCheck(NamedTuple):
     result: Any
     causes: Causes
     lost: TensorTree
+    routes: dict[str, Tensor]
+    operations: dict[str, Tensor]
     diagnosis: Diagnosis | tuple[()]
 
     @property
@@ -131,6 +145,9 @@ class HypergradCheck(NamedTuple):
         if isinstance(self.linear_residual, Tensor):
             name = outcome(self.result).name
             lines.append(f"linear residual {float(self.linear_residual):.2e} ({name})")
+        if self.routes:
+            gaps = (f"{route} {float(found):.2e}" for route, found in self.routes.items())
+            lines.append(f"against one task at a time: {', '.join(gaps)}")
         if not isinstance(self.by_dense, Tensor):
             lines.append("left out: dense (too many inner parameters, or no condition)")
         if not isinstance(self.by_unrolling, Tensor):
@@ -139,6 +156,8 @@ class HypergradCheck(NamedTuple):
 
     def _details(self, name: str) -> str:
         facts = self.diagnosis
+        if name == "route":
+            return f". It is {', '.join(self.operations) or 'one that was not found'}"
         if name in ("linear_solve", "assumption_broken") and isinstance(self.result, Tensor):
             text = f". The solve reported: {outcome(self.result).message}"
             if name == "assumption_broken" and isinstance(facts, Diagnosis):
