@@ -17,7 +17,7 @@ from hyperfunc._engine.trees import check_like, flatten, flatten_floating
 from hyperfunc._torch import derivative_rules
 from hyperfunc._torch.batching import mapped_zero
 from hyperfunc._torch.checkpointing import computed_once
-from hyperfunc._torch.internals import is_wrapped, tree_leaves
+from hyperfunc._torch.internals import copy_on_write, is_wrapped, tree_leaves
 from hyperfunc._torch.layers import is_compiled, use_values
 from hyperfunc._torch.tensordicts import is_tensordict
 from hyperfunc._torch.tracking import (
@@ -45,7 +45,8 @@ def functional(
     ``params``: a function that ``torch.func`` can differentiate and map, over the inputs and over
     stacked parameters alike. The module is copied once, here, with the mode of each layer, training
     or evaluation: nothing done with the result changes it, and nothing done later to the module
-    changes the result.
+    changes the result. What is not put into ``params``, such as a frozen base beside a trainable
+    adapter, takes no memory until it is written to: copies share it, where it is torch's own.
 
     A normalisation layer in training mode computes, from the mean :math:`\mu_B` and the variance
     :math:`\sigma_B^2` of the :math:`n` values of a channel in its batch,
@@ -448,11 +449,17 @@ def _check_module(module: Any) -> None:
 
 
 def _private_copy(module: nn.Module, chosen: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A copy that shares no tensor with the module, with NaN for the chosen parameters."""
+    """A copy of the module, with NaN for the chosen parameters.
+
+    It shares the memory of the others, until one of the two is written to.
+    """
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.full_like(p.new_empty(()), torch.nan).expand(p.shape))
         for p in chosen.values()
     }
+    for p in module.parameters():
+        if type(p) is nn.Parameter and type(p.data) is Tensor and not p.is_inference():
+            memo.setdefault(id(p), nn.Parameter(copy_on_write(p.detach()), requires_grad=False))
     for layer in module.modules():
         for tensor in (*vars(layer).values(), *layer.buffers(recurse=False)):
             # Hooks (weight_norm, pruning) leave computed tensors, which copy.deepcopy refuses.

@@ -383,6 +383,36 @@ def test_training_the_module_later_changes_nothing() -> None:
     assert all(p.any() for p in module.parameters())
 
 
+def test_a_frozen_base_is_not_copied_until_it_is_written_to() -> None:
+    """By hf.functional, by calls and derivatives of it, and by what is done with the module."""
+    is_shared = torch._C._is_cow_tensor
+    module, x = frozen_first(), torch.randn(BATCH, 3)
+    # memory that is not torch's own is copied at once
+    module[0].bias = nn.Parameter(torch.from_numpy(module[0].bias.numpy(force=True)), False)
+    weight, bias = module[0].weight, module[0].bias
+    kept = weight.clone(), bias.clone()
+    apply, params = functional(module)
+
+    def loss(w: Any, h: Tensor) -> Tensor:
+        return (apply(w, x) ** 2).mean() * h.exp()
+
+    solver = hf.minimize(loss, hf.optim.sgd(lr=0.1), 3, init=lambda h: params)
+    for method in ("reverse", "reverse_unroll", "forward", "cg"):
+        vmap(hf.hypergrad(solver, loss, method=method))(torch.zeros(2))
+    base = dict(apply._module.named_parameters())
+    assert is_shared(weight)
+    assert is_shared(base["0.weight"])
+    before = apply(params, x)
+    weight.data.mul_(2)  # which torch does not count as a change
+    bias.data.mul_(2)
+    close(apply(params, x), before)
+    with torch.no_grad():
+        base["0.weight"].zero_()
+    close(weight, 2 * kept[0])
+    close(bias, 2 * kept[1])
+    close(copy.deepcopy(apply)(params, x), apply(params, x))
+
+
 # functional: buffers ------------------------------------------------------------------------------
 
 

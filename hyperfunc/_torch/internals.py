@@ -107,6 +107,19 @@ def is_view(tensor: Tensor) -> bool:
     return tensor._is_view()
 
 
+def copy_on_write(tensor: Tensor) -> Tensor:
+    """A copy that shares memory until one of the two is written to, where torch can do that.
+
+    It cannot for memory that is not its own, such as that of NumPy or of a file.
+    """
+    if tensor.device.type in ("cpu", "cuda") and tensor.layout is torch.strided:
+        try:
+            return torch._lazy_clone(tensor)
+        except (AttributeError, RuntimeError):
+            pass
+    return tensor.clone()
+
+
 def add_to_all(x: Leaves, y: Leaves, alpha: float) -> None:
     """Write ``x + alpha y`` over all tensors of x in one call."""
     torch._foreach_add_(x, y, alpha=alpha)
