@@ -1,21 +1,29 @@
-"""`torch.utils.checkpoint` inside functions whose tensors are put in from outside.
+"""`torch.utils.checkpoint` in functions that are differentiated here.
 
-It computes a part of a module again in the backward pass, when `torch.func.functional_call` has
-taken the parameters out again, and under no transform of torch.func at all: gradients came out as
-zeros or NaN. Inside `computed_once` such parts are computed once and kept, as without it. The two
-functions of torch that are replaced for this ask a flag of their thread, and do in every other
-place what they did before. `hyperfunc.checkpoint` saves the memory, and holds under transforms.
+It computes a part of a function again in the backward pass, when `torch.func.functional_call` has
+taken the parameters out of a module again, and under no transform of torch.func at all: gradients
+came out as zeros or NaN. With ``use_reentrant=True`` it loses the derivatives by all that the part
+closes over, and has none of higher order. So such parts are computed once and kept, as without it,
+
+- inside `computed_once`, which is where a module is called with tensors put in from outside, and
+- in a function of the user's that is differentiated here: with ``use_reentrant=True``, and under
+  transforms. Outside of these ``use_reentrant=False`` is right, and saves the memory as it should.
+
+The two functions of torch that are replaced for this ask what holds in their thread, and do in
+every other place what they did before. `hyperfunc.checkpoint` saves the memory everywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils import checkpoint as torch_checkpoint
+
+from hyperfunc._torch import internals, tracking
 
 _LOCK = threading.Lock()
 
@@ -33,7 +41,6 @@ def computed_once() -> Iterator[None]:
     if torch.compiler.is_compiling():  # which checkpoints in a way of its own
         yield
         return
-    _replace()
     before, _thread.inside = _thread.inside, True
     try:
         yield
@@ -41,8 +48,16 @@ def computed_once() -> Iterator[None]:
         _thread.inside = before
 
 
-def _replace() -> None:
-    """Put in the two functions, once a process."""
+def _inside_transform() -> bool:
+    """Whether a transform is active, or left for a while and still refuses what is needed here."""
+    return tracking.transforms_active() or not internals.saved_tensors_hooks_enabled()
+
+
+def replace(is_differentiated: Callable[[], bool]) -> None:
+    """Put in the two functions, once a process; the argument tells whether a derivative is taken.
+
+    That is, by this package, of what runs now in this thread.
+    """
     original = torch_checkpoint._checkpoint_without_reentrant_generator
     if getattr(original, "_asks_hyperfunc", False):
         return
@@ -51,12 +66,12 @@ def _replace() -> None:
         reentrant = reentrant_function.apply
 
         def apply(function: Any, preserve: bool, *args: Any) -> Any:
-            if _thread.inside:
+            if _thread.inside or is_differentiated():
                 return function(*args)
             return reentrant(function, preserve, *args)
 
         def without_reentrant(*args: Any, **keywords: Any) -> Iterator[None]:
-            if _thread.inside:
+            if _thread.inside or (is_differentiated() and _inside_transform()):
                 yield
                 return
             yield from original(*args, **keywords)

@@ -66,6 +66,10 @@ def forward_mode_active() -> bool:
 forward_mode_enabled = forward_ad._set_fwd_grad_enabled
 
 
+# Whether hooks may pack what autograd saves, which torch.func refuses.
+saved_tensors_hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+
+
 def is_traced() -> bool:
     """Whether ``make_fx`` records what is computed."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None

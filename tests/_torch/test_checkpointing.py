@@ -150,3 +150,56 @@ def test_everywhere_else_checkpoints_compute_again(reentrant: bool) -> None:
     with pytest.raises(KeyError, match="inside"):
         hf.functional(Net(fails))[0](w0, torch.ones(2, 5))
     ordinary()
+
+
+@pytest.mark.parametrize("method", ["reverse_unroll", "reverse", "forward", "dense"])
+@pytest.mark.parametrize("closes_over", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_loss_of_ones_own_with_checkpoints(
+    method: str, closes_over: bool, reentrant: bool
+) -> None:
+    """Without a module: by arguments, and by what the checkpointed part closes over."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
+    start = torch.randn(4, 2, generator=generator, dtype=torch.float64) / 4
+    h = torch.tensor(-1.0, dtype=torch.float64)
+
+    def body(x: Tensor, w: Tensor) -> Tensor:
+        return torch.tanh(x @ w)
+
+    def checkpointed(x: Tensor, w: Tensor) -> Any:
+        if closes_over:
+            return checkpoint(lambda x: body(x, w), x, use_reentrant=reentrant)
+        return checkpoint(body, x, w, use_reentrant=reentrant)
+
+    def gradient(net: Any) -> Any:
+        def loss(w: Tensor, h: Tensor, x: Tensor) -> Tensor:
+            return ((net(x, w) - x[:, :2]) ** 2).mean() + h.exp() * (w**2).sum()
+
+        solver = hf.minimize(loss, hf.optim.sgd(lr=0.3), 3, init=lambda h, x: start)
+        return hf.hypergrad(solver, loss, method=method)
+
+    found, expected = gradient(checkpointed), gradient(body)
+    for route in (
+        lambda fn: fn(h, x[0]),
+        lambda fn: torch.func.vmap(fn, (None, 0))(h, x),
+        lambda fn: torch.func.jacrev(fn)(h, x[0]),
+        lambda fn: torch.func.jacfwd(fn)(h, x[0]),
+    ):
+        torch.testing.assert_close(route(found), route(expected), rtol=1e-10, atol=1e-12)
+
+
+def test_outside_of_transforms_checkpoints_still_save_memory() -> None:
+    """The part is computed again in the backward pass, where torch has that right."""
+    calls = []
+
+    def body(x: Tensor) -> Tensor:
+        calls.append(None)
+        return torch.sin(x)
+
+    def loss(w: Tensor, h: Tensor) -> Tensor:
+        return checkpoint(body, h * w, use_reentrant=False).sum()
+
+    solver = hf.minimize(loss, hf.optim.sgd(lr=0.1), 1, init=lambda h: torch.ones(3))
+    solver(torch.tensor(1.0))
+    assert len(calls) == 2

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch.overrides import TorchFunctionMode
 
-from hyperfunc._torch import internals, tracking
+from hyperfunc._torch import checkpointing, internals, tracking
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -104,6 +104,7 @@ class active:
         if _is_compiling():
             self._outer = None
             return Record(None)
+        checkpointing.replace(_is_differentiated)
         here = _here
         self._record = Record(here.record)
         self._outer = here.order, here.outside
@@ -137,6 +138,7 @@ class counting:
         if _is_compiling():
             self._outer = None
             return
+        checkpointing.replace(_is_differentiated)
         here = _here
         self._outer = here.order, here.outside
         if not here.order:
@@ -289,6 +291,10 @@ class _Here(threading.local):
 
 _here = _Here()
 _MODE = _Rules()
+
+
+def _is_differentiated() -> bool:
+    return _here.order > 0
 
 
 def _is_on() -> bool:
