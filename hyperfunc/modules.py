@@ -75,8 +75,9 @@ def functional(
 
     Args:
         module: any ``nn.Module`` without wrappers such as DataParallel; parametrisations, hooks and
-            tied weights work. Compile ``apply``, not the module. Parameters may be DTensors, also
-            those of a tensor-parallel plan, but not of ``fully_shard``.
+            tied weights work. Compile not the module, but what is differentiated, by ``compile`` of
+            `hypergrad` or `minimize`: ``torch.compile(apply)`` has no second derivative. Parameters
+            may be DTensors, also those of a tensor-parallel plan, but not of ``fully_shard``.
         buffers: what becomes of the buffers.
         include_frozen: also put the floating-point parameters with ``requires_grad=False`` into
             ``params``. Without it they are constants of ``apply``.
@@ -434,8 +435,9 @@ def _check_module(module: Any) -> None:
             )
         if is_compiled(layer):
             raise TypeError(
-                f"{where}, made by torch.compile; pass the module that was compiled, and compile "
-                f"the result: torch.compile(apply)"
+                f"{where}, made by torch.compile; pass the module that was compiled. To compile, "
+                f"write hf.hypergrad(..., compile=True) or hf.minimize(..., compile=True); "
+                f"torch.compile(apply) has first derivatives alone"
             )
         if isinstance(layer, torch.jit.ScriptModule):
             raise TypeError(f"{where}; pass the module before torch.jit.script or trace")

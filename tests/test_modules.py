@@ -698,6 +698,20 @@ def test_apply_compiles_without_graph_breaks(mode: Any) -> None:
         close(compiled(values, x), apply(values, x))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by dynamo
+@pytest.mark.parametrize("method", ["reverse_unroll", "forward", "cg"])
+def test_code_of_torch_compile_that_lacks_a_derivative_is_named(method: str) -> None:
+    plain, params = functional(nn.Linear(2, 2))
+    apply = torch.compile(plain, backend="aot_eager")
+
+    def loss(w: Any, h: Tensor) -> Tensor:
+        return (torch.tanh(apply(w, torch.ones(2))) ** 2).sum() * h.exp()
+
+    solver = hf.minimize(loss, hf.optim.sgd(lr=0.1), 2, init=lambda h: params)
+    with pytest.raises(RuntimeError, match=r"torch\.compile made, .*minimize\(\.\.\., compile=T"):
+        hf.hypergrad(solver, loss, method=method)(torch.tensor(0.0))
+
+
 def test_apply_is_copied_and_pickled() -> None:
     for name in ("batch_norm_cumulative", "mlp"):
         module, x = CASES[name].make(), inputs(CASES[name])

@@ -16,6 +16,13 @@ from hyperfunc._torch import sharding, tracking
 # Where code is that the user did not write.
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<frozen")
 
+_COMPILED = (
+    "calls code that torch.compile made, which has no derivative of a derivative, and a "
+    "hypergradient needs one. Leave torch.compile out of your functions (apply in place of "
+    "torch.compile(apply)), and compile what is differentiated: hf.hypergrad(..., compile=True), "
+    "hf.minimize(..., compile=True) or hf.iterate(..., compile=True)"
+)
+
 _LOOP = "hf.task_map(fn, in_dims, chunk_size=1), which maps tasks in a loop"
 
 # What torch says of code that vmap cannot map, or no transform can, and what helps.
@@ -113,6 +120,8 @@ def explained(caller: Any, arguments: Callable[[], Mapping[str, Tensor]]) -> Ite
                     f"0, for which torch lacks an operation that is needed here ({reason}). Leave "
                     f"the call out where there are no tasks"
                 ) from error
+        if "does not currently support double backward" in str(error):
+            raise NotImplementedError(f"{caller} {_COMPILED} (torch says: {reason})") from error
         if isinstance(error, RuntimeError):
             refuse_unmappable(f"{caller}: {_culprit(error)}", error)
         raise

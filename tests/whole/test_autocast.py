@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import hyperfunc as hf
+from tests import half_precision
 
 # Few steps: beyond what bfloat16 can resolve, an exact count goes on with noise, and breaks down.
 FIXED: dict[str, Any] = {"maxiter": 6, "rtol": 0, "atol": 0}
@@ -90,3 +91,10 @@ def test_under_vmap_and_compiled(device: torch.device) -> None:
         close = torch.func.vmap(expected, dims)(meta, *tasks)[0]
         assert (flat(got) - flat(close)).norm() < 0.02 * flat(close).norm()
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("method", ["reverse", "cg"])
+def test_half_precision_is_as_accurate_as_the_manual_says(method: str) -> None:
+    limits = dict(zip(list(half_precision.KINDS)[1:], (1e-5, 0.03, 0.05, 0.06), strict=True))
+    for kind, limit in limits.items():
+        assert half_precision.error(kind, 0, method) < limit * (0.3 if method == "cg" else 1)
