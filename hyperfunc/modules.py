@@ -62,10 +62,13 @@ def functional(
 
     - ``"batch"``: a layer in training mode uses the statistics of its batch. What ``forward``
       writes to a buffer is dropped.
-    - ``"frozen"``: every normalisation layer uses its running statistics :math:`m, v`, as
-      constants, whatever its mode. Other layers, such as Dropout, stay in theirs.
+    - ``"frozen"``: every normalisation layer uses its running statistics :math:`m, v`, whatever
+      its mode: those of the module, as constants, or those that a call is given. Other layers,
+      such as Dropout, stay in their modes.
     - ``"update"``: as "batch", but ``apply`` returns ``(output, new_buffers)``: by name, the
       buffers that the module would hold after the call; under ``vmap``, those of each task.
+      Derivatives flow out of them, so that statistics gathered in inner steps may be used by an
+      outer loss; a counter among them is an integer, which inner solvers carry along.
 
     All other buffers (tables, masks) are constants. Spectral normalisation in training mode takes
     its power iteration steps from the stored vectors (none if "frozen"), and no derivative goes

@@ -90,8 +90,13 @@ def equal(a: Any, b: Any) -> None:
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+SELDOM = ("jacfwd", "vmap of jacrev")
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize(
+    "outer", [pytest.param(o, marks=[pytest.mark.slow] if o in SELDOM else []) for o in OUTER]
+)
 def test_counters_are_state(method: str, outer: str) -> None:
     keywords = {}
     if method in ("gmres", "dense"):
