@@ -46,7 +46,8 @@ def functional(
     stacked parameters alike. The module is copied once, here, with the mode of each layer, training
     or evaluation: nothing done with the result changes it, and nothing done later to the module
     changes the result. What is not put into ``params``, such as a frozen base beside a trainable
-    adapter, takes no memory until it is written to: copies share it, where it is torch's own.
+    adapter, takes no memory until it is written to: copies share it, where it is torch's own. (A
+    NumPy array that was made of a parameter before writes to both.)
 
     A normalisation layer in training mode computes, from the mean :math:`\mu_B` and the variance
     :math:`\sigma_B^2` of the :math:`n` values of a channel in its batch,
@@ -68,7 +69,9 @@ def functional(
     - ``"update"``: as "batch", but ``apply`` returns ``(output, new_buffers)``: by name, the
       buffers that the module would hold after the call; under ``vmap``, those of each task.
       Derivatives flow out of them, so that statistics gathered in inner steps may be used by an
-      outer loss; a counter among them is an integer, which inner solvers carry along.
+      outer loss; a counter among them is an integer, which inner solvers carry along. In a
+      training loop of your own, where nothing differentiates through the steps, ``.detach()`` them
+      after each, or they keep the graphs of all.
 
     All other buffers (tables, masks) are constants. Spectral normalisation in training mode takes
     its power iteration steps from the stored vectors (none if "frozen"), and no derivative goes

@@ -83,8 +83,8 @@ class Solution(NamedTuple):
         params: the inner solution ``w*``.
         value: the outer loss there, a scalar.
         aux: the second output of an outer loss with ``has_aux=True``.
-        adjoint: ``u`` with ``A^T u = dE/dw``, a tree like ``params`` (0 for integers); pass it back as
-            ``adjoint_init`` to warm-start the next solve.
+        adjoint: ``u`` with ``A^T u = dE/dw``, a tree like ``params`` (zeros for integers); pass it
+            back as ``adjoint_init`` to warm-start the next solve.
         stats: `SolveStats` of the linear solve.
         error_bound: the `hyperfunc.HypergradBound` that ``error_bound=`` asked for.
     """

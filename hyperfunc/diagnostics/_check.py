@@ -108,9 +108,10 @@ def check_hypergrad(  # noqa: D417
         in_dims: as for `hyperfunc.task_map`, where hparams or args hold several tasks, of which
             the first one is checked and all are compared. By default there is one, and a second
             one is made of hparams close by.
-        routes: which of ``"vmap"``, ``"compile"`` and ``"derivative"`` are compared; by default a
-            vmap, if the functions can be mapped. The derivative, of a hypergradient by its
-            hparams, needs a converged solver if the method is implicit.
+        routes: which of ``"vmap"``, ``"compile"`` and ``"derivative"`` are compared, none for
+            ``()``; by default a vmap, if the functions can be mapped, which takes the memory of all
+            tasks. The derivative, of a hypergradient by its hparams, needs a converged solver if
+            the method is implicit.
         generator: of the directions, on the CPU; by default one with seed 0.
 
     Returns:

@@ -286,9 +286,9 @@ CALLS: dict[str, Case] = {
         "params is array(...) of type ndarray; expected a floating-point tensor",
     ),
     "solver returns integers": (
-        lambda: make(inner_solver=lambda h: tree_of(torch.ones(2, dtype=torch.long)))(H),
+        lambda: make(inner_solver=lambda h: {"w": torch.ones(2, dtype=torch.long)})(H),
         TypeError,
-        "params['fc1']['weight'] has dtype torch.int64; expected a floating-point tensor",
+        "params['w'] has dtype torch.int64; expected a floating-point tensor",
     ),
     "solver returns an empty tree": (
         lambda: make(inner_solver=lambda h: [])(H),
