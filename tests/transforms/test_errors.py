@@ -593,7 +593,7 @@ def test_signatures_show_all_keywords_and_their_defaults() -> None:
     keywords |= {"method": "cg", "throw": True}
     more = {"outer_loss": None, "has_aux": False, "compile": False}
     for transform, expected in {
-        hf.implicit_diff: keywords,
+        hf.implicit_diff: keywords | {"on_backward": None},
         hf.hypergrad: keywords | more,
         hf.hypergrad_and_value: keywords | more,
         hf.hypergrad_and_solution: keywords | more | {"error_bound": False},
