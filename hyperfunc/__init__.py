@@ -5,7 +5,7 @@
 
 from hyperfunc import bilevel, distributed, fixed_point_solvers, optim, prox
 from hyperfunc._engine.convergence import ConvergenceWarning
-from hyperfunc._engine.results import RESULTS, HypergradError, Solution, SolveStats
+from hyperfunc._engine.results import RESULTS, ChoiceStats, HypergradError, Solution, SolveStats
 from hyperfunc._rule.error_bound import ErrorBound, HypergradBound
 from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, diagnose
 from hyperfunc.equilibrium import EquilibriumLayer, jacobian_frobenius_squared
@@ -24,6 +24,7 @@ from hyperfunc.linear_solvers import (
     Fallback,
     FixedPoint,
     JacobiPreconditioner,
+    LeastSquares,
     Neumann,
     NormalCG,
     Nystrom,
@@ -49,6 +50,7 @@ __all__ = [
     "Auto",
     "BiCGStab",
     "Blockwise",
+    "ChoiceStats",
     "ConvergenceWarning",
     "Damped",
     "Dense",
@@ -62,6 +64,7 @@ __all__ = [
     "HypergradCheck",
     "HypergradError",
     "JacobiPreconditioner",
+    "LeastSquares",
     "Neumann",
     "NormalCG",
     "Nystrom",

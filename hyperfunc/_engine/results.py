@@ -39,7 +39,10 @@ class RESULTS(enum.IntEnum):
         2,
         "the recurrence broke down: the operator is not what the method assumes "
         "(CG needs a symmetric positive definite one and Nystrom a symmetric one; NormalCG, GMRES "
-        "and Dense need an invertible one, on which BiCGStab may break down all the same)",
+        "and Dense need an invertible one, or a system with a solution, on which BiCGStab may "
+        "break down all the same). An inner loss with negative curvature at these params is no "
+        "minimum: train on, or use GMRES, CG(negative_curvature='stop') or Damped; and where the "
+        "system has no solution, LeastSquares",
     )
     nonfinite = 3, "non-finite values (NaN or Inf) appeared"
     divergence = (
@@ -76,6 +79,24 @@ class SolveStats(NamedTuple):
 
 
 @loadable
+class ChoiceStats(NamedTuple):
+    """`SolveStats` of a solver that chooses among others, and its choice.
+
+    Attributes:
+        num_steps: as in `SolveStats`, over all solvers that were tried.
+        residual_norm: as in `SolveStats`.
+        result: as in `SolveStats`.
+        choice: int64, whose answer it is: of `hyperfunc.Auto`, an index into ``Auto.CHOICES``; of
+            `hyperfunc.Fallback`, 0 for ``first`` and 1 for ``then``.
+    """
+
+    num_steps: Tensor
+    residual_norm: Tensor
+    result: Tensor
+    choice: Tensor
+
+
+@loadable
 class Solution(NamedTuple):
     """All that one hypergradient computation found; a field without a meaning is ``()``.
 
@@ -85,7 +106,8 @@ class Solution(NamedTuple):
         aux: the second output of an outer loss with ``has_aux=True``.
         adjoint: ``u`` with ``A^T u = dE/dw``, a tree like ``params`` (zeros for integers); pass it
             back as ``adjoint_init`` to warm-start the next solve.
-        stats: `SolveStats` of the linear solve.
+        stats: `SolveStats` of the linear solve; `ChoiceStats` for `hyperfunc.Auto` and
+            `hyperfunc.Fallback`.
         error_bound: the `hyperfunc.HypergradBound` that ``error_bound=`` asked for.
     """
 
@@ -93,7 +115,7 @@ class Solution(NamedTuple):
     value: Tensor
     aux: Any
     adjoint: TensorTree
-    stats: SolveStats | tuple[()]
+    stats: SolveStats | ChoiceStats | tuple[()]
     error_bound: Any = ()
 
 

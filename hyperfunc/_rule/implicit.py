@@ -27,14 +27,28 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.contact import in_contact
 from hyperfunc._engine.convergence import warn_unless_converged
 from hyperfunc._engine.flat import differentiable_indices, scatter, split
-from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, find_failure, of_tasks
+from hyperfunc._engine.results import (
+    RESULTS,
+    ChoiceStats,
+    HypergradError,
+    SolveStats,
+    find_failure,
+    of_tasks,
+)
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition
 from hyperfunc._rule.minibatches import SECOND_DERIVATIVE, MinibatchLinearization
 from hyperfunc._torch import autodiff, batching, derivative_rules, tracking
 from hyperfunc._torch.captured import captured_message, captured_tensors, escaped_message
 from hyperfunc._torch.unsupported import explained
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers import AbstractLinearSolver, LinearOperator, StochasticAID
+from hyperfunc.linear_solvers import (
+    AbstractLinearSolver,
+    LeastSquares,
+    LinearOperator,
+    StochasticAID,
+)
+from hyperfunc.linear_solvers._base import parts
+from hyperfunc.linear_solvers._preconditioners import refuse_one_direction
 
 Linearized: TypeAlias = autodiff.Linearization | MinibatchLinearization
 
@@ -164,20 +178,21 @@ class ImplicitProblem:
         x0: Leaves | None = None,
         *,
         transposed: bool = True,
-    ) -> tuple[Leaves, SolveStats]:
+    ) -> tuple[Leaves, SolveStats | ChoiceStats]:
         """Solve ``A^T u = b`` (or ``A u = b``), differentiably where that may be asked for."""
         system = _LinearSystem(self, len(w), len(theta), transposed)
         if not tracking.is_tracked((*w, *theta, *b)):
             return system.solve(linearization, theta, b, x0)
         start = () if x0 is None else tracking.detach(x0)
-        *u, num_steps, residual_norm, result = _LinearSolution.apply(system, *w, *theta, *b, *start)
-        return tuple(u), SolveStats(num_steps, residual_norm, result)
+        outputs = _LinearSolution.apply(system, *w, *theta, *b, *start)
+        u, stats = split(outputs, len(w))
+        return u, (SolveStats if len(stats) == 3 else ChoiceStats)(*stats)
 
     def unseen_adjoint(self, *args: Any, **keywords: Any) -> tuple[Leaves, SolveStats]:
         """`adjoint` where nobody sees its statistics, which so warns if it did not converge."""
         u, stats = self.adjoint(*args, **keywords)
         if self.on_backward is not None and not tracking.transforms_active():
-            self.on_backward(SolveStats(*tracking.detach(stats)))
+            self.on_backward(SolveStats(*tracking.detach(stats[:3])))
         solver = self.linear_solver
         name = f"the linear solve with {solver!r} for a derivative"
         warn_unless_converged(solver, stats, name, lambda code: code.message)
@@ -282,10 +297,12 @@ class _LinearSystem:
 
     def solve(
         self, linearization: Linearized, theta: Leaves, b: Leaves, x0: Leaves | None
-    ) -> tuple[Leaves, SolveStats]:
+    ) -> tuple[Leaves, SolveStats | ChoiceStats]:
         if x0 is not None:  # the solution for b = 0 is 0, which no relative tolerance can find
             x0 = trees.scale((trees.dot(b, b) != 0).to(torch.float32), x0)
         solver = self.problem.linear_solver
+        if not self.transposed and not self.problem.condition.symmetric:
+            refuse_one_direction(solver)
         if isinstance(linearization, MinibatchLinearization):
             at, spec = linearization.at, linearization.bound.params_spec
             x, stats = linearization.method.descend(
@@ -294,7 +311,8 @@ class _LinearSystem:
         else:
             if isinstance(solver, StochasticAID):
                 solver = solver.without_samplers()
-            x, stats = solver.solve(self.operator(linearization, theta), b, x0)
+            solve = getattr(solver, "solve_and_tell", solver.solve)
+            x, stats = solve(self.operator(linearization, theta), b, x0)
         if self.problem.throw is not False:
             result = stats.result
             if self.problem.throw is None:
@@ -313,6 +331,12 @@ class _LinearSystem:
 
     def linearize(self, u: Leaves, point: Leaves, wrt: Sequence[int]) -> autodiff.Linearization:
         """``A(w, theta)^T u`` (or ``A u``) as a function of the point ``(w, theta)``."""
+        if any(isinstance(part, LeastSquares) for part in parts(self.problem.linear_solver)):
+            raise RuntimeError(
+                "LeastSquares gives first derivatives only: the derivative of a least-squares "
+                "solution is not that of a solved system. Add a regulariser to the inner problem, "
+                "or use hf.Damped, hf.Dense or hf.NormalCG if the system has solutions"
+            )
 
         def product(*point: Tensor) -> Leaves:
             w, theta = split(point, self.num_params)
@@ -383,7 +407,8 @@ class _LinearSolution(torch.autograd.Function):
             u_dot, stats = system.problem.unseen_adjoint(
                 linearization, w, theta, b_dot, transposed=system.transposed
             )
-            return (*u_dot, None, torch.zeros_like(stats.residual_norm), None)
+            rest = [None] * (len(stats) - 2)
+            return (*u_dot, None, torch.zeros_like(stats.residual_norm), *rest)
 
 
 def cross_term(

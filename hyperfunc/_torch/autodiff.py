@@ -73,9 +73,7 @@ class Linearization:
 
     def pull(self, cotangents: Leaves, group: int = 0) -> Leaves:
         """The product with the transposed Jacobian, for the primals of a group."""
-        if group in self._unused:
-            return tuple(torch.zeros_like(leaf) for leaf in self._unused[group])
-        return self._engine.pull(cotangents, group)
+        return _pull(self._engine, self._unused, group, cotangents)
 
     def pull_used(self, cotangents: Leaves, group: int) -> tuple[Tensor | None, ...]:
         """`pull`, with None for the primals that the function is known not to use."""
@@ -87,9 +85,11 @@ class Linearization:
         """The product with the Jacobian, as the transpose of the transposed product."""
         if group not in self._pushes:
             zeros = tuple(torch.zeros_like(out) for out in self.outputs)
+            # not through self, which would keep itself alive by what it holds
+            pull = functools.partial(_pull, self._engine, self._unused, group)
             # tracked like the point: the zeros are not, but the product depends on the point too
             transpose = Linearization(
-                lambda *u: self.pull(u, group),
+                lambda *u: pull(u),
                 zeros,
                 (tuple(range(len(zeros))),),
                 tracked=self._tracked,
@@ -102,7 +102,7 @@ class Linearization:
 
         Without transforms there is no need to: a graph that does not reach them costs nothing.
         """
-        probed = torch.compiler.is_compiling()
+        probed, unused = torch.compiler.is_compiling(), self._unused
 
         def probing(*primals: Any) -> tuple[Leaves, Leaves]:
             nonlocal probed
@@ -113,7 +113,7 @@ class Linearization:
             def restricted(*selected: Tensor) -> tuple[Leaves, Leaves]:
                 outputs, aux = fn(*_replace(primals, indices, selected))
                 if not any(out.requires_grad for out in outputs):
-                    self._unused[group] = tuple(primals[index] for index in indices)
+                    unused[group] = tuple(primals[index] for index in indices)
                 return tuple(outputs), tuple(aux)
 
             selected = (primals[index] for index in indices)
@@ -123,6 +123,12 @@ class Linearization:
             return outputs, aux
 
         return probing
+
+
+def _pull(engine: _Engine, unused: dict[int, Leaves], group: int, cotangents: Leaves) -> Leaves:
+    if group in unused:
+        return tuple(torch.zeros_like(leaf) for leaf in unused[group])
+    return engine.pull(cotangents, group)
 
 
 def gradient(

@@ -199,6 +199,13 @@ def any_true(flag: Tensor) -> bool:
     return count_true(flag) > 0
 
 
+def can_look(tensor: Tensor) -> bool:
+    """Whether a value may be looked at: there is one, and no CUDA graph is captured."""
+    if tensor.is_meta or internals.is_traced():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """Inner product of two vectors.
 

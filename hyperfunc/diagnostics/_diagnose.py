@@ -15,9 +15,11 @@ from hyperfunc._rule.conditions import Arguments, BoundCondition, make_condition
 from hyperfunc._torch import tracking
 from hyperfunc._torch.unsupported import explained
 from hyperfunc._types import Leaves, Loss, ParamsFunction, TensorTree
+from hyperfunc.diagnostics._choice import choose, condition_number, make_solver
 from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver
-from hyperfunc.linear_solvers._auto import choose, condition_number, make_solver
 from hyperfunc.linear_solvers._spectrum import Estimate, Spectrum, measure
+
+MOST_STEPS = 5000  # of an iteration that is recommended
 
 REASONS = {
     "cg": "A is symmetric, and no direction that was explored has negative curvature",
@@ -132,9 +134,36 @@ class Diagnosis(NamedTuple):
         spectrum = Spectrum(**{name: getattr(self, name) for name in Spectrum._fields})
         choice = choose(spectrum, size, is_map, accuracy or eps**0.75)
         products = {name: count for name, count in choice.products.items() if count >= 0}
-        longest = max(products.get(choice.name, products.get("normal_cg", 0)), 500)
-        method = make_solver(choice.name, min(2 * longest, 10**6), accuracy)
-        return Recommendation(method, REASONS[choice.name], products)
+        steps = products.get(choice.name, products.get("normal_cg", 0))
+        if choice.name == "normal_cg":
+            steps = steps // 2
+        method = make_solver(choice.name, min(max(2 * steps, 1000), MOST_STEPS), accuracy)
+        reason = REASONS[choice.name]
+        if why := self._hopeless(choice.name, steps, size):
+            reason = f"no method is good here, and this one {why}"
+        return Recommendation(method, reason, products)
+
+    def _hopeless(self, name: str, steps: int, size: int) -> str:
+        """Why the method that was chosen is not good, or nothing if it is."""
+        signs = self.curvature_signs.reshape(-1, 3).sum(0).tolist()
+        kappa = _number(self.condition_number.value)
+        if name == "dense":
+            singular = self.condition_number.value.isinf().any()
+            text = "solves only systems that have a solution: A is singular to working precision"
+            return text if singular else ""
+        causes = []
+        if signs[0] and self.symmetric.all():
+            causes.append(
+                f"these params are not at a minimum, with negative curvature in {signs[0]} of "
+                f"{sum(signs)} directions that were explored"
+            )
+        if steps > MOST_STEPS or self.condition_number.value.isinf().any():
+            causes.append(f"the condition number of A is {kappa}")
+        if not causes or (steps <= MOST_STEPS and not signs[0]):
+            return ""
+        remedy = "Train the inner problem on, or regularise it (hf.proximal, hf.Damped)"
+        needs = f"may need more than {MOST_STEPS} steps" if steps > MOST_STEPS else "may be slow"
+        return f"{needs}: {', and '.join(causes)}. {remedy}"
 
     def __str__(self) -> str:
         measured = {

@@ -15,7 +15,7 @@ from hyperfunc.linear_solvers._auto import Auto
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator
 from hyperfunc.linear_solvers._dense import Dense
 from hyperfunc.linear_solvers._gmres import GMRES
-from hyperfunc.linear_solvers._krylov import CG, BiCGStab, NormalCG
+from hyperfunc.linear_solvers._krylov import CG, BiCGStab, LeastSquares, NormalCG
 from hyperfunc.linear_solvers._nystrom import Nystrom
 from hyperfunc.linear_solvers._pipelined import PipelinedCG
 from hyperfunc.linear_solvers._preconditioners import (
@@ -41,6 +41,7 @@ __all__ = [
     "Fallback",
     "FixedPoint",
     "JacobiPreconditioner",
+    "LeastSquares",
     "LinearOperator",
     "Neumann",
     "NormalCG",

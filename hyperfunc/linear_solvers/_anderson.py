@@ -12,6 +12,7 @@ from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import Bounds, LinearOperator, Solved, no_steps
+from hyperfunc.linear_solvers._preconditioners import prepare
 from hyperfunc.linear_solvers._stationary import RichardsonSolver, report_growth
 
 
@@ -19,7 +20,8 @@ from hyperfunc.linear_solvers._stationary import RichardsonSolver, report_growth
 class AndersonFixedPoint(RichardsonSolver):
     r"""`FixedPoint` with Anderson acceleration.
 
-    With the update :math:`f_k = \eta (b - A x_k)` of the plain iteration and the differences
+    With the update :math:`f_k = \eta M (b - A x_k)` of the plain iteration (:math:`M` a
+    preconditioner, or the identity) and the differences
     :math:`\Delta x_i, \Delta f_i` of the last ``memory`` steps,
 
     .. math::
@@ -57,6 +59,7 @@ class AndersonFixedPoint(RichardsonSolver):
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         dtype = trees.accumulation_dtype(b)
         rhs = ravel(b, dtype)
+        precondition = prepare(self.preconditioner, operator, b)
         x = torch.zeros_like(rhs) if x0 is None else ravel(x0, dtype)
         r = rhs if x0 is None else ravel(operator.residual(x0, b), dtype)
         bb, rs = rhs @ rhs, r @ r
@@ -72,7 +75,8 @@ class AndersonFixedPoint(RichardsonSolver):
                 rs = torch.where(active, r @ r, rs)
                 # a step from the solution may lead away from it again
                 active = active & bounds.open(rs)
-            f = self.step_size * r
+            f = r if precondition is None else ravel(precondition(unravel(r, b)), dtype)
+            f = self.step_size * f
             new = x + f
             if step > 0:
                 x_steps = append_row(x_steps, x - x_previous, self.memory)

@@ -1,16 +1,16 @@
-"""The solver that measures the operator first, and the rates by which solvers are compared."""
+"""The solver that needs no choice: it tries, and keeps the best answer."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
-from hyperfunc._torch import batching
+from hyperfunc._engine.results import RESULTS, ChoiceStats, SolveStats
+from hyperfunc._engine.trees import unravel
+from hyperfunc._torch import batching, sharding
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
     AbstractLinearSolver,
@@ -21,43 +21,36 @@ from hyperfunc.linear_solvers._base import (
 from hyperfunc.linear_solvers._dense import Dense
 from hyperfunc.linear_solvers._gmres import GMRES
 from hyperfunc.linear_solvers._krylov import CG, NormalCG
-from hyperfunc.linear_solvers._spectrum import Estimate, Spectrum, measure
-from hyperfunc.linear_solvers._stationary import FixedPoint
-from hyperfunc.linear_solvers._wrappers import Fallback
+from hyperfunc.linear_solvers._preconditioners import JacobiPreconditioner
+from hyperfunc.linear_solvers._wrappers import try_next
 
 MOST_ENTRIES = 256  # inner parameters up to which the matrix may be formed
-FEW_PRODUCTS = 30  # products up to which a plain fixed-point iteration is good enough
+_PATIENCE = 5  # steps of CG for each product with another purpose
+_SPREAD = 100.0  # ratio of diagonal entries from which on it pays to divide by them
 
 
 @dataclasses.dataclass(frozen=True)
 class Auto(AbstractLinearSolver):
-    r"""Measures the operator, then solves with the method that the facts call for: ``"auto"``.
+    r"""`CG` and, where that does not do, the methods for other operators: ``"auto"``.
 
-    What is measured, in Krylov spaces of dimension ``num_steps``, are the symmetry of :math:`A`
-    (known for an inner loss), the signs of its curvature, its condition number :math:`\kappa`, and
-    the contraction factor :math:`q` of a fixed-point map. The choice is the first that applies:
+    `CG` shows by itself, in a few steps, an operator that is not symmetric or not definite. If it
+    has not converged after ``5 num_steps`` steps, ``num_steps`` products estimate the diagonal
+    of :math:`A`, and where its entries differ by a factor of 100 or more, it goes on with a
+    `JacobiPreconditioner` of them. What it leaves unsolved is for
 
-    1. symmetric without negative curvature: `CG`, about
-       :math:`\log(2 \sqrt\kappa / \epsilon) / \log\frac{\sqrt\kappa + 1}{\sqrt\kappa - 1}`
-       products for the relative error :math:`\epsilon`;
-    2. a fixed-point map with :math:`q < 1` that needs 30 products or fewer: `FixedPoint`,
-       :math:`\log \epsilon / \log q` products;
-    3. any other map with :math:`q < 1`: `GMRES`, at most as many;
-    4. symmetric, or :math:`\kappa` so small that it takes 30 products or fewer: `NormalCG`, with
-       the rate of `CG` for :math:`\kappa^2`, and two products a step;
-    5. otherwise `GMRES`, for which there is no such rate.
+    - `Dense`, if there are 256 inner parameters or fewer (`CG` then takes at most 5 steps for each
+      of them), which also finds the solution of least norm of a singular system;
+    - otherwise `GMRES`, then `NormalCG`, from the same start. Not where :math:`A` is known to be
+      symmetric and `CG` reached ``maxiter``: that is no failure, and the others are slower.
 
-    Where that is expected to take more products than there are inner parameters, and these are 256
-    or fewer, the choice is `Dense`. Where the choice does not succeed, `GMRES` and then `NormalCG`
-    go on from the start. `hyperfunc.diagnose` reports these facts and the choice.
+    So it costs what `CG` costs, and at most a fifth more, where `CG` works. The answer is the one
+    with the smallest residual of all. `hyperfunc.diagnose` measures what a choice by hand needs.
 
-    Every solve measures anew, by ``num_steps`` products for an inner loss and up to
-    ``4 num_steps + 6`` for a map, and waits for the device a few times. Under ``vmap`` one method
-    is chosen, whose assumptions hold in all tasks. The statistics count the steps of the chosen
-    solver alone.
+    Under ``vmap`` a method runs if some task needs it. ``Solution.stats`` is a `ChoiceStats`, whose
+    ``choice`` is an index into ``Auto.CHOICES``, and whose steps are those of all solvers together.
 
     Args:
-        num_steps: dimension of the Krylov spaces, >= 1.
+        num_steps: products for the diagonal, >= 1.
         maxiter: largest number of steps of each solver, >= 0.
 
     All other arguments are those of `CG`.
@@ -67,9 +60,6 @@ class Auto(AbstractLinearSolver):
         >>> operator = hf.linear_solvers.LinearOperator.from_matrix(A)
         >>> hf.Auto().solve(operator, (torch.tensor([4.0, 3.0]),))[0]
         (tensor([-3.,  2.]),)
-
-    References:
-        The rates: Grazzi et al., arXiv 2006.16218; GMRES: Saad and Schultz, 1986.
     """
 
     num_steps: int = 10
@@ -77,101 +67,47 @@ class Auto(AbstractLinearSolver):
     rtol: float | None = None
     atol: float = 0.0
 
+    CHOICES: ClassVar[tuple[str, ...]] = ("cg", "cg, jacobi", "dense", "gmres", "normal_cg")
+
     def __post_init__(self) -> None:
         check_count(self, "num_steps", self.num_steps)
         check_stopping(self)
 
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
-        is_map = isinstance(operator.shift, float) and (operator.shift, operator.scale) == (1, -1)
-        spectrum = measure(operator, b, self.num_steps, is_map=is_map, full=False)
+        x, stats = self.solve_and_tell(operator, b, x0)
+        return x, SolveStats(*stats[:3])
+
+    def solve_and_tell(
+        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
+    ) -> tuple[Leaves, ChoiceStats]:
+        """`solve`, with the choice in the statistics."""
         size = sum(leaf.numel() for leaf in b)
-        accuracy = trees.epsilon(b) ** 0.75 if self.rtol is None else max(self.rtol, 1e-16)
-        choice = choose(spectrum, size, is_map, accuracy)
-        settings = self.maxiter, self.rtol, self.atol
-        if choice.name in ("dense", "normal_cg"):
-            return make_solver(choice.name, *settings).solve(operator, b, x0)
-        solver: AbstractLinearSolver = NormalCG(*settings)
-        for name in dict.fromkeys(("gmres", choice.name)):
-            solver = Fallback(make_solver(name, *settings), solver)
-        return solver.solve(operator, b, x0)
+        whole = sharding.layout_of(b) is None
+        few = whole and size <= MOST_ENTRIES
+        bounds = self.rtol, self.atol
+        paid = torch.zeros((), dtype=torch.int64, device=b[0].device)
 
+        def look() -> Leaves | None:
+            nonlocal paid
+            scale = JacobiPreconditioner(self.num_steps).scale(operator, b)
+            scale = torch.where(scale > 0, scale, scale.amax())
+            pays = scale.amax() >= _SPREAD * scale.amin()
+            if not batching.any_true(pays):
+                return None
+            paid = pays.to(torch.int64)
+            return unravel(torch.where(pays, scale, 1.0), b)
 
-class Choice(NamedTuple):
-    """The name of a solver, and the products of each over all tasks, -1 where it does not apply."""
-
-    name: str
-    products: dict[str, int]
-
-
-def choose(spectrum: Spectrum, size: int, is_map: bool, accuracy: float) -> Choice:
-    """Choose a solver for the operators of all tasks, inside or outside of `vmap`."""
-    kappa = condition_number(spectrum).value
-    q = spectrum.contraction.value
-    finite = torch.isfinite(kappa)
-    definite = spectrum.symmetric & (spectrum.eig_min.value > 0) & finite
-    rates = {
-        "cg": (definite, torch.clamp_max(_cg_steps(kappa.sqrt(), accuracy), size)),
-        "fixed_point": ((q < 1) & is_map, _steps(accuracy, q) - 1),
-        "normal_cg": (finite, 2 * _cg_steps(kappa, accuracy)),
-    }
-    tasks = _total(torch.ones_like(kappa))
-    products = {
-        name: _total(count) if _everywhere(applies) else -1
-        for name, (applies, count) in rates.items()
-    }
-    products |= {"gmres": products["fixed_point"], "dense": size * tasks}
-    few = FEW_PRODUCTS * tasks
-    if products["cg"] >= 0:
-        name = "cg"
-    elif products["fixed_point"] >= 0:
-        name = "fixed_point" if products["fixed_point"] <= few else "gmres"
-    elif 0 <= products["normal_cg"] <= few or _everywhere(spectrum.symmetric):
-        name = "normal_cg"
-    else:
-        name = "gmres"
-    expected = products["normal_cg"] if name == "gmres" and products[name] < 0 else products[name]
-    if size <= MOST_ENTRIES and (expected > products["dense"] or expected < 0):
-        name = "dense"
-    return Choice(name, products)
-
-
-def make_solver(
-    name: str, maxiter: int = 1000, rtol: float | None = None, atol: float = 0.0
-) -> AbstractLinearSolver:
-    """The solver of a choice."""
-    if name == "dense":
-        return Dense()
-    if name == "gmres":
-        return GMRES(maxiter, None, rtol, atol)
-    if name == "normal_cg":
-        return NormalCG(maxiter, rtol, atol)
-    return CG(maxiter, rtol, atol) if name == "cg" else FixedPoint(maxiter, rtol, atol)
-
-
-def condition_number(spectrum: Spectrum) -> Estimate:
-    """The ratio of the extreme singular values; Inf for a singular operator."""
-    low, high = spectrum.sigma_min, spectrum.sigma_max
-    singular = low.value <= torch.finfo(low.value.dtype).eps * high.value
-    kappa = torch.where(singular, torch.inf, high.value / low.value)
-    relative = low.uncertainty / low.value + high.uncertainty / high.value
-    return Estimate(kappa, torch.where(singular, torch.inf, kappa * relative))
-
-
-def _cg_steps(root: Tensor, accuracy: float) -> Tensor:
-    """The ``K`` with ``2 root ((root - 1) / (root + 1))^K`` at the accuracy."""
-    return _steps(accuracy / (2 * root), (root - 1) / (root + 1))
-
-
-def _steps(accuracy: float | Tensor, rate: Tensor) -> Tensor:
-    """The least ``K`` with ``rate^K <= accuracy``, and one at least."""
-    goal = torch.as_tensor(accuracy, dtype=rate.dtype, device=rate.device)
-    return (goal.log() / rate.clamp(1e-30, 1 - 1e-15).log()).ceil().clamp_min(1)
-
-
-def _everywhere(flag: Tensor) -> bool:
-    return batching.all_true(flag.all())
-
-
-def _total(count: Tensor) -> int:
-    whole = torch.nan_to_num(count, nan=0.0, posinf=1e12).clamp(0, 1e12).to(torch.int64)
-    return batching.count_true(whole.sum())
+        solver = CG(min(self.maxiter, _PATIENCE * size) if few else self.maxiter, *bounds)
+        late = (_PATIENCE * self.num_steps, look) if whole else None
+        x, stats = solver.run(operator, b, x0, late)
+        told = ChoiceStats(*stats, paid.expand_as(stats.result))
+        rest: dict[int, AbstractLinearSolver] = {2: Dense()}
+        if not few:
+            rest = {3: GMRES(self.maxiter, None, *bounds), 4: NormalCG(self.maxiter, *bounds)}
+        # out of steps, CG has still done better than the others would
+        enough = RESULTS.max_steps if operator.symmetric and not few else RESULTS.success
+        open_ = stats.result > int(enough)
+        for index, then in rest.items():
+            x, told = try_next(then, index, open_, operator, b, x0, x, told)
+            open_ = open_ & (told.result != int(RESULTS.success))
+        return x, told

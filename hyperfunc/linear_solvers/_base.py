@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -35,6 +35,7 @@ class LinearOperator:
         shift: the coefficient of the identity, a number or a 0-d tensor.
         scale: the coefficient of ``P``.
         symmetric: whether ``P = P^T`` is known.
+        transposed: whether this is the transpose of what preconditioners call ``A``.
         spec: the structure of the vectors as trees; by default the tuple of leaves itself.
     """
 
@@ -43,6 +44,7 @@ class LinearOperator:
     shift: float | Tensor = 0.0
     scale: float = 1.0
     symmetric: bool = False
+    transposed: bool = dataclasses.field(default=False, kw_only=True)
     spec: trees.TreeSpec | None = None
 
     @staticmethod
@@ -54,8 +56,20 @@ class LinearOperator:
     @property
     def T(self) -> LinearOperator:
         """The transposed operator."""
-        forward, transposed = self.product, self.transposed_product
-        return dataclasses.replace(self, product=transposed, transposed_product=forward)
+        return dataclasses.replace(
+            self,
+            product=self.transposed_product,
+            transposed_product=self.product,
+            transposed=not self.transposed,
+        )
+
+    def normal(self) -> LinearOperator:
+        """The operator ``A^T A``."""
+
+        def product(v: Leaves) -> Leaves:
+            return self.gram(v)[1]
+
+        return LinearOperator(product, product, symmetric=True, spec=self.spec)
 
     def structure(self, v: Leaves) -> trees.TreeSpec:
         """The structure of a vector as a tree."""
@@ -102,6 +116,14 @@ class AbstractLinearSolver(abc.ABC):
         Returns:
             The solution and its statistics. A failure is a result code here, never an exception.
         """
+
+
+def parts(solver: AbstractLinearSolver) -> Iterator[AbstractLinearSolver]:
+    """A solver and all that are inside it."""
+    yield solver
+    for value in vars(solver).values() if hasattr(solver, "__dict__") else ():
+        if isinstance(value, AbstractLinearSolver):
+            yield from parts(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,36 +193,23 @@ class Bounds:
         """Whether the iteration may stop as no task goes on; one of a fixed number never asks."""
         return self.adaptive and not batching.any_true(active)
 
+    def tensor(self, value: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """A 0-d tensor of a number, or what is one."""
+        if isinstance(value, Tensor):
+            return value
+        bb = self.bb
+        return torch.full((), value, dtype=bb.dtype if dtype is None else dtype, device=bb.device)
+
     def stats(self, num_steps: Any, rs: Any, active: Any) -> SolveStats:
         """Statistics, from tensors or numbers; ``active``: whether it could have gone on."""
-
-        def tensor(value: Any, dtype: torch.dtype) -> Tensor:
-            if isinstance(value, Tensor):
-                return value
-            return torch.full((), value, dtype=dtype, device=self.converged.device)
-
-        rs = tensor(rs, self.converged.dtype)
+        rs = self.tensor(rs)
         unfinished = RESULTS.max_steps if self.adaptive else RESULTS.success
-        result = code_where(tensor(active, torch.bool), unfinished, RESULTS.breakdown)
+        result = code_where(self.tensor(active, torch.bool), unfinished, RESULTS.breakdown)
         result = code_where(rs >= self.diverged, RESULTS.divergence, result)
         result = code_where(rs <= self.converged, RESULTS.success, result)
         result = code_where(torch.isfinite(rs), result, RESULTS.nonfinite)
-        num_steps = tensor(num_steps, torch.int64).expand_as(result).clone()
+        num_steps = self.tensor(num_steps, torch.int64).expand_as(result).clone()
         return SolveStats(num_steps, rs.sqrt(), result)
-
-
-def begin(
-    solver: Any, operator: LinearOperator, b: Leaves, x0: Leaves | None
-) -> tuple[Leaves, Leaves, Tensor, Bounds, Tensor, Tensor]:
-    """The better of ``x0`` and zeros, its residual, ``||r||^2``, bounds, a count, who is active."""
-    x, r = trees.zeros_like(b), b
-    if x0 is not None:
-        residual = operator.residual(x0, b)
-        better = trees.dot(residual, residual) < trees.dot(b, b)
-        x, r = trees.where(better, x0, x), trees.where(better, residual, b)
-    rs = trees.dot(r, r)
-    bounds = Bounds.make(solver.rtol, solver.atol, b, rs)
-    return x, r, rs, bounds, no_steps(rs), bounds.open(rs)
 
 
 def no_steps(like: Tensor) -> Tensor:

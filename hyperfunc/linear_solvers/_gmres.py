@@ -9,17 +9,17 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
-from hyperfunc._engine.results import RESULTS, code_where
 from hyperfunc._engine.trees import ravel_local, unravel
 from hyperfunc._torch import sharding, tracking
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
     AbstractLinearSolver,
+    Bounds,
     LinearOperator,
     Solved,
-    begin,
     check_stopping,
 )
+from hyperfunc.linear_solvers._cycles import State, begin, run_cycles
 from hyperfunc.linear_solvers._preconditioners import (
     Preconditioner,
     check_preconditioner,
@@ -78,45 +78,35 @@ class GMRES(AbstractLinearSolver):
         restart = resolve_count(self, "restart", self.restart, 20, b)
         preconditioner = prepare(self.preconditioner, operator, b)
         precondition = preconditioner or (lambda v: v)
-        eps, vectors = trees.epsilon(b), _FlatVectors(b)
-        x, r, rs, bounds, num_steps, active = begin(self, operator, b, x0)
-        before, operator_norm = rs, torch.zeros_like(rs)
-        verdict = torch.full_like(rs, -1, dtype=torch.int64)
-        size = min(restart, self.maxiter) + 1
-        cycle = _Cycle(vectors, r, rs, active, size)
-        for step in range(self.maxiter):
-            if bounds.finished(active):
-                break
-            if step and step % restart == 0:
-                x = trees.add(x, precondition(unravel(cycle.combination(), b)))
-                r = operator.residual(x, b)
-                predicted, rs = rs, torch.where(active, trees.dot(r, r), rs)
-                active = active & bounds.open(rs)
-                if bounds.adaptive:
-                    stalled = active & (rs >= (1 - eps**0.5) * before)
-                    # rounding errors undo what the cycle gained: there is no more to be had
-                    exhausted = (predicted < rs / 4) & (rs <= eps**0.5 * bounds.bb)
-                    code = code_where(exhausted, RESULTS.success, RESULTS.stagnation)
-                    verdict = torch.where(stalled, code, verdict)
-                    active = active & ~stalled
-                before = rs
-                cycle = _Cycle(vectors, r, rs, active, size)
-            z = precondition(unravel(cycle.basis[-1], b))
-            made, norm = cycle.extend(operator.mv(z), active)
-            rs = torch.where(made, cycle.residual_norm**2, rs)
-            rs = torch.where(active & ~torch.isfinite(norm), norm, rs)
-            # without a preconditioner, z is a unit vector
-            gain = torch.where(made, norm if preconditioner is None else norm / trees.norm(z), 0.0)
-            operator_norm = torch.maximum(operator_norm, gain)
-            num_steps = num_steps + made
-            active = made & bounds.open(rs)
-        x = trees.add(x, precondition(unravel(cycle.combination(), b)))
-        stats = bounds.stats(num_steps, rs, active)
-        rounding = eps * (operator_norm * trees.norm(x) + trees.norm(b))
-        return x, stats._replace(
-            residual_norm=torch.maximum(stats.residual_norm, rounding),
-            result=torch.where(verdict >= 0, verdict, stats.result),
-        )
+        vectors = _FlatVectors(b)
+        start, bounds = begin(self, operator, b, x0)
+        operator_norm = torch.zeros_like(start.rs)
+
+        def cycle(start: State, bounds: Bounds, most: int) -> tuple[State, int]:
+            nonlocal operator_norm
+            x, r, rs, num_steps, active, _ = start
+            most, step = min(most, restart), 0
+            space = _Space(vectors, r, rs, active, most + 1)
+            while step < most and not (step and bounds.finished(active)):
+                step += 1
+                z = precondition(unravel(space.basis[-1], b))
+                made, norm = space.extend(operator.mv(z), active)
+                rs = torch.where(made, space.residual_norm**2, rs)
+                rs = torch.where(active & ~torch.isfinite(norm), norm, rs)
+                # without a preconditioner, z is a unit vector
+                gain = norm if preconditioner is None else norm / trees.norm(z)
+                operator_norm = torch.maximum(operator_norm, torch.where(made, gain, 0.0))
+                num_steps = num_steps + made
+                active = made & bounds.open(rs)
+            x = trees.add(x, precondition(unravel(space.combination(), b)))
+            return State(x, r, rs, num_steps, active), step
+
+        x, stats = run_cycles(self, operator, b, start, bounds, cycle, retry=True)
+        if bounds.adaptive:
+            return x, stats
+        # of the recurrence, which does not know of rounding
+        rounding = trees.epsilon(b) * (operator_norm * trees.norm(x) + trees.norm(b))
+        return x, stats._replace(residual_norm=torch.maximum(stats.residual_norm, rounding))
 
 
 class _FlatVectors:
@@ -157,7 +147,7 @@ class _FlatVectors:
         return w if self._counted is None else w * self._counted
 
 
-class _Cycle:
+class _Space:
     """The Arnoldi relation ``A M V_k = V_{k+1} H_k``, and its residual norm as it grows.
 
     A finished task gets zero vectors, and columns of ``H_k`` that keep its coefficients at zero.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,19 +13,22 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.random_vectors import random_uniform
 from hyperfunc._engine.results import RESULTS, code_where
-from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
     Bounds,
-    IterativeLinearSolver,
     LinearOperator,
     Solved,
-    begin,
-    no_steps,
     ratio,
     where,
 )
-from hyperfunc.linear_solvers._preconditioners import PreconditionedSolver, prepare
+from hyperfunc.linear_solvers._cycles import State, begin, run_cycles
+from hyperfunc.linear_solvers._preconditioners import (
+    PreconditionedSolver,
+    prepare,
+    prepare_normal,
+)
+
+Late: TypeAlias = tuple[int, Callable[[], Leaves | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,14 @@ class CG(PreconditionedSolver):
     Minimises ``||x - x*||_A`` over the Krylov space, one product a step. Stops when
     ``||b - A x|| <= max(rtol ||b||, atol)``, at the level of rounding, or on breakdown: a search
     direction with ``p^T A p <= 0`` or, unless the operator is known to be symmetric, successive
-    residuals that are not orthogonal.
+    residuals that are not orthogonal. A negative definite operator, as that of an ``optimality``
+    with the other sign, is solved too; that of an inner loss is a breakdown, as it is no minimum.
+
+    Success is held against the residual itself, found by one product at the end: it is within the
+    tolerance, or within the rounding errors of ``x`` and ``b``, that is 4 times what relative
+    changes of the size of ``eps``, with random signs, do to ``b - A x``, and below
+    ``eps^0.25 ||b||``. Where the recurrence has drifted from it, the iteration starts again from
+    there, or else reports stagnation. All iterative solvers here do so.
 
     Args:
         maxiter: largest number of steps, >= 0. With ``rtol=0, atol=0`` exactly this many are taken,
@@ -48,6 +58,9 @@ class CG(PreconditionedSolver):
             params to such trees. The tolerances stay those of the residual itself.
         check_symmetry: whether to spend two products on the test ``<A u, v> = <u, A v>`` for
             random ``u, v`` first; failing it is a breakdown.
+        negative_curvature: what to do about a direction with ``p^T A p <= 0``. ``"raise"`` makes
+            it a breakdown; ``"stop"`` keeps the iterate so far (zeros, in the first step), as
+            truncated Newton methods do, with the code ``max_steps``.
 
     Example:
         >>> A = torch.tensor([[3.0, 1.0], [1.0, 2.0]])
@@ -60,57 +73,110 @@ class CG(PreconditionedSolver):
 
     References:
         Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, 1952;
-        as adjoint solver: Pedregosa, arXiv 1602.02355, and Grazzi et al., arXiv 2006.16218.
+        as adjoint solver: Pedregosa, arXiv 1602.02355, and Grazzi et al., arXiv 2006.16218;
+        stopping at negative curvature: Steihaug, 1983.
     """
 
     check_symmetry: bool = False
+    negative_curvature: Literal["raise", "stop"] = "raise"
+
+    symmetric_only = True  # so that one preconditioner serves the operator and its transpose
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.negative_curvature not in ("raise", "stop"):
+            raise ValueError(
+                f"CG: negative_curvature is {self.negative_curvature!r}; expected 'raise' or 'stop'"
+            )
 
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
+        return self.run(operator, b, x0)
+
+    def run(
+        self, operator: LinearOperator, b: Leaves, x0: Leaves | None, late: Late | None = None
+    ) -> Solved:
+        """`solve`; after so many steps ``late`` may give a diagonal to go on with."""
         precondition = prepare(self.preconditioner, operator, b)
-        x, r, rs, bounds, num_steps, active = begin(self, operator, b, x0)
-        limits = bounds
+        start, bounds = begin(self, operator, b, x0)
         if self.check_symmetry:
-            active = active & _seems_symmetric(operator, b)
-        p = z = r if precondition is None else precondition(r)
-        rz = rs if precondition is None else trees.dot(r, z)
-        own = False  # the first residual and direction are those of the caller
-        for step in range(self.maxiter):
-            if bounds.finished(active):
-                break
-            Ap = operator.mv(p)
-            if step == 0 and trees.can_read(x, r, p, Ap):
-                limits, (rs, rz, num_steps, active) = bounds.read(rs, rz, num_steps, active)
-            alpha = ratio(rz, *limits.dots((p, Ap)))
-            active = active & (alpha > 0) & (alpha < torch.inf)
-            alpha = where(active, alpha, 0.0)
-            fresh = own or (x0 is None and trees.may_overwrite(x, p, Ap))
-            x = trees.axpy(alpha, p, x, out=x if fresh else None)
-            r = trees.axpy(-alpha, Ap, r, out=r if own and operator.symmetric else None)
-            num_steps = num_steps + active
-            z_previous, z = z, r if precondition is None else precondition(r)
-            others: tuple[Leaves, ...] = () if precondition is None else (z,)
-            if not operator.symmetric:
-                others = (*others, z_previous)
-            rs, *products = limits.dots((r, r), *((r, other) for other in others))
-            rz_previous, rz = rz, rs if precondition is None else products[0]
-            if not operator.symmetric:
-                overlap = ratio(abs(products[-1]), where(rz > rz_previous, rz, rz_previous))
-                skew = (overlap > bounds.asymmetry) & limits.open(rs) & (alpha > 0)
-                active = where(skew, False, active)
-            beta = where(active, ratio(rz, rz_previous), 0.0)
-            p = trees.axpy(beta, p, z, out=p if own else None)
-            active = active & limits.open(rs)
-            own = own or (step == 0 and trees.may_overwrite(x, r, p))
-        return x, bounds.stats(num_steps, rs, active)
+            start = start._replace(active=start.active & _seems_symmetric(operator, b))
+
+        stopped: Any = False
+
+        def cycle(start: State, limits: Bounds, most: int) -> tuple[State, int]:
+            nonlocal stopped, late, precondition
+            x, r, rs, num_steps, active, own_x = start
+            positive: Any = True
+            p = z = r if precondition is None else precondition(r)
+            rz = rs if precondition is None else trees.dot(r, z)
+            own = False  # the first residual and direction are those of the caller
+            step = 0
+            while step < most and not (step and limits.finished(active)):
+                if late is not None and step == late[0]:
+                    scale, late = late[1](), None
+                    if scale is not None:
+                        precondition = functools.partial(_divide, scale)
+                        z = precondition(r)
+                        p, own = trees.scale(1.0, z), False
+                        (rz,) = limits.dots((r, z))
+                Ap = operator.mv(p)
+                if step == 0 and trees.can_read(x, r, p, Ap):
+                    limits, (rs, rz, num_steps, active) = limits.read(rs, rz, num_steps, active)
+                alpha = ratio(rz, *limits.dots((p, Ap)))
+                if step == 0 and not operator.symmetric:
+                    positive = alpha > 0  # negative in all directions is as good
+                if positive is True:
+                    ahead = (alpha > 0) & (alpha < torch.inf)
+                else:
+                    ahead = (rz > 0) & ((alpha > 0) == positive) & (abs(alpha) < torch.inf)
+                if self.negative_curvature == "stop":
+                    stopped = stopped | (active & (alpha == alpha) & where(ahead, False, True))
+                active = active & ahead
+                alpha = where(active, alpha, 0.0)
+                fresh = own or (own_x and trees.may_overwrite(x, p, Ap))
+                x = trees.axpy(alpha, p, x, out=x if fresh else None)
+                r = trees.axpy(-alpha, Ap, r, out=r if own and operator.symmetric else None)
+                num_steps = num_steps + active
+                z_previous, z = z, r if precondition is None else precondition(r)
+                others: tuple[Leaves, ...] = () if precondition is None else (z,)
+                if not operator.symmetric:
+                    others = (*others, z_previous)
+                rs, *products = limits.dots((r, r), *((r, other) for other in others))
+                rz_previous, rz = rz, rs if precondition is None else products[0]
+                if not operator.symmetric:
+                    overlap = ratio(abs(products[-1]), where(rz > rz_previous, rz, rz_previous))
+                    skew = (overlap > limits.asymmetry) & limits.open(rs) & (alpha != 0)
+                    active = where(skew, False, active)
+                beta = where(active, ratio(rz, rz_previous), 0.0)
+                p = trees.axpy(beta, p, z, out=p if own else None)
+                active = active & limits.open(rs)
+                own = own or (step == 0 and trees.may_overwrite(x, r, p))
+                step += 1
+            return State(x, r, rs, num_steps, active), step
+
+        x, stats = run_cycles(self, operator, b, start, bounds, cycle)
+        if self.negative_curvature == "stop":
+            ended = bounds.tensor(stopped, torch.bool) & (stats.result == int(RESULTS.breakdown))
+            stats = stats._replace(result=code_where(ended, RESULTS.max_steps, stats.result))
+        return x, stats
 
 
 @dataclasses.dataclass(frozen=True)
-class NormalCG(IterativeLinearSolver):
+class NormalCG(PreconditionedSolver):
     """Conjugate gradients on the normal equations, for any invertible operator.
 
     Solves ``A^T A x = A^T b`` in the form that keeps the residual ``b - A x`` (CGLS), two products
     a step. The rate depends on the squared condition number of ``A``. This is HyperTorch's
-    ``CG_normaleq``. The arguments are the first three of `CG`.
+    ``CG_normaleq``.
+
+    Where ``A^T r`` becomes rounding noise, there is no solution, and that is breakdown: then ``x``
+    is the least-squares solution, which `LeastSquares` accepts.
+
+    Args:
+        preconditioner: an object such as `JacobiPreconditioner`, which is built for ``A^T A``; a
+            pair ``(M, M^T)`` as `GMRES` takes it; or one function, if ``A`` is symmetric.
+
+    All other arguments are those of `CG`.
 
     Example:
         >>> A = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
@@ -124,36 +190,84 @@ class NormalCG(IterativeLinearSolver):
 
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         transposed = operator.T
-        x, r, rs, bounds, num_steps, active = begin(self, operator, b, x0)
-        limits = bounds
-        own = False  # the first vectors are those of the caller
-        for step in range(self.maxiter):
-            if bounds.finished(active):
-                break
-            if step == 0:
-                p = s = transposed.mv(r)
-                gamma: Any = trees.dot(s, s)
-            q = operator.mv(p)
-            if step == 0 and trees.can_read(x, r, p, q):
-                limits, (rs, gamma, num_steps, active) = bounds.read(rs, gamma, num_steps, active)
-            alpha = ratio(gamma, *limits.dots((q, q)))
-            active = active & (alpha > 0) & (alpha < torch.inf)
-            alpha = where(active, alpha, 0.0)
-            x = trees.axpy(alpha, p, x, out=x if own else None)
-            r = trees.axpy(-alpha, q, r, out=r if own else None)
-            num_steps = num_steps + active
-            if step + 1 == self.maxiter:
-                (rs,) = limits.dots((r, r))
-                active = active & limits.open(rs)
-                break
+        precondition = prepare_normal(self.preconditioner, operator, b)
+        noise = (10 * trees.epsilon(b)) ** 2
+
+        def cycle(start: State, limits: Bounds, most: int) -> tuple[State, int]:
+            x, r, rs, num_steps, active, _ = start
             s = transposed.mv(r)
-            gamma_previous = gamma
-            rs, gamma = limits.dots((r, r), (s, s))
-            active = active & limits.open(rs)
-            beta = where(active, ratio(gamma, gamma_previous), 0.0)
-            p = trees.axpy(beta, p, s, out=p if own else None)
-            own = own or (step == 0 and trees.may_overwrite(x, r, p))
-        return x, bounds.stats(num_steps, rs, active)
+            p = s if precondition is None else precondition(s)
+            ss: Any = trees.dot(s, s)
+            gamma: Any = ss if precondition is None else trees.dot(s, p)
+            least: Any = noise * ss / rs
+            own = False  # the first vectors are those of the caller
+            step = 0
+            while step < most and not (step and limits.finished(active)):
+                q = operator.mv(p)
+                if step == 0 and trees.can_read(x, r, p, q):
+                    limits, (rs, gamma, least, num_steps, active) = limits.read(
+                        rs, gamma, least, num_steps, active
+                    )
+                alpha = ratio(gamma, *limits.dots((q, q)))
+                active = active & (alpha > 0) & (alpha < torch.inf)
+                alpha = where(active, alpha, 0.0)
+                x = trees.axpy(alpha, p, x, out=x if own else None)
+                r = trees.axpy(-alpha, q, r, out=r if own else None)
+                num_steps = num_steps + active
+                step += 1
+                if step == most:
+                    (rs,) = limits.dots((r, r))
+                    active = active & limits.open(rs)
+                    break
+                s = transposed.mv(r)
+                gamma_previous = gamma
+                if precondition is None:
+                    z = s
+                    rs, ss = limits.dots((r, r), (s, s))
+                    gamma = ss
+                else:
+                    z = precondition(s)
+                    rs, ss, gamma = limits.dots((r, r), (s, s), (s, z))
+                active = active & limits.open(rs)
+                if limits.adaptive:  # A^T r is noise: there is no solution, or not in this dtype
+                    active = active & (ss > least * rs)
+                beta = where(active, ratio(gamma, gamma_previous), 0.0)
+                p = trees.axpy(beta, p, z, out=p if own else None)
+                own = own or (step == 1 and trees.may_overwrite(x, r, p))
+            return State(x, r, rs, num_steps, active), step
+
+        return run_cycles(self, operator, b, *begin(self, operator, b, x0), cycle)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeastSquares(PreconditionedSolver):
+    """The least-squares solution of ``A x = b`` where there is no solution, by `CG` on ``A^T A``.
+
+    Minimises ``||b - A x||``: from zeros, the minimiser of least norm. So a singular Hessian, as
+    that of a network with symmetries, or with more parameters than data, gives the hypergradient
+    of the pseudo-inverse. Where the system is solvable, its solution is what `NormalCG` finds with
+    less rounding error. Two products a step; the rate depends on the squared condition number, over
+    the nonzero singular values.
+
+    Tolerances, residual norm and success are those of the normal equations: the residual is
+    ``A^T (b - A x)``, and its tolerance ``max(rtol ||A^T b||, atol)``. A preconditioner
+    approximates the inverse of ``A^T A``. All arguments are those of `CG`.
+
+    Second derivatives are refused, as they are not those of a solved system.
+
+    Example:
+        >>> A = torch.tensor([[1.0, 1.0], [1.0, 1.0]])  # b is not in its range
+        >>> operator = hf.linear_solvers.LinearOperator.from_matrix(A)
+        >>> hf.LeastSquares().solve(operator, (torch.tensor([3.0, 1.0]),))[0]
+        (tensor([1., 1.]),)
+
+    References:
+        Bjorck, Numerical methods for least squares problems, SIAM 1996, chapter 7.4.
+    """
+
+    def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
+        solver = CG(self.maxiter, self.rtol, self.atol, self.preconditioner)
+        return solver.solve(operator.normal(), operator.T.mv(b), x0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,77 +301,48 @@ class BiCGStab(PreconditionedSolver):
 
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
-        iterate = functools.partial(_bicgstab, operator.mv, precondition)
-        x, r, rs, bounds, num_steps, active = begin(self, operator, b, x0)
-        before, left = rs, self.maxiter
-        verdict = torch.full_like(rs, -1, dtype=torch.int64)
-        while left > 0:
-            started = active
-            x, rs, made, active, left = iterate(x, r, active, bounds, left)
-            num_steps = num_steps + made
-            ended = started & (rs <= bounds.converged)
-            if not bounds.adaptive or not batching.any_true(ended):
-                break
-            r = operator.residual(x, b)
-            rs = torch.where(ended, trees.dot(r, r), rs)
-            missed = ended & bounds.open(rs)
-            # where beginning anew gains nothing more, that is as far as rounding errors allow
-            exhausted = missed & (rs >= before / 4)
-            accurate = rs <= trees.epsilon(b) ** 0.5 * bounds.bb
-            code = code_where(accurate, RESULTS.success, RESULTS.stagnation)
-            verdict = torch.where(exhausted, code, verdict)
-            before = torch.where(ended, rs, before)
-            active = active | (missed & ~exhausted)
-            if bounds.finished(active):
-                break
-        stats = bounds.stats(num_steps, rs, active)
-        return x, stats._replace(result=torch.where(verdict >= 0, verdict, stats.result))
+        eps = trees.epsilon(b)
+
+        def cycle(start: State, bounds: Bounds, most: int) -> tuple[State, int]:
+            x, r, rs, num_steps, active, _ = start
+            first, first_rs, rho = r, rs, rs
+            p = v = trees.zeros_like(r)
+            rho_previous = alpha = omega = torch.ones_like(rs)
+            own = False  # the first vectors are those of the caller
+            step = 0
+            while step < most and not (step and bounds.finished(active)):
+                step += 1
+                active = active & (rho.abs() > eps * (first_rs * rs).sqrt())
+                beta = torch.where(active, (rho / rho_previous) * (alpha / omega), 0.0)
+                p = trees.axpy(-omega, v, p, out=p if own else None)
+                p = trees.axpy(beta, p, r, out=p if own else None)
+                p_hat = precondition(p)
+                v = operator.mv(p_hat)
+                alpha = rho / trees.dot(first, v)
+                active = active & torch.isfinite(alpha)
+                alpha = torch.where(active, alpha, 0.0)
+                s = trees.axpy(-alpha, v, r)
+                s_hat = precondition(s)
+                t = operator.mv(s_hat)
+                ss, ts, tt = trees.dots((s, s), (t, s), (t, t))
+                # where s is zero, or the second half breaks down, only the first half is taken
+                stable = active & (ts.abs() > eps * (tt * ss).sqrt())
+                omega = torch.where(stable, ts / tt, 0.0)
+                x = trees.axpy(alpha, p_hat, x, out=x if own else None)
+                x = trees.axpy(omega, s_hat, x, out=x if own else None)
+                r = trees.axpy(-omega, t, s, out=s if own else None)
+                own = own or trees.may_overwrite(x, p, r)
+                rho_previous = rho
+                rs, rho = trees.dots((r, r), (first, r))
+                num_steps = num_steps + active
+                active = stable & bounds.open(rs)
+            return State(x, r, rs, num_steps, active), step
+
+        return run_cycles(self, operator, b, *begin(self, operator, b, x0), cycle, retry=True)
 
 
-def _bicgstab(
-    product: Callable[[Leaves], Leaves],
-    precondition: Callable[[Leaves], Leaves],
-    x: Leaves,
-    r: Leaves,
-    active: Tensor,
-    bounds: Bounds,
-    left: int,
-) -> tuple[Leaves, Tensor, Tensor, Tensor, int]:
-    """Iterate until the recurrence has converged: ``x, rs``, steps made, active, ``left``."""
-    eps = trees.epsilon(r)
-    first = r
-    p = v = trees.zeros_like(r)
-    rs = first_rs = rho = trees.dot(r, r)
-    rho_previous = alpha = omega = torch.ones_like(rs)
-    num_steps = no_steps(rs)
-    own = False  # the first vectors are those of the caller
-    while left > 0 and not bounds.finished(active):
-        left -= 1
-        active = active & (rho.abs() > eps * (first_rs * rs).sqrt())
-        beta = torch.where(active, (rho / rho_previous) * (alpha / omega), 0.0)
-        p = trees.axpy(-omega, v, p, out=p if own else None)
-        p = trees.axpy(beta, p, r, out=p if own else None)
-        p_hat = precondition(p)
-        v = product(p_hat)
-        alpha = rho / trees.dot(first, v)
-        active = active & torch.isfinite(alpha)
-        alpha = torch.where(active, alpha, 0.0)
-        s = trees.axpy(-alpha, v, r)
-        s_hat = precondition(s)
-        t = product(s_hat)
-        ss, ts, tt = trees.dots((s, s), (t, s), (t, t))
-        # where s is zero, or the second half breaks down, only the first half is taken
-        stable = active & (ts.abs() > eps * (tt * ss).sqrt())
-        omega = torch.where(stable, ts / tt, 0.0)
-        x = trees.axpy(alpha, p_hat, x, out=x if own else None)
-        x = trees.axpy(omega, s_hat, x, out=x if own else None)
-        r = trees.axpy(-omega, t, s, out=s if own else None)
-        own = own or trees.may_overwrite(x, p, r)
-        rho_previous = rho
-        rs, rho = trees.dots((r, r), (first, r))
-        num_steps = num_steps + active
-        active = stable & bounds.open(rs)
-    return x, rs, num_steps, active, left
+def _divide(scale: Leaves, r: Leaves) -> Leaves:
+    return tuple(leaf / divisor for divisor, leaf in zip(scale, r, strict=True))
 
 
 def _seems_symmetric(operator: LinearOperator, b: Leaves) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
-from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers._base import LinearOperator, Solved, begin
+from hyperfunc.linear_solvers._base import Bounds, LinearOperator, Solved
+from hyperfunc.linear_solvers._cycles import State, begin, run_cycles
 from hyperfunc.linear_solvers._preconditioners import PreconditionedSolver, prepare
 
 
@@ -55,13 +55,14 @@ class PipelinedCG(PreconditionedSolver):
 
     replace: int = 50
 
+    symmetric_only = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self, "replace", self.replace)
 
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
-        x, r, rs, bounds, num_steps, active = begin(self, operator, b, x0)
 
         def vectors_at(x: Leaves, r: Leaves, p: Leaves | None = None) -> _Vectors:
             """Those of an iterate, its residual and a direction, evaluated anew."""
@@ -74,47 +75,38 @@ class PipelinedCG(PreconditionedSolver):
             q = precondition(s)
             return _Vectors(x, r, u, w, p, s, q, operator.mv(q))
 
-        vectors = vectors_at(x, r)
-        gamma_previous = alpha = torch.ones_like(rs)
-        fresh, reached = torch.ones_like(active), rs
-        own = False  # the first vectors are those of the caller, or one and the same
-        for step in range(self.maxiter):
-            if step and step % self.replace == 0:
-                r = operator.residual(vectors.x, b)
-                vectors = vectors_at(vectors.x, r, vectors.p).where(active, vectors)
-            v = vectors
-            pending = trees.start_dots((v.r, v.r), (v.r, v.u), (v.w, v.u))
-            m = precondition(v.w)
-            n = operator.mv(m)
-            rs_now, gamma, delta = pending()
-            rs = torch.where(active, rs_now, rs)
-            active = active & bounds.open(rs)
-            if bounds.finished(active):
-                r = operator.residual(v.x, b)
-                true_rs = trees.dot(r, r)
-                again = bounds.open(true_rs) & (true_rs < 0.01 * reached)
-                if bounds.finished(again):
-                    break
-                vectors = vectors_at(v.x, r).where(again, v)
-                rs, reached = (torch.where(again, true_rs, old) for old in (rs, reached))
-                active, fresh = again, fresh | again
-                continue
-            beta = torch.where(active & ~fresh, gamma / gamma_previous, 0.0)
-            alpha = gamma / torch.where(fresh, delta, delta - beta * gamma / alpha)
-            active = active & (alpha > 0) & (alpha < torch.inf)
-            num_steps = num_steps + active
-            vectors = v.step(torch.where(active, alpha, 0.0), beta, m, n, own)
-            own = own or trees.may_overwrite(*vectors)
-            gamma_previous, fresh = gamma, torch.zeros_like(fresh)
-        r = operator.residual(vectors.x, b)
-        true_rs = trees.dot(r, r)
-        # a recurrence that broke down or blew up tells more than the residual it leaves behind
-        stats = bounds.stats(num_steps, torch.where(bounds.open(rs), true_rs, rs), active)
-        allowed = torch.maximum(100 * bounds.converged, trees.epsilon(b) * bounds.bb)
-        drifted = torch.isfinite(rs) & (rs <= bounds.converged) & ~(true_rs <= allowed)
-        result = code_where(drifted, RESULTS.stagnation, stats.result)
-        norm = torch.where(torch.isfinite(true_rs), true_rs, rs).sqrt()
-        return vectors.x, SolveStats(stats.num_steps, norm, result)
+        def cycle(start: State, bounds: Bounds, most: int) -> tuple[State, int]:
+            x, r, rs, num_steps, active, _ = start
+            v = vectors_at(x, r)
+            gamma_previous = alpha = torch.ones_like(rs)
+            own = False  # the first vectors are those of the caller, or one and the same
+            for step in range(most):
+                if step and step % self.replace == 0:
+                    v = vectors_at(v.x, operator.residual(v.x, b), v.p).where(active, v)
+                pending = trees.start_dots((v.r, v.r), (v.r, v.u), (v.w, v.u))
+                m = precondition(v.w)
+                n = operator.mv(m)
+                rs_now, gamma, delta = pending()
+                rs = torch.where(active, rs_now, rs)
+                active = active & bounds.open(rs)
+                if bounds.finished(active):
+                    return State(v.x, v.r, rs, num_steps, active), step
+                if step == 0:
+                    beta, curvature = torch.zeros_like(rs), delta
+                else:
+                    beta = torch.where(active, gamma / gamma_previous, 0.0)
+                    curvature = delta - beta * gamma / alpha
+                alpha = gamma / curvature
+                active = active & (alpha > 0) & (alpha < torch.inf)
+                num_steps = num_steps + active
+                v = v.step(torch.where(active, alpha, 0.0), beta, m, n, own)
+                own = own or trees.may_overwrite(*v)
+                gamma_previous = gamma
+            return State(v.x, v.r, rs, num_steps, active), most
+
+        return run_cycles(
+            self, operator, b, *begin(self, operator, b, x0), cycle, always=True, retry=True
+        )
 
 
 class _Vectors(NamedTuple):

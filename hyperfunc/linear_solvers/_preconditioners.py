@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count, check_number
@@ -15,7 +17,17 @@ from hyperfunc._engine.random_vectors import random_signs
 from hyperfunc._engine.trees import ravel, ravel_local, unravel
 from hyperfunc._torch import tracking
 from hyperfunc._types import Leaves, TensorTree
-from hyperfunc.linear_solvers._base import IterativeLinearSolver, LinearOperator
+from hyperfunc.linear_solvers._base import (
+    AbstractLinearSolver,
+    IterativeLinearSolver,
+    LinearOperator,
+    parts,
+)
+
+_WRITE_A_PAIR = (
+    "Write preconditioner=(M, MT), with M close to the inverse of A, the Jacobian of the "
+    "condition, and MT its transpose; or take an object such as hf.JacobiPreconditioner()"
+)
 
 
 class AbstractPreconditioner(abc.ABC):
@@ -34,8 +46,10 @@ class AbstractPreconditioner(abc.ABC):
         """
 
 
-Preconditioner: TypeAlias = AbstractPreconditioner | Callable[[TensorTree], TensorTree]
-"""An object with `AbstractPreconditioner.prepare`, or a linear function of trees like params."""
+Linear: TypeAlias = Callable[[TensorTree], TensorTree]
+Preconditioner: TypeAlias = AbstractPreconditioner | Linear | tuple[Linear, Linear]
+"""An object with `AbstractPreconditioner.prepare`, a linear function of trees like params, or two:
+close to the inverse of ``A``, and to that of ``A^T``, with ``A`` the Jacobian of the condition."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +84,12 @@ class JacobiPreconditioner(AbstractPreconditioner):
         check_count(self, "seed", self.seed, 0)
 
     def prepare(self, operator: LinearOperator, b: Leaves) -> Callable[[Leaves], Leaves]:
+        scale = self.scale(operator, b)
+        inverse = unravel(torch.where(scale > 0, 1 / scale, 1.0), b)
+        return lambda r: tuple(d * leaf for d, leaf in zip(inverse, r, strict=True))
+
+    def scale(self, operator: LinearOperator, b: Leaves) -> Tensor:
+        """The estimate of the absolute diagonal, for the entries that this rank holds."""
         dtype = trees.accumulation_dtype(b)
         diagonal = square = torch.zeros((), dtype=dtype, device=b[0].device)
         for probe in range(self.num_probes):
@@ -77,9 +97,7 @@ class JacobiPreconditioner(AbstractPreconditioner):
             product = ravel_local(operator.mv(signs), dtype)
             diagonal = diagonal + product * ravel_local(signs, dtype) / self.num_probes
             square = square + product**2 / self.num_probes
-        scale = torch.maximum(diagonal.abs(), (square / self.num_probes).sqrt())
-        inverse = unravel(torch.where(scale > 0, 1 / scale, 1.0), b)
-        return lambda r: tuple(d * leaf for d, leaf in zip(inverse, r, strict=True))
+        return torch.maximum(diagonal.abs(), (square / self.num_probes).sqrt())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,25 +195,58 @@ def prepare(
         return preconditioner.prepare(operator, b)
     if preconditioner is None:
         return None
-    spec = operator.structure(b)
+    if isinstance(preconditioner, tuple):
+        preconditioner = preconditioner[operator.transposed]
+    return functools.partial(_apply, preconditioner, operator.structure(b))
 
-    @torch.no_grad()
-    def apply(r: Leaves) -> Leaves:
-        try:
-            output = preconditioner(trees.unflatten(spec, r))
-        except RuntimeError as error:
-            if tracking.escaped(error):
-                raise ValueError(
-                    "the preconditioner uses a tensor that was made inside an enclosing torch.func "
-                    "transform, which it runs outside of. Make it of tensors from outside, or take "
-                    "an object such as hf.JacobiPreconditioner(), which is built in each solve"
-                ) from error
-            raise
-        leaves, output_spec = trees.flatten(output)
-        trees.check_like(leaves, output_spec, r, spec, "the output of the preconditioner", "params")
-        return tuple(leaves)
 
-    return apply
+def prepare_normal(
+    preconditioner: Preconditioner | None, operator: LinearOperator, b: Leaves
+) -> Callable[[Leaves], Leaves] | None:
+    """The approximate inverse of ``A^T A`` for one solve, or None for the identity."""
+    if isinstance(preconditioner, AbstractPreconditioner):
+        return preconditioner.prepare(operator.normal(), b)
+    if preconditioner is None:
+        return None
+    if not isinstance(preconditioner, tuple) and not operator.symmetric:
+        raise ValueError(
+            "NormalCG: preconditioner is one function, but A is not known to be symmetric, and the "
+            f"normal equations need an approximation of the inverse of A^T too. {_WRITE_A_PAIR}"
+        )
+    inverse, transposed = (prepare(preconditioner, side, b) for side in (operator, operator.T))
+    assert inverse is not None
+    assert transposed is not None
+    return lambda r: inverse(transposed(r))
+
+
+@torch.no_grad()
+def _apply(function: Linear, spec: trees.TreeSpec, r: Leaves) -> Leaves:
+    """A user's function on leaves."""
+    try:
+        output = function(trees.unflatten(spec, r))
+    except RuntimeError as error:
+        if tracking.escaped(error):
+            raise ValueError(
+                "the preconditioner uses a tensor that was made inside an enclosing torch.func "
+                "transform, which it runs outside of. Make it of tensors from outside, or take "
+                "an object such as hf.JacobiPreconditioner(), which is built in each solve"
+            ) from error
+        raise
+    leaves, output_spec = trees.flatten(output)
+    trees.check_like(leaves, output_spec, r, spec, "the output of the preconditioner", "params")
+    return tuple(leaves)
+
+
+def refuse_one_direction(solver: AbstractLinearSolver) -> None:
+    """Raise if a solver, or one inside it, has a preconditioner for the other direction only."""
+    for each in parts(solver):
+        lone = callable(getattr(each, "preconditioner", None))
+        if lone and not getattr(each, "symmetric_only", False):
+            raise ValueError(
+                f"{type(each).__name__}: preconditioner is one function, which stands for the "
+                f"inverse of A^T in the adjoint system. A derivative in forward mode, or a second "
+                f"one, solves with A itself, which is not known to be symmetric. {_WRITE_A_PAIR}"
+            )
 
 
 def check_preconditioner(solver: Any) -> None:
@@ -208,10 +259,11 @@ def check_preconditioner(solver: Any) -> None:
             f"{name}: preconditioner is the class {preconditioner.__name__}; expected an object. "
             f"Write preconditioner=hf.{preconditioner.__name__}()"
         )
-    if not callable(preconditioner):
+    both = isinstance(preconditioner, tuple) and len(preconditioner) == 2
+    if not all(map(callable, preconditioner if both else (preconditioner,))):
         raise TypeError(
             f"{name}: preconditioner is {preconditioner!r}; expected a linear function of trees "
-            f"like params, or an object such as hf.JacobiPreconditioner()"
+            f"like params, a pair of them, or an object such as hf.JacobiPreconditioner()"
         )
 
 

@@ -17,6 +17,13 @@ from hyperfunc.linear_solvers._base import (
     IterativeLinearSolver,
     LinearOperator,
     Solved,
+    no_steps,
+)
+from hyperfunc.linear_solvers._cycles import State, run_cycles
+from hyperfunc.linear_solvers._preconditioners import (
+    Preconditioner,
+    check_preconditioner,
+    prepare,
 )
 
 
@@ -25,37 +32,63 @@ class RichardsonSolver(IterativeLinearSolver):
     """What iterates by plain steps of a size; see `FixedPoint`."""
 
     step_size: float = 1.0
+    preconditioner: Preconditioner | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_preconditioner(self)
         check_number(self, "step_size", self.step_size, above=True)
 
-    def _iterate(self, operator: LinearOperator, b: Leaves, x0: Leaves | None) -> Solved:
-        first = rs = bb = trees.dot(b, b)
-        bounds = Bounds.make(self.rtol, self.atol, b, bb)
-        x, steps = (trees.zeros_like(b) if x0 is None else x0), 0
-        if x0 is None and self.maxiter > 0:
-            x, steps = trees.scale(self.step_size, b), 1
-        num_steps = torch.full((), steps, dtype=torch.int64, device=bb.device)
-        # from a given start even a small b says nothing of the residual
-        active = bounds.open(rs) if x0 is None else torch.isfinite(bb)
-        uncounted = 0
-        for step in range(steps, self.maxiter):
-            if bounds.finished(active):
-                break
-            new = operator.richardson(x, b, self.step_size)
-            measured = bounds.adaptive or step in (steps, self.maxiter - 1)
-            if measured:
-                update = trees.sub(new, x)
-                rs = torch.where(active, trees.dot(update, update) / self.step_size**2, rs)
-            if step == 0:
-                first, bounds = rs, Bounds.make(self.rtol, self.atol, b, rs)
-            uncounted += 1
-            x = trees.where(active, new, x) if bounds.adaptive else new
-            if measured:
-                num_steps, uncounted = num_steps + uncounted * active, 0
-                active = active & bounds.open(rs)
-        return x, report_growth(bounds.stats(num_steps, rs, active), rs, first, bb, b)
+    def _iterate(
+        self, operator: LinearOperator, b: Leaves, x0: Leaves | None, series: bool = False
+    ) -> Solved:
+        precondition = prepare(self.preconditioner, operator, b)
+        if series and x0 is None:
+            x0 = trees.scale(self.step_size, b if precondition is None else precondition(b))
+        r: Leaves
+        x, r = (trees.zeros_like(b), b) if x0 is None else (x0, ())
+        first = bb = trees.dot(b, b)
+        if x0 is not None and precondition is not None:
+            r = operator.residual(x, b)
+            first = trees.dot(r, r)
+        limits = Bounds.make(self.rtol, self.atol, b, first)
+
+        def cycle(start: State, _: Bounds, most: int) -> tuple[State, int]:
+            nonlocal first, limits
+            x, r, rs, num_steps, active, _own = start
+            step, uncounted = 0, 0
+            while step < most and not (step and limits.finished(active)):
+                measured = limits.adaptive or step in (0, most - 1)
+                if step and precondition is not None:
+                    r = operator.residual(x, b)
+                    rs = torch.where(active, trees.dot(r, r), rs)
+                if r and (step == 0 or precondition is not None):
+                    direction = r if precondition is None else precondition(r)
+                    new = trees.axpy(self.step_size, direction, x)
+                else:
+                    new = operator.richardson(x, b, self.step_size)
+                    if measured:
+                        update = trees.sub(new, x)
+                        rs_now = trees.dot(update, update) / self.step_size**2
+                        rs = torch.where(active, rs_now, rs)
+                    if step == 0:
+                        first = rs
+                        limits = Bounds.make(self.rtol, self.atol, b, first)
+                uncounted += 1
+                x = trees.where(active, new, x) if limits.adaptive else new
+                if measured:
+                    num_steps, uncounted = num_steps + uncounted * active, 0
+                    active = active & limits.open(rs)
+                step += 1
+            return State(x, r, rs, num_steps, active), step
+
+        # from a start whose residual is not known even a small b says nothing of it
+        active = limits.open(first) if r else torch.isfinite(bb)
+        start = State(x, r, first, no_steps(bb), active)
+        # growth is known from the first residual on, which may be that of a bad start
+        bounds = dataclasses.replace(limits, diverged=torch.full_like(bb, torch.inf))
+        x, stats = run_cycles(self, operator, b, start, bounds, cycle)
+        return x, report_growth(stats, stats.residual_norm**2, first, bb, b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +103,8 @@ class FixedPoint(RichardsonSolver):
 
     Args:
         step_size: > 0.
+        preconditioner: an approximation ``M`` of the inverse, as `GMRES` takes it: the iteration
+            is ``x <- x + step_size M (b - A x)``, and the residual is that of the system itself.
 
     All other arguments are those of `CG`. A residual that is larger at the end than at the start is
     reported as divergence.
@@ -93,7 +128,8 @@ class Neumann(RichardsonSolver):
     """Truncated Neumann series ``x_K = step_size sum_{i<=K} (I - step_size A)^i b``.
 
     `FixedPoint` from ``step_size b`` in place of zero, with the same arguments: ``Neumann(K)``
-    equals ``FixedPoint(K + 1)``, with ``K`` products.
+    equals ``FixedPoint(K + 1)``, with ``K`` products. A preconditioner ``M`` makes it the series
+    ``step_size sum_{i<=K} (I - step_size M A)^i M b``.
 
     Example:
         >>> operator = hf.linear_solvers.LinearOperator.from_matrix(0.5 * torch.eye(1))
@@ -105,8 +141,7 @@ class Neumann(RichardsonSolver):
     """
 
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
-        start = trees.scale(self.step_size, b) if x0 is None else x0
-        return self._iterate(operator, b, start)
+        return self._iterate(operator, b, x0, series=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_number
 from hyperfunc._engine.random_vectors import random_uniform
-from hyperfunc._engine.results import RESULTS, SolveStats, code_where
+from hyperfunc._engine.results import RESULTS, ChoiceStats, SolveStats, code_where
 from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
@@ -62,12 +62,16 @@ class Fallback(AbstractLinearSolver):
     """Solves with ``first``, and with ``then`` where that one did not succeed.
 
     The step limit counts as no success. The second solver starts where the first one did. Under
-    ``vmap`` it runs if some task needs it, and only such tasks take its solution, its residual and
-    its result; ``num_steps`` adds up the steps of both. It takes one host synchronisation.
+    ``vmap`` it runs if some task needs it; ``num_steps`` adds up the steps of both. Where neither
+    succeeds, the answer is the one with the smaller residual, found by one product for each, and
+    the step limit is what is reported if one of them has reached it, as that is no failure. It
+    takes one host synchronisation, and one more where the second runs.
 
     Args:
         first: the linear solver to try.
         then: the linear solver for what is left; a `Fallback` again for a third.
+
+    ``Solution.stats`` is a `ChoiceStats`, which says whose answer it is.
 
     Example:
         >>> A = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
@@ -85,17 +89,55 @@ class Fallback(AbstractLinearSolver):
         check_solver(self, "then", self.then)
 
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
+        x, stats = self.solve_and_tell(operator, b, x0)
+        return x, SolveStats(*stats[:3])
+
+    def solve_and_tell(
+        self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
+    ) -> tuple[Leaves, ChoiceStats]:
+        """`solve`, with the choice in the statistics."""
         x, stats = self.first.solve(operator, b, x0)
+        first = ChoiceStats(*stats, torch.zeros_like(stats.result))
         open_ = stats.result != int(RESULTS.success)
-        if not batching.any_true(open_):
-            return x, stats
-        # what is solved becomes a system with the solution zero, which takes no steps
-        zeros = trees.zeros_like(b)
-        start = None if x0 is None else trees.where(open_, x0, zeros)
-        y, then = self.then.solve(operator, trees.where(open_, b, zeros), start)
-        then = then._replace(num_steps=stats.num_steps + then.num_steps)
-        merged = (torch.where(open_, new, old) for new, old in zip(then, stats, strict=True))
-        return trees.where(open_, y, x), SolveStats(*merged)
+        return try_next(self.then, 1, open_, operator, b, x0, x, first)
+
+
+def try_next(
+    solver: AbstractLinearSolver,
+    index: int,
+    open_: Tensor,
+    operator: LinearOperator,
+    b: Leaves,
+    x0: Leaves | None,
+    x: Leaves,
+    stats: ChoiceStats,
+) -> tuple[Leaves, ChoiceStats]:
+    """Solve the tasks that are open, and keep the better answer of each."""
+    if not batching.any_true(open_):
+        return x, stats
+    # what is solved becomes a system with the solution zero, which takes no steps
+    zeros = trees.zeros_like(b)
+    start = None if x0 is None else trees.where(open_, x0, zeros)
+    y, then = solver.solve(operator, trees.where(open_, b, zeros), start)
+    better, norm = open_, then.residual_norm
+    if batching.any_true(open_ & (then.result != int(RESULTS.success))):
+        old, norm = (trees.norm(operator.residual(v, b)) for v in (x, y))
+        better = open_ & ((then.result == int(RESULTS.success)) | ~(norm >= old))
+        better = better & (torch.isfinite(norm) | ~torch.isfinite(old))
+        kept = open_ & ~better
+        stats = stats._replace(residual_norm=torch.where(kept, old, stats.residual_norm))
+        no_failure = kept & (then.result == int(RESULTS.max_steps))
+        spared = better & (stats.result == int(RESULTS.max_steps))
+        stats = stats._replace(result=code_where(no_failure, RESULTS.max_steps, stats.result))
+        failed = then.result > int(RESULTS.max_steps)
+        then = then._replace(result=code_where(spared & failed, RESULTS.max_steps, then.result))
+    merged = ChoiceStats(
+        torch.where(open_, stats.num_steps + then.num_steps, stats.num_steps),
+        torch.where(better, norm, stats.residual_norm),
+        torch.where(better, then.result, stats.result),
+        torch.where(better, index, stats.choice),
+    )
+    return trees.where(better, y, x), merged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +252,11 @@ class _JointProduct(torch.autograd.Function):
             leaf.expand(info.batch_size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
             for leaf, dim in zip(v, in_dims[2:], strict=True)
         )
+        if in_dims[1] is None:  # not the vmap over blocks, but one of several vectors in it
+            each = [
+                _JointProduct.apply(product, anchor, *row) for row in zip(*stacked, strict=True)
+            ]
+            return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * len(v)
         return product(stacked), (0,) * len(v)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hyperfunc._compile.compiler import Compiler, applies
 from hyperfunc._engine import trees
 from hyperfunc._engine.flat import split
-from hyperfunc._engine.results import Solution, SolveStats
+from hyperfunc._engine.results import ChoiceStats, Solution, SolveStats
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition, make_condition
 from hyperfunc._rule.error_bound import ErrorBound, error_bound
 from hyperfunc._rule.implicit import (
@@ -143,7 +143,7 @@ class Hypergradient:
 
     def _differentiate(
         self, problem: ImplicitProblem, w: Leaves, theta: Leaves, start: Leaves | None
-    ) -> tuple[Tensor, Any, Leaves, SolveStats, Leaves]:
+    ) -> tuple[Tensor, Any, Leaves, SolveStats | ChoiceStats, Leaves]:
         """Outer value and aux, the adjoint with its statistics, and the hypergradient."""
         method, losses = self.rule.method, [self.outer_loss]
         if isinstance(method, StochasticAID):
@@ -158,7 +158,7 @@ class Hypergradient:
 
     def _differentiate_compiled(
         self, problem: ImplicitProblem, w: Leaves, theta: Leaves, start: Leaves | None
-    ) -> tuple[Tensor, Any, Leaves, SolveStats, Leaves]:
+    ) -> tuple[Tensor, Any, Leaves, SolveStats | ChoiceStats, Leaves]:
         """`_differentiate`, compiled; where it fails is told afterwards."""
         assert self.compiler is not None
         assert problem.bound is not None

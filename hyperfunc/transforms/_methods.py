@@ -13,6 +13,7 @@ METHODS: dict[str, type] = {
     "normal_cg": linear_solvers.NormalCG,
     "fixed_point": linear_solvers.FixedPoint,
     "neumann": linear_solvers.Neumann,
+    "least_squares": linear_solvers.LeastSquares,
     "dense": linear_solvers.Dense,
     "one_step": linear_solvers.OneStep,
     "gmres": linear_solvers.GMRES,

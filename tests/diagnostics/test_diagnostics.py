@@ -13,8 +13,8 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
 from hyperfunc.diagnostics import Estimate
+from hyperfunc.diagnostics._choice import choose
 from hyperfunc.linear_solvers import LinearOperator
-from hyperfunc.linear_solvers._auto import choose
 from hyperfunc.linear_solvers._spectrum import measure
 from tests.cells import thinned
 

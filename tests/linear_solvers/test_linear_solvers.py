@@ -78,7 +78,6 @@ SYSTEMS: dict[str, tuple[Tensor, Tensor, dict[str, str]]] = {
         -SPD,
         B,
         {
-            "cg": "breakdown",
             "pipelined_cg": "breakdown",
             "fixed_point": "divergence",
             "neumann": "divergence",
@@ -285,7 +284,9 @@ def test_tolerances(make: Any) -> None:
         x, stats = solve(make(**settings), A, B)
         assert int(stats.result) == hf.RESULTS.success
         assert float(torch.linalg.vector_norm(B - A @ x)) <= bound * 1.001
-        fewer = dataclasses.replace(make(**settings), maxiter=max(int(stats.num_steps) - 1, 0))
+        # plain iterations learn of a residual one step late, but for the one at the end
+        late = 2 if make in (hf.FixedPoint, hf.Neumann) else 1
+        fewer = dataclasses.replace(make(**settings), maxiter=max(int(stats.num_steps) - late, 0))
         x, stats = solve(fewer, A, B)
         assert int(stats.result) == hf.RESULTS.max_steps
 

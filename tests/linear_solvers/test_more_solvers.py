@@ -362,13 +362,13 @@ def test_one_synchronisation_a_step(name: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(batching, "any_true", lambda flag: syncs.append(1) or any_true(flag))
     counted = Counted(SPD)
     _, stats = ALL[name].solve(counted.operator, (randn(N),))
-    # and at the end, where BiCGStab and PipelinedCG check the residual, and Fallback the result
-    more = {"bicgstab": 3, "bicgstab, jacobi": 3, "fallback": 2, "auto": 2}
-    assert len(syncs) <= stats.num_steps + more.get(
-        name, 2 if "anderson" in name or "pipelined" in name else 1
-    )
-    if name == "bicgstab":
-        assert counted.count == 2 * stats.num_steps + 1
+    # and at the end of each cycle, where the residual is checked, and the result by Fallback
+    cycles = 1 if name != "gmres, restarted" else 1 + (int(stats.num_steps) - 1) // 6
+    more = 2 if "anderson" in name else 3 * cycles + 1
+    assert len(syncs) <= stats.num_steps + more
+    # one product at the end is for the check
+    if name in ("bicgstab", "gmres", "cg, user's"):
+        assert counted.count == (2 if name == "bicgstab" else 1) * stats.num_steps + 1
 
 
 @pytest.mark.parametrize("name", ["gmres", "bicgstab", "anderson, long", "cg, user's"])
@@ -512,7 +512,9 @@ def test_trees_of_any_dtype(name: str, dtypes: tuple[torch.dtype, ...]) -> None:
         assert torch.equal(rhs, old)
         expected = rhs.double() / (1 + i / 2)
         torch.testing.assert_close(leaf.double(), expected, rtol=tolerance, atol=tolerance)
-    assert code(stats) is hf.RESULTS.success
+    # the solution of nystrom is that of a system with rho added
+    solved = name != "nystrom" or stats.residual_norm <= eps**0.75 * trees.norm(b)
+    assert code(stats) is hf.RESULTS["success" if solved else "max_steps"]
     assert stats.residual_norm.dtype == (
         torch.float64 if torch.float64 in dtypes else torch.float32
     )
@@ -940,11 +942,19 @@ def test_nystrom_is_its_formula(A: Tensor) -> None:
     torch.testing.assert_close(x, torch.linalg.solve(approximation + 2.1 * eye, b))
     x, _ = run(solver, A, b, shift=8.0, scale=-1.0)
     torch.testing.assert_close(x, torch.linalg.solve(8.1 * eye - approximation, b))
-    # a starting iterate is corrected
-    x0 = randn(N, seed=9)
-    x, _ = run(solver, A, b, x0)
-    step = torch.linalg.solve(approximation + 0.1 * eye, b - A @ x0)
-    torch.testing.assert_close(x, x0 + step)
+    # a starting iterate is corrected, by the multiple with the smallest residual
+    x0 = torch.linalg.solve(A, b) + 1e-3 * randn(N, seed=9)
+    x, stats = run(solver, A, b, x0)
+    r = b - A @ x0
+    step = torch.linalg.solve(approximation + 0.1 * eye, r)
+    image = A @ step
+    torch.testing.assert_close(x, x0 + (r @ image) / (image @ image) * step)
+    assert stats.residual_norm <= r.norm()
+    # unless it is worse than zeros
+    torch.testing.assert_close(
+        run(solver, A, b, 1e3 * x0)[1].residual_norm,
+        (b - A @ (run(solver, A, b, torch.zeros_like(b))[0])).norm(),
+    )
 
 
 def test_nystrom_of_low_rank_and_of_full_rank() -> None:
@@ -1019,7 +1029,7 @@ def test_tasks_that_are_solved_cost_the_second_solver_nothing() -> None:
     _, stats = vmap(solve)(matrices, randn(2, N))
     first = run(hf.CG(N + 3, rtol=1e-8), SPD, randn(2, N)[0])[1].num_steps
     assert stats.num_steps[0] == first
-    assert len(count) == first + 2
+    assert len(count) == first + 2 + 2 + 1  # with the checks of what ends
 
 
 def test_fallback_runs_after_the_step_limit_from_the_same_start() -> None:
@@ -1067,7 +1077,7 @@ def test_blocks_of_different_sizes(solver: Any) -> None:
     # one product serves all blocks: as many as the hardest one needs
     alone = [int(run(solver, A, c)[1].num_steps) for A, c in zip(BLOCKS, flat, strict=True)]
     assert stats.num_steps == max(alone)
-    assert counted.count == max(alone) + (
+    assert counted.count == max(alone) + 1 + (
         solver.preconditioner is not None if isinstance(solver, hf.CG) else 0
     )
     residual = counted.operator.residual(x, b)
@@ -1109,7 +1119,7 @@ def test_a_dimension_of_tasks_in_the_leaves() -> None:
 
 def test_one_block_that_fails_tells_on_all() -> None:
     diagonal = torch.diag(torch.tensor([3.0, -1.0, 2.0]))
-    x, stats = run(hf.Blockwise(hf.CG(), "batch"), diagonal, torch.ones(3))
+    x, stats = run(hf.Blockwise(hf.CG(), "batch"), diagonal, torch.ones(3), symmetric=True)
     assert code(stats) is hf.RESULTS.breakdown
     torch.testing.assert_close(x[[0, 2]], torch.tensor([1 / 3, 1 / 2]))
 
@@ -1219,14 +1229,14 @@ def test_objects_are_values(solver: Any) -> None:
 
 
 FIELDS = {
-    hf.CG: "maxiter rtol atol preconditioner check_symmetry",
-    hf.NormalCG: "maxiter rtol atol",
+    hf.CG: "maxiter rtol atol preconditioner check_symmetry negative_curvature",
+    hf.NormalCG: "maxiter rtol atol preconditioner",
     hf.BiCGStab: "maxiter rtol atol preconditioner",
     hf.PipelinedCG: "maxiter rtol atol preconditioner replace",
     hf.GMRES: "maxiter restart rtol atol preconditioner",
-    hf.FixedPoint: "maxiter rtol atol step_size",
-    hf.Neumann: "maxiter rtol atol step_size",
-    hf.AndersonFixedPoint: "maxiter rtol atol step_size memory",
+    hf.FixedPoint: "maxiter rtol atol step_size preconditioner",
+    hf.Neumann: "maxiter rtol atol step_size preconditioner",
+    hf.AndersonFixedPoint: "maxiter rtol atol step_size preconditioner memory",
     hf.Auto: "num_steps maxiter rtol atol",
     hf.OneStep: "step_size",
 }

@@ -1,0 +1,139 @@
+"""What drives an iteration in cycles, and holds what its recurrence says against the residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hyperfunc._engine import trees
+from hyperfunc._engine.random_vectors import random_signs
+from hyperfunc._engine.results import RESULTS
+from hyperfunc._torch import batching
+from hyperfunc._types import Leaves
+from hyperfunc.linear_solvers._base import Bounds, LinearOperator, Solved, no_steps
+
+SLACK = 4.0  # times what rounding does to a residual, up to which it counts as zero
+
+
+class State(NamedTuple):
+    """Iterate, residual, its squared norm, steps so far, and whether to go on.
+
+    Tensors, or numbers where the bounds are. At the end of a cycle ``rs`` and ``active`` are what
+    the recurrence says, and ``r`` is not used. ``own``: no one else holds the iterate.
+    """
+
+    x: Leaves
+    r: Leaves
+    rs: Any
+    num_steps: Any
+    active: Any
+    own: bool = False
+
+    def as_tensors(self, bounds: Bounds) -> State:
+        """The same with tensors in place of numbers."""
+        rs, active = bounds.tensor(self.rs), bounds.tensor(self.active, torch.bool)
+        num_steps = bounds.tensor(self.num_steps, torch.int64)
+        return self._replace(rs=rs, num_steps=num_steps, active=active)
+
+
+Cycle: TypeAlias = Callable[[State, Bounds, int], tuple[State, int]]
+"""``(start, bounds, most steps) -> (end, steps tried)``: until none is active, or for a while."""
+
+
+def begin(
+    solver: Any, operator: LinearOperator, b: Leaves, x0: Leaves | None
+) -> tuple[State, Bounds]:
+    """The better of ``x0`` and zeros, and the bounds on what starts there."""
+    x, r = trees.zeros_like(b), b
+    if x0 is not None:
+        residual = operator.residual(x0, b)
+        better = trees.dot(residual, residual) < trees.dot(b, b)
+        x, r = trees.where(better, x0, x), trees.where(better, residual, b)
+    rs = trees.dot(r, r)
+    bounds = Bounds.make(solver.rtol, solver.atol, b, rs)
+    return State(x, r, rs, no_steps(rs), bounds.open(rs), own=x0 is None), bounds
+
+
+def run_cycles(
+    solver: Any,
+    operator: LinearOperator,
+    b: Leaves,
+    start: State,
+    bounds: Bounds,
+    cycle: Cycle,
+    *,
+    always: bool = False,
+    retry: bool = False,
+) -> Solved:
+    """Run cycles until the residual itself meets the tolerance, or one gains too little.
+
+    One product at the end of each finds the residual. It is below the tolerance, or as small as
+    `rounding` lets it be, or the next cycle starts from there, or that is stagnation. A fixed
+    number of steps ends without this product, unless it is ``always`` to be taken. With ``retry``
+    what broke down starts again too, as it may only have drifted.
+    """
+    state, left = start, solver.maxiter
+    verdict = torch.full_like(start.rs, -1, dtype=torch.int64)
+    while left > 0 and not bounds.finished(state.active):
+        end, taken = cycle(state, bounds, left)
+        left -= taken
+        if not (bounds.adaptive or always or left):
+            return end.x, bounds.stats(end.num_steps, end.rs, end.active)
+        end = end.as_tensors(bounds)
+        state, verdict = _check(operator, b, state, end, bounds, verdict, left, retry)
+    stats = bounds.stats(state.num_steps, state.rs, state.active)
+    return state.x, stats._replace(result=torch.where(verdict >= 0, verdict, stats.result))
+
+
+def _check(
+    operator: LinearOperator,
+    b: Leaves,
+    start: State,
+    end: State,
+    bounds: Bounds,
+    verdict: Tensor,
+    left: int,
+    retry: bool,
+) -> tuple[State, Tensor]:
+    """The state after a cycle by the residual itself, and the codes of tasks that end there."""
+    r = operator.residual(end.x, b)
+    rs, before = trees.dot(r, r), start.rs
+    said_solved = start.active & (end.rs <= bounds.converged)
+    # a recurrence that blew up tells more than the residual it leaves behind
+    kept = start.active & (said_solved | (end.rs < bounds.diverged))
+    rs_now = torch.where(start.active, torch.where(kept, rs, end.rs), start.rs)
+    if not bounds.adaptive:
+        active = end.active & bounds.open(rs_now)
+        return State(end.x, r, rs_now, end.num_steps, active), verdict
+    missed = kept & (rs > bounds.converged) & torch.isfinite(rs)
+    unsure = missed & (said_solved | end.active)
+    # GMRES may gain little in many cycles; a recurrence that has drifted must not do so for long
+    gained = rs < before * torch.where(end.active, 1 - trees.epsilon(b) ** 0.5, 0.25)
+    again = (missed if retry and left else unsure) & (gained | (end.active & (left == 0)))
+    x, doubtful = end.x, missed & ~(again & end.active)
+    if batching.any_true(doubtful):
+        excused = doubtful & (rs <= rounding(operator, x, b, bounds.bb))
+        again = again & ~excused
+        verdict = torch.where(unsure & ~again, int(RESULTS.stagnation), verdict)
+        verdict = torch.where(excused, int(RESULTS.success), verdict)
+        # what it called solved may be worse than its start
+        worse = said_solved & ~excused & ~(rs <= before)
+        x = trees.where(worse, trees.zeros_like(b) if start.own else start.x, x)
+        rs_now = torch.where(worse, before, rs_now)
+    return State(x, r, rs_now, end.num_steps, again & bounds.open(rs)), verdict
+
+
+def rounding(operator: LinearOperator, x: Leaves, b: Leaves, bb: Tensor) -> Tensor:
+    """The squared norm of a residual that is due to the rounding of ``x`` and ``b``, by a product.
+
+    ``SLACK`` times what relative changes of the size of ``eps``, with random signs, do to
+    ``b - A x``; but no more than ``eps^0.25 ||b||``.
+    """
+    eps = trees.epsilon(b)
+    signs = random_signs(x, 0)
+    change = operator.mv(tuple(leaf * sign for leaf, sign in zip(x, signs, strict=True)))
+    noise = (SLACK * eps) ** 2 * (trees.dot(change, change) + bb)
+    return torch.minimum(noise, eps**0.5 * bb)
