@@ -188,14 +188,16 @@ class ImplicitProblem:
         u, stats = split(outputs, len(w))
         return u, (SolveStats if len(stats) == 3 else ChoiceStats)(*stats)
 
-    def unseen_adjoint(self, *args: Any, **keywords: Any) -> tuple[Leaves, SolveStats]:
+    def unseen_adjoint(
+        self, *args: Any, **keywords: Any
+    ) -> tuple[Leaves, SolveStats | ChoiceStats]:
         """`adjoint` where nobody sees its statistics, which so warns if it did not converge."""
         u, stats = self.adjoint(*args, **keywords)
         if self.on_backward is not None and not tracking.transforms_active():
             self.on_backward(SolveStats(*tracking.detach(stats[:3])))
         solver = self.linear_solver
         name = f"the linear solve with {solver!r} for a derivative"
-        warn_unless_converged(solver, stats, name, lambda code: code.message)
+        warn_unless_converged(solver, SolveStats(*stats[:3]), name, lambda code: code.message)
         return u, stats
 
     @contextlib.contextmanager

@@ -139,31 +139,28 @@ class Diagnosis(NamedTuple):
             steps = steps // 2
         method = make_solver(choice.name, min(max(2 * steps, 1000), MOST_STEPS), accuracy)
         reason = REASONS[choice.name]
-        if why := self._hopeless(choice.name, steps, size):
+        if why := self._hopeless(choice.name, steps):
             reason = f"no method is good here, and this one {why}"
         return Recommendation(method, reason, products)
 
-    def _hopeless(self, name: str, steps: int, size: int) -> str:
+    def _hopeless(self, name: str, steps: int) -> str:
         """Why the method that was chosen is not good, or nothing if it is."""
-        signs = self.curvature_signs.reshape(-1, 3).sum(0).tolist()
-        kappa = _number(self.condition_number.value)
+        signs, kappa = self.curvature_signs.reshape(-1, 3).sum(0).tolist(), self.condition_number
         if name == "dense":
-            singular = self.condition_number.value.isinf().any()
+            singular = kappa.value.isinf().any()
             text = "solves only systems that have a solution: A is singular to working precision"
             return text if singular else ""
-        causes = []
-        if signs[0] and self.symmetric.all():
-            causes.append(
-                f"these params are not at a minimum, with negative curvature in {signs[0]} of "
-                f"{sum(signs)} directions that were explored"
-            )
-        if steps > MOST_STEPS or self.condition_number.value.isinf().any():
-            causes.append(f"the condition number of A is {kappa}")
-        if not causes or (steps <= MOST_STEPS and not signs[0]):
+        ill = (kappa.value >= torch.finfo(kappa.value.dtype).eps ** -0.75).any()
+        if steps <= MOST_STEPS and not ill:
             return ""
+        causes = f"the condition number of A is {_number(kappa.value)}"
+        if signs[0] and self.symmetric.all():
+            causes += (
+                f", and these params are not at a minimum, with negative curvature in {signs[0]} "
+                f"of {sum(signs)} directions"
+            )
         remedy = "Train the inner problem on, or regularise it (hf.proximal, hf.Damped)"
-        needs = f"may need more than {MOST_STEPS} steps" if steps > MOST_STEPS else "may be slow"
-        return f"{needs}: {', and '.join(causes)}. {remedy}"
+        return f"may need more than {MOST_STEPS} steps: {causes}. {remedy}"
 
     def __str__(self) -> str:
         measured = {

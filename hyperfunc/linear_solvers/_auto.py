@@ -106,7 +106,7 @@ class Auto(AbstractLinearSolver):
             rest = {3: GMRES(self.maxiter, None, *bounds), 4: NormalCG(self.maxiter, *bounds)}
         # out of steps, CG has still done better than the others would
         enough = RESULTS.max_steps if operator.symmetric and not few else RESULTS.success
-        open_ = stats.result > int(enough)
+        open_ = (stats.result > int(enough)) & (self.maxiter > 0)
         for index, then in rest.items():
             x, told = try_next(then, index, open_, operator, b, x0, x, told)
             open_ = open_ & (told.result != int(RESULTS.success))

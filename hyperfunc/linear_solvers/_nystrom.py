@@ -39,8 +39,11 @@ class Nystrom(AbstractLinearSolver):
         rho: :math:`\rho > 0`.
         seed: of the sample, which is the same for each task of ``vmap``; >= 0.
 
-    A non-symmetric operator, as far as the sampled block shows it, is reported as breakdown. A
-    residual above that of zero is reported as max_steps: raise ``rank`` or :math:`\rho`.
+    From a starting iterate with a residual :math:`r_0` smaller than that of zero, the solution is
+    that multiple of :math:`A_K^{-1} r_0` further which has the smallest residual, never more than
+    the start's. A non-symmetric operator, as far as the sampled block shows it, is reported as
+    breakdown. It is a success if the residual is within ``eps^0.75 ||b||``, as :math:`\rho` seldom
+    lets it be, and otherwise reported as max_steps, which is no failure: raise ``rank``.
 
     Example:
         >>> X = torch.randn(4, 100)

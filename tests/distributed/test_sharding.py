@@ -116,7 +116,7 @@ METHODS: dict[str, tuple[Any, str]] = {
     "minibatches": (hf.StochasticAID(num_steps=5, sampler=_three_rows), "fixed_point"),
 }
 
-WHOLE_ONLY = ("dense", "anderson", "nystrom", "auto")
+WHOLE_ONLY = ("dense", "anderson", "nystrom")
 WHERE_SHARDED = [name for name in METHODS if name not in WHOLE_ONLY]
 
 # layout: how weights and biases of reg, x, y, and weights and biases of params lie on a mesh;
@@ -502,7 +502,6 @@ REFUSED: dict[str, Any] = {
     "anderson": hf.AndersonFixedPoint(),
     "nystrom": hf.Nystrom(rank=2),
     "blockwise": hf.Blockwise(hf.CG()),
-    "auto": hf.Auto(),
     "forward": hf.ForwardMode(),
 }
 
@@ -510,7 +509,7 @@ REFUSED: dict[str, Any] = {
 def test_what_no_rank_can_do_alone_is_refused(pair: ranks.Ranks) -> None:
     messages, others = pair.run(_refusals)
     assert messages == others
-    for name in ("dense", "anderson", "nystrom", "blockwise", "auto"):
+    for name in ("dense", "anderson", "nystrom", "blockwise"):
         assert "is a DTensor with placements (Shard(dim=0),)" in messages[name]
         assert "Use CG, PipelinedCG" in messages[name]
         assert "placements=[Replicate()]" in messages[name]

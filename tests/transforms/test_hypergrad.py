@@ -440,8 +440,9 @@ def test_the_loop_ends_with_the_last_task(monkeypatch: pytest.MonkeyPatch, metho
     fn = quadratic_transformed(LOOSE[method])
     steps = int(vmap(fn)(b, A)[1].stats.num_steps.max())
     products, syncs = count_products(monkeypatch, lambda: vmap(fn)(b, A))
-    assert products <= (2 * steps + 1 if method == "normal_cg" else steps)
-    assert syncs <= steps + 1
+    # and one product at the end, which shows the residual itself
+    assert products <= (2 * steps + 2 if method == "normal_cg" else steps + 1)
+    assert syncs <= steps + 3
 
 
 # Parity with HyperTorch's formulas ----------------------------------------------------------------

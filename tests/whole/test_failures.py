@@ -90,6 +90,7 @@ TABLE: dict[str, Row] = {
         lambda maxiter, **_: hf.StochasticAID(maxiter, hf.optim.sgd(STEP)), series, bounded=False
     ),
     "auto": Row(hf.Auto),
+    "least_squares": Row(hf.LeastSquares, lambda A, b: torch.linalg.pinv(A) @ b),
     "reverse_unroll": Row(lambda **_: hf.ReverseUnroll(), None, bounded=False),
     "reverse": Row(lambda **_: hf.Reverse("sqrt"), None, bounded=False),
     "forward": Row(lambda **_: hf.ForwardMode(), None, bounded=False),
@@ -164,7 +165,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
     "Inf in hparams": dict.fromkeys(TABLE, "params"),
     "overflow in the inner loop": dict.fromkeys(TABLE, "params"),
     "singular A": dict.fromkeys(TABLE, "failure")
-    | dict.fromkeys(("one_step", "stoch_aid", "nystrom", "damped"), "right")
+    | dict.fromkeys(("one_step", "stoch_aid", "nystrom", "damped", "least_squares"), "right")
     | dict.fromkeys(("reverse_unroll", "reverse", "forward"), "right")
     | dict.fromkeys(("fixed_point", "neumann", "anderson"), "max_steps"),
     "indefinite A": dict.fromkeys(TABLE, "right")
@@ -217,7 +218,9 @@ def check_alone(case: str, name: str) -> None:
         if outcome == "failure":
             assert code.failed
         else:
-            assert code.name == {"params": "nonfinite", "right": "success"}.get(outcome, outcome)
+            # the solution of nystrom is that of a system with rho added
+            right = "max_steps" if name == "nystrom" and case != "zero rhs" else "success"
+            assert code.name == {"params": "nonfinite", "right": right}.get(outcome, outcome)
 
 
 @pytest.mark.parametrize(("name", "case"), thinned(TABLE, TASKS))
