@@ -101,13 +101,13 @@ def _check(
     """The state after a cycle by the residual itself, and the codes of tasks that end there."""
     r = operator.residual(end.x, b)
     rs, before = trees.dot(r, r), start.rs
+    if not bounds.adaptive:  # what has converged before is none the worse for rounding
+        rs_now = torch.where(end.active, rs, end.rs)
+        return State(end.x, r, rs_now, end.num_steps, end.active & bounds.open(rs_now)), verdict
     said_solved = start.active & (end.rs <= bounds.converged)
     # a recurrence that blew up tells more than the residual it leaves behind
     kept = start.active & (said_solved | (end.rs < bounds.diverged))
     rs_now = torch.where(start.active, torch.where(kept, rs, end.rs), start.rs)
-    if not bounds.adaptive:
-        active = end.active & bounds.open(rs_now)
-        return State(end.x, r, rs_now, end.num_steps, active), verdict
     missed = kept & (rs > bounds.converged) & torch.isfinite(rs)
     unsure = missed & (said_solved | end.active)
     # GMRES may gain little in many cycles; a recurrence that has drifted must not do so for long
