@@ -18,7 +18,7 @@ from hyperfunc._torch import derivative_rules
 from hyperfunc._torch.batching import mapped_zero
 from hyperfunc._torch.checkpointing import computed_once
 from hyperfunc._torch.internals import copy_on_write, is_wrapped, tree_leaves
-from hyperfunc._torch.layers import is_compiled, use_values
+from hyperfunc._torch.layers import is_compiled, needs_rules, use_values
 from hyperfunc._torch.tensordicts import is_tensordict
 from hyperfunc._torch.tracking import (
     STATE,
@@ -271,9 +271,7 @@ class FunctionalModule:
         for layer in module.modules():
             use_values(layer, mode)
         self._module, self._layers = module, tuple(module.modules())
-        self._writes_to_params = any(
-            getattr(layer, "max_norm", None) is not None for layer in self._layers
-        )
+        self._needs_rules = any(map(needs_rules, self._layers))
         tensors: dict[str, Tensor] = dict(module.named_parameters())
         self._shapes = {name: tensors[name].shape for name in names}
         tensors.update(self._buffers)
@@ -341,7 +339,7 @@ class FunctionalModule:
         if transforms_active():
             return derivative_rules.active()
         variables = variables_of_others((*values.values(), *tree_leaves(inputs)))
-        if not variables and not self._writes_to_params and not self._carries_state(values):
+        if not variables and not self._needs_rules and not self._carries_state(values):
             return nullcontext()
         # with a leaf of the user's, a function that we differentiate may do so itself
         own = any(variable.is_leaf for variable in variables)

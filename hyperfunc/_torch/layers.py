@@ -19,6 +19,16 @@ def is_compiled(layer: nn.Module) -> bool:
     return hasattr(layer, "_orig_mod")
 
 
+def needs_rules(layer: nn.Module) -> bool:
+    """Whether torch's own operation does not do in values and first gradients either.
+
+    With ``max_norm`` it writes to the weight, and the gradient of bags that is scaled by frequency
+    takes the counts of other rows.
+    """
+    by_frequency = isinstance(layer, nn.EmbeddingBag) and layer.scale_grad_by_freq
+    return by_frequency or getattr(layer, "max_norm", None) is not None
+
+
 def use_values(layer: nn.Module, mode: str) -> None:
     """Change a layer so that it writes no state in place, by a mode of `hyperfunc.functional`."""
     if isinstance(layer, _NormBase) and layer.running_mean is not None and layer.training:
@@ -26,6 +36,7 @@ def use_values(layer: nn.Module, mode: str) -> None:
             layer.training = False
         elif mode == "batch":
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+            layer.track_running_stats = False  # SyncBatchNorm would ask for the number
         elif type(layer).forward is _BatchNorm.forward:
             vars(layer)["forward"] = partial(_batch_norm, layer)
         elif isinstance(layer, _InstanceNorm):

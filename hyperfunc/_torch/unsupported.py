@@ -58,6 +58,7 @@ _ADVICE = (
             "Batching rule not implemented",
             "we do not yet support aten::",
             "not supported inside of vmap",
+            "can output dynamic shape",
         ),
         f"uses an operation that torch cannot map by vmap. Use {_LOOP}",
     ),
@@ -68,8 +69,29 @@ _ADVICE = (
     ),
     (
         ("that doesn't have storage",),
-        "reads the memory of a tensor (NumPy?) under a transform of torch.func. Write it in torch, "
-        f"or use {_LOOP}",
+        "reads the memory of a tensor (by NumPy? the lengths of packed sequences?) under a "
+        f"transform of torch.func. Write it in torch, or use {_LOOP}",
+    ),
+)
+
+# And of what it has no derivative for, in a transform or not.
+_GAPS = (
+    (
+        ("Trying to use forward AD with", "ZeroTensors are immutable"),
+        "uses an operation that torch has no forward mode for, which jvp, jacfwd, hessian and "
+        'method="forward" take. Use vjp, grad, jacrev and method="reverse", or write the operation '
+        "by elementary ones",
+    ),
+    (
+        ("derivative for aten::", "the derivative for '"),
+        "uses an operation whose derivative torch cannot differentiate again. Write it by "
+        "elementary operations",
+    ),
+    (
+        ("autograd.Function", "does not have vmap support", "functions with out=... arguments"),
+        "calls a torch.autograd.Function that lacks what is needed here. Give it setup_context, "
+        "generate_vmap_rule = True, a jvp, and a backward without `out=`; in place of "
+        "torch.nn.CrossMapLRN2d take torch.nn.LocalResponseNorm",
     ),
 )
 
@@ -83,10 +105,10 @@ Unmappable.__module__ = "builtins"
 
 
 def refuse_unmappable(what: str, error: RuntimeError) -> None:
-    """Raise with advice if torch refused to map or transform some code; ``what`` names the code."""
-    if isinstance(error, Unmappable) or not tracking.transforms_active():
+    """Raise with advice if torch cannot map or differentiate some code; ``what`` names the code."""
+    if isinstance(error, Unmappable):
         return
-    for fragments, advice in _ADVICE:
+    for fragments, advice in (*_GAPS, *(_ADVICE if tracking.transforms_active() else ())):
         if any(text in str(error) for text in fragments):
             reason = " ".join(str(error).split())[:120]
             raise Unmappable(f"{what} {advice} (torch says: {reason})") from error

@@ -307,7 +307,52 @@ CASES = [
         (5, 3),
         ((3, 8),),
     ),
+    *(
+        Case(
+            f"gaussian_nll_loss, {reduction}",
+            lambda x, w, v, r=reduction: F.gaussian_nll_loss(
+                x @ w, x[:, :2].sin(), (x @ v).exp(), full=True, reduction=r
+            ),
+            (5, 3),
+            ((3, 2), shape),
+        )
+        for reduction, shape in (("mean", (3, 2)), ("sum", (3,)), ("none", (3, 2)))
+    ),
+    *(
+        Case(
+            f"linear_cross_entropy, {'chunks' if options else 'whole'}",
+            lambda x, w, b, o=options: F.linear_cross_entropy(
+                x, w, LABELS, linear_bias=b, options=o
+            ),
+            (5, 3),
+            ((4, 3), (4,)),
+        )
+        for options in (
+            [None, nn.LinearCrossEntropyOptions(allow_retain_graph=True)]
+            if hasattr(nn, "LinearCrossEntropyOptions")
+            else []
+        )
+    ),
     Case("ctc_loss", ctc, (5, 3), ((3, 8),)),
+    *(
+        Case(
+            f"conv_transpose{d}d, output padding",
+            lambda x, w, b, d=d, padding=padding, fn=fn: fn(x, w, b, (2,) * d, padding, 1, 2),
+            (1, 2, *[3] * d),
+            ((2, 1, *[2] * d), (2,)),
+        )
+        for d, padding, fn in (
+            (1, 1, F.conv_transpose1d),
+            (2, 0, F.conv_transpose2d),
+            (3, (0, 1, 0), F.conv_transpose3d),
+        )
+    ),
+    Case(
+        "conv_transpose1d, spread out",
+        lambda x, w: F.conv_transpose1d(x, w, stride=[1], output_padding=[2], dilation=3),
+        (1, 2, 3),
+        ((2, 1, 2),),
+    ),
     Case("cdist", lambda x, w: torch.cdist(x @ w, x), (4, 3), ((3, 3),)),
     Case("cdist, many rows", lambda x, w: torch.cdist(x @ w, x), (27, 2), ((2, 2),)),
     Case("cdist, p", lambda x, w: torch.cdist(x @ w, x, 3.0), (4, 3), ((3, 3),)),

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import vmap
+from torch.func import jvp, vmap
 
 import hyperfunc as hf
+from hyperfunc._torch.derivative_rules import _mode
 
 TASKS = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 
@@ -50,7 +51,7 @@ CASES = {
     reads_an_item: r"branches on the value.*chunk_size=1",
     has_no_rule: r"operation that torch cannot map by vmap\. Use hf\.task_map.*rrelu_with_noise",
     goes_backward: r"calls backward\(\) or torch\.autograd under.*torch\.func\.grad\(loss\)",
-    reads_memory: r"reads the memory of a tensor \(NumPy\?\).*chunk_size=1",
+    reads_memory: r"reads the memory of a tensor \(by NumPy\?.*chunk_size=1",
     draws: r'draws random numbers.*randomness="different"',
 }
 
@@ -83,6 +84,62 @@ def test_the_function_is_named_and_what_to_write(fn: Any, place: str) -> None:
         : len(name) + 24
     ] in str(caught.value)
     assert str(type(caught.value)) == "<class 'RuntimeError'>"
+
+
+class Old(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g
+
+
+class Out(Old):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.mul(g, 2, out=torch.empty_like(g))
+
+
+def of_the_old_form(w: Tensor, x: Tensor) -> Tensor:
+    return Old.apply(w * x).sin().sum()  # type: ignore[no-any-return]
+
+
+def goes_out(w: Tensor, x: Tensor) -> Tensor:
+    return Out.apply((w * x).sin()).sin().sum()  # type: ignore[no-any-return]
+
+
+def samples(w: Tensor, x: Tensor) -> Tensor:
+    grid = torch.stack([w, x]).reshape(1, 1, 2, 2)
+    image = torch.ones(1, 1, 2, 2, dtype=w.dtype)
+    return torch.nn.functional.grid_sample(image, grid, align_corners=False).sum()
+
+
+def is_hard(w: Tensor, x: Tensor) -> Tensor:
+    return torch.nn.functional.hardsigmoid(w * x).sin().sum()
+
+
+GAPS = {
+    (of_the_old_form, True): r"torch\.autograd\.Function that lacks.*Give it setup_context",
+    (goes_out, False): r"torch\.autograd\.Function that lacks.*a backward without `out=`",
+    (samples, True): r'has no forward mode for.*method="reverse"',
+    (is_hard, False): r"derivative torch cannot differentiate again\. Write it by elementary",
+}
+
+
+@pytest.mark.parametrize(("case", "advice"), GAPS.items(), ids=lambda x: getattr(x, "__name__", ""))
+def test_what_torch_has_no_derivative_for(
+    case: Any, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In forward mode, or without any transform around the call."""
+    monkeypatch.setattr(_mode, "_rows", {})
+    fn, forward = case
+    loss = lambda w, h, x: ((w - h) ** 2).sum() + fn(w, x)  # noqa: E731
+    solver = hf.minimize(loss, hf.optim.sgd(lr=0.1), 2, init=lambda h, x: h * x)
+    transformed, at = hf.hypergrad(solver, lambda w, h, x: w.sum()), (torch.ones(2), TASKS[0])
+    with pytest.raises(RuntimeError, match=f"hypergrad.*: .*{advice}"):
+        jvp(transformed, at, at) if forward else transformed(*at)
 
 
 def test_what_torch_says_without_a_transform_stays_as_it_is() -> None:

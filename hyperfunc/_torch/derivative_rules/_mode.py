@@ -368,7 +368,7 @@ def _has_mask(index: Any) -> bool:
     return any(isinstance(p, torch.Tensor) and p.dtype in (torch.bool, torch.uint8) for p in parts)
 
 
-def _unguarded(function: Any) -> Callable[..., Any]:
+def unguarded(function: Any) -> Callable[..., Any]:
     """A function of ``torch.nn.functional`` that runs its body even while a mode is on.
 
     As it is, it would hand itself to the mode, and the operations in its body would not be seen.
@@ -387,19 +387,23 @@ def _unguarded(function: Any) -> Callable[..., Any]:
     return copy
 
 
-differentiate = _unguarded(torch.autograd.grad)
+differentiate = unguarded(torch.autograd.grad)
 """`torch.autograd.grad` that does not hand itself to a mode."""
 
 
 def open_functionals() -> None:
     """Find the functions in Python that call an operation of the table, or code of the user."""
     for function in (torch.autograd.grad, torch.Tensor.backward):
-        _opened[function] = _unguarded(function)
-    names = {operation.__name__ for operation in _rows}
-    for function in vars(torch.nn.functional).values():
-        if (
-            isinstance(function, types.FunctionType)
+        _opened[function] = unguarded(function)
+    found = list(_rows)
+    while found:  # and those that call one which was found
+        names = {operation.__name__ for operation in found}
+        found = [
+            function
+            for function in vars(torch.nn.functional).values()
+            if isinstance(function, types.FunctionType)
             and function not in _rows
+            and function not in _opened
             and names.intersection(function.__code__.co_names)
-        ):
-            _opened[function] = _unguarded(function)
+        ]
+        _opened.update((function, unguarded(function)) for function in found)

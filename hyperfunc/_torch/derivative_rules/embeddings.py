@@ -65,11 +65,9 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    if (max_norm is None and not sparse and torch_is_right(1, False)) or mode not in (
-        "sum",
-        "mean",
-        "max",
-    ):
+    # by frequency, torch's first gradient is wrong: it takes the counts of other rows
+    is_right = not (sparse or scale_grad_by_freq) and torch_is_right(1, False)
+    if (max_norm is None and is_right) or mode not in ("sum", "mean", "max"):
         return TORCHS_OWN
     if input.ndim == 2:
         bag = torch.arange(len(input), device=input.device).repeat_interleave(input.shape[1])

@@ -1,14 +1,17 @@
-"""Losses: no second derivative, or none in forward mode."""
+"""Losses: no second derivative, none in forward mode, or a look at values under vmap."""
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperfunc._torch.derivative_rules._mode import TORCHS_OWN, in_place_of
+from hyperfunc._torch import internals
+from hyperfunc._torch.derivative_rules._mode import TORCHS_OWN, in_mode, in_place_of, unguarded
 from hyperfunc._torch.derivative_rules._precision import narrowed, widened
 
 _NONE, _MEAN, _SUM = 0, 1, 2
@@ -29,6 +32,26 @@ def huber_loss(input: Tensor, target: Tensor, reduction: int = _MEAN, delta: flo
 @in_place_of(torch._C._nn.soft_margin_loss, right_up_to=2, in_vmap=True)
 def soft_margin_loss(input: Tensor, target: Tensor, reduction: int = _MEAN) -> Tensor:
     return _reduced(-F.logsigmoid(widened(input) * target), reduction, input)
+
+
+@in_place_of(F.gaussian_nll_loss)
+def gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    """Without a look at the values under ``vmap``: a negative variance gives NaN there."""
+    reductions = {"none": _NONE, "mean": _MEAN, "sum": _SUM}
+    fits = isinstance(var, Tensor) and var.shape in (input.shape, input.shape[:-1])
+    if reduction not in reductions or not fits or not (_in_vmap() or bool((var >= 0).all())):
+        return TORCHS_OWN  # torch says what is wrong
+    var = var if var.shape == input.shape else var.unsqueeze(-1)
+    positive = torch.where(var < 0, math.nan, var + (var.clamp(min=eps) - var).detach())
+    loss = 0.5 * (positive.log() + (input - target).square() / positive)
+    return _reduced(loss + (0.5 * math.log(2 * math.pi) if full else 0), reductions[reduction])
 
 
 @in_place_of(torch._C._nn.multi_margin_loss)
@@ -95,6 +118,16 @@ def nll_loss_nd(
     return loss.reshape(target.shape) if reduction == _NONE else loss
 
 
+if hasattr(F, "linear_cross_entropy"):  # not in older versions of torch
+    _linear_cross_entropy = unguarded(F.linear_cross_entropy)
+
+    @in_place_of(F.linear_cross_entropy)
+    def linear_cross_entropy(*args: Any, options: Any = None, **keywords: Any) -> Tensor:
+        """Not in chunks, whose gradients torch cannot differentiate again."""
+        loss: Tensor = in_mode(functools.partial(_linear_cross_entropy, *args, **keywords))
+        return loss
+
+
 @in_place_of(torch.ctc_loss)
 def ctc_loss(
     log_probs: Tensor,
@@ -147,6 +180,10 @@ def ctc_loss(
     elif single:
         loss = loss.squeeze(0)
     return narrowed(loss, log_probs, stays_wide_in_autocast=True)
+
+
+def _in_vmap() -> bool:
+    return any(t.key() == internals.VMAP for t in internals.active_transforms() or ())
 
 
 def _difference(input: Tensor, target: Tensor) -> Tensor:
