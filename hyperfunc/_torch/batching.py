@@ -174,6 +174,21 @@ def _levels_of(tensor: Tensor) -> list[int]:
     return levels
 
 
+def common_value(tensor: Tensor) -> Tensor:
+    """The one number that a tensor holds for all tasks of ``vmap``, or the tensor if they differ.
+
+    Code that branches on it takes the branch that it takes for each task by itself.
+    """
+    if not internals.is_wrapped(tensor) or tensor.numel() != 1 or is_traced():
+        return tensor
+    if tracking.is_foreign(tensor):
+        return tensor
+    values = tracking.innermost(tensor).detach().reshape(-1)
+    if len(values) < 2 or internals.is_recorded() or not bool((values == values[0]).all()):
+        return tensor
+    return values[0]
+
+
 def count_true(flag: Tensor) -> int:
     """How many tasks of the enclosing ``vmap`` levels a 0-d bool holds for (a host sync)."""
     try:

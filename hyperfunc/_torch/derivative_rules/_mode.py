@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch.overrides import TorchFunctionMode
 
-from hyperfunc._torch import checkpointing, internals, tracking
+from hyperfunc._torch import batching, checkpointing, internals, tracking
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -275,8 +275,11 @@ class _Rules(TorchFunctionMode):
                 _here.record.nests |= not _by_transform()
             with self:
                 return _opened[func](*args, **kwargs)
-        elif _here.record is not None:
-            _here.record.reads_values |= _reads_values(func, args)
+        elif _reads_values(func, args):
+            if _here.record is not None:
+                _here.record.reads_values = True
+            if func in _NUMBERS:
+                return func(batching.common_value(args[0]), *args[1:], **kwargs)
         return func(*args, **kwargs)
 
 
@@ -343,6 +346,11 @@ _VALUES = frozenset(
         *("repeat_interleave", "storage", "to_sparse", "tolist", "unique"),
         *("unique_consecutive", "unique_dim", "untyped_storage"),
     }
+)
+# Those that make a number, on which code may branch under vmap if it is the same for all tasks.
+_NUMBERS = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("__bool__", "__complex__", "__float__", "__index__", "__int__", "item")
 )
 _INDEXING = frozenset({torch.Tensor.__getitem__, torch.Tensor.__setitem__})
 
