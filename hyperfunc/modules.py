@@ -309,7 +309,8 @@ class FunctionalModule:
         values = {alias: tensors[name] for alias, name in self._aliases.items()}
         attributes = [vars(layer).copy() for layer in self._layers]
         try:
-            with computed_once(), self._rules(values, (inputs, keywords)):
+            rules = self._rules(values, (inputs, keywords))
+            with computed_once(values, inputs, keywords), rules:
                 output = torch.func.functional_call(
                     self._module, values, inputs, keywords, tie_weights=False
                 )

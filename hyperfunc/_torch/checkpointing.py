@@ -29,23 +29,31 @@ _LOCK = threading.Lock()
 
 
 class _Thread(threading.local):
-    inside = False
+    arguments: tuple[Any, ...] | None = None  # those of the forward that is running, if one is
 
 
 _thread = _Thread()
 
 
 @contextlib.contextmanager
-def computed_once() -> Iterator[None]:
+def computed_once(*arguments: Any) -> Iterator[None]:
     """Where `torch.utils.checkpoint` calls its function and does nothing else."""
     if torch.compiler.is_compiling():  # which checkpoints in a way of its own
         yield
         return
-    before, _thread.inside = _thread.inside, True
+    before, _thread.arguments = _thread.arguments, arguments
     try:
         yield
     finally:
-        _thread.inside = before
+        _thread.arguments = before
+
+
+def made_inside(tensor: torch.Tensor) -> bool:
+    """Whether a tensor was made by the forward of a module that is running."""
+    arguments = _thread.arguments
+    return arguments is not None and all(
+        tensor is not leaf for leaf in internals.tree_leaves(arguments)
+    )
 
 
 def _inside_transform() -> bool:
@@ -66,12 +74,12 @@ def replace(is_differentiated: Callable[[], bool]) -> None:
         reentrant = reentrant_function.apply
 
         def apply(function: Any, preserve: bool, *args: Any) -> Any:
-            if _thread.inside or is_differentiated():
+            if _thread.arguments is not None or is_differentiated():
                 return function(*args)
             return reentrant(function, preserve, *args)
 
         def without_reentrant(*args: Any, **keywords: Any) -> Iterator[None]:
-            if _thread.inside or (is_differentiated() and _inside_transform()):
+            if _thread.arguments is not None or (is_differentiated() and _inside_transform()):
                 yield
                 return
             yield from original(*args, **keywords)

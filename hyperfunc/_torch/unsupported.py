@@ -63,7 +63,7 @@ _ADVICE = (
         f"uses an operation that torch cannot map by vmap. Use {_LOOP}",
     ),
     (
-        ("inside a functorch transform",),
+        ("inside a functorch transform", "inside of a function being", "does not require grad"),
         "calls backward() or torch.autograd under a transform of torch.func. Write "
         "torch.func.grad(loss)(params)",
     ),

@@ -35,11 +35,25 @@ def nested(body: nn.Sequential, x: Tensor) -> Tensor:
     return checkpoint(outer, x, use_reentrant=False)
 
 
+def variable(body: nn.Sequential, x: Tensor) -> Tensor:
+    """As transformers does, so that checkpoints of a model whose first layer is frozen work."""
+    return body[1:](checkpoint(body[0], x, use_reentrant=False).requires_grad_())
+
+
+def set_variable(body: nn.Sequential, x: Tensor) -> Tensor:
+    y: Tensor = body[0](x)
+    if not y.requires_grad:  # torch allows it for leaves alone
+        y.requires_grad = True
+    return body[1:](y)
+
+
 KINDS = {
     "reentrant": functools.partial(checkpoint, use_reentrant=True),
     "not reentrant": functools.partial(checkpoint, use_reentrant=False),
     "sequential": lambda body, x: checkpoint_sequential(body, 2, x, use_reentrant=False),
     "nested": nested,
+    "variable": variable,
+    "variable that is set": set_variable,
 }
 
 
@@ -47,10 +61,12 @@ def plain(body: nn.Module, x: Tensor) -> Tensor:
     return body(x)
 
 
-def routes(again: Any) -> dict[str, Any]:
+def routes(again: Any, frozen: bool) -> dict[str, Any]:
     """Derivatives of all kinds of a network."""
     torch.manual_seed(1)
-    apply, w0 = hf.functional(Net(again).double())
+    net = Net(again).double()
+    net.body[0].requires_grad_(not frozen)
+    apply, w0 = hf.functional(net)
     x, y, xq = (
         torch.randn(10, 5, dtype=F64),
         torch.randn(10, 2, dtype=F64),
@@ -81,17 +97,20 @@ def routes(again: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, Any]:
-    return routes(plain)
+def expected() -> dict[bool, dict[str, Any]]:
+    return {frozen: routes(plain, frozen) for frozen in (False, True)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_derivatives_are_those_without_checkpoints(kind: str, expected: dict[str, Any]) -> None:
-    actual = routes(KINDS[kind])
-    for route, values in expected.items():
-        torch.testing.assert_close(
-            actual[route], values, rtol=1e-12, atol=1e-14, msg=lambda text, r=route: f"{r}: {text}"
-        )
+def test_derivatives_are_those_without_checkpoints(
+    kind: str, expected: dict[bool, dict[str, Any]]
+) -> None:
+    assert not torch.allclose(expected[True]["jvp"], expected[False]["jvp"])
+    for frozen in {False, "variable" in kind}:
+        actual = routes(KINDS[kind], frozen)
+        for route, values in expected[frozen].items():
+            message = lambda text, r=route: f"{r}: {text}"  # noqa: E731
+            torch.testing.assert_close(actual[route], values, rtol=1e-12, atol=1e-14, msg=message)
 
 
 def test_dropout_draws_once() -> None:

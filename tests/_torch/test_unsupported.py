@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hyperfunc as hf
 from hyperfunc._torch.derivative_rules import _mode
@@ -150,3 +151,36 @@ def test_what_torch_says_without_a_transform_stays_as_it_is() -> None:
     with pytest.raises(RuntimeError, match="size") as caught:
         fn(torch.ones(2), TASKS[0])
     assert "hypergrad(" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["reverse_unroll", "reverse", "cg"])
+def test_code_that_branches_alike_for_all_tasks_is_mapped(method: str) -> None:
+    """As models do that ask whether anything is padded; the branch is that of each task alone."""
+
+    def loss(w: Tensor, h: Tensor, x: Tensor) -> Tensor:
+        size = int((x > 0).sum())  # 2 for each task
+        scale = float((x > 0).sum()) * (x[0] > x[0]).sum().item() + size
+        if (x < 0).any():
+            return w.sum()
+        return ((w - h * x) ** 2).sum() * scale + (w.exp() if x.sum() > 0 else w).sum()
+
+    solver = hf.minimize(loss, hf.optim.sgd(lr=0.05), 200, init=lambda h, x: h * x)
+    fn = hf.hypergrad(solver, lambda w, h, x: w.sin().sum() if x[0] > 0 else w.sum(), method=method)
+    h = torch.tensor([0.1, 0.2])
+    each = vmap(lambda h: vmap(fn, (None, 0))(h, TASKS))(torch.stack([h, -h]))
+    alone = torch.stack([torch.stack([fn(s, x) for x in TASKS]) for s in (h, -h)])
+    torch.testing.assert_close(each, alone)
+    with pytest.raises(RuntimeError, match="branches on the value"):
+        vmap(fn, (None, 0))(h, TASKS * torch.tensor([[1.0], [-1.0]]))
+
+
+def test_no_branch_is_taken_while_code_is_recorded() -> None:
+    apply, params = hf.functional(Branching())
+    record = make_fx(lambda x: vmap(lambda x: apply(params, x))(x))
+    with pytest.raises(RuntimeError, match="branches on the value"):
+        record(TASKS)
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp() if x.sum() > 0 else x

@@ -20,6 +20,7 @@ from hyperfunc._torch.derivative_rules import (
     losses,
     normalisation,
     recurrence,
+    variables,
 )
 from hyperfunc._torch.derivative_rules._mode import (
     Record,
@@ -55,4 +56,5 @@ __all__ = [
     "normalisation",
     "recurrence",
     "rules",
+    "variables",
 ]
