@@ -16,9 +16,10 @@ TORCH_READY := .venv/.torch-ready
 DEMO_READY := .venv/.demo-ready
 DEV_READY := .venv/.dev-ready
 BENCH_READY := .venv/.bench-ready
+MODELS_READY := .venv/.models-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench bench-memory bench-scaling bench-distributed examples docs dist clean distclean
+.PHONY: help setup demo test test-all lint format bench bench-memory bench-models bench-scaling bench-distributed examples docs dist clean distclean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +32,7 @@ demo: $(DEMO_READY) ## Meta-learn glyph recognition with iMAML; results in out/i
 test: $(DEV_READY) ## Run the tests and doctests, but for those marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS) -m "not slow"
 
-test-all: $(DEV_READY) ## Run every test and doctest
+test-all: $(MODELS_READY) ## Run every test and doctest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS)
 
 lint: $(DEV_READY) ## Check style, formatting and types
@@ -45,6 +46,9 @@ format: $(DEV_READY) ## Format the code and mend what the linter can
 
 bench: $(BENCH_READY) ## Compare speed with other libraries
 	$(BIN)/python -m tests.benchmarks.run
+
+bench-models: $(MODELS_READY) ## Measure published models beside plain torch
+	$(BIN)/python -m tests.benchmarks.published_models
 
 bench-memory: $(DEV_READY) ## Measure peak memory
 	$(BIN)/python -m tests.benchmarks.memory
@@ -91,6 +95,11 @@ $(DEMO_READY): pyproject.toml $(TORCH_READY)
 $(DEV_READY): pyproject.toml $(TORCH_READY)
 	$(PIP) -e ".[dev]"
 	@touch $(DEMO_READY) $@
+
+# Not in the dev extra: where transformers is there, lightning imports it, which takes seconds.
+$(MODELS_READY): pyproject.toml $(DEV_READY)
+	$(PIP) -e ".[models]"
+	@touch $@
 
 $(BENCH_READY): pyproject.toml $(TORCH_READY)
 	$(PIP) -e ".[bench]"

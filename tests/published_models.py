@@ -47,7 +47,12 @@ class Size:
 
 
 TINY = Size(width=8, layers=1, heads=2, vocabulary=13, length=6, batch=2)
-SMALL = Size(width=128, layers=4, heads=4, vocabulary=500, length=32, batch=4)
+SMALL = Size(width=128, layers=2, heads=4, vocabulary=500, length=32, batch=4)
+
+
+def unchanged(net: Any) -> nn.Module:
+    assert isinstance(net, nn.Module)
+    return net
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Model:
     build: Callable[..., nn.Module]
     sample: Callable[[Size, torch.Generator], Batch]
     in_float64: dict[str, Any] = dataclasses.field(default_factory=dict)
-    change: Callable[[Any], nn.Module] = lambda net: net
+    change: Callable[[Any], nn.Module] = unchanged
 
 
 def transformers() -> Any:

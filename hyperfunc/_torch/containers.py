@@ -81,7 +81,8 @@ def refuse_holder(leaf: Any, path: str) -> None:
     raise TypeError(
         f"{path} is an object of {type(leaf).__module__}.{cls}, which holds the tensor "
         f"{path}{name}: its derivative and its batch dimension would be lost. Put the tensor into "
-        f"a dict or a dataclass, call .detach() on it, or make a node of the class: "
+        f"a dict or a dataclass, call .detach() on it, leave the object out (models of "
+        f"transformers: use_cache=False), or make a node of the class: "
         f'optree.register_pytree_node({cls}, flatten, unflatten, namespace="hyperfunc")'
     )
 

@@ -150,3 +150,72 @@ def test_soba(model: models.Model) -> None:
                 torch.testing.assert_close(dot(moved, v), expected[0], rtol=1e-6, atol=1e-9)
                 actual = dot(stepped, setting.direction)
                 torch.testing.assert_close(actual, expected[1], rtol=1e-6, atol=1e-9)
+
+
+def test_experts_by_default() -> None:
+    """In float32: torch has no grouped products in float64."""
+    (model,) = (m for m in models.MODELS if m.name == "Mixtral")
+    results = {}
+    for dtype in (torch.float32, D):
+        apply, start = hf.functional(models.module(model, models.TINY, dtype))
+        problem = Adaptation(lambda params, batch, apply=apply: apply(params, **batch).loss)
+        hparams = {"start": start, "log_pull": torch.tensor(300.0, dtype=dtype).log()}
+        tasks = stack(models.tasks(model, models.TINY, TASKS, dtype))
+        sgd = hf.optim.sgd(lr=1 / 300)
+        solver = hf.minimize(problem.inner, sgd, 4, init=lambda h, task: h["start"])
+        for method in ("reverse_unroll", "reverse", hf.CG(maxiter=3, rtol=0)):
+            fn = hf.hypergrad(solver, problem.outer, method=method)
+            for route, along in ROUTES.items():
+                grads = along(fn, (None, 0))(hparams, tasks)
+                results[dtype, str(method), route] = dot(grads, draw(hparams, 3))
+    for (dtype, *cell), actual in results.items():
+        expected = results[D, cell[0], "one by one"]
+        torch.testing.assert_close(actual, expected.to(dtype), rtol=1e-3, atol=1e-4)
+
+
+def test_padding_in_some_tasks_only() -> None:
+    """The default attention asks whether there is any, which tasks then answer differently."""
+    (model,) = (m for m in models.MODELS if m.name == "BERT, padding mask")
+    tasks = models.tasks(model, models.TINY, TASKS, D)
+    tasks[0]["fit"]["attention_mask"] = torch.ones_like(tasks[0]["fit"]["attention_mask"])
+
+    def hypergradients(attention: str, along: Callable[..., Any]) -> Tree:
+        net = models.module(model, models.TINY, D, attn_implementation=attention)
+        apply, start = hf.functional(net)
+        problem = Adaptation(lambda params, batch: apply(params, **batch).loss)
+        hparams = {"start": start, "log_pull": torch.tensor(5.0, dtype=D)}
+        sgd = hf.optim.sgd(lr=1e-3)
+        solver = hf.minimize(problem.inner, sgd, 3, init=lambda h, task: h["start"])
+        fn = hf.hypergrad(solver, problem.outer, method="reverse")
+        return along(fn, (None, 0))(hparams, stack(tasks))
+
+    with pytest.raises(RuntimeError, match=r"branches on the value.*chunk_size=1"):
+        hypergradients("sdpa", vmap)
+    expected = hypergradients("sdpa", ROUTES["one by one"])
+    actual = hypergradients("eager", vmap)
+    optree.tree_map(torch.testing.assert_close, actual, expected)
+
+
+def test_whole_outputs_as_aux() -> None:
+    (model,) = (m for m in models.MODELS if m.name == "Llama")
+    (task,) = models.tasks(model, models.TINY, 1, D)
+
+    def aux(**config: Any) -> Any:
+        apply, start = hf.functional(models.module(model, models.TINY, D, **config))
+        problem = Adaptation(lambda params, batch: apply(params, **batch).loss)
+
+        def outer(params: Tree, hparams: Tree, task: Tree) -> Any:
+            output = apply(params, **task["judge"])
+            return output.loss, output
+
+        sgd = hf.optim.sgd(lr=1e-3)
+        solver = hf.minimize(problem.inner, sgd, 2, init=lambda h, task: h["start"])
+        fn = hf.hypergrad_and_value(solver, outer, method="reverse", has_aux=True)
+        hparams = {"start": start, "log_pull": torch.tensor(5.0, dtype=D)}
+        return vmap(fn, (None, 0))(hparams, stack([task]))[1][1]
+
+    with pytest.raises(TypeError, match=r"DynamicCache, which holds .* use_cache=False"):
+        aux()
+    output = aux(use_cache=False)
+    assert output.logits.shape == (1, models.TINY.batch, models.TINY.length, models.TINY.vocabulary)
+    assert not output.logits.requires_grad
