@@ -584,6 +584,22 @@ def test_autocast_and_half_precision(dtype: torch.dtype, method: str, device: to
         assert (parameter.grad - gradient).norm() < 6 * eps * (1 + gradient.norm())
 
 
+def test_exactly_k_steps_under_autocast(device: torch.device) -> None:
+    """Without a tolerance, that is, although the steps beyond its precision change nothing."""
+    seen = []
+    layer = hf.EquilibriumLayer(
+        Cell(0.1),
+        Picard(30, rtol=0, batch_dim=0),
+        hf.FixedPoint(40, rtol=0),
+        on_backward=lambda stats: seen.append(int(stats.num_steps)),
+    ).to(device, torch.float32)
+    with torch.autocast(device.type, torch.bfloat16):
+        z, stats = layer(inputs().to(device, torch.float32), return_stats=True)
+    objective(z).backward()
+    assert stats.num_steps.tolist() == [30] * BATCH
+    assert seen == [40]
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -403,6 +403,54 @@ def test_the_best_iterate_comes_back_when_the_tolerance_is_not_reached(name: str
     assert (least.indices[unfinished] < 6).any()  # not simply the last
 
 
+def test_the_iterate_that_met_the_tolerance_comes_back() -> None:
+    """Also where an earlier one has a smaller residual, as the tolerance is relative."""
+
+    def f(z: Tensor, h: None) -> Tensor:  # residuals 0.5, 98.5 and 1 at 1, 1.5 and 100
+        return torch.where(z < 1.2, z + 0.5, torch.where(z < 50, 100.0, z + 1))
+
+    init = torch.tensor([[1.0], [100.0]], dtype=torch.float64)
+    for start in (init[:1, 0], init):
+        solver = Picard(rtol=0.02, batch_dim=None if start.ndim == 1 else 0)
+        z, stats = solver(f, start, None)
+        assert (z == 100).all()
+        assert (stats.residual_norm == 1).all()
+        assert (stats.result == int(hf.RESULTS.success)).all()
+        assert stats.num_steps.reshape(-1).tolist() == [2, 0][: len(start)]
+
+
+@pytest.mark.parametrize("make", [Anderson, Broyden])
+@pytest.mark.parametrize(
+    ("norms", "restarted"),
+    [
+        # later than memory steps after the start or the last restart
+        ([1, 0.9, 0.5, 9, 0.8], []),
+        ([1, 0.9, 0.5, 0.8, 9, 0.8], [4]),
+        ([1, 0.9, 0.5, 0.8, 9, 8, 8, 8, 8, 8, 0.8], [4, 9]),
+        # above 10 times the smallest
+        ([1, 0.9, 0.5, 0.8, 0.7, 4.9, 0.8], []),
+        ([1, 0.9, 0.5, 0.8, 0.7, 5.1, 0.8], [5]),
+    ],
+)
+def test_when_a_memory_is_forgotten(make: Any, norms: list[float], restarted: list[int]) -> None:
+    """For residuals of given norms: a plain step from the best iterate instead of another one."""
+    directions = with_norm(randn(len(norms), N), 1.0)
+    residuals = [r / r.norm() * norm for r, norm in zip(directions, norms, strict=True)]
+    f: Any = Recorder(lambda z, h: z + residuals[len(f.points) - 1])
+    z, _ = exact(make(memory=3), len(norms))(f, torch.zeros(N, dtype=torch.float64), None)
+    plain = f.points[2] + residuals[2]
+    steps = [k for k, z in enumerate((*f.points[1:], z)) if k > 2 and torch.allclose(z, plain)]
+    assert steps == restarted
+
+
+def test_broyden_leaves_out_updates_by_rounding_errors() -> None:
+    """With a skew-symmetric Jacobian the first denominator is zero, but for rounding."""
+    M, h = randn(N, N, seed=2), randn(N, seed=3)
+    skew = 0.5 * (M - M.T)
+    z, _ = exact(Broyden(), 2)(lambda z, h: z + z @ skew.T + h, torch.zeros_like(h), h)
+    torch.testing.assert_close(z, h + h @ skew.T + h, rtol=1e-9, atol=1e-9)
+
+
 # Derivatives --------------------------------------------------------------------------------------
 
 

@@ -219,6 +219,26 @@ def test_the_hparams_are_the_default_center():
     assert (jacrev(solve)(meta) - expected).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("weight", [2.0, lambda m: 2.0 + 0.0 * m.sum()])
+def test_derivatives_by_what_comes_after_the_hparams(weight):
+    """The centre is the hparams alone, also where an argument has their shape."""
+    A, meta, shift = X.T @ X, torch.randn(4, dtype=torch.float64), X.T @ y
+    loss = hf.proximal(lambda w, m, c, s: 0.5 * w @ A @ w - s * w @ c, weight)
+    system = A + 2.0 * torch.eye(4, dtype=torch.float64)
+    inverse, two = torch.linalg.inv(system), torch.tensor(2.0, dtype=torch.float64)
+
+    def solve(m, c, s):
+        with torch.no_grad():
+            return torch.linalg.solve(system, s * c + 2.0 * m)
+
+    solve = hf.implicit_diff(solve, inner_loss=loss, method="cg")
+    expected = (2.0 * inverse, 2.0 * inverse, inverse @ shift)
+    for jac in (jacrev, jacfwd):
+        for argnums in ((0, 1, 2), (1,), (2, 1), (2, 0)):
+            got = jac(solve, argnums)(meta, shift, two)
+            assert difference(got, tuple(expected[i] for i in argnums)) < 1e-10
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [

@@ -258,6 +258,37 @@ def test_iterates_of_richardson_and_neumann(K: int, step_size: float) -> None:
         torch.testing.assert_close(solve(make(**exactly), SKEW, B, start)[0], x, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("make", [hf.FixedPoint, hf.Neumann, hf.AndersonFixedPoint])
+def test_few_steps_from_a_start_worse_than_zero_are_no_divergence(make: Any) -> None:
+    A, start = diag(0.5, 0.6, 1.2), tensor(1e3, -1e3, 1e3)
+    for maxiter in (2, 3):
+        x, stats = solve(make(maxiter=maxiter, rtol=0, atol=0), A, B, start)
+        residual = torch.linalg.vector_norm(B - A @ x)
+        assert float(B.norm()) < float(residual) < float((B - A @ start).norm())
+        assert int(stats.result) == hf.RESULTS.success
+    # a residual that grows is one
+    _, stats = solve(make(maxiter=2, rtol=0, atol=0, step_size=10.0), A, B, start)
+    assert make is hf.AndersonFixedPoint or int(stats.result) == hf.RESULTS.divergence
+
+
+@pytest.mark.parametrize(("skew", "code"), [(1e-5, "success"), (1e-3, "breakdown")])
+def test_how_much_asymmetry_cg_bears(skew: float, code: str) -> None:
+    """Successive residuals overlap by no more than ``eps ** 0.25``, that is 1.2e-4."""
+    generator = torch.Generator().manual_seed(0)
+    M, b = torch.randn(12, 12, generator=generator, dtype=F64), torch.ones(12, dtype=F64)
+    A = diag(*range(1, 13)) + skew * (M - M.T)
+    _, stats = solve(hf.CG(rtol=1e-3), A, b)
+    assert hf.RESULTS(int(stats.result)).name == code
+
+
+@pytest.mark.parametrize(("skew", "code"), [(1e-13, "success"), (1e-10, "breakdown")])
+def test_how_much_asymmetry_the_check_of_cg_bears(skew: float, code: str) -> None:
+    A = SPD.clone()
+    A[0, 1] += skew
+    _, stats = solve(hf.CG(check_symmetry=True), A, B)
+    assert hf.RESULTS(int(stats.result)).name == code
+
+
 @pytest.mark.parametrize("make", ITERATIVE)
 def test_steps_after_convergence_change_nothing(make: Any) -> None:
     """Neither 0 / 0 nor drift, with A = I among others."""

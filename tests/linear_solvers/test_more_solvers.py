@@ -318,6 +318,21 @@ def test_anderson_is_a_plain_step_from_the_iterate_of_gmres(K: int) -> None:
     assert stats.num_steps == K + 1
 
 
+def test_anderson_keeps_as_many_steps_as_it_is_told() -> None:
+    b, step_size, memory = randn(N), 0.1, 2
+    xs, fs = [torch.zeros(N, dtype=torch.float64)], [step_size * b]
+    for K in range(1, 7):
+        new = xs[-1] + fs[-1]
+        if K > 1:
+            window = slice(max(K - 1 - memory, 0), None)
+            dx, df = (torch.stack(v).diff(dim=0)[window].T for v in (xs, fs))
+            new = new - (dx + df) @ torch.linalg.lstsq(df, fs[-1][:, None])[0][:, 0]
+        xs.append(new)
+        fs.append(step_size * (b - NONSYMMETRIC @ new))
+        solver = hf.AndersonFixedPoint(K, rtol=0, step_size=step_size, memory=memory)
+        torch.testing.assert_close(run(solver, NONSYMMETRIC, b)[0], new, rtol=1e-9, atol=1e-10)
+
+
 # Products and synchronisations --------------------------------------------------------------------
 
 K = 7
@@ -741,6 +756,35 @@ def test_gmres_reports_no_residual_below_rounding() -> None:
     b = randn(N)
     x, stats = run(hf.GMRES(restart=N), ILL, b)
     assert (b - ILL @ x).norm() / 100 <= stats.residual_norm <= 1e-6 * b.norm()
+    # nor one that is far above it, whatever the scale of the preconditioner
+    for scale in (1e-9, 1e9):
+        x, stats = run(hf.GMRES(restart=N, preconditioner=lambda v, s=scale: s * v), SPD, b)
+        assert 1e-3 <= stats.residual_norm / (b - SPD @ x).norm() <= 1e3
+
+
+# the first half of the first step is possible, the second is not: A s is orthogonal to s
+OMEGA_BREAKS = torch.eye(N, dtype=torch.float64)
+OMEGA_BREAKS[:3, :3] = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("solver", "A", "num_steps"),
+    [
+        (hf.BiCGStab(), RHO_BREAKS, 1),
+        (hf.BiCGStab(), OMEGA_BREAKS, 1),
+        (hf.GMRES(restart=N), INCONSISTENT, 1),
+    ],
+    ids=["rho", "omega", "gmres"],
+)
+def test_zeros_that_are_rounding_errors_are_a_breakdown(
+    solver: Any, A: Tensor, num_steps: int
+) -> None:
+    """In other coordinates what is zero is noise, and a quotient by it looks like a number."""
+    b = randn(N) if A is INCONSISTENT else E1
+    for Q in (torch.eye(N, dtype=torch.float64), orthogonal(seed=9), orthogonal(seed=10)):
+        x, stats = run(solver, Q @ A @ Q.T, Q @ b)
+        assert (code(stats).name, int(stats.num_steps)) == ("breakdown", num_steps)
+        assert x.norm() < 100 * b.norm()
 
 
 @pytest.mark.parametrize(
@@ -1033,8 +1077,10 @@ def test_tasks_that_are_solved_cost_the_second_solver_nothing() -> None:
 
 
 def test_fallback_runs_after_the_step_limit_from_the_same_start() -> None:
-    solver, b, x0 = hf.Fallback(hf.CG(2), hf.GMRES(3, rtol=0)), randn(N), randn(N, seed=6)
-    for start in (None, x0):
+    solver, b = hf.Fallback(hf.CG(2), hf.GMRES(3, rtol=0)), randn(N)
+    # Krylov methods take no notice of a start that is worse than zeros
+    near = torch.linalg.solve(SPD, b) + 1e-3 * randn(N, seed=6)
+    for start in (None, randn(N, seed=6), near):
         torch.testing.assert_close(
             run(solver, SPD, b, start)[0], run(hf.GMRES(3, rtol=0), SPD, b, start)[0]
         )

@@ -380,6 +380,15 @@ def test_centred_variances_that_round_below_zero_are_zero():
         assert w.isfinite()
 
 
+def test_centred_rmsprop_stays_finite_with_constant_gradients_in_float32():
+    w, g = torch.zeros(500), torch.linspace(1e-3, 3, 500)
+    optimizer = optim.rmsprop(1e-3, centered=True)
+    state = optimizer.init(w)
+    for _ in range(2000):
+        new, state = optimizer.update(g, state, w)
+        assert new.isfinite().all()
+
+
 @pytest.mark.parametrize("value", [1e-12, 1e-18, 1e-30])
 def test_tiny_gradients_in_float32_have_finite_derivatives(value):
     w = torch.zeros(())
