@@ -329,6 +329,64 @@ def test_wrong_problems_are_named(case: Broken, max_dense: int) -> None:
         report.raise_if_failed()
 
 
+@dataclasses.dataclass(frozen=True)
+class Scaled(hf.linear_solvers.AbstractLinearSolver):
+    """The solution times a factor."""
+
+    factor: float
+
+    def solve(self, operator: Any, b: Any, x0: Any = None) -> Any:
+        (u,), stats = hf.Dense().solve(operator, b, x0)
+        return (self.factor * u,), stats
+
+
+@pytest.mark.parametrize(
+    ("off", "error", "causes"),
+    [
+        (0.9e-2, 0.0, set()),
+        (1.2e-2, 0.0, {"linear_solve"}),
+        (8e-2, 0.04, set()),  # within twice the error of the differences
+        (1.1e-1, 0.04, {"linear_solve"}),
+        (0.0, 0.049, set()),
+        (0.0, 0.051, {"inconclusive"}),
+    ],
+)
+def test_how_far_off_is_wrong(
+    off: float, error: float, causes: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a relative tolerance of 1e-2, and differences with errors of given relative size."""
+    settings: dict[str, Any] = {"inner_loss": loss, "rtol": 1e-2, "method": Scaled(1 + off)}
+    check = hf.diagnostics._check
+    size = float(hf.check_hypergrad(solve, cubic, REG, **settings).by_method.abs().max())
+
+    def differences(*args: Any) -> tuple[float, float]:
+        value, own = directional_derivative(*args)
+        return value, max(own, error * size)
+
+    monkeypatch.setattr(check, "directional_derivative", differences)
+    report = hf.check_hypergrad(solve, cubic, REG, **settings)
+    assert {name for name, flag in report.causes._asdict().items() if flag} == causes, report
+
+
+def cubic(w: Tensor, reg: Tensor) -> Tensor:
+    return (w**3).sum()
+
+
+def test_a_solver_is_told_to_take_more_steps_if_these_halve_the_residual() -> None:
+    """Eight steps instead of one, here with a residual 0.45 times as large."""
+
+    def slow(w: Tensor, reg: Tensor) -> Tensor:
+        return 0.5 * ((w - reg) ** 2).sum() * (1 - 0.45 ** (1 / 7))
+
+    def start(reg: Tensor) -> Tensor:
+        return torch.ones(4, dtype=F64)
+
+    solver = hf.minimize(slow, hf.optim.sgd(lr=1.0), 1, init=start)
+    report = hf.check_hypergrad(solver, cubic, REG, method="dense")
+    assert bool(report.causes.solver_not_converged)
+    assert not bool(report.causes.condition_mismatch)
+
+
 def test_the_leaf_that_lost_its_dependence_is_named() -> None:
     def tree_loss(w: Tensor, h: Any) -> Tensor:
         return loss(w, h["reg"]) - (h["shift"][0].detach() * w).sum()

@@ -13,7 +13,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
 from hyperfunc.diagnostics import Estimate
-from hyperfunc.diagnostics._choice import choose
+from hyperfunc.diagnostics._choice import choose, condition_number
 from hyperfunc.linear_solvers import LinearOperator
 from hyperfunc.linear_solvers._spectrum import measure
 from tests.cells import thinned
@@ -310,6 +310,51 @@ def test_advice_names_negative_curvature_and_loose_estimates() -> None:
     assert "negative curvature" in hf.diagnose(w, w, inner_loss=loss_of(A)).advice
     steep = torch.diag(torch.logspace(0, 5, 300, dtype=F64))
     assert "raise num_steps" in hf.diagnose(w, w, inner_loss=loss_of(steep)).advice
+
+
+def test_advice_at_the_edges() -> None:
+    """A text for facts just beyond a bound, and none for those just within."""
+    w, A = torch.zeros(2, dtype=F64), torch.diag(torch.tensor([1.0, 3.0], dtype=F64))
+    facts = hf.diagnose(w, w, inner_loss=loss_of(A))
+
+    def advice(**changes: Any) -> str:
+        return facts._replace(**changes).advice
+
+    def estimate(value: float, uncertainty: float = 0.0) -> Estimate:
+        return Estimate(torch.tensor(value, dtype=F64), torch.tensor(uncertainty, dtype=F64))
+
+    assert "raise num_steps" not in advice(condition_number=estimate(10.0, 4.9))
+    assert "raise num_steps" in advice(condition_number=estimate(10.0, 5.1))
+    saddle = {"curvature_signs": torch.tensor([1, 0, 1])}
+    assert "A has negative curvature" in advice(**saddle)
+    assert "A has negative curvature" not in advice(**saddle, symmetric=torch.tensor(False))
+    assert "A has negative curvature" not in advice(curvature_signs=torch.tensor([0, 2, 0]))
+    assert "non-finite entries" not in advice(sigma_max=estimate(1e300))
+    assert "non-finite entries" in advice(sigma_max=estimate(torch.inf))
+    assert "singular to working precision" in advice(condition_number=estimate(torch.inf))
+    for factor, singular in ((0.9, True), (1.1, False)):
+        smallest = factor * 3.0 * torch.finfo(F64).eps
+        spectrum = measure(LinearOperator.from_matrix(A), (w,), 2, is_map=False, full=False)
+        kappa = condition_number(spectrum._replace(sigma_min=estimate(smallest))).value
+        assert bool(kappa.isinf()) is singular
+
+    # a map is iterated for 30 products at most, and few inner parameters are those up to 256
+    facts = hf.diagnose(w, w, fixed_point=map_of(torch.tensor([[0.5, 0.3], [0.0, 0.4]]).double()))
+    assert not facts.symmetric
+    for products, size, method in [
+        (30, 1000, hf.FixedPoint),
+        (31, 1000, hf.GMRES),
+        (1000, 257, hf.GMRES),
+        (1000, 256, hf.Dense),
+        (256, 256, hf.GMRES),
+        (257, 256, hf.Dense),
+    ]:
+        changed = facts._replace(
+            contraction=estimate(1e-3 ** (1 / (products + 0.5))), size=torch.tensor(size)
+        )
+        recommended = changed.recommend(1e-3)
+        assert recommended.num_products["fixed_point"] == products
+        assert isinstance(recommended.method, method)
 
 
 # method="auto" ------------------------------------------------------------------------------------
