@@ -768,23 +768,21 @@ OMEGA_BREAKS[:3, :3] = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, -1.0], [0.0, 1.
 
 
 @pytest.mark.parametrize(
-    ("solver", "A", "num_steps"),
+    ("solver", "A", "b"),
     [
-        (hf.BiCGStab(), RHO_BREAKS, 1),
-        (hf.BiCGStab(), OMEGA_BREAKS, 1),
-        (hf.GMRES(restart=N), INCONSISTENT, 1),
+        (hf.BiCGStab(), RHO_BREAKS, E1),
+        (hf.BiCGStab(), OMEGA_BREAKS, E1),
+        (hf.GMRES(restart=N), INCONSISTENT, randn(N)),
     ],
     ids=["rho", "omega", "gmres"],
 )
-def test_zeros_that_are_rounding_errors_are_a_breakdown(
-    solver: Any, A: Tensor, num_steps: int
-) -> None:
+def test_zeros_that_are_rounding_errors_are_no_numbers(solver: Any, A: Tensor, b: Tensor) -> None:
     """In other coordinates what is zero is noise, and a quotient by it looks like a number."""
-    b = randn(N) if A is INCONSISTENT else E1
+    expected, _ = run(solver, A, b)
     for Q in (torch.eye(N, dtype=torch.float64), orthogonal(seed=9), orthogonal(seed=10)):
         x, stats = run(solver, Q @ A @ Q.T, Q @ b)
-        assert (code(stats).name, int(stats.num_steps)) == ("breakdown", num_steps)
-        assert x.norm() < 100 * b.norm()
+        assert code(stats) in (hf.RESULTS.breakdown, hf.RESULTS.stagnation)
+        torch.testing.assert_close(x, Q @ expected)
 
 
 @pytest.mark.parametrize(
