@@ -260,3 +260,22 @@ def test_a_tensor_of_the_vmap_must_be_an_argument() -> None:
 
     with pytest.raises(ValueError, match=r"Pass that tensor in \*args"):
         vmap(one)(h, x, y)
+
+
+def test_final_errors_do_not_run_the_solver_again() -> None:
+    """Neither task by task nor with the random numbers of another vmap."""
+    calls = []
+
+    def failing(h: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        calls.append(h)
+        raise hf.HypergradError("no solution")
+
+    def random(h: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        calls.append(h)
+        return closed_form(h, x, y) + torch.randn(SIZE, dtype=F64)
+
+    for solver, error in ((failing, hf.HypergradError), (random, RuntimeError)):
+        calls.clear()
+        with pytest.raises(error, match=r"^no solution$|randomness"):
+            vmap(hf.hypergrad(solver, outer, inner_loss=loss))(*problem())
+        assert len(calls) == 1

@@ -137,6 +137,7 @@ def test_estimates_in_small_krylov_spaces_know_how_far_off_they_are(kind: str, s
         assert estimate.uncertainty <= 0.3 * facts.sigma_max.value, name
     asymmetry = torch.linalg.matrix_norm(A - A.T) / torch.linalg.matrix_norm(A)
     assert (facts.asymmetry.value - asymmetry).abs() <= 4 * facts.asymmetry.uncertainty
+    assert facts.asymmetry.uncertainty <= 0.3 * asymmetry + 1e-13
 
 
 def test_the_uncertainty_of_the_residual_is_the_rounding_of_params() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import optree
 import pytest
 import scipy.sparse.linalg
 import torch
@@ -1226,6 +1227,29 @@ def test_blockwise_in_a_hypergradient_with_tasks_in_one_tree() -> None:
     torch.testing.assert_close(jacrev(fn)(h, y), jacrev(exact)(h, y))
     ys = torch.stack([y, 2 * y])
     torch.testing.assert_close(vmap(fn, (None, 0))(h, ys), torch.stack([exact(h, y) for y in ys]))
+
+
+def test_preconditioners_of_blocks_take_trees_of_blocks() -> None:
+    """With a dimension of tasks, trees like those of a task; else a tuple of one vector."""
+    seen: list[Any] = []
+
+    def precondition(v: Any) -> Any:
+        seen.append(v)
+        return optree.tree_map(lambda leaf: 0.5 * leaf, v)
+
+    def inner_loss(w: Any, h: Tensor) -> Tensor:
+        return (w["a"] ** 2).sum() + (w["b"] ** 2).sum() - (h[:, None] * w["a"] + w["b"]).sum()
+
+    def solution(h: Tensor) -> Any:
+        return {"a": h[:, None].expand(3, 2) / 2, "b": torch.full((3, 2), 0.5).to(h)}
+
+    for blocks, shapes in (("batch", {"a": (2,), "b": (2,)}), ("leaves", ((6,),))):
+        solver = hf.Blockwise(hf.CG(preconditioner=precondition), blocks)
+        fn = hf.hypergrad(
+            solution, lambda w, h: (w["a"] ** 2).sum(), inner_loss=inner_loss, method=solver
+        )
+        torch.testing.assert_close(fn(linspace(1, 2, 3)), linspace(1, 2, 3))
+        assert optree.tree_map(lambda leaf: tuple(leaf.shape), seen[-1]) == shapes
 
 
 # Random vectors -----------------------------------------------------------------------------------
