@@ -219,6 +219,13 @@ def test_hparams_of_another_structure_and_dtype_than_params() -> None:
 # Forward mode over numbers ------------------------------------------------------------------------
 
 
+def test_inner_products_are_on_the_device_of_the_first_leaf(device: torch.device) -> None:
+    leaves = (torch.ones(3), 2 * torch.ones(2, 2, device=device))
+    for order in (leaves, leaves[::-1]):
+        product = trees.dot(order, order)
+        assert (product.item(), product.device) == (19.0, order[0].device)
+
+
 def test_tangents_keep_their_dtype() -> None:
     """A number times a 0-d float32 tensor has a float64 tangent in torch, which must not spread."""
 

@@ -219,6 +219,18 @@ def test_the_hparams_are_the_default_center():
     assert (jacrev(solve)(meta) - expected).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_in_half_precision_do_not_take_the_short_way(dtype):
+    """With a rate that is a number two passes do, which would round coefficients and products."""
+    w, m, c = (torch.randn(300).to(dtype) for _ in range(3))
+    loss = hf.proximal(lambda w, m: (w * c).sum(), 0.3)
+    steps = [
+        hf.minimize(loss, hf.optim.sgd(lr), 1, init=lambda m: w)(m)
+        for lr in (0.07, torch.tensor(0.07))
+    ]
+    assert torch.equal(*steps)
+
+
 @pytest.mark.parametrize("weight", [2.0, lambda m: 2.0 + 0.0 * m.sum()])
 def test_derivatives_by_what_comes_after_the_hparams(weight):
     """The centre is the hparams alone, also where an argument has their shape."""
