@@ -1116,6 +1116,8 @@ def test_an_optimiser_prints_as_the_call_that_makes_it():
     assert repr(inner) == call
     clipped = optim.clip_grad_norm(inner, max_norm=1.0)
     assert repr(clipped) == f"clip_grad_norm(optimizer={call}, max_norm=1.0)"
+    clipped = optim.clip_grad_value(inner, clip_value=0.5)
+    assert repr(clipped) == f"clip_grad_value(optimizer={call}, clip_value=0.5)"
     foreign = optim.from_torch(torch.optim.NAdam, lr=0.1)
     assert repr(foreign) == "from_torch(torch.optim.NAdam, lr=0.1)"
     for optimizer in COMMON.values():
