@@ -41,7 +41,7 @@ class RESULTS(enum.IntEnum):
         "(CG needs a symmetric positive definite one and Nystrom a symmetric one; NormalCG, GMRES "
         "and Dense need an invertible one, or a system with a solution, on which BiCGStab may "
         "break down all the same). An inner loss with negative curvature at these params is no "
-        "minimum: train on, or use GMRES, CG(negative_curvature='stop') or Damped; and where the "
+        'minimum: train on, or use GMRES, CG(negative_curvature="stop") or Damped; and where the '
         "system has no solution, LeastSquares",
     )
     nonfinite = 3, "non-finite values (NaN or Inf) appeared"
