@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -147,15 +147,19 @@ def values_by_leaf(
     params: TensorTree,
     leaves: Sequence[Tensor],
     spec: trees.TreeSpec,
+    any_shape: Collection[str] = (),
 ) -> list[tuple[Any, ...]]:
-    """The values of all coefficients for each leaf; one and the same tuple if leaves share them."""
+    """The values of all coefficients for each leaf; one and the same tuple if leaves share them.
+
+    Those under the names ``any_shape`` need not broadcast to the leaf that they stand for.
+    """
     values = {key: evaluate(name, key, value, hparams) for key, value in coefficients.items()}
     if all(is_single(value) for value in values.values()):
         return [tuple(values.values())] * len(leaves)
     columns = [
         [value] * len(leaves)
         if is_single(value)
-        else _broadcast_prefix(f"{name}: {key}", value, params, leaves, spec)
+        else _by_leaf(f"{name}: {key}", value, params, leaves, spec, key not in any_shape)
         for key, value in values.items()
     ]
     return list(zip(*columns, strict=True))
@@ -194,7 +198,7 @@ _ANY = (-math.inf, math.inf, "that is not NaN")
 _RANGES: dict[str, tuple[float, float, str]] = {
     "alpha": (0.0, 1.0, "in [0, 1]"),
     **dict.fromkeys(("beta", "betas[0]", "betas[1]"), _BELOW_ONE),
-    **dict.fromkeys(("dampening", "lower", "upper"), _ANY),
+    **dict.fromkeys(("dampening", "lower", "upper", "normal", "offset", "matrix", "vector"), _ANY),
 }
 _AT_LEAST_ZERO = (0.0, math.inf, "of at least 0")
 _KINDS = (
@@ -231,13 +235,18 @@ def match_prefix(label: str, tree: Any, params: TensorTree) -> list[tuple[Any, A
         ) from error
 
 
-def _broadcast_prefix(
-    label: str, value: Any, params: TensorTree, leaves: Sequence[Tensor], spec: trees.TreeSpec
+def _by_leaf(
+    label: str,
+    value: Any,
+    params: TensorTree,
+    leaves: Sequence[Tensor],
+    spec: trees.TreeSpec,
+    must_broadcast: bool,
 ) -> list[Any]:
     parts = match_prefix(label, value, params)
     column = [item for item, part in parts for _ in trees.flatten(part)[0]]
     for path, item, leaf in zip(trees.paths(spec, "params"), column, leaves, strict=True):
-        if isinstance(item, Tensor) and not _broadcasts(item.shape, leaf.shape):
+        if must_broadcast and isinstance(item, Tensor) and not _broadcasts(item.shape, leaf.shape):
             raise ValueError(
                 f"{label}: a value of shape {tuple(item.shape)} stands for {path}, of shape "
                 f"{tuple(leaf.shape)}; expected a 0-d tensor or one that broadcasts to the leaf"

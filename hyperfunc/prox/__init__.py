@@ -10,15 +10,18 @@ Each function of this module makes one, a callable ``(params, hparams=None, lr=1
 prox is the Euclidean projection onto the set, whatever ``lr`` is.
 
 **Trees.** `l1`, `elastic_net`, `non_negative` and `box` act on each entry. `group_lasso`,
-`l2_ball`, `l1_ball` and `simplex` act on vectors: with ``dim=None`` each leaf is one vector; with
-``dim`` an int or a tuple of ints the vectors lie along these dimensions of each leaf, one for each
-index of the others. `nuclear_norm` acts on the matrices in the last two dimensions. `joint` makes
-one vector of the whole tree, and `blocks` gives parts of a tree their own operators.
+`l2_ball`, `l2_sphere`, `l1_ball`, `simplex`, `hyperplane`, `halfspace`, `affine_set` and
+`box_section` act on vectors: with ``dim=None`` each leaf is one vector; with ``dim`` an int or a
+tuple of ints the vectors lie along these dimensions of each leaf, one for each index of the others.
+`nuclear_norm` and `transport` act on the matrices in the last two dimensions. `joint` makes one
+vector of the whole tree, and `blocks` gives parts of a tree their own operators. `chain` applies
+operators one after another, and `intersection` projects onto what several sets share.
 
 **Settings** are what the coefficients of `hyperfunc.optim` are: a number; a tensor, 0-d or one that
-broadcasts to each leaf (and does not vary within a vector or matrix); a tree of these with the
-structure of params cut off at any depth; or a function of hparams that returns one of these. Only
-the last has a hypergradient. Numbers are checked against their range; tensors are not.
+broadcasts to each leaf (and does not vary within a vector or matrix, but for bounds and normals);
+a tree of these with the structure of params cut off at any depth; or a function of hparams that
+returns one of these. Only the last has a hypergradient. Numbers are checked against their range;
+tensors are not, and where a set described by equations is empty, the result is NaN.
 
 **Derivatives** exist almost everywhere, with respect to params, settings and ``lr``, and are finite
 everywhere: at a kink they are those of one of its sides, for a weight of zero those of the
@@ -58,23 +61,39 @@ References: Parikh and Boyd, Proximal algorithms, 2014; Bertrand et al., 2020, a
 # those of its kind.
 
 from hyperfunc.prox._base import Prox
-from hyperfunc.prox._combinations import blocks, joint
+from hyperfunc.prox._combinations import blocks, chain, intersection, joint
 from hyperfunc.prox._entrywise import box, elastic_net, identity, l1, non_negative
 from hyperfunc.prox._matrices import nuclear_norm
+from hyperfunc.prox._sets import (
+    affine_set,
+    box_section,
+    halfspace,
+    hyperplane,
+    l2_sphere,
+    transport,
+)
 from hyperfunc.prox._vectors import group_lasso, l1_ball, l2_ball, simplex
 
 __all__ = [
     "Prox",
+    "affine_set",
     "blocks",
     "box",
+    "box_section",
+    "chain",
     "elastic_net",
     "group_lasso",
+    "halfspace",
+    "hyperplane",
     "identity",
+    "intersection",
     "joint",
     "l1",
     "l1_ball",
     "l2_ball",
+    "l2_sphere",
     "non_negative",
     "nuclear_norm",
     "simplex",
+    "transport",
 ]

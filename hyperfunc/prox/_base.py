@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 
 import torch
@@ -27,12 +27,16 @@ class Prox:
         rule: ``(leaf, dims, lr, *settings) -> leaf``.
         settings: the coefficients by name.
         dim: the dimensions of a leaf that the rule couples: ``()`` none, ``None`` all.
+        within: the settings that may vary within a vector or matrix.
+        shaped: the settings that need not broadcast to a leaf; the rule looks at their shapes.
     """
 
     name: str
     rule: Callable[..., Tensor]
     settings: dict[str, Coefficient] = dataclasses.field(default_factory=dict)
     dim: Dim = ()
+    within: Collection[str] = ()
+    shaped: Collection[str] = ()
 
     def __post_init__(self) -> None:
         for key, setting in self.settings.items():
@@ -57,7 +61,9 @@ class Prox:
                 f"Write prox(params, hparams, lr)"
             )
         leaves, spec = trees.flatten_floating(params, "params")
-        rows = values_by_leaf(name, self.settings, hparams, params, leaves, spec)
+        rows = values_by_leaf(
+            name, self.settings, hparams, params, leaves, spec, any_shape=self.shaped
+        )
         parts = zip(leaves, trees.paths(spec, "params"), rows, strict=True)
         return trees.unflatten(spec, [self._apply(x, path, (lr, *row)) for x, path, row in parts])
 
@@ -74,6 +80,8 @@ class Prox:
             for number in numbers
         )
         for key, value in zip(self.settings, values, strict=True):
+            if key in self.within or key in self.shaped:
+                continue
             shape = (1,) * (leaf.ndim - value.ndim) + tuple(value.shape)
             if any(shape[dim] != 1 for dim in dims):
                 raise ValueError(
@@ -81,7 +89,13 @@ class Prox:
                     f"{tuple(leaf.shape)}; expected one value for each vector or matrix: size 1 in "
                     f"the dimensions {dims}"
                 )
-        return self.rule(leaf.to(dtype), dims, lr, *values).to(leaf.dtype)
+        try:
+            return self.rule(leaf.to(dtype), dims, lr, *values).to(leaf.dtype)
+        except UnfitShape as error:
+            raise ValueError(
+                f"prox.{self.name}: {error.key} has shape {tuple(error.value.shape)} for {path}, "
+                f"of shape {tuple(leaf.shape)}; expected {error.expected}"
+            ) from None
 
     def _dims(self, leaf: Tensor, path: str) -> tuple[int, ...]:
         if self.dim is None:
@@ -95,6 +109,13 @@ class Prox:
                     f"hf.prox.blocks({{...}})"
                 )
         return tuple(sorted({dim % leaf.ndim for dim in dims}))
+
+
+class UnfitShape(Exception):
+    """A setting has another shape than a rule expected."""
+
+    def __init__(self, key: str, value: Tensor, expected: str) -> None:
+        self.key, self.value, self.expected = key, value, expected
 
 
 def _as_tuple(dim: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -80,30 +80,37 @@ def l2_ball(radius: Coefficient = 1.0, dim: Dim = None) -> Prox:
 
 
 def _shrink_vectors(w: Tensor, dims: tuple[int, ...], lr: Tensor, weight: Tensor) -> Tensor:
-    norm, threshold = _norm(w, dims), lr * weight
-    divisor = torch.where(norm == 0, 1.0, norm)
-    return torch.where(norm < threshold, 0.0, w * (1 - threshold / divisor))
+    size, least = norm(w, dims), lr * weight
+    divisor = torch.where(size == 0, 1.0, size)
+    return torch.where(size < least, 0.0, w * (1 - least / divisor))
 
 
 def _project_l2_ball(w: Tensor, dims: tuple[int, ...], lr: Tensor, radius: Tensor) -> Tensor:
-    norm = _norm(w, dims)
-    inside = norm <= radius
-    return torch.where(inside, w, w * (radius / torch.where(inside, 1.0, norm)))
+    size = norm(w, dims)
+    inside = size <= radius
+    return torch.where(inside, w, w * (radius / torch.where(inside, 1.0, size)))
 
 
 def _project_simplex(w: Tensor, dims: tuple[int, ...], lr: Tensor, total: Tensor) -> Tensor:
-    support, shift = _threshold(w, dims, total)
-    return torch.where(support, (w - shift).clamp(min=0), 0.0)
+    v = _below_largest(w, dims)
+    support, tau = threshold(v, dims, total)
+    return torch.where(support, (v - tau).clamp(min=0), 0.0)
 
 
 def _project_l1_ball(w: Tensor, dims: tuple[int, ...], lr: Tensor, radius: Tensor) -> Tensor:
     size = w.abs()
-    support, shift = _threshold(size, dims, radius)
-    projected = torch.where(support, w.sign() * (size - shift).clamp(min=0), 0.0)
+    v = _below_largest(size, dims)
+    support, tau = threshold(v, dims, radius)
+    projected = torch.where(support, w.sign() * (v - tau).clamp(min=0), 0.0)
     return torch.where(size.sum(dims, keepdim=True) <= radius, w, projected)
 
 
-def _norm(w: Tensor, dims: tuple[int, ...]) -> Tensor:
+def _below_largest(w: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Entries less the largest: differences of large numbers are exact, sums of them are not."""
+    return w - w.detach().amax(dims, keepdim=True)
+
+
+def norm(w: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The norm along dims, which neither overflows nor has a derivative other than 0 at 0."""
     largest = w.detach().abs().amax(dims, keepdim=True)
     unit = torch.where(largest == 0, 1.0, largest)
@@ -112,14 +119,16 @@ def _norm(w: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.where(zero, 0.0, unit * torch.where(zero, 1.0, squared).sqrt())
 
 
-def _threshold(w: Tensor, dims: tuple[int, ...], total: Tensor) -> tuple[Tensor, Tensor]:
+def threshold(w: Tensor, dims: tuple[int, ...], total: Tensor) -> tuple[Tensor, Tensor]:
     """The tau with ``sum(max(w - tau, 0)) = total`` along dims, and where ``w > tau``."""
     # Which entries are positive is found by sorting; tau is a linear function of those.
+    # No entry is in the support that lies below the largest by more than the total.
     kept = [1 if dim in dims else size for dim, size in enumerate(w.shape)]
     last = tuple(range(-len(dims), 0))
     rows = w.detach().movedim(dims, last).reshape(*(n for n in kept if n != 1), -1)
     sums = total.detach().expand(kept).reshape(*rows.shape[:-1], 1)
     ordered = rows.sort(dim=-1, descending=True).values
+    ordered = torch.maximum(ordered, ordered[..., :1] - sums)
     excess = ordered.cumsum(-1) - sums
     numbers = torch.arange(1, rows.shape[-1] + 1, dtype=w.dtype, device=w.device)
     count = (ordered * numbers > excess).sum(-1, keepdim=True).clamp(min=1)

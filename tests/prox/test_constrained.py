@@ -135,6 +135,17 @@ CASES = {
     "group lasso": Case(
         prox.group_lasso(lambda h: h.exp(), dim=1), number(-1.0), None, shape=(3, 2)
     ),
+    "box section": Case(
+        prox.box_section(-0.5, lambda h: h[0], torch.arange(1.0, N + 1).double(), lambda h: h[1]),
+        torch.tensor([0.8, 1.1], dtype=torch.float64),
+        None,
+    ),
+    "sparse group lasso": Case(
+        prox.chain(prox.l1(lambda h: h[0].exp()), prox.group_lasso(lambda h: h[1].exp(), dim=1)),
+        torch.tensor([-2.0, -2.5], dtype=torch.float64),
+        None,
+        shape=(3, 2),
+    ),
     "nuclear norm": Case(prox.nuclear_norm(lambda h: h.exp()), number(-1.5), None, shape=(3, 2)),
 }
 METHODS = {

@@ -1,6 +1,7 @@
 """Proximal operators against their definition, and their derivatives."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,38 @@ def ball_case(make: Callable[..., Any], norm: Any, dual: Any, **keywords: Any) -
     return set_case(make, lambda z, r: norm(z) <= r + SLACK, lambda d, r: r * dual(d), **keywords)
 
 
+def equations_case(operator: Any, system: Any, inequality: bool = False, **keywords: Any) -> Case:
+    """The solutions z of ``C z = d`` (or at most d): C has independent rows."""
+
+    def contains(z: Tensor, h: Tensor) -> Tensor:
+        C, d = system(h)
+        excess = C @ z.reshape(-1) - d
+        within = (excess if inequality else excess.abs()) <= SLACK
+        return finite_if(within.all(), torch.zeros_like(h[0]))
+
+    def support(u: Tensor, h: Tensor) -> Tensor:
+        C, d = system(h)
+        y = torch.linalg.solve(C @ C.mT, C @ u.reshape(-1))
+        reached = (C.mT @ y - u.reshape(-1)).norm() <= SLACK * (1 + u.norm())
+        return finite_if(reached & (not inequality or (y >= -SLACK).all()), y @ d)
+
+    return Case(
+        operator, contains, support, projection=True, **{"settings": (0.6, 0.8), **keywords}
+    )
+
+
+def box_section_support(d: Tensor, h: Tensor) -> Tensor:
+    """The least of a function that is linear between the places where an entry of d is zero."""
+    multiplier = (d / NORMAL)[:, None]
+    rest = d - multiplier * NORMAL
+    return (multiplier[:, 0] * h[2] + torch.maximum(h[0] * rest, h[1] * rest).sum(1)).amin()
+
+
+NORMAL = torch.tensor([1.0, -2.0, 0.5, 1.5, -0.3, 0.7], dtype=torch.float64)
+MATRIX = torch.tensor([[1.0, 2.0, 0.0, -1.0, 0.5, 0.3], [0.2, -1.0, 1.0, 0.7, 0.0, 2.0]]).double()
+VECTOR = torch.tensor([0.4, -1.2], dtype=torch.float64)
+UNITS = torch.tensor([[2.0, 1.0, 1.0], [1.0, 2.0, 1.0]], dtype=torch.float64)
+PERMUTED = torch.tensor(sorted(set(itertools.permutations([0, 1, 1, 2]))))
 two = {dim: vectors(torch.linalg.vector_norm, dim) for dim in (None, 1, (0, 2))}
 largest = {dim: vectors(lambda z, **k: z.abs().amax(**k), dim) for dim in (0, 1)}
 sums = {dim: vectors(lambda z, **k: z.abs().sum(**k), dim) for dim in (0, 1)}
@@ -129,8 +162,58 @@ CASES = {
     "l2_ball, dim=1": ball_case(
         lambda radius: prox.l2_ball(radius, dim=1), two[1], two[1], shape=(5, 2)
     ),
+    "hyperplane": equations_case(
+        prox.hyperplane(lambda h: h[0] * NORMAL, lambda h: h[1]),
+        lambda h: (h[0] * NORMAL[None], h[1:]),
+    ),
+    "halfspace": equations_case(
+        prox.halfspace(lambda h: h[0] * NORMAL, lambda h: h[1]),
+        lambda h: (h[0] * NORMAL[None], h[1:]),
+        inequality=True,
+        settings=(0.6, -0.8),
+    ),
+    "affine_set": equations_case(
+        prox.affine_set(lambda h: h[0] * MATRIX, lambda h: h[1] * VECTOR),
+        lambda h: (h[0] * MATRIX, h[1] * VECTOR),
+        shape=(2, 3),
+    ),
+    "box_section": Case(
+        prox.box_section(lambda h: h[0], lambda h: h[1], NORMAL, lambda h: h[2]),
+        lambda z, h: finite_if(
+            ((h[0] <= z) & (z <= h[1])).all() & ((NORMAL @ z - h[2]).abs() <= SLACK),
+            torch.zeros_like(h[0]),
+        ),
+        box_section_support,
+        settings=(-0.3, 0.8, 0.5),
+        projection=True,
+    ),
+    "transport": set_case(
+        lambda unit: prox.transport(
+            lambda h: unit(h) * UNITS[0].to(h), lambda h: unit(h) * UNITS[1].to(h)
+        ),
+        lambda z, s: (
+            (z >= 0) & ((torch.stack([z.sum(1), z.sum(0)]) - s * UNITS).abs() <= SLACK).all()
+        ),
+        # the vertices are plans of whole units, which are permutations of them
+        lambda d, s: s * d[torch.tensor([0, 0, 1, 2]), PERMUTED].sum(1).amax(),
+        shape=(3, 3),
+    ),
+    "chain: sparse group lasso": Case(
+        prox.chain(prox.l1(lambda h: h[0]), prox.group_lasso(lambda h: h[1])),
+        lambda z, h: h[0] * z.abs().sum() + h[1] * z.norm(),
+        lambda d, h: finite_if(
+            (d.abs() - h[0]).clamp(min=0).norm() <= h[1] + SLACK, torch.zeros_like(h[0])
+        ),
+        settings=(0.6, 0.8),
+    ),
+    "chain: l1, non_negative": Case(
+        prox.chain(prox.l1(lambda h: h[0]), prox.non_negative()),
+        lambda z, h: finite_if((z >= 0).all(), h[0] * z.sum()),
+        lambda d, h: finite_if((d <= h[0] + SLACK).all(), torch.zeros_like(h[0])),
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+SLOW = {"transport": pytest.mark.slow}
 
 
 def sample(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -185,7 +268,9 @@ def test_projections_are_idempotent_and_ignore_the_step(case):
 
 # of gradcheck itself, in torch 2.4
 @pytest.mark.filterwarnings("ignore:Please use `torch.vmap`:FutureWarning")
-@every_case
+@pytest.mark.parametrize(
+    "case", [pytest.param(CASES[name], id=name, marks=SLOW.get(name, ())) for name in CASES]
+)
 def test_derivatives_are_those_of_finite_differences(case):
     w, h = sample(case)
     inputs = tuple(x.requires_grad_() for x in (2 * w, h, torch.tensor(LR, dtype=torch.float64)))
@@ -270,6 +355,89 @@ def test_nan_stays_nan(case):
     assert torch.isnan(case.operator(w, h, LR)).any()
 
 
+def test_the_sphere_is_the_rescaled_vector_and_its_centre_has_no_derivative():
+    w, radius = torch.randn(3, 4, dtype=torch.float64), torch.rand(3, 1, dtype=torch.float64)
+    operator = prox.l2_sphere(lambda h: h, dim=1)
+    z = operator(w, radius)
+    torch.testing.assert_close(z, radius * torch.nn.functional.normalize(w, dim=1))
+    inputs = (w.requires_grad_(), radius.requires_grad_())
+    assert torch.autograd.gradcheck(operator, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(operator, inputs)
+    w = torch.zeros(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(operator(w, radius).norm(dim=1), radius[:, 0])
+    for transform in (jacrev, jacfwd):
+        assert not transform(operator)(w, radius).any()
+
+
+LARGE = torch.tensor([1e8, 1e8 + 8, 1e8 - 8, -1e8, 3e7, 0.0, 5.0, 1e8 + 8])
+LARGE_CASES = {
+    "simplex": prox.simplex(),
+    "simplex, total": prox.simplex(30.0),
+    "simplex, dim": prox.simplex(dim=0),
+    "l1_ball": prox.l1_ball(3.0),
+    "box_section": prox.box_section(0.0, 2.0, torch.tensor([1.0, 3, 1, 2, 1, 1, 0, 1.5]), 4.0),
+    "transport": lambda w: prox.transport(torch.tensor([1.0, 3.0]), 1.0)(w.reshape(2, 4)),
+}
+
+
+@pytest.mark.parametrize("operator", LARGE_CASES.values(), ids=LARGE_CASES)
+def test_large_entries_in_float32(operator):
+    got, expected = operator(LARGE), operator(LARGE.double())
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+    # of many entries that are equal, each has its part
+    many = prox.simplex()(LARGE.repeat_interleave(1000)).double()
+    torch.testing.assert_close(
+        many.sum(), torch.tensor(1.0, dtype=torch.float64), rtol=1e-5, atol=0
+    )
+    assert (many > 0).sum() == 2000
+
+
+def test_sets_that_are_empty_give_nan():
+    w = torch.randn(3, 3)
+    assert torch.isnan(prox.hyperplane(0.0, 1.0)(w)).all()
+    assert torch.isnan(prox.halfspace(0.0, -1.0)(w)).all()
+    assert torch.equal(prox.halfspace(0.0, 1.0)(w), w)
+    assert torch.isnan(prox.box_section(offset=3.1)(w[0])).all()
+    assert torch.isnan(prox.box_section(1.0, 0.0)(w[0])).all()
+    assert torch.isnan(prox.transport(1.0, 1.1)(w)).all()
+    for value in (-1.0, torch.nan):
+        marginals = torch.tensor([value, 2.0, 2.0])
+        assert torch.isnan(prox.transport(marginals, 1.0)(w)).all()
+    C = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])  # equations that say the same, or not
+    by_row = prox.affine_set(C, lambda h: h, dim=1)
+    assert torch.isnan(by_row(w, torch.tensor([1.0, 2.1]))).all()
+    torch.testing.assert_close(by_row(w, C[:, 0]), prox.hyperplane(C[0], 1.0, dim=1)(w))
+
+
+def test_plans_between_many_points():
+    rows, columns = torch.randn(2, 12, dtype=torch.float64).softmax(1)
+    for size in (1e-4, 1.0, 1e4, 1e12):  # all entries, a few, a vertex, and beyond rounding
+        W = size * torch.randn(12, 12, dtype=torch.float64)
+        Z = prox.transport(rows, columns)(W)
+        torch.testing.assert_close(Z.sum(1), rows)
+        torch.testing.assert_close(Z.sum(0), columns)
+        for _ in range(3):  # <W - Z, P - Z> is at most 0 for every plan P
+            P = prox.transport(rows, columns)(torch.randn(12, 12, dtype=torch.float64))
+            assert ((W - Z) * (P - Z)).sum() <= 1e-9 * size
+
+
+def test_intersections():
+    w = 2 * torch.randn(4, 6, dtype=torch.float64)
+    h = torch.tensor([0.4, 1.0], dtype=torch.float64)
+    both = prox.intersection(prox.box(-torch.inf, lambda h: h[0]), prox.simplex(lambda h: h[1]))
+    exact = prox.box_section(0.0, lambda h: h[0], 1.0, lambda h: h[1])
+    for transform in (lambda f, **k: f, jacrev, jacfwd):
+        got, expected = (
+            vmap(transform(f, argnums=(0, 1)), in_dims=(0, None))(w, h) for f in (both, exact)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    apart = prox.intersection(prox.box(2.0, 3.0), prox.simplex(), maxiter=20)
+    with pytest.warns(
+        hf.ConvergenceWarning, match="prox.intersection did not converge: it took 20"
+    ):
+        apart(w[0])
+
+
 def test_norms_neither_overflow_nor_underflow():
     direction = torch.tensor([0.6, 0.8])
     for scale in (1e30, 1e-30):  # whose squares are infinite and zero in float32
@@ -281,7 +449,9 @@ def test_norms_neither_overflow_nor_underflow():
 def test_empty_leaves_and_scalars():
     tree = {"a": torch.empty(0, 2, 0), "b": torch.tensor(3.0)}
     made = [prox.l1(), prox.elastic_net(), prox.group_lasso(), prox.non_negative(), prox.box()]
-    for operator in (*made, prox.simplex(), prox.l1_ball(), prox.l2_ball()):
+    sets = [prox.l2_sphere(), prox.hyperplane(), prox.halfspace(1.0, 2.0), prox.box_section()]
+    sets += [prox.affine_set(torch.ones(1, 1), 1.0)]
+    for operator in (*made, *sets, prox.simplex(), prox.l1_ball(), prox.l2_ball()):
         result = operator(tree)
         assert result["a"].shape == (0, 2, 0)
         tangent = jvp(lambda b, f=operator: f({"b": b})["b"], (tree["b"],), (tree["b"],))[1]
@@ -435,6 +605,27 @@ ERRORS = {
         TypeError,
         r"prox.l1: weight is a function of hparams, but hparams is None. Write prox\(params, hp",
     ),
+    "columns of a matrix": (
+        lambda: prox.affine_set(torch.ones(2, 3))({"w": torch.ones(4)}),
+        ValueError,
+        r"matrix has shape \(2, 3\) for params\['w'\], of shape \(4,\); expected \(m, 4\), for vec",
+    ),
+    "right-hand side": (
+        lambda: prox.affine_set(torch.ones(2, 4), torch.ones(3))(torch.ones(4)),
+        ValueError,
+        r"vector has shape \(3,\) for params, of shape \(4,\); expected \(m,\) = \(2,\), as matrix has",
+    ),
+    "marginals": (
+        lambda: prox.transport(torch.ones(3))(torch.ones(2, 3)),
+        ValueError,
+        r"prox.transport: rows has shape \(3,\) for params, .* expected \(2,\), or one number",
+    ),
+    "offset within a vector": (
+        lambda: prox.hyperplane(1.0, torch.ones(3))(torch.ones(3)),
+        ValueError,
+        r"prox.hyperplane: offset has shape \(3,\) for params",
+    ),
+    "no projections": (prox.intersection, TypeError, "got no projections; expected one at least"),
     "lr": (
         lambda: prox.l1()(torch.ones(2), None, "fast"),
         TypeError,
