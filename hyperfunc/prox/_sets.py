@@ -355,8 +355,8 @@ def _minimise(W: Tensor, best: Tensor, r: Tensor, c: Tensor) -> Tensor:
         return _less(W, potentials).clamp(min=0)
 
     def value(potentials: Tensor) -> Tensor:
-        size: Tensor = 0.5 * (plan(potentials) ** 2).sum((-2, -1))
-        return torch.add(size, (potentials * marginals).sum(-1))
+        size, shift = (plan(potentials) ** 2).sum((-2, -1)), (potentials * marginals).sum(-1)
+        return torch.add(shift, size, alpha=0.5)
 
     def surplus(potentials: Tensor) -> Tensor:
         Z = plan(potentials)

@@ -613,7 +613,7 @@ ERRORS = {
     "right-hand side": (
         lambda: prox.affine_set(torch.ones(2, 4), torch.ones(3))(torch.ones(4)),
         ValueError,
-        r"vector has shape \(3,\) for params, of shape \(4,\); expected \(m,\) = \(2,\), as matrix has",
+        r"vector has shape \(3,\) for params, of shape \(4,\); expected \(m,\) = \(2,\), as",
     ),
     "marginals": (
         lambda: prox.transport(torch.ones(3))(torch.ones(2, 3)),
