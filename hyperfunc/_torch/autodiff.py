@@ -138,12 +138,39 @@ def gradient(
 
     The result is differentiable whenever the primals are tracked (or ``create_graph`` says so).
     """
+    return _zeros_for_none(gradient_used(fn, primals, create_graph=create_graph), primals)
+
+
+def gradient_used(
+    fn: Callable[..., Tensor],
+    primals: Leaves,
+    *,
+    create_graph: bool | None = None,
+    used: list[bool] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """`gradient`, with None for the primals that the value is known not to be computed from.
+
+    Under transforms these are found where a list ``used`` is given, once for all calls with it.
+    """
     tracked = tracking.is_tracked(primals) if create_graph is None else create_graph
     if tracking.transforms_active():
-        transformed = torch.func.grad(lambda leaves: fn(*leaves))
+
+        def value_of(leaves: Leaves) -> Tensor:
+            value = fn(*leaves)
+            if used == []:
+                used[:] = tracking.reached(value, leaves)
+            return value
+
+        if torch.compiler.is_compiling():
+            used = None
+        transformed = torch.func.grad(value_of)
         order = derivative_rules.derivatives(tracked or tracking.is_tracked(primals))
         grads, _ = derivative_rules.evaluate(transformed, (tuple(primals),), order)
-        return tangents.all_in_own_dtype(grads)
+        grads = tangents.all_in_own_dtype(grads)
+        return tuple(
+            grad if is_used else None
+            for grad, is_used in zip(grads, used or [True] * len(grads), strict=True)
+        )
     order = derivative_rules.derivatives(tracked)
     rules = derivative_rules.active(order=order) if tracked else derivative_rules.counting(order)
     with torch.enable_grad(), rules:
@@ -152,11 +179,11 @@ def gradient(
         ]
         value = fn(*inputs)
         if not value.requires_grad:
-            return tuple(torch.zeros_like(leaf) for leaf in primals)
+            return (None,) * len(primals)
         grads = derivative_rules.differentiate(
             value, inputs, create_graph=tracked, allow_unused=True
         )
-    return sharding.align(_zeros_for_none(grads, primals), primals)
+    return sharding.align(grads, primals)
 
 
 def uses(fn: Callable[..., Leaves], primals: Leaves, indices: Iterable[int]) -> bool:

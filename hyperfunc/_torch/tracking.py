@@ -236,6 +236,21 @@ def foreign_leaves(
             yield leaf
 
 
+def reached(output: Tensor, inputs: Sequence[Tensor]) -> list[bool]:
+    """Which of these leaf variables, of one level of transforms, the graph of a value ends in."""
+    stack = [output.grad_fn]
+    seen: set[Any] = {None, *stack}
+    ends = {id(output)} if output.grad_fn is None else set()
+    while stack:
+        node = stack.pop()
+        ends.add(id(getattr(node, "variable", None)))
+        for parent, _ in getattr(node, "next_functions", ()):
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return [id(leaf) in ends for leaf in inputs]
+
+
 def requires_grad(value: Any) -> bool:
     if not isinstance(value, Tensor):
         return False

@@ -14,6 +14,7 @@ from hyperfunc._engine.checks import check_scalar
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._types import Leaves, Loss, ParamsFunction, TensorTree
 from hyperfunc.inner_solvers._proximal import ProximalLoss
+from hyperfunc.optim._base import Gradients, skips_unused
 from hyperfunc.optim._leafwise import Leafwise
 from hyperfunc.optim._rules import SGD
 
@@ -72,6 +73,8 @@ class DescentStep:
         operands, structure = trees.flatten((hparams, args))
         trees.refuse_holders(operands, structure, "(hparams, args)")
         tracked = tracking.is_tracked(operands)
+        skips = regulariser is None and skips_unused(optimizer)
+        used: list[bool] | None = [] if skips else None
 
         def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
             if not state.num_others:
@@ -90,6 +93,9 @@ class DescentStep:
 
             row = trees.flatten(extra)[0] if extra else ()
             recorded = tracked or tracking.is_tracked((*leaves, *row))
+            if skips:
+                grads = autodiff.gradient_used(value, leaves, create_graph=recorded, used=used)
+                return update(leaves, grads, memory)
             grads = autodiff.gradient(value, leaves, create_graph=recorded)
             if regulariser is not None:
                 if rate is not None:
@@ -101,12 +107,12 @@ class DescentStep:
 
     def _update(
         self, specs: Specs, like: Leaves, hparams: TensorTree
-    ) -> Callable[[Leaves, Leaves, Leaves], tuple[Leaves, Leaves]]:
+    ) -> Callable[[Leaves, Gradients, Leaves], tuple[Leaves, Leaves]]:
         update = self.optimizer.update
         if isinstance(update, Leafwise):
             return update.bind(like, specs[0], hparams)
 
-        def by_trees(leaves: Leaves, grads: Leaves, memory: Leaves) -> tuple[Leaves, Leaves]:
+        def by_trees(leaves: Leaves, grads: Gradients, memory: Leaves) -> tuple[Leaves, Leaves]:
             params, state = update(
                 trees.unflatten(specs[0], grads),
                 trees.unflatten(specs[1], memory),

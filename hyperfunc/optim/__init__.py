@@ -19,6 +19,11 @@ Numbers are checked against their range; tensors are not, since looking at their
 for the device and fail under ``vmap``. A function of ``hparams`` sees what `update` was given, so a
 schedule over steps is ``update(grads, state, params, schedule[t])``.
 
+**Parameters that the loss does not use** keep their values, under weight decay and momentum too:
+a gradient of None leaves a leaf and its slots alone, as in ``torch.optim``. `hyperfunc.minimize`
+finds them by the recorded graph, under ``vmap`` and in every method; an optimiser of your own gets
+zeros there. Other than in ``torch.optim``, one step number counts for all leaves.
+
 **Square roots.** ``sqrt(v)`` has no derivative at ``v = 0``, but the steps that contain it have
 one: ``g / (sqrt(g^2) + eps)`` has derivative ``1 / eps`` at ``g = 0``. The square roots here have
 all their derivatives equal to zero at zero, which gives that value instead of NaN.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -19,6 +20,9 @@ from hyperfunc._torch.internals import forward_mode_active
 from hyperfunc._torch.tangents import in_own_dtype
 from hyperfunc._types import Leaves, TensorTree
 
+Gradients: TypeAlias = tuple[Tensor | None, ...]
+"""The leaves of a gradient; None: the loss does not depend on the parameter."""
+
 Coefficient: TypeAlias = float | TensorTree | Callable[[Any], Any]
 """A number, a tensor, a tree of them (see the top of this page), or a function of hparams."""
 
@@ -29,7 +33,10 @@ class Optimizer(NamedTuple):
     Attributes:
         init: ``init(params) -> state``, a pytree of tensors.
         update: ``update(grads, state, params, hparams=None) -> (new_params, new_state)``. ``grads``
-            is a tree like ``params``; ``hparams`` is handed to the coefficients that are functions.
+            is a tree like ``params``, in which None may stand for a leaf that the loss does not
+            depend on: those of this module then leave the leaf and its slots as they are, as
+            ``torch.optim`` does (the step number still counts). ``hparams`` is handed to the
+            coefficients that are functions.
 
     Example:
         >>> halve = hf.optim.Optimizer(
@@ -174,12 +181,27 @@ def cast(values: Iterable[Any], dtype: torch.dtype, device: torch.device) -> tup
 
 def flatten_like_params(
     name: str, grads: TensorTree, params: TensorTree
-) -> tuple[Leaves, Leaves, trees.TreeSpec]:
-    """The leaves of the gradients, those of the parameters, and their common structure."""
+) -> tuple[Gradients, Leaves, trees.TreeSpec]:
+    """The leaves of the gradients, some None, those of params, and their common structure."""
     leaves, spec = trees.flatten(params)
     grad_leaves, grad_spec = trees.flatten(grads)
-    trees.check_like(grad_leaves, grad_spec, tuple(leaves), spec, f"{name}: grads", "params")
+    if grad_spec != spec:
+        with contextlib.suppress(ValueError):  # a leaf that is None is no leaf to optree
+            parts = spec.flatten_up_to(grads)
+            if any(part is None for part in parts):
+                grad_leaves, grad_spec = parts, spec
+    pairs = zip(grad_leaves, leaves, strict=False)
+    like = [leaf if grad is None else grad for grad, leaf in pairs]
+    trees.check_like(
+        [*like, *grad_leaves[len(like) :]],
+        *(grad_spec, tuple(leaves), spec, f"{name}: grads", "params"),
+    )
     return tuple(grad_leaves), tuple(leaves), spec
+
+
+def skips_unused(update: Any) -> bool:
+    """Whether an update takes None for the gradient of a leaf, and leaves that as it is."""
+    return bool(getattr(update, "skips_unused", False))
 
 
 def describe(value: Any) -> str:

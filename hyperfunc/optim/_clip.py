@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
@@ -19,6 +20,7 @@ from hyperfunc.optim._base import (
     check_single,
     evaluate,
     flatten_like_params,
+    skips_unused,
     values_by_leaf,
 )
 from hyperfunc.optim._leafwise import safe_root
@@ -83,14 +85,22 @@ class _ClippedByNorm(PrintsAsCall):
 
     name = "clip_grad_norm"
 
+    @property
+    def skips_unused(self) -> bool:
+        return skips_unused(self.optimizer.update)
+
     def __call__(
         self, grads: TensorTree, state: Any, params: TensorTree, hparams: Any = None
     ) -> tuple[TensorTree, Any]:
         leaves, _, spec = flatten_like_params(self.name, grads, params)
         limit = evaluate(self.name, "max_norm", self.max_norm, hparams)
         check_single(f"{self.name}: max_norm", limit, "use clip_grad_value")
-        total = safe_root(trees.dot(leaves, leaves))
-        clipped = trees.scale((limit / (total + 1e-6)).clamp(max=1.0), leaves)
+        known = tuple(leaf for leaf in leaves if leaf is not None)
+        if not known:
+            return self.optimizer.update(grads, state, params, hparams)
+        total = safe_root(trees.dot(known, known))
+        scaled = iter(trees.scale((limit / (total + 1e-6)).clamp(max=1.0), known))
+        clipped = [None if leaf is None else next(scaled) for leaf in leaves]
         return self.optimizer.update(trees.unflatten(spec, clipped), state, params, hparams)
 
 
@@ -101,14 +111,21 @@ class _ClippedByValue(PrintsAsCall):
 
     name = "clip_grad_value"
 
+    @property
+    def skips_unused(self) -> bool:
+        return skips_unused(self.optimizer.update)
+
     def __call__(
         self, grads: TensorTree, state: Any, params: TensorTree, hparams: Any = None
     ) -> tuple[TensorTree, Any]:
-        leaves, _, spec = flatten_like_params(self.name, grads, params)
+        leaves, like, spec = flatten_like_params(self.name, grads, params)
         limits = {"clip_value": self.clip_value}
-        rows = values_by_leaf(self.name, limits, hparams, params, leaves, spec)
-        clipped = []
+        rows = values_by_leaf(self.name, limits, hparams, params, like, spec)
+        clipped: list[Tensor | None] = []
         for leaf, row in zip(leaves, rows, strict=True):
+            if leaf is None:
+                clipped.append(None)
+                continue
             (limit,) = cast(row, leaf.dtype, leaf.device)
             clipped.append(torch.clamp(leaf, -limit, limit))
         return self.optimizer.update(trees.unflatten(spec, clipped), state, params, hparams)

@@ -17,6 +17,7 @@ from hyperfunc._torch.tracking import is_tracked, transforms_active
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import (
     Coefficient,
+    Gradients,
     Initializer,
     Optimizer,
     State,
@@ -38,6 +39,7 @@ class Leafwise(PrintsAsCall, abc.ABC):
     timed: bool = dataclasses.field(default=True, repr=False, compare=False)
 
     keys: ClassVar[tuple[str, ...]] = ()
+    skips_unused: ClassVar[bool] = True
 
     @property
     def coefficients(self) -> dict[str, Coefficient]:
@@ -87,7 +89,7 @@ class Leafwise(PrintsAsCall, abc.ABC):
 
     def bind(
         self, like: Leaves, spec: trees.TreeSpec, hparams: Any
-    ) -> Callable[[Leaves, Leaves, Leaves], tuple[Leaves, Leaves]]:
+    ) -> Callable[[Leaves, Gradients, Leaves], tuple[Leaves, Leaves]]:
         """The update at given hparams, on leaves: ``(params, grads, state) -> (new, state)``."""
         params = trees.unflatten(spec, like)
         rows = values_by_leaf(self.name, self.coefficients, hparams, params, like, spec)
@@ -103,12 +105,15 @@ class Leafwise(PrintsAsCall, abc.ABC):
 
         constant = None if self.timed else prepared(1)
 
-        def update(leaves: Leaves, grads: Leaves, state: Leaves) -> tuple[Leaves, Leaves]:
+        def update(leaves: Leaves, grads: Gradients, state: Leaves) -> tuple[Leaves, Leaves]:
             values = prepared(_step_number(state[0])) if constant is None else constant
             new_leaves = []
             new_state = [state[0] + 1 if self.timed else state[0], *state[1:]]
             leafwise = zip(leaves, grads, values, dtypes, strict=True)
             for index, (leaf, grad, c, dtype) in enumerate(leafwise):
+                if grad is None:
+                    new_leaves.append(leaf)
+                    continue
                 before = tuple([state[place + index] for place in places])
                 if dtype is leaf.dtype:
                     new, after = self.step(leaf, grad, before, c)

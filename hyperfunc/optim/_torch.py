@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -135,6 +135,8 @@ class _TorchUpdate(PrintsAsCall):
     differentiable: bool
     options: dict[str, Any]
 
+    skips_unused: ClassVar[bool] = True
+
     @property
     def name(self) -> str:  # type: ignore[override]
         return class_name(self.optimizer_class)
@@ -162,7 +164,8 @@ class _TorchUpdate(PrintsAsCall):
         leaves, _ = trees.flatten_floating(params, "params")
         with torch.no_grad():
             zeros = [_zeros(leaf) for leaf in leaves]
-            _, states = self.rule.run(zeros, zeros, None, self.rule.placeholders, {})
+            unset = [None] * len(zeros)
+            _, states = self.rule.run(zeros, zeros, unset, self.rule.placeholders, {})
         for entries in states:
             for key, value in entries.items():
                 if not isinstance(value, Tensor):
@@ -185,9 +188,13 @@ class _TorchUpdate(PrintsAsCall):
                 f"{name}: got a state that is not one of from_torch({name}) for these params. "
                 f"Make it with state = optimizer.init(params)"
             )
-        slot_leaves, slot_spec = trees.flatten(slots)
         values = rule.evaluate(name, hparams)
-        n = len(leaves)
+        used = [index for index, grad in enumerate(grad_leaves) if grad is not None]
+        slot_leaves, slot_spec = trees.flatten(tuple(slots[index] for index in used))
+        chosen = [leaves[index] for index in used]
+        n = len(used)
+        if not used:
+            return params, State(state.step + 1, slots)
 
         def take_step(traced: bool, *inputs: Tensor) -> Leaves:
             first, second, (steps,), slots, values = split(inputs, n, n, 1, len(slot_leaves))
@@ -195,12 +202,13 @@ class _TorchUpdate(PrintsAsCall):
                 value if traced and label in right else value.item()
                 for label, value in zip(rule.labels, values, strict=True)
             ]
-            states = trees.unflatten(slot_spec, slots) if steps.item() else None
+            states = [_begun(each, steps) for each in trees.unflatten(slot_spec, slots)]
             execution = rule.traced_execution if traced else {}
             new_leaves, new_states = rule.run(first, second, states, numbers, execution)
             return (*new_leaves, *trees.flatten(tuple(new_states))[0])
 
-        operands = (*leaves, *grad_leaves, state.step, *slot_leaves, *values)
+        grads_used = (grad for grad in grad_leaves if grad is not None)
+        operands = (*chosen, *grads_used, state.step, *slot_leaves, *values)
         if self.differentiable or name in _DIFFERENTIABLE:
             errors = {
                 index: f"from_torch: the derivative of a step of {name} with respect to {label} is "
@@ -221,8 +229,11 @@ class _TorchUpdate(PrintsAsCall):
             functools.partial(take_step, True), errors, functools.partial(take_step, False)
         )
         outputs = Recorded.apply(operation, *operands)
-        new_slots = trees.unflatten(slot_spec, outputs[n:])
-        return trees.unflatten(spec, outputs[:n]), State(state.step + 1, new_slots)
+        new_leaves, new_slots = list(leaves), list(slots)
+        parts = zip(used, outputs[:n], trees.unflatten(slot_spec, outputs[n:]), strict=True)
+        for index, leaf, slot in parts:
+            new_leaves[index], new_slots[index] = leaf, slot
+        return trees.unflatten(spec, new_leaves), State(state.step + 1, tuple(new_slots))
 
 
 class _TorchRule:
@@ -267,7 +278,7 @@ class _TorchRule:
         self,
         leaves: Sequence[Tensor],
         grads: Sequence[Tensor],
-        states: Sequence[dict[str, Tensor]] | None,
+        states: Sequence[dict[str, Tensor] | None],
         values: Sequence[Any],
         execution: dict[str, Any],
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -275,17 +286,24 @@ class _TorchRule:
         optimizer = self.build(params, values, execution)
         for index, param in enumerate(params):
             param.grad = grads[index].clone()
-            if states is not None:
+            state = states[index]
+            if state is not None:
                 # Counters have no derivative, and torch refuses those that carry one.
                 optimizer.state[param] = {
                     key: (value.detach() if key == "step" else value).clone()
-                    for key, value in states[index].items()
+                    for key, value in state.items()
                 }
         with _SafeRoots():
             optimizer.step()
         for param in params:
             param.grad = None
         return params, [dict(optimizer.state[param]) for param in params]
+
+
+def _begun(state: dict[str, Tensor], steps: Tensor) -> dict[str, Tensor] | None:
+    """The state of a leaf, or None before its own first step, which fills it."""
+    counter = state.get("step", steps)
+    return state if steps.item() and counter.any().item() else None
 
 
 def _zeros(like: Tensor) -> Tensor:

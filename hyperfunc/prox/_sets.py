@@ -342,7 +342,8 @@ def _reduced(W: Tensor, r: Tensor, c: Tensor) -> Tensor:
 def _less(W: Tensor, potentials: Tensor) -> Tensor:
     """``W - alpha - beta`` for the potentials alpha and beta, one behind the other."""
     alpha, beta = potentials.split([W.shape[-2], W.shape[-1]], -1)
-    return W - alpha[..., :, None] - beta[..., None, :]
+    reduced: Tensor = W - alpha[..., :, None] - beta[..., None, :]
+    return reduced
 
 
 def _minimise(W: Tensor, best: Tensor, r: Tensor, c: Tensor) -> Tensor:
@@ -355,8 +356,8 @@ def _minimise(W: Tensor, best: Tensor, r: Tensor, c: Tensor) -> Tensor:
         return _less(W, potentials).clamp(min=0)
 
     def value(potentials: Tensor) -> Tensor:
-        size, shift = (plan(potentials) ** 2).sum((-2, -1)), (potentials * marginals).sum(-1)
-        return torch.add(shift, size, alpha=0.5)
+        size: Tensor = plan(potentials).square().sum((-2, -1))
+        return 0.5 * size + torch.sum(potentials * marginals, -1)
 
     def surplus(potentials: Tensor) -> Tensor:
         Z = plan(potentials)

@@ -1,11 +1,12 @@
 """Inner solvers made from a step or from an optimiser."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jacfwd, jacrev, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import hyperfunc as hf
 from hyperfunc.inner_solvers import gradient_descent_map, iterate, minimize
@@ -335,3 +336,58 @@ def test_a_solution_shares_no_memory_with_the_hparams(solver: object) -> None:
     _, solution = fn(h)
     assert torch.equal(solution.params, h)
     assert solution.params.untyped_storage().data_ptr() != h.untyped_storage().data_ptr()
+
+
+def unused_problem(**keywords: Any) -> tuple[Any, Any, Any]:
+    """A solver whose loss does not use one parameter, its start, and an outer loss of both."""
+
+    def loss(params: Any, hparams: Any) -> Tensor:
+        return ((params["w"] - hparams["w"]) ** 2).sum() + 0 * params["head"].detach().sum()
+
+    solver = hf.minimize(
+        loss,
+        hf.optim.adamw(lr=0.1, weight_decay=lambda hparams: hparams["decay"]),
+        4,
+        init=lambda hparams: {"w": 2 * hparams["w"], "head": 3 * hparams["head"]},
+        **keywords,
+    )
+    hparams = {
+        "w": torch.tensor([1.0, -2.0], dtype=torch.float64),
+        "head": torch.tensor([0.5, 4.0], dtype=torch.float64),
+        "decay": torch.tensor(0.3, dtype=torch.float64),
+    }
+    return solver, hparams, lambda params, hparams: sum((x**3).sum() for x in params.values())
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param("eager", marks=pytest.mark.slow)])
+def test_parameters_that_the_loss_does_not_use_keep_their_values(compile: Any) -> None:
+    solver, hparams, outer_loss = unused_problem(compile=compile)
+    w, head = 2 * hparams["w"], 3 * hparams["head"]
+    variables = [w.clone().requires_grad_(), head.clone().requires_grad_()]
+    theirs = torch.optim.AdamW(variables, lr=0.1, weight_decay=0.3)
+    for _ in range(4):
+        theirs.zero_grad()
+        ((variables[0] - hparams["w"]) ** 2).sum().backward()
+        theirs.step()
+    expected = {"w": variables[0].detach(), "head": head}
+    batch = {key: torch.stack([leaf, leaf]) for key, leaf in hparams.items()}
+    found = [solver(hparams), {key: leaf[0] for key, leaf in vmap(solver)(batch).items()}]
+    if not compile:
+        found += [jvp(solver, (hparams,), (hparams,))[0], vjp(solver, hparams)[0]]
+    for params in found:
+        torch.testing.assert_close(params, expected)
+        assert torch.equal(params["head"], head)
+
+    grads = grad(lambda h: outer_loss(solver(h), h))(hparams)
+    torch.testing.assert_close(grads["head"], 81 * hparams["head"] ** 2)
+    shift = {"w": 0.0, "head": 0.0, "decay": 1e-6}
+    up, down = (
+        outer_loss(solver({key: leaf + s * shift[key] for key, leaf in hparams.items()}), None)
+        for s in (1, -1)
+    )
+    torch.testing.assert_close(grads["decay"], (up - down) / 2e-6, rtol=1e-6, atol=0)
+    methods = [hf.Reverse(), hf.ForwardMode(), hf.Reverse(checkpoint="sqrt"), hf.ReverseUnroll()]
+    for method in methods[: 1 if compile else 4]:
+        through = hf.hypergrad(solver, outer_loss, method=method)
+        torch.testing.assert_close(through(hparams), grads)
+        torch.testing.assert_close({k: g[1] for k, g in vmap(through)(batch).items()}, grads)

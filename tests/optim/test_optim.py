@@ -1,6 +1,7 @@
 """The optimisers against torch.optim, finite differences, loops over tasks, and closed forms."""
 
 import copy
+import functools
 import itertools
 import math
 from collections import namedtuple
@@ -1125,3 +1126,60 @@ def test_an_optimiser_prints_as_the_call_that_makes_it():
     assert repr(optim.Optimizer(init=len, update=abs)) == (
         "Optimizer(init=<built-in function len>, update=<built-in function abs>)"
     )
+
+
+SKIPPING = {
+    # our rule, torch's class and options, and whether bias is corrected by the number of steps
+    "momentum": (optim.sgd, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}, False),
+    "adam": (optim.adam, torch.optim.Adam, {"weight_decay": 0.1}, True),
+    "adamw": (optim.adamw, torch.optim.AdamW, {"weight_decay": 0.1}, True),
+    "rmsprop": (optim.rmsprop, torch.optim.RMSprop, {"momentum": 0.5, "weight_decay": 0.1}, False),
+    "adagrad": (optim.adagrad, torch.optim.Adagrad, {"weight_decay": 0.1}, False),
+    **{
+        name: (functools.partial(optim.from_torch, each), each, options, False)
+        for name, each, options in [
+            ("NAdam", torch.optim.NAdam, {"weight_decay": 0.1}),
+            ("Rprop", torch.optim.Rprop, {}),
+            ("Adamax", torch.optim.Adamax, {"weight_decay": 0.1}),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("limit", [None, "norm", "value"])
+@pytest.mark.parametrize("name", SKIPPING)
+def test_a_gradient_of_none_leaves_a_parameter_alone(name, limit):
+    make, torch_class, options, corrects = SKIPPING[name]
+    optimizer = make(lr=0.1, **options)
+    if limit:
+        clip = optim.clip_grad_norm if limit == "norm" else optim.clip_grad_value
+        optimizer = clip(optimizer, 0.5)
+    params = {"always": torch.randn(3, dtype=F64), "empty": None, "never": torch.ones(2, dtype=F64)}
+    params["at times"] = torch.randn(2, dtype=F64)
+    variables = {
+        key: leaf.clone().requires_grad_() for key, leaf in params.items() if key != "empty"
+    }
+    theirs = torch_class(variables.values(), lr=0.1, **options)
+    state = optimizer.init(params)
+    before = state
+    for step in range(6):
+        grads = {"always": torch.randn(3, dtype=F64), "empty": None, "never": None}
+        # where bias is corrected, one step number counts for all leaves here
+        seen = not corrects and step in (1, 2, 4)
+        grads["at times"] = torch.randn(2, dtype=F64) if seen else None
+        for key, variable in variables.items():
+            variable.grad = None if grads[key] is None else grads[key].clone()
+        if limit == "norm":
+            torch.nn.utils.clip_grad_norm_(list(variables.values()), 0.5)
+        elif limit == "value":
+            torch.nn.utils.clip_grad_value_(list(variables.values()), 0.5)
+        theirs.step()
+        params, state = optimizer.update(grads, state, params)
+        for key, variable in variables.items():
+            torch.testing.assert_close(params[key], variable.detach(), rtol=1e-12, atol=1e-13)
+    assert torch.equal(params["never"], torch.ones(2, dtype=F64))
+    none = dict.fromkeys(params)
+    assert optree.tree_all(
+        optree.tree_map(torch.equal, optimizer.update(none, state, params)[0], params)
+    )
+    assert optree.tree_structure(before) == optree.tree_structure(state)
