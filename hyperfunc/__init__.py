@@ -9,7 +9,13 @@ from hyperfunc._engine.results import RESULTS, ChoiceStats, HypergradError, Solu
 from hyperfunc._rule.error_bound import ErrorBound, HypergradBound
 from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, diagnose
 from hyperfunc.equilibrium import EquilibriumLayer, jacobian_frobenius_squared
-from hyperfunc.inner_solvers import gradient_descent_map, iterate, minimize, proximal_gradient_map
+from hyperfunc.inner_solvers import (
+    composed,
+    gradient_descent_map,
+    iterate,
+    minimize,
+    proximal_gradient_map,
+)
 from hyperfunc.inner_solvers._proximal import proximal
 from hyperfunc.iterative import ForwardMode, Reverse, ReverseUnroll, checkpoint
 from hyperfunc.linear_solvers import (
@@ -80,6 +86,7 @@ __all__ = [
     "bilevel",
     "check_hypergrad",
     "checkpoint",
+    "composed",
     "diagnose",
     "distributed",
     "fixed_point_solvers",

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
@@ -21,6 +22,7 @@ from hyperfunc._engine.checks import check_scalar
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves, TensorTree
+from hyperfunc.inner_solvers._composed import ComposedLoss
 from hyperfunc.inner_solvers._proximal import ProximalLoss
 from hyperfunc.linear_solvers import LinearOperator
 
@@ -105,7 +107,7 @@ class BoundCondition:
         w, theta = tensors[: self.num_params], tensors[self.num_params :]
         hparams_and_args = self.arguments.unflatten(theta)
         if self.condition.kind == "inner_loss":
-            loss = self.proximal.loss if self.proximal else self.condition.fn
+            loss = self.loss
             return autodiff.gradient(
                 lambda *leaves: check_scalar(
                     loss(self.params(leaves, theta), *hparams_and_args), "inner_loss"
@@ -120,11 +122,18 @@ class BoundCondition:
         return self.state.split(leaves)[0]
 
     def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> autodiff.Linearization:
-        """``P`` at a point; group 0 is ``w``, group 1 the tensors of ``theta`` at ``wrt``."""
+        """``P`` at a point; group 0 is ``w``, group 1 the tensors of ``theta`` at ``wrt``.
+
+        For a loss made by `hyperfunc.composed`, group 0 is a step from ``w`` of the linear model.
+        """
         n = self.num_params
+        function, primals = self.function, (*w, *theta)
+        if self.condition.symmetric and isinstance(self.loss, ComposedLoss):
+            function = self.linearised_function
+            primals = (*(torch.zeros_like(leaf) for leaf in w), *theta, *w)
         linearization = autodiff.Linearization(
-            self.function,
-            (*w, *theta),
+            function,
+            primals,
             (tuple(range(n)), tuple(n + i for i in wrt)),
             # where the hparams are a centre alone, the loss without the regulariser has none
             optional=1 if self.proximal else None,
@@ -153,6 +162,18 @@ class BoundCondition:
             product, linearization.pull, symmetric=symmetric, spec=self.params_spec
         )
         return linearization, operator
+
+    @property
+    def loss(self) -> Any:
+        """The inner loss without its regulariser, or the function of another kind."""
+        return self.proximal.loss if self.proximal else self.condition.fn
+
+    def linearised_function(self, *tensors: Tensor) -> Leaves:
+        """``P`` for a step from ``w``, the tensors of ``theta``, and ``w``, of a linear model."""
+        n = self.num_params
+        step, theta, w = tensors[:n], tensors[n:-n], tensors[-n:]
+        loss: ComposedLoss = self.loss
+        return loss.linearised_gradient(step, w, self.params, theta, self.arguments.unflatten)
 
     @property
     def proximal(self) -> ProximalLoss | None:

@@ -4,12 +4,14 @@
 # ``_compile`` and what these stand on. A new kind of step is a class with ``remember`` and ``bind``
 # in ``_steps``.
 
+from hyperfunc.inner_solvers._composed import composed
 from hyperfunc.inner_solvers._maps import gradient_descent_map, proximal_gradient_map
 from hyperfunc.inner_solvers._proximal import proximal
 from hyperfunc.inner_solvers._solvers import IterativeSolver as IterativeSolver
 from hyperfunc.inner_solvers._solvers import iterate, minimize
 
 __all__ = [
+    "composed",
     "gradient_descent_map",
     "iterate",
     "minimize",
