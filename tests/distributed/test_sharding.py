@@ -42,10 +42,18 @@ F64 = torch.float64
 # A regulariser for each weight of a linear model with three outputs -------------------------------
 
 
-def _inner_loss(params: Any, reg: Any, x: Tensor, y: Tensor, start: Any) -> Tensor:
-    residual = x @ params["weight"] + params["bias"] - y
+def _outputs(params: Any, reg: Any, x: Tensor, y: Tensor, start: Any) -> Any:
+    return x @ params["weight"] + params["bias"], params
+
+
+def _loss_of_outputs(outputs: Any, reg: Any, x: Tensor, y: Tensor, start: Any) -> Tensor:
+    values, params = outputs
     penalty = sum((reg[name].exp() * params[name] ** 2).sum() for name in params)
-    return 0.5 * (residual**2).sum() / 27 + 0.5 * penalty
+    return 0.5 * ((values - y) ** 2).sum() / 27 + 0.5 * penalty
+
+
+def _inner_loss(params: Any, reg: Any, *args: Any) -> Tensor:
+    return _loss_of_outputs(_outputs(params, reg, *args), reg, *args)
 
 
 def _step(params: Any, reg: Any, *args: Any) -> Any:
@@ -81,7 +89,12 @@ def _three_rows(step: int, x: Tensor, y: Tensor, start: Any) -> tuple[Tensor, Te
     return x[step : step + 3], y[step : step + 3], start
 
 
-CONDITIONS = {"inner_loss": _inner_loss, "fixed_point": _step}
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "inner_loss": {"inner_loss": _inner_loss},
+    "composed": {"inner_loss": hf.composed(_outputs, _loss_of_outputs)},
+    "fixed_point": {"fixed_point": _step},
+    "": {},
+}
 
 # method: the method, and the condition to give it
 METHODS: dict[str, tuple[Any, str]] = {
@@ -90,6 +103,7 @@ METHODS: dict[str, tuple[Any, str]] = {
         hf.CG(preconditioner=hf.JacobiPreconditioner(), check_symmetry=True),
         "inner_loss",
     ),
+    "cg, gauss-newton": (hf.CG(), "composed"),
     "pipelined cg": (hf.PipelinedCG(), "inner_loss"),
     "normal cg": (hf.NormalCG(), "fixed_point"),
     "gmres": (hf.GMRES(restart=6), "fixed_point"),
@@ -153,7 +167,7 @@ def _full(tree: Any) -> list[Tensor]:
 
 def _transform(method: str) -> Any:
     rule, condition = METHODS[method]
-    keywords = {name: fn for name, fn in CONDITIONS.items() if name == condition}
+    keywords = CONDITIONS[condition]
     return hf.hypergrad_and_solution(SOLVER, _outer_loss, method=rule, **keywords)
 
 
@@ -443,7 +457,7 @@ def test_each_combination_of_kinds_works_or_is_refused_with_the_remedy(
 def _part_of_the_ranks(dims: str, method: str, layout: Any) -> list[float]:
     """Each row of a square of ranks on a problem of its own, or one rank of each with itself."""
     rule, condition = METHODS[method]
-    keywords = {name: fn for name, fn in CONDITIONS.items() if name == condition}
+    keywords = CONDITIONS[condition]
     fn = hf.hypergrad_and_solution(SOLVER, _outer_loss, method=rule, **keywords)
     whole = mesh_of(*((2, 2) if dist.get_world_size() == 4 else (2, 1)))
     size = "even" if whole.get_coordinate()[0] else "uneven"
