@@ -70,6 +70,10 @@ ALL_METHODS = {name: method() for name, method in METHODS.items()} | {
 KEYWORDS: Any = {"outer_loss": outer_loss, "inner_loss": inner_loss}
 
 
+def square(output: Tensor, *args: Any) -> Tensor:
+    return output**2
+
+
 # What is done with an object, to compare it with its twin.
 
 
@@ -276,6 +280,12 @@ MADE: dict[str, list[Case]] = {
             lambda phi: phi(H, H, A),
         )
     ],
+    "composed": [
+        (
+            lambda: hf.composed(inner_loss, square),
+            lambda loss: loss(H, 2 * H, A),
+        ),
+    ],
     "proximal": [
         (lambda: hf.proximal(inner_loss, 0.5), lambda loss: loss(H, 2 * H, A)),
         (
@@ -334,6 +344,16 @@ MADE: dict[str, list[Case]] = {
     "prox.simplex": [(hf.prox.simplex, project)],
     "prox.l1_ball": [(hf.prox.l1_ball, project)],
     "prox.l2_ball": [(hf.prox.l2_ball, project)],
+    "prox.l2_sphere": [(hf.prox.l2_sphere, project)],
+    "prox.hyperplane": [(hf.prox.hyperplane, project)],
+    "prox.halfspace": [(hf.prox.halfspace, project)],
+    "prox.affine_set": [(lambda: hf.prox.affine_set(A[:1], dim=1), project)],
+    "prox.box_section": [(hf.prox.box_section, project)],
+    "prox.transport": [(hf.prox.transport, project)],
+    "prox.chain": [(lambda: hf.prox.chain(hf.prox.l1(0.2), hf.prox.box()), project)],
+    "prox.intersection": [
+        (lambda: hf.prox.intersection(hf.prox.box(), hf.prox.halfspace()), project)
+    ],
     "prox.joint": [(lambda: hf.prox.joint(hf.prox.l2_ball()), project)],
     "prox.blocks": [
         (
