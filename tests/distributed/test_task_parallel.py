@@ -244,12 +244,14 @@ def test_a_rank_that_ends_or_runs_out_of_memory_ends_the_call_on_all_ranks(
     pair: ranks.Ranks, name: str, chunk_size: int | None, reduce: Any
 ) -> None:
     kind, _, text = ENDINGS[name]
-    (first, said, calls), (second, _, _) = pair.run(_ending, name, chunk_size, reduce)
+    (first, said, calls), (second, _, failed) = pair.run(_ending, name, chunk_size, reduce)
     assert first == "HypergradError"
     assert f"task_parallel failed on rank 1 of 2: {text}" in said
     assert second == ("HypergradError" if issubclass(kind, Exception) else kind.__name__)
     # rank 0 has three chunks, of which the second is under way when it learns of the failure
     assert calls == (2 if chunk_size else 1)
+    # no task is run alone to find the one at fault, unless it might be one
+    assert (failed == 1) is (name != "device memory")
 
 
 def _one_by_one(adapt: Any) -> Any:

@@ -916,3 +916,12 @@ def test_an_iterator_under_vmap_is_refused() -> None:
     method = hf.StochasticAID(3, STEP, sampler=itertools.repeat((X, y)))
     with pytest.raises(ValueError, match=r"sampler is an iterator.*Pass a function"):
         vmap(functools.partial(estimate, method), in_dims=(0, None, None))(reg[None], X, y)
+
+
+def test_a_solver_prints_without_its_functions() -> None:
+    solver = hf.StochasticAID(
+        num_steps=3, sampler=len, outer_sampler=len, scheduler=len, optimizer=torch.optim.SGD
+    )
+    assert repr(solver) == (
+        "StochasticAID(num_steps=3, num_outer_batches=1, num_cross_batches=1, start='zero')"
+    )
