@@ -1000,7 +1000,7 @@ ERRORS = [
         r"adam: grads: the leaf for params\['fc2'\] has shape \(4,\), expected \(2,\)",
     ),
     (
-        lambda: update(optim.adam(0.1), grads={"fc1": torch.zeros(3), "fc2": None}),
+        lambda: update(optim.adam(0.1), grads={"fc1": torch.zeros(3), "fc3": None}),
         ValueError,
         r"adam: grads has another structure",
     ),
