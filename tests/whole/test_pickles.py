@@ -223,6 +223,14 @@ MADE: dict[str, list[Case]] = {
     ],
     "RESULTS": [(lambda: hf.RESULTS.breakdown, itself), (lambda: hf.RESULTS.breakdown, text)],
     "HypergradError": [(lambda: hf.HypergradError("text"), text)],
+    "ConvergenceWarning": [
+        (
+            lambda: hf.ConvergenceWarning("text", 3, 0.5),
+            lambda warning: (str(warning), warning.num_steps, warning.residual_norm),
+        )
+    ],
+    "ChoiceStats": [(lambda: solution(method="auto").stats, itself)],
+    "LeastSquares": [(lambda: hf.LeastSquares(), differentiate)],
     "ErrorBound": [(lambda: hf.ErrorBound(contraction=0.9), itself)],
     "HypergradBound": [(lambda: solution(error_bound=True).error_bound, itself)],
     "Solution": [(lambda: solution(error_bound=True), itself)],
