@@ -783,7 +783,9 @@ def test_zeros_that_are_rounding_errors_are_no_numbers(solver: Any, A: Tensor, b
     for Q in (torch.eye(N, dtype=torch.float64), orthogonal(seed=9), orthogonal(seed=10)):
         x, stats = run(solver, Q @ A @ Q.T, Q @ b)
         assert code(stats) in (hf.RESULTS.breakdown, hf.RESULTS.stagnation)
-        torch.testing.assert_close(x, Q @ expected)
+        # where A is singular, what it maps to zero depends on the rounding, and stays small
+        torch.testing.assert_close(A @ (Q.T @ x), A @ expected)
+        assert x.norm() < 2 * b.norm()
 
 
 @pytest.mark.parametrize(
