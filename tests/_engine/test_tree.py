@@ -226,6 +226,14 @@ def test_inner_products_are_on_the_device_of_the_first_leaf(device: torch.device
         assert (product.item(), product.device) == (19.0, order[0].device)
 
 
+def test_leaves_after_one_that_is_the_same_are_checked_too() -> None:
+    like, spec = trees.flatten([torch.ones(2), torch.ones(3)])
+    with pytest.raises(
+        ValueError, match=r"the leaf for params\[1\] has shape \(2,\), expected \(3,\)"
+    ):
+        trees.check_like([like[0], like[0]], spec, tuple(like), spec, "the output", "params")
+
+
 def test_tangents_keep_their_dtype() -> None:
     """A number times a 0-d float32 tensor has a float64 tangent in torch, which must not spread."""
 

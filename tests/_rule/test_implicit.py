@@ -527,3 +527,20 @@ def test_a_random_solver_under_vmap(randomness: str) -> None:
     signs = vmap(lambda x: fn(H) + 0 * x, randomness=randomness)(torch.zeros(20)).sign()
     assert len(signs.unique()) == (2 if randomness == "different" else 1)
     assert jacfwd(fn)(H).abs().item() == pytest.approx(1 / 8**0.5)
+
+
+@pytest.mark.parametrize("method", ["cg", hf.FixedPoint(2, rtol=0, step_size=0.5)])
+def test_from_any_start_the_adjoint_of_an_outer_loss_without_gradient_is_zero(method: Any) -> None:
+    h = torch.ones(3, dtype=torch.float64)
+    fn = hf.hypergrad_and_solution(
+        lambda h, scale: h.detach(),
+        lambda w, h, scale: scale * w.sum() + h.sum(),
+        inner_loss=lambda w, h, scale: 0.5 * ((w - h) ** 2).sum(),
+        method=method,
+    )
+    for scale in (0.0, 2.0**0.5, 3.0**-0.5):
+        grads, solution = fn(h, torch.tensor(scale, dtype=h.dtype), adjoint_init=scale + 1 + 0 * h)
+        start = 0.0 if scale == 0 or method == "cg" else scale + 1
+        exact = scale if method == "cg" else scale + (start - scale) / 4
+        torch.testing.assert_close(solution.adjoint, exact + 0 * h)
+        torch.testing.assert_close(grads, 1 + exact + 0 * h)

@@ -102,6 +102,11 @@ def test_facts_in_full_krylov_spaces_are_those_of_the_matrix(kind: str, dtype: t
             assert error <= estimate.uncertainty, (name, condition)
             assert estimate.uncertainty <= tolerance, (name, condition)
         signs = torch.linalg.eigvalsh((A + A.T) / 2)
+        largest = torch.linalg.matrix_norm(A, 2)
+        best = 2 / (signs[0] + signs[-1]) if torch.equal(A, A.T) else signs[0] / largest**2
+        step_size = best if signs[0] > 1e-5 else 1 / largest
+        step_size = torch.ones_like(best) if "fixed_point" in condition else step_size
+        torch.testing.assert_close(facts.step_size.double(), step_size, rtol=1e-3, atol=0.0)
         zero = signs.abs() < 1e-5
         counts = [
             int(((signs < 0) & ~zero).sum()),

@@ -1,5 +1,6 @@
 """Solves that did not converge where nobody sees their statistics."""
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -179,3 +180,9 @@ def test_the_trace_holds_every_residual() -> None:
     one = Picard(maxiter=5, rtol=0)
     _, _, trace = one(lambda z, h: 0.9 * z + h, torch.zeros_like(x[0]), x[0], return_trace=True)
     torch.testing.assert_close(trace, norms[:, 0])
+
+
+def test_a_warning_of_text_alone_has_the_fields_of_others() -> None:
+    warning = hf.ConvergenceWarning("not converged")
+    assert (str(warning), warning.num_steps) == ("not converged", 0)
+    assert math.isnan(warning.residual_norm)
