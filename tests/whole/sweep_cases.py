@@ -468,16 +468,14 @@ LEFT_OUT = {
 
 _MAPPED = ("vmap", "task_map", "grad of vmap", "backward of vmap")
 REFUSED = {
-    "RReLU(": (*_MAPPED, "jvp", "compile"),
+    "RReLU(": (*_MAPPED, "jvp"),
     "GRU() packed, mapped lengths": _MAPPED,
     "CTCLoss(blank=3) joined targets, mapped lengths": _MAPPED,
-    "AdaptiveLogSoftmaxWithLoss()": (*_MAPPED, "compile"),
-    "CrossMapLRN2d(": ("one by one", *_MAPPED, "jvp", "derivative", "compile"),
+    "AdaptiveLogSoftmaxWithLoss()": _MAPPED,
+    "CrossMapLRN2d(": ("one by one", *_MAPPED, "jvp", "derivative"),
     "F.grid_sample(": ("jvp",),
-    # what draws numbers, which compiled code would draw differently
-    **{case.name: ("compile",) for case in CASES if case.random and case.layer != "RReLU"},
 }
-"""What some routes refuse, with advice: the beginnings of names."""
+"""What some routes refuse, with advice, by the beginnings of names; compiling may refuse more."""
 
 
 def modules_swept() -> set[str]:
