@@ -128,6 +128,13 @@ def test_tensors_from_inference_mode(name: str) -> None:
     torch.testing.assert_close(batch[1], expected, rtol=1e-9, atol=1e-11)
 
 
+def refusing(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Where a second derivative is taken, of which a least-squares solution has none."""
+    if name == "least_squares":
+        return pytest.raises(RuntimeError, match="LeastSquares gives first derivatives only")
+    return contextlib.nullcontext()
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_anomaly_detection(name: str) -> None:
     """It looks at gradients for NaN, which torch cannot do for several at once."""
@@ -140,7 +147,8 @@ def test_anomaly_detection(name: str) -> None:
                 fn(H, A)
             return
         torch.testing.assert_close(fn(h, A).detach(), fn(H, A), rtol=1e-9, atol=1e-11)
-        torch.autograd.grad(fn(h, A).sum(), h)
+        with refusing(name):
+            torch.autograd.grad(fn(h, A).sum(), h)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -152,9 +160,10 @@ def test_hparams_that_require_grad_are_used_after(name: str) -> None:
     assert h.grad is None
     assert h.is_leaf
     torch.testing.assert_close(grads.detach(), fn(H, A), rtol=1e-9, atol=1e-11)
-    (grads.sum() + (h**2).sum()).backward()
-    expected = jacrev(lambda h: fn(h, A))(H).sum(0) + 2 * H
-    torch.testing.assert_close(h.grad, expected, rtol=1e-7, atol=1e-9)
+    with refusing(name):
+        (grads.sum() + (h**2).sum()).backward()
+        expected = jacrev(lambda h: fn(h, A))(H).sum(0) + 2 * H
+        torch.testing.assert_close(h.grad, expected, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "blockwise"])
