@@ -571,6 +571,7 @@ def test_inductor() -> None:
         )
 
 
+@pytest.mark.slow
 def test_threads_share_compiled_functions() -> None:
     """One of them compiles each signature, while the others run what is compiled already."""
 

@@ -256,6 +256,7 @@ def test_tasks_at_once_are_as_one_by_one(net: str, method: str) -> None:
         torch.testing.assert_close(p.grad, sum(g[k] for g in one), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_compiled_steps_take_the_rules() -> None:
     torch.manual_seed(0)
     x, net = torch.randn(2, 2, 5, 3, dtype=D), NETS["LayerNorm"]()

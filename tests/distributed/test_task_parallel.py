@@ -620,6 +620,7 @@ def _run_imaml(out: Path) -> tuple[list[Any], list[Any]]:
     return grads, json.loads(results.read_text())["history"] if results.name in files else files
 
 
+@pytest.mark.slow
 def test_imaml_on_two_ranks_is_imaml_on_one(pair: ranks.Ranks, tmp_path: Path) -> None:
     expected, history = _run_imaml(tmp_path / "one")
     (first, curve), (second, _) = pair.run(_run_imaml, tmp_path / "two")

@@ -413,6 +413,7 @@ print(len(test_errors.CALLS))
 """
 
 
+@pytest.mark.slow
 def test_errors_do_not_rely_on_asserts() -> None:
     """Under ``python -O``, which leaves them out."""
     result = subprocess.run(
