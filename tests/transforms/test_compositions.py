@@ -88,8 +88,9 @@ STARTED: dict[str, tuple[Any, int, int]] = {
     "normal_cg": (hf.NormalCG(rtol=1e-10), 1, 0),
     "gmres": (hf.GMRES(rtol=1e-10), 1, 0),
     "bicgstab": (hf.BiCGStab(rtol=1e-10), 1, 0),
-    "fixed_point": (hf.FixedPoint(rtol=1e-10), 1, 0),
-    "neumann": (hf.Neumann(rtol=1e-10), 1, 0),
+    # the first step shows the residual of the start, and one more product that of its result
+    "fixed_point": (hf.FixedPoint(rtol=1e-10), 2, 0),
+    "neumann": (hf.Neumann(rtol=1e-10), 2, 0),
     "anderson": (hf.AndersonFixedPoint(rtol=1e-10), 1, 0),
     "damped": (hf.Damped(hf.CG(rtol=1e-10), 1e-12), 1, 0),
     "fallback": (hf.Fallback(hf.CG(rtol=1e-10), hf.GMRES()), 1, 0),

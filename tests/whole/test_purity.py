@@ -143,14 +143,16 @@ def check_that_nothing_changes(name: str, data: str, raises: bool) -> None:
         try:
             call()
             outcomes.append("returned")
-        except (hf.HypergradError, KeyError) as error:
+        # a warning that is an error, or the second derivative that LeastSquares has not
+        except (hf.HypergradError, hf.ConvergenceWarning, KeyError, RuntimeError) as error:
             outcomes.append(type(error).__name__)
         assert (digest(inputs), surroundings()) == before
         assert tracked.grad is marked
     if raises or data == "NaN":
         assert "returned" not in outcomes
     elif data == "good":
-        assert set(outcomes) == {"returned"}
+        refused = {"RuntimeError"} if name == "least_squares" else set()
+        assert {"returned"} <= set(outcomes) <= {"returned"} | refused
 
 
 @pytest.mark.parametrize("method", ["cg", "normal_cg", hf.FixedPoint(step_size=0.15)], ids=str)
