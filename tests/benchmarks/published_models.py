@@ -11,8 +11,8 @@ second derivative. Each hypergradient is compared with that one. Each number com
 its own, on one thread: the processor time after a warm-up, the better of two, and the peak of
 resident memory above what the process held before.
 
-Needs the extra ``models``. Takes about a quarter of an hour; a Markdown table is written to the output
-folder row by row.
+Needs the extra ``models``. Takes about a quarter of an hour; a Markdown table is written to the
+output folder row by row.
 """
 
 from __future__ import annotations
