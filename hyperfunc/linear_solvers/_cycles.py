@@ -15,6 +15,7 @@ from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import Bounds, LinearOperator, Solved, no_steps
 
+COARSEST = torch.finfo(torch.bfloat16).eps  # what products may be rounded to
 SLACK = 4.0  # times what rounding does to a residual, up to which it counts as zero
 
 
@@ -115,7 +116,7 @@ def _check(
     again = (missed if retry and left else unsure) & (gained | (end.active & (left == 0)))
     x, doubtful = end.x, missed & ~(again & end.active)
     if batching.any_true(doubtful):
-        excused = doubtful & (rs <= rounding(operator, x, b, bounds.bb))
+        excused = doubtful & (rs <= rounding(operator, x, r, b, bounds.bb))
         again = again & ~excused
         verdict = torch.where(unsure & ~again, int(RESULTS.stagnation), verdict)
         verdict = torch.where(excused, int(RESULTS.success), verdict)
@@ -126,14 +127,18 @@ def _check(
     return State(x, r, rs_now, end.num_steps, again & bounds.open(rs)), verdict
 
 
-def rounding(operator: LinearOperator, x: Leaves, b: Leaves, bb: Tensor) -> Tensor:
-    """The squared norm of a residual that is due to the rounding of ``x`` and ``b``, by a product.
+def rounding(operator: LinearOperator, x: Leaves, r: Leaves, b: Leaves, bb: Tensor) -> Tensor:
+    """The squared norm of a residual r that is due to rounding, by two products.
 
     ``SLACK`` times what relative changes of the size of ``eps``, with random signs, do to
-    ``b - A x``; but no more than ``eps^0.25 ||b||``.
+    ``b - A x``; but no more than ``eps^0.25 ||b||``. Where products are in a lower precision than
+    b, as by autocast, ``eps`` is what they show: A x is not the sum of the products of two halves.
     """
     eps = trees.epsilon(b)
-    signs = random_signs(x, 0)
-    change = operator.mv(tuple(leaf * sign for leaf, sign in zip(x, signs, strict=True)))
-    noise = (SLACK * eps) ** 2 * (trees.dot(change, change) + bb)
-    return torch.minimum(noise, eps**0.5 * bb)
+    positive = tuple(leaf * (sign > 0) for leaf, sign in zip(x, random_signs(x, 0), strict=True))
+    first, second = operator.mv(positive), operator.mv(trees.sub(x, positive))
+    change, defect = trees.sub(first, second), trees.sub(trees.add(first, second), trees.sub(b, r))
+    scale = trees.dot(change, change) + bb
+    shown = trees.dot(defect, defect) / torch.where(scale > 0, scale, 1.0)
+    squared = shown.clamp(eps**2, max(eps, COARSEST) ** 2)
+    return torch.minimum(SLACK**2 * squared * scale, squared**0.25 * bb)

@@ -14,7 +14,7 @@ from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator, Solved
-from hyperfunc.linear_solvers._cycles import SLACK
+from hyperfunc.linear_solvers._cycles import COARSEST, SLACK
 
 _AT_ONCE = 2**18  # entries of the vectors whose products are taken in one batch
 _PROBES = 6  # random vectors by which the norm of the inverse is estimated
@@ -58,11 +58,22 @@ class Dense(AbstractLinearSolver):
         if batching.can_look(rhs) and not batching.all_true(regular):
             flat = torch.where(regular, flat, _least_squares(safe, rhs))
         x = unravel(torch.nan_to_num(flat), b)
-        residual_norm = trees.norm(operator.residual(x, b))
-        size = torch.linalg.vector_norm(safe.abs() @ ravel(x, dtype).abs() + rhs.abs())
-        norm = torch.linalg.vector_norm(rhs)
-        allowed = torch.maximum(SLACK * eps * size, eps**0.75 * norm).clamp_max(eps**0.25 * norm)
-        result = code_where(residual_norm <= allowed, RESULTS.success, RESULTS.breakdown)
+        residual = operator.residual(x, b)
+        residual_norm, norm = trees.norm(residual), torch.linalg.vector_norm(rhs)
+        solution = ravel(x, dtype)
+        of_matrix = rhs - safe @ solution
+        size = torch.linalg.vector_norm(safe.abs() @ solution.abs() + rhs.abs())
+        # products in a lower precision than b, as by autocast, do not agree with the matrix
+        defect = torch.linalg.vector_norm(ravel(residual, dtype) - of_matrix)
+        shown = (defect / torch.where(size > 0, size, 1.0)).clamp(eps, max(eps, COARSEST))
+
+        def allowed(eps: Tensor) -> Tensor:
+            bound = torch.maximum(SLACK * eps * size, eps**0.75 * norm)
+            return torch.minimum(bound, eps**0.25 * norm)
+
+        solved = torch.linalg.vector_norm(of_matrix) <= allowed(torch.full_like(shown, eps))
+        solved = solved & (residual_norm <= allowed(shown))
+        result = code_where(solved, RESULTS.success, RESULTS.breakdown)
         result = code_where(finite, result, RESULTS.nonfinite)
         num_steps = torch.full_like(result, len(rhs))
         return x, SolveStats(num_steps, residual_norm, result)

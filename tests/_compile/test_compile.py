@@ -148,6 +148,7 @@ def test_nested_vmap_and_task_map() -> None:
     close(results[3], results[1])
 
 
+@pytest.mark.slow
 def test_derivatives_run_uncompiled() -> None:
     meta, x, y = arguments()
 

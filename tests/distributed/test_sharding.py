@@ -214,7 +214,11 @@ EVERYWHERE += ("unrolled",)
         pytest.param(
             *(m, layout, size),
             marks=([newer_dtensors] if "replayed" in m else [])
-            + ([] if layout == "all" or (m in KEPT and size == "uneven") else [pytest.mark.slow]),
+            + (
+                []
+                if layout == "all" or (m in KEPT and size == "uneven" and layout != "params")
+                else [pytest.mark.slow]
+            ),
         )
         for m in WHERE_SHARDED
         for layout in LAYOUTS

@@ -152,7 +152,14 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "vmap of hessian": lambda f: vmap(hessian(f), (None, 0, 0))(hparams(), *data(2)),
 }
 # The others take seconds.
-LIGHT = set(OPERATIONS) - {"forward over forward", "reverse over forward", "chunked vmap"}
+HEAVY = {
+    "forward over forward",
+    "reverse over forward",
+    "chunked vmap",
+    "vmap of hessian",
+    "hessian",
+}
+LIGHT = set(OPERATIONS) - HEAVY
 FIRST_ORDER = ["value", "autograd", "grad", "jvp", "vmap of grad", "grad of vmap"]
 
 
