@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import math
 import re
 import warnings
@@ -432,12 +433,14 @@ def test_nothing_is_left_behind(f: Any) -> None:
 
     for number in range(12):
         uses[number % len(uses)]()
-    before = count()
-    for number in range(40):
-        uses[number % len(uses)]()
-    after = count()
-    assert after[1:] == before[1:]
-    assert after[0] - before[0] < 20
+    counts = [count()]
+    for _ in range(3):
+        for number in range(40):
+            uses[number % len(uses)]()
+        counts.append(count())
+    assert counts[-1][1:] == counts[0][1:]
+    # what is kept by each call is so in every round, while a cache of torch's fills once
+    assert min(after[0] - before[0] for before, after in itertools.pairwise(counts)) < 20
 
 
 def test_a_second_backward_runs_the_steps_again() -> None:
