@@ -11,6 +11,7 @@ from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 import hyperfunc as hf
 from hyperfunc.inner_solvers import gradient_descent_map, iterate, minimize
 from hyperfunc.iterative import ForwardMode, Reverse, ReverseUnroll
+from tests.cells import slow_but
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +192,10 @@ def test_minimize_stops_early_too() -> None:
     torch.testing.assert_close(stopped, converged, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("method", [ReverseUnroll(), Reverse(2), Reverse("binomial", slots=2)])
+@pytest.mark.parametrize(
+    "method",
+    slow_but(ReverseUnroll(), of=[ReverseUnroll(), Reverse(2), Reverse("binomial", slots=2)]),
+)
 def test_each_task_stops_by_itself(method: object) -> None:
     rates = torch.tensor([0.1, 0.5, 0.9, 0.5])
     targets = torch.tensor([[1.0, 2.0], [0.0, 1.0], [3.0, -1.0], [0.0, 0.0]])

@@ -230,7 +230,10 @@ def truncated(solver_steps: int, last: int) -> Any:
 
 
 @pytest.mark.parametrize("last", [1, 3, 6])
-@pytest.mark.parametrize("operation", ["grad", "autograd", "hessian", "vmap of grad"])
+@pytest.mark.parametrize(
+    "operation",
+    slow_but("grad", "vmap of grad", of=["grad", "autograd", "hessian", "vmap of grad"]),
+)
 def test_truncation(last: int, operation: str) -> None:
     def run(method: Any) -> Any:
         unrolled = method == ReverseUnroll()

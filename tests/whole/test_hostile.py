@@ -14,7 +14,7 @@ from torch.func import grad, jacfwd, jacrev, vmap
 
 import hyperfunc as hf
 from hyperfunc.transforms._methods import METHODS
-from tests.cells import each_cell, thinned
+from tests.cells import each_cell, slow_but, thinned
 
 F64 = torch.float64
 A = torch.tensor([[1.0, 0.2, 0.0], [0.2, 0.9, 0.1], [0.0, 0.1, 1.1]], dtype=F64)
@@ -370,7 +370,7 @@ def test_compiled(name: str, form: str) -> None:
 @pytest.mark.filterwarnings("ignore:Graph break due to unsupported builtin optree")
 # torch looks at .grad of tensors that are no leaves where a compiled function goes on after a break
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("name", ["cg", "dense", "reverse_unroll", "reverse"])
+@pytest.mark.parametrize("name", slow_but("cg", of=["cg", "dense", "reverse_unroll", "reverse"]))
 def test_compiled_losses_of_a_differentiable_solver(name: str) -> None:
     torch.compiler.reset()
     solution = hf.implicit_diff(SOLVER, inner_loss=inner_loss, method=name)
