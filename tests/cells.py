@@ -26,8 +26,19 @@ def thinned(*axes: Iterable[Any], every: int = 2) -> list[Any]:
 
 
 def slow_but(*kept: Any, of: Iterable[Any]) -> list[Any]:
-    """Parameters that are all marked slow, but for those that are kept in `make test`."""
-    return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in of]
+    """Parameters that are all marked slow, but for those that are kept in `make test`.
+
+    A tuple is the values of several parameters.
+    """
+    values = list(of)
+    assert all(value in values for value in kept), f"of {kept} some are none of {values}"
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=() if value in kept else pytest.mark.slow,
+        )
+        for value in values
+    ]
 
 
 @contextlib.contextmanager

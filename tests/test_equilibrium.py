@@ -131,7 +131,7 @@ def as_function(layer: nn.Module) -> tuple[Callable[..., Any], list[Tensor]]:
     )
 
 
-@pytest.mark.parametrize("parametrised", [False, True])
+@pytest.mark.parametrize("parametrised", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradcheck_and_gradgradcheck(parametrised: bool) -> None:
     cell = Cell(n=3)
     if parametrised:

@@ -185,7 +185,7 @@ def test_equal_values_are_computed_once_and_results_stay_apart() -> None:
 @pytest.mark.parametrize(
     ("method", "batched"),
     [
-        (hf.CG(maxiter=8, rtol=0), False),
+        pytest.param(hf.CG(maxiter=8, rtol=0), False, marks=pytest.mark.slow),
         (hf.CG(maxiter=8, rtol=0), True),
         (hf.Neumann(12, 0, step_size=0.1), False),
     ],

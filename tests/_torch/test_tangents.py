@@ -69,7 +69,7 @@ SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(*list(SOLVERS)[:3], of=SOLVERS))
+@pytest.mark.parametrize("name", slow_but(next(iter(SOLVERS)), of=SOLVERS))
 def test_float32_stays_float32(name: str) -> None:
     for method in ("reverse_unroll", "reverse", "forward"):
         fn = hf.hypergrad(SOLVERS[name](), outer, method=method)

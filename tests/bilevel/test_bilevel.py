@@ -433,7 +433,7 @@ def test_nothing_is_written_to_and_no_graph_is_kept(name: str) -> None:
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 5), reason="torch.compile of 2.4 cannot trace optree")
-@pytest.mark.parametrize("name", ["saba", "amigo"])
+@pytest.mark.parametrize("name", slow_but("saba", of=["saba", "amigo"]))
 def test_an_update_compiles_into_one_graph(name: str) -> None:
     loop = make(name, inner_lr=hf.bilevel.power_decay(0.3, 0.5))
     state = loop.init(*start())
@@ -501,7 +501,7 @@ def train(name: str, losses: Any, hparams: Tensor, num_steps: int, batch: int, *
 cross_entropy = torch.nn.functional.cross_entropy
 
 
-@pytest.mark.parametrize("name", slow_but("soba", "saba", of=LOOPS))
+@pytest.mark.parametrize("name", slow_but("soba", of=LOOPS))
 def test_hyper_cleaning_finds_the_wrong_labels(name: str) -> None:
     def inner(W: Tensor, weights: Tensor, X: Tensor, y: Tensor, i: Tensor) -> Tensor:
         losses = cross_entropy(X @ W, y, reduction="none")
@@ -523,7 +523,7 @@ def regularised(W: Tensor, reg: Tensor, X: Tensor, y: Tensor, i: Any = None) -> 
     return cross_entropy(X @ W, y) + 0.5 * (reg.exp()[:, None] * W**2).sum()
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", slow_but("stocbio", of=LOOPS))
 def test_regularisation_of_logistic_regression_nears_the_optimum(name: str) -> None:
     """The value function at the hparams that a loop finds, beside that of full-batch AID."""
     _, _, _, X_val, y_val = digits(0.3)

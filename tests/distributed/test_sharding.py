@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 import hyperfunc as hf
 from hyperfunc._engine import trees
 from tests import ranks
+from tests.cells import thinned
 from tests.ranks import OLD, DTensor, Replicate, Shard, distribute_tensor, mesh_of
 
 if OLD:
@@ -234,15 +235,9 @@ def test_dtensors_give_the_numbers_of_one_process(
 
 
 @newer_dtensors
-@pytest.mark.parametrize("layout", LAYOUTS_2D)
 @pytest.mark.parametrize(
-    ("method", "shape"),
-    [
-        ("pipelined cg", (1, 2)),
-        ("pipelined cg", (2, 1)),
-        pytest.param("gmres", (2, 1), marks=pytest.mark.slow),
-        ("replayed", (2, 1)),
-    ],
+    ("layout", "method", "shape"),
+    thinned(LAYOUTS_2D, ("pipelined cg", "replayed", "gmres"), [(1, 2), (2, 1)], every=4),
 )
 def test_meshes_of_two_dimensions(
     pair: ranks.Ranks, method: str, layout: str, shape: tuple[int, int]
@@ -350,8 +345,7 @@ TRANSFORMS: dict[str, Any] = {
 
 
 @newer_dtensors
-@pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("dim", [None, 0])
+@pytest.mark.parametrize(("name", "dim"), thinned(TRANSFORMS, [None, 0]))
 def test_transforms_of_dtensors(pair: ranks.Ranks, name: str, dim: int | None) -> None:
     pair.run(_under_transforms, name, (dim,))
 

@@ -406,7 +406,11 @@ def stopping() -> Any:
     "f",
     [
         *(
-            pytest.param(objective(method, by_minimize(2)), id=repr(method))
+            pytest.param(
+                objective(method, by_minimize(2)),
+                id=repr(method),
+                marks=() if method == KINDS[0] else pytest.mark.slow,
+            )
             for method in [ReverseUnroll(), *KINDS]
         ),
         pytest.param(objective(KINDS[1], stopping()), id="stopping"),

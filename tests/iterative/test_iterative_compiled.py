@@ -77,7 +77,7 @@ def close(got: Any, expected: Any, what: Any = "") -> None:
 
 @pytest.mark.parametrize(
     "operation",
-    ["autograd", slow("hessian"), "vmap of grad", "jvp"],
+    ["autograd", slow("hessian"), slow("vmap of grad"), "jvp"],
 )
 def test_derivatives(operation: str, calls: Counter[str]) -> None:
     operate, plain = OPERATIONS[operation], by_iterate(2)
@@ -90,7 +90,7 @@ def test_derivatives(operation: str, calls: Counter[str]) -> None:
         calls.clear()
 
 
-@pytest.mark.parametrize("operation", ["grad of vmap", "jacrev of vmap", "nested vmap"])
+@pytest.mark.parametrize("operation", ["grad of vmap", slow("jacrev of vmap"), slow("nested vmap")])
 def test_tasks(operation: str) -> None:
     operate, plain = OPERATIONS[operation], by_iterate(2)
     expected, solver = operate(objective(hf.ReverseUnroll(), plain)), compiled(plain)
@@ -108,8 +108,8 @@ BACK = {hf.ReverseUnroll(): "recorded", hf.ForwardMode(): "push"}
         (hf.ReverseUnroll(), 0, 0, 0),
         (hf.Reverse(), 12, 3, 3),
         (hf.Reverse(), 5, 5, 5),
-        (hf.Reverse(100), 12, 4, 3),
-        (hf.Reverse("sqrt"), 12, 4, 3),
+        slow(hf.Reverse(100), 12, 4, 3),
+        slow(hf.Reverse("sqrt"), 12, 4, 3),
         slow(hf.Reverse("binomial", slots=1), 12, 4, 3),
         (hf.Reverse(last=8), 12, 2, 2),
         (hf.ForwardMode(), 12, 3, 3),
@@ -139,7 +139,7 @@ def by_minimize_sgd(num_steps: int, **options: Any) -> Any:
     ("method", "mapped"),
     [
         slow(hf.ReverseUnroll(), False),
-        (hf.ReverseUnroll(), True),
+        slow(hf.ReverseUnroll(), True),
         (hf.Reverse(), False),
         slow(hf.Reverse("binomial", slots=2), False),
         slow(hf.Reverse("sqrt"), False),

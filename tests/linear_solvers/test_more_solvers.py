@@ -173,7 +173,7 @@ def test_against_a_dense_solve(name: str, system: str) -> None:
 JORDAN = torch.eye(20, dtype=torch.float64) + torch.diag(3 * torch.ones(19, dtype=torch.float64), 1)
 
 
-@pytest.mark.parametrize("name", slow_but("cg", "gmres", "bicgstab", of=SOLVERS))
+@pytest.mark.parametrize("name", slow_but("cg, jacobi", "gmres", "bicgstab", of=SOLVERS))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_success_is_a_residual_within_the_tolerance(

@@ -775,7 +775,10 @@ def test_from_torch_takes_the_steps_of_the_class(name, device):
         assert (new.shape, new.dtype) == (old.shape, old.dtype)
 
 
-@pytest.mark.parametrize("name", sorted(set(TORCH_CLASSES) - UNSUPPORTED))
+SOME = ("Adagrad", "AdamW", "Rprop", "SGD")  # right, or refused
+
+
+@pytest.mark.parametrize("name", slow_but(*SOME, of=sorted(set(TORCH_CLASSES) - UNSUPPORTED)))
 def test_from_torch_derivatives_of_steps_are_right_or_refused(name):
     params = torch_params(name)
     optimizer = optim.from_torch(TORCH_CLASSES[name], **TORCH_OPTIONS.get(name, {}))
@@ -788,7 +791,7 @@ def test_from_torch_derivatives_of_steps_are_right_or_refused(name):
     check_or_refuse(objective, at, name in RIGHT_STEPS, "cannot be differentiated")
 
 
-@pytest.mark.parametrize("name", sorted(set(TORCH_CLASSES) - UNSUPPORTED))
+@pytest.mark.parametrize("name", slow_but(*SOME, of=sorted(set(TORCH_CLASSES) - UNSUPPORTED)))
 def test_from_torch_derivatives_in_coefficients_are_right_or_refused(name):
     params = torch_params(name)
     # RAdam has a first phase, and what becomes of the others shows sooner.

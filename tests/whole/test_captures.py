@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import hyperfunc as hf
-from tests.cells import each_cell
+from tests.cells import each_cell, slow_but
 
 C = torch.tensor(2.0, dtype=torch.float64)
 H = torch.tensor(3.0, dtype=torch.float64)
@@ -91,7 +91,7 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize(("place", "method"), CELLS)
+@pytest.mark.parametrize(("place", "method"), slow_but(*CELLS[::2], of=CELLS))
 def test_what_is_used_counts_and_not_what_is_held(place: str, method: str) -> None:
     def hypergradient(c: Tensor, holder: str, use: Callable[[Tensor], Any]) -> Tensor:
         get = HOLDERS[holder](c)
