@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from problems import PROBLEMS, TASKS, Flat, Problem, ravel, unraveller
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+from tests.cells import thinned
+from tests.problems import PROBLEMS, TASKS, Flat, Problem, ravel, unraveller
 
 # torch compiles its rules for forward mode by a deprecated function when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -212,7 +214,7 @@ SHORT = ["hypergrad", "vmap(hypergrad)", "jacrev", "jacfwd"]
         DTYPES,
         lambda p, m, d, t: m != "neumann" or t in SHORT,
         often=lambda p, m, d, t: (
-            (d is torch.float64 and is_krylov(p, m)) or one_in(2 if t in SHORT else 4, p, m, t)
+            (d is torch.float64 and is_krylov(p, m)) or one_in(4 if t in SHORT else 8, p, m, t)
         ),
     ),
 )
@@ -229,7 +231,7 @@ def test_first_derivatives(
         DTYPES,
         lambda p, m, d, t: is_krylov(p, m) or (m != "neumann" and d is torch.float64),
         often=lambda p, m, d, t: (
-            d is torch.float64 and one_in(2 if is_krylov(p, m) else 4, p, m, t)
+            d is torch.float64 and one_in(3 if is_krylov(p, m) else 6, p, m, t)
         ),
     ),
 )
@@ -274,7 +276,7 @@ def test_formulas_against_finite_differences(problem: Problem) -> None:
         )
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", thinned(PROBLEMS))
 def test_gradcheck(problem: Problem) -> None:
     """What torch itself asks of a function: both modes, and second order in both modes."""
     f = Flat(problem, "dense")
@@ -283,7 +285,7 @@ def test_gradcheck(problem: Problem) -> None:
     assert torch.autograd.gradgradcheck(fn, v, check_fwd_over_rev=True)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", thinned(PROBLEMS))
 def test_third_derivatives(problem: Problem) -> None:
     """Of the outer value along a direction, in four compositions of modes."""
     f, (hparams, args) = Flat(problem, "dense"), problem.tasks()[0]

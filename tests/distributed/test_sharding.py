@@ -203,8 +203,8 @@ def _compare_with_one_process(
 
 
 # Of these, every kind of argument is sharded by itself; of the others, all at once. Those of the
-# first three are one of each kind, and the rest of the product is slow.
-KEPT = ("cg", "neumann", "replayed")
+# first two are one of each kind, and the rest of the product is slow.
+KEPT = ("cg", "replayed")
 EVERYWHERE = (*KEPT, "pipelined cg", "normal cg", "gmres", "bicgstab", "fixed point", "stochastic")
 EVERYWHERE += ("unrolled",)
 

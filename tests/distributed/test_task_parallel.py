@@ -106,11 +106,11 @@ def _tasks_like_one_process(
     ("transform", "reduce", "chunk_size"),
     [
         ("grads", "mean", None),
-        ("value", "sum", None),
+        pytest.param("value", "sum", None, marks=pytest.mark.slow),
         ("solution", "mean", None),
         ("solution", "mean", 2),
         ("value", None, None),
-        ("value", None, 4),
+        pytest.param("value", None, 4, marks=pytest.mark.slow),
     ],
 )
 def test_tasks_give_the_numbers_of_one_process(

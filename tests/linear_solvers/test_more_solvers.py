@@ -566,7 +566,11 @@ def _methods(problem: Problem) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("problem", "name"),
-    [pytest.param(p, m, id=f"{p.name}-{m}") for p in DERIVATIVES for m in _methods(p)],
+    [
+        pytest.param(p, m, id=f"{p.name}-{m}", marks=() if (i + j) % 2 == 0 else pytest.mark.slow)
+        for i, p in enumerate(DERIVATIVES)
+        for j, m in enumerate(_methods(p))
+    ],
 )
 def test_first_and_second_derivatives(problem: Problem, name: str) -> None:
     solve = hf.implicit_diff(

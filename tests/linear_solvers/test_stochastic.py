@@ -15,6 +15,7 @@ from torch.func import grad, hessian, jvp, vmap
 
 import hyperfunc as hf
 from tests import problems
+from tests.cells import thinned
 from tests.problems import PROBLEMS, Problem, ravel
 
 pytestmark = pytest.mark.filterwarnings(
@@ -168,6 +169,7 @@ def test_the_short_name_and_the_identity_sampler(problem: Problem) -> None:
     )
 
 
+@pytest.mark.parametrize("problem", thinned(PROBLEMS))
 def test_second_derivatives_without_a_sampler_are_right(problem: Problem) -> None:
     hparams, args = problem.tasks()[0]
     unravel = problems.unraveller(hparams)

@@ -252,6 +252,8 @@ def test_a_rate_that_changes_weighs_heavy_ball_and_momentum_differently():
 
 
 def coefficient_cases():
+    """Each coefficient of each optimiser; every other one is slow."""
+    marks = itertools.cycle([(), pytest.mark.slow])
     for name, case in CASES.items():
         for fixed in VARIANTS.get(name, [{}]):
             for key, value in case["coefficients"].items():
@@ -259,7 +261,7 @@ def coefficient_cases():
                     continue
                 for index in range(len(value)) if isinstance(value, tuple) else [None]:
                     label = f"{name}-{key}{'' if index is None else index}-{'-'.join(fixed)}"
-                    yield pytest.param(name, fixed, key, index, id=label)
+                    yield pytest.param(name, fixed, key, index, id=label, marks=next(marks))
 
 
 def with_coefficient(name, fixed, key, index, coefficient):

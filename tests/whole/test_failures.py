@@ -223,7 +223,7 @@ def check_alone(case: str, name: str) -> None:
             assert code.name == {"params": "nonfinite", "right": right}.get(outcome, outcome)
 
 
-@pytest.mark.parametrize(("name", "case"), thinned(TABLE, TASKS))
+@pytest.mark.parametrize(("name", "case"), thinned(TABLE, TASKS, every=4))
 def test_among_good_tasks(name: str, case: str) -> None:
     """The good ones get what they get alone, and the bad one is named."""
     good = [solved(GOOD), (2 * H, GOOD @ GOOD, torch.ones_like(H))]
@@ -247,7 +247,7 @@ def test_among_good_tasks(name: str, case: str) -> None:
         torch.testing.assert_close(grads[index], oracle(name, *tasks[index]), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", thinned(TABLE))
+@pytest.mark.parametrize("name", thinned(TABLE, every=4))
 def test_compiled(name: str) -> None:
     """Inside torch.compile, where the graph is broken around the call, all is the same."""
     fns = {throw: make(name, throw) for throw in (True, False)}
@@ -285,7 +285,7 @@ def check_each(
         check(*torch.utils._pytree.tree_map(lambda leaf, i=index: leaf[i], together), task)
 
 
-@pytest.mark.parametrize("name", IMPLICIT)
+@pytest.mark.parametrize("name", thinned(IMPLICIT))
 def test_a_start_that_is_the_solution(name: str) -> None:
     tasks = [solved(GOOD), solved(GOOD @ GOOD)]
     fn = make(name)
@@ -311,7 +311,7 @@ def test_a_start_without_a_meaning_is_refused(name: str) -> None:
         make(name)(*solved(GOOD), adjoint_init=H)
 
 
-@pytest.mark.parametrize(("name", "rtol"), thinned(BOUNDED, [None, 0.0, 1e-300], every=3))
+@pytest.mark.parametrize(("name", "rtol"), thinned(BOUNDED, [None, 0.0, 1e-300], every=6))
 def test_solved_before_maxiter_and_below_the_precision(name: str, rtol: float | None) -> None:
     """All steps that are left over change nothing, were it a division of 0 by 0."""
 
@@ -324,7 +324,7 @@ def test_solved_before_maxiter_and_below_the_precision(name: str, rtol: float | 
     check_each(name, tasks, check, rtol=rtol, maxiter=200)
 
 
-@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("name", thinned(BOUNDED))
 def test_maxiter_zero(name: str) -> None:
     """No step is the start: zero, or for the series its first term."""
 

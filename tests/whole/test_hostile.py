@@ -97,7 +97,7 @@ MODES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "some"), thinned(ALL, [0, 1]))
+@pytest.mark.parametrize(("name", "some"), thinned(ALL, [0, 1], every=4))
 def test_modes_do_not_change_the_numbers(name: str, some: int) -> None:
     """Every other mode, of which the rest is slow."""
     fn = make(name)
@@ -135,7 +135,7 @@ def refusing(name: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", thinned(ALL))
 def test_anomaly_detection(name: str) -> None:
     """It looks at gradients for NaN, which torch cannot do for several at once."""
     with pytest.warns(UserWarning, match="Anomaly Detection has been enabled"):
@@ -151,7 +151,7 @@ def test_anomaly_detection(name: str) -> None:
             torch.autograd.grad(fn(h, A).sum(), h)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", thinned(ALL))
 def test_hparams_that_require_grad_are_used_after(name: str) -> None:
     h, fn = H.clone().requires_grad_(), make(name)
     with torch.no_grad():
