@@ -6,6 +6,7 @@
 from hyperfunc import bilevel, distributed, fixed_point_solvers, optim, prox
 from hyperfunc._engine.convergence import ConvergenceWarning
 from hyperfunc._engine.results import RESULTS, ChoiceStats, HypergradError, Solution, SolveStats
+from hyperfunc._engine.successes import mean_over_successes
 from hyperfunc._rule.error_bound import ErrorBound, HypergradBound
 from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, diagnose
 from hyperfunc.equilibrium import EquilibriumLayer, jacobian_frobenius_squared
@@ -98,6 +99,7 @@ __all__ = [
     "implicit_diff",
     "iterate",
     "jacobian_frobenius_squared",
+    "mean_over_successes",
     "minimize",
     "module_map",
     "optim",

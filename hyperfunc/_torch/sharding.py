@@ -78,6 +78,16 @@ def replicate(value: Any) -> Any:
     return _place(value, mesh, (_tensor_module().Replicate(),) * mesh.ndim)
 
 
+def full(value: Any) -> Any:
+    """All of a DTensor as an ordinary tensor, or the value itself."""
+    return value.full_tensor() if is_dtensor(value) else value
+
+
+def spread_like(value: Any, ref: Any) -> Any:
+    """A tensor that every rank has, as a DTensor where another tensor is one."""
+    return _spread(value, ref.device_mesh) if is_dtensor(ref) else value
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
     """How the leaves of a vector lie on the ranks: their placements, None for ordinary tensors.
@@ -152,12 +162,17 @@ class Layout:
 
     def _local(self, leaf: Any, placements: tuple[Any, ...] | None) -> Any:
         if placements is None:
-            return leaf.full_tensor() if is_dtensor(leaf) else leaf
+            return full(leaf)
         if not is_dtensor(leaf):
-            module = _tensor_module()
-            everywhere = [module.Replicate()] * self.mesh.ndim
-            leaf = module.DTensor.from_local(leaf, self.mesh, everywhere, run_check=False)
+            leaf = _spread(leaf, self.mesh)
         return _place(leaf, self.mesh, placements).to_local()
+
+
+def _spread(value: Tensor, mesh: Any) -> Any:
+    """A tensor that every rank has as a DTensor."""
+    module = _tensor_module()
+    everywhere = [module.Replicate()] * mesh.ndim
+    return module.DTensor.from_local(value, mesh, everywhere, run_check=False)
 
 
 def _place(value: Any, mesh: Any, placements: tuple[Any, ...]) -> Any:

@@ -379,7 +379,7 @@ class _Share:
         gradients = tracking.detach(grads)
         flat.check_finite(gradients)
         kept = flat.local_tasks(gradients) if self._owner.reduce is None else ()
-        whole = (leaf.full_tensor() if sharding.is_dtensor(leaf) else leaf for leaf in leaves)
+        whole = map(sharding.full, leaves)
         self._parts.append((*kept, *tracking.detach(tuple(whole))))
         if self._owner.reduce is None:
             return []

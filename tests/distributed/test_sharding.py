@@ -341,6 +341,11 @@ TRANSFORMS: dict[str, Any] = {
             torch.stack([reg, 2 * reg]), x, y
         )
     ),
+    "mean over successes": lambda fn, _: (
+        lambda reg, x, y: hf.mean_over_successes(
+            torch.stack([fn(reg, x, y), fn(reg, x, y) / 0, fn(2 * reg, x, y)])
+        )[0]
+    ),
 }
 
 

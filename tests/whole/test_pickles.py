@@ -372,8 +372,9 @@ MADE: dict[str, list[Case]] = {
 }
 
 # What only writes, or returns tensors of a caller's tree, or a `concurrent.futures.Future`.
-PLAIN = {"assign_grads", "jacobian_frobenius_squared", "distributed.load_state",
-         "distributed.local_tasks", "distributed.save_state"}  # fmt: skip
+PLAIN = {"assign_grads", "jacobian_frobenius_squared", "mean_over_successes",
+         "distributed.load_state", "distributed.local_tasks",
+         "distributed.save_state"}  # fmt: skip
 
 
 def own_rule(leaf: Tensor, dims: Any, lr: Tensor) -> Tensor:
