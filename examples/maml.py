@@ -44,18 +44,11 @@ def main(argv: list[str] | None = None) -> None:
         logits = apply(params, task.query_x)
         return F.cross_entropy(logits, task.query_y), logits
 
-    descent = hf.gradient_descent_map(support_loss, args.inner_lr)
-
-    def step(params: Params, meta: Params, task: Tasks) -> Params:
-        if not args.first_order:
-            return descent(params, meta, task)
-        moved = descent({name: w.detach() for name, w in params.items()}, meta, task)
-        return {name: w + (moved[name] - w).detach() for name, w in params.items()}
-
-    adapt = hf.iterate(step, args.inner_steps, init=lambda meta, task: meta)
-    hypergradient = hf.hypergrad_and_value(
-        adapt, query_loss, method="reverse" if args.replay else "reverse_unroll", has_aux=True
+    adapt = hf.minimize(
+        support_loss, hf.optim.sgd(args.inner_lr), args.inner_steps, init=lambda meta, task: meta
     )
+    method = "first_order" if args.first_order else "reverse" if args.replay else "reverse_unroll"
+    hypergradient = hf.hypergrad_and_value(adapt, query_loss, method=method, has_aux=True)
 
     def predict(meta: Params, tasks: Tasks) -> Tensor:
         params = torch.func.vmap(adapt, in_dims=(None, 0))(meta, tasks)

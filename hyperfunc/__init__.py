@@ -18,7 +18,7 @@ from hyperfunc.inner_solvers import (
     proximal_gradient_map,
 )
 from hyperfunc.inner_solvers._proximal import proximal
-from hyperfunc.iterative import ForwardMode, Reverse, ReverseUnroll, checkpoint
+from hyperfunc.iterative import FirstOrder, ForwardMode, Reverse, ReverseUnroll, checkpoint
 from hyperfunc.linear_solvers import (
     CG,
     GMRES,
@@ -65,6 +65,7 @@ __all__ = [
     "EquilibriumLayer",
     "ErrorBound",
     "Fallback",
+    "FirstOrder",
     "FixedPoint",
     "ForwardMode",
     "HypergradBound",

@@ -35,6 +35,7 @@ class Condition:
 
     kind: str
     fn: Callable[..., Any]
+    unused: str | None = None  # what is said where it uses no hparams, if not what others say
 
     @property
     def scale(self) -> float:

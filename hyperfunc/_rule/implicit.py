@@ -64,7 +64,8 @@ UNUSED = (
     "no derivative reaches hparams: {kind} computes nothing from them. An implicit method "
     "differentiates the solution of {kind}, so that hparams which the inner solver only starts "
     "from count for nothing. Use them in {kind}, for example by hf.proximal(loss, weight), which "
-    "keeps the solution near them, or differentiate the steps: method='reverse_unroll'"
+    "keeps the solution near them, differentiate the steps: method='reverse_unroll', or carry the "
+    "outer gradient back to the start (first-order MAML): method='first_order'"
 )
 
 _FLOAT16 = (
@@ -443,7 +444,12 @@ def cross_term(
     size = problem.arguments.num_hparams
     of_hparams = [term for i, term in zip(wrt, total, strict=True) if i < size]
     if of_hparams and all(term is None for term in of_hparams):  # never so with a start
-        warnings.warn(UNUSED.format(kind=problem.condition.kind), stacklevel=2)
+        condition = problem.condition
+        message = condition.unused
+        if message is None:
+            message = UNUSED.format(kind=condition.kind)
+        if message:
+            warnings.warn(message, stacklevel=2)
     return tuple(
         torch.zeros_like(theta[i]) if term is None else term
         for i, term in zip(wrt, total, strict=True)

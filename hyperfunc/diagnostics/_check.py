@@ -36,7 +36,7 @@ from hyperfunc.diagnostics._routes import (
     suspect,
 )
 from hyperfunc.inner_solvers._solvers import IterativeSolver
-from hyperfunc.iterative import Reverse, ReverseUnroll
+from hyperfunc.iterative import FirstOrder, Reverse, ReverseUnroll
 from hyperfunc.linear_solvers import (
     CG,
     AbstractLinearSolver,
@@ -457,8 +457,9 @@ class _Search:
         found = {"dependence_lost"} if lost else set()
         method, facts = self.problem.method, self.report.diagnosis
         if not is_implicit(method):
-            truncated = isinstance(method, Reverse) and method.last is not None
-            return found | {"assumption_broken" if truncated else "dependence_lost"}
+            biased = isinstance(method, FirstOrder)
+            biased = biased or (isinstance(method, Reverse) and method.last is not None)
+            return found | {"assumption_broken" if biased else "dependence_lost"}
         assert self.at is not None
         assert isinstance(facts, Diagnosis)
         if not self._solved():

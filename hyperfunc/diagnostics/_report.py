@@ -27,8 +27,9 @@ ADVICE = {
         "another method: see hf.diagnose"
     ),
     "assumption_broken": (
-        "the method assumes what does not hold here: symmetry, positive curvature, contraction, or "
-        "that late steps alone matter. Use the method that hf.diagnose recommends, or method='auto'"
+        "the method assumes what does not hold here: symmetry, positive curvature, contraction, "
+        "that late steps alone matter, or that steps are the identity. Use the method that "
+        "hf.diagnose recommends, or method='auto'"
     ),
     "dependence_lost": (
         "a function ignores or detaches what it depends on (.detach(), .item(), torch.no_grad(), a "

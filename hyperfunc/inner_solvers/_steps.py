@@ -55,6 +55,7 @@ class MapStep:
 class DescentStep:
     inner_loss: Loss
     optimizer: optim.Optimizer
+    first_order: bool = False  # whether gradients are constants
 
     def remember(self, params: TensorTree, /) -> TensorTree:
         w, _, state = trees.flatten_state(params, "params")
@@ -66,12 +67,15 @@ class DescentStep:
         spec, (like, _) = state.spec, state.split(like)
         update = self._update((spec, specs[1]), like, hparams)
         regulariser, rate = None, None
+        operands, structure = trees.flatten((hparams, args))
+        trees.refuse_holders(operands, structure, "(hparams, args)")
+        if self.first_order:
+            operands = list(tracking.detach(operands))
+            hparams, args = trees.unflatten(structure, operands)
         if isinstance(loss, ProximalLoss):
             regulariser, loss = loss.at(hparams, like, spec), loss.loss
             if isinstance(optimizer, SGD) and not isinstance(regulariser.weight, Tensor):
                 rate = optimizer.plain_rate(like, hparams)
-        operands, structure = trees.flatten((hparams, args))
-        trees.refuse_holders(operands, structure, "(hparams, args)")
         tracked = tracking.is_tracked(operands)
         skips = regulariser is None and skips_unused(optimizer)
         used: list[bool] | None = [] if skips else None
@@ -91,17 +95,20 @@ class DescentStep:
                 result = loss(params, hparams, *args, *extra)
                 return check_scalar(result, "inner_loss")
 
+            at = leaves
+            if self.first_order:
+                at, extra = tracking.detach(leaves), trees.tree_map(_detach, extra)
             row = trees.flatten(extra)[0] if extra else ()
-            recorded = tracked or tracking.is_tracked((*leaves, *row))
+            recorded = tracked or tracking.is_tracked((*at, *row))
             if skips:
-                grads = autodiff.gradient_used(value, leaves, create_graph=recorded, used=used)
-                return update(leaves, grads, memory)
-            grads = autodiff.gradient(value, leaves, create_graph=recorded)
+                found = autodiff.gradient_used(value, at, create_graph=recorded, used=used)
+                return update(leaves, tracking.detach(found) if self.first_order else found, memory)
+            grads = autodiff.gradient(value, at, create_graph=recorded)
             if regulariser is not None:
                 if rate is not None:
                     return regulariser.descend(leaves, grads, rate), memory
-                grads = regulariser.add_gradient(grads, leaves)
-            return update(leaves, grads, memory)
+                grads = regulariser.add_gradient(grads, at)
+            return update(leaves, tracking.detach(grads) if self.first_order else grads, memory)
 
         return step
 
@@ -125,6 +132,10 @@ class DescentStep:
             )
 
         return by_trees
+
+
+def _detach(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _checked(

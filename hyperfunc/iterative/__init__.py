@@ -7,10 +7,11 @@ not keep in memory they compute again, on the same inputs and with the same rand
 
 # Here: the methods, the loop that they share, and recomputation under every transform. May import
 # the rule, ``inner_solvers`` and what these stand on. A new method is a frozen dataclass with
-# ``solution_map`` in ``_methods``, and for a short name a row of the table in
-# ``transforms/_methods``.
+# ``solution_map`` in ``_methods`` or a module of its own, and for a short name a row of the table
+# in ``transforms/_methods``.
 
+from hyperfunc.iterative._first_order import FirstOrder
 from hyperfunc.iterative._methods import ForwardMode, Reverse, ReverseUnroll
 from hyperfunc.iterative._segment import checkpoint
 
-__all__ = ["ForwardMode", "Reverse", "ReverseUnroll", "checkpoint"]
+__all__ = ["FirstOrder", "ForwardMode", "Reverse", "ReverseUnroll", "checkpoint"]

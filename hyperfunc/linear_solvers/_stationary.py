@@ -151,7 +151,8 @@ class OneStep(AbstractLinearSolver):
     For a fixed-point map the hypergradient becomes ``dE/dhparams + (dphi/dhparams)^T dE/dw``, that
     of the last step of the inner iteration alone, without a product. The error is the whole
     contribution of ``J^T u``, so the map must contract fast. Also known as Jacobian-free
-    backpropagation, the T1-T2 method and, for a gradient step, first-order DARTS or MAML.
+    backpropagation, the T1-T2 method and, for a gradient step, first-order DARTS. Hparams that the
+    inner solver only starts from get zeros: first-order MAML is `hyperfunc.FirstOrder`.
 
     Args:
         step_size: ``u = step_size b``; > 0. With an inner loss, the size of the one gradient step.

@@ -27,6 +27,7 @@ from hyperfunc._rule.outer_loss import OuterLoss, mean_outer_gradient
 from hyperfunc._torch import autodiff, derivative_rules, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves, TensorTree
+from hyperfunc.iterative import FirstOrder
 from hyperfunc.linear_solvers import StochasticAID
 from hyperfunc.transforms._methods import is_implicit
 from hyperfunc.transforms._unreached import (
@@ -218,7 +219,8 @@ class Hypergradient:
             outputs, aux = outer(params, *arguments.unflatten(leaves))
             return outputs, (*w, *aux)
 
-        solution_map = method.solution_map(inner_solver)
+        quiet = {"warns": False} if isinstance(method, FirstOrder) else {}  # it is told below
+        solution_map = method.solution_map(inner_solver, **quiet)
         linearized = autodiff.Linearization(
             functools.partial(value_and_aux, solution_map), theta, (wrt,), has_aux=True
         )
@@ -237,6 +239,7 @@ class Hypergradient:
                 raise_unless_finite(grads, hparams_spec, "hparams")
                 refuse_unreached_by_solver(
                     inner_solver,
+                    method,
                     lambda solver, *leaves: value_and_aux(solver, *leaves)[0],
                     linearized,
                     theta,

@@ -24,6 +24,7 @@ METHODS: dict[str, type] = {
     "reverse_unroll": iterative.ReverseUnroll,
     "reverse": iterative.Reverse,
     "forward": iterative.ForwardMode,
+    "first_order": iterative.FirstOrder,
 }
 
 

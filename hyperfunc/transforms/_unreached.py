@@ -15,6 +15,7 @@ from hyperfunc._rule.implicit import UNUSED, ImplicitProblem
 from hyperfunc._torch import autodiff, batching, tracking
 from hyperfunc._types import Leaves
 from hyperfunc.inner_solvers._solvers import IterativeSolver
+from hyperfunc.iterative import FirstOrder
 
 _AS_THEY_ARE = ". Pass throw=False to get the zeros"
 
@@ -63,6 +64,7 @@ def refuse_unreached_by_rule(
 
 def refuse_unreached_by_solver(
     inner_solver: Any,
+    method: Any,
     value: Callable[..., Leaves],
     linearized: autodiff.Linearization,
     theta: Leaves,
@@ -75,7 +77,12 @@ def refuse_unreached_by_solver(
     """
     if not _are_zero(grads):
         return
-    if isinstance(inner_solver, IterativeSolver):
+    message = _NOT_FOLLOWED
+    if isinstance(method, FirstOrder):
+        message = method.unused
+        value_of = functools.partial(value, method.followed(inner_solver))
+        used = autodiff.uses(value_of, theta, range(len(grads)))
+    elif isinstance(inner_solver, IterativeSolver):
         count = min(inner_solver.num_steps, 1)
         inputs = trees.tree_map(lambda leaf: leaf[:count], inner_solver.inputs)
         short = dataclasses.replace(inner_solver, num_steps=count, inputs=inputs, compiler=None)
@@ -84,7 +91,7 @@ def refuse_unreached_by_solver(
         one = tuple(map(torch.ones_like, linearized.outputs))
         used = any(grad is not None for grad in linearized.pull_used(one, 0))
     if not used:
-        raise ValueError(_NOT_FOLLOWED + _AS_THEY_ARE)
+        raise ValueError(message + _AS_THEY_ARE)
 
 
 def refuse_own_leaves(w: Leaves, spec: trees.TreeSpec, given: Leaves, method: Any) -> None:

@@ -25,6 +25,7 @@ METHODS: dict[str, Any] = {
     "reverse_unroll": hf.ReverseUnroll(),
     "reverse": hf.Reverse(),
     "forward": hf.ForwardMode(),
+    "first_order": hf.FirstOrder(),
 }
 
 

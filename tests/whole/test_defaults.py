@@ -73,6 +73,7 @@ FIELDS: dict[Any, dict[str, Any]] = {
     hf.NystromPreconditioner: {"rank": None, "damping": 0.0, "seed": 0},
     hf.Reverse: {"checkpoint": 1, "last": None, "slots": None},
     hf.ForwardMode: {"chunk_size": None},
+    hf.FirstOrder: {"init": None},
     fixed_point_solvers.Picard: {**STOPPING, "step_size": 1.0, "batch_dim": None, "throw": True},
     fixed_point_solvers.Anderson: {**STOPPING, "memory": 5, "step_size": 1.0, "ridge": None},
     fixed_point_solvers.Broyden: {**STOPPING, "memory": 20, "batch_dim": None, "throw": True},

@@ -94,6 +94,7 @@ TABLE: dict[str, Row] = {
     "reverse_unroll": Row(lambda **_: hf.ReverseUnroll(), None, bounded=False),
     "reverse": Row(lambda **_: hf.Reverse("sqrt"), None, bounded=False),
     "forward": Row(lambda **_: hf.ForwardMode(), None, bounded=False),
+    "first_order": Row(lambda **_: hf.FirstOrder(init=lambda h, *_: h), None, bounded=False),
     "anderson": Row(lambda **bounds: hf.AndersonFixedPoint(**bounds, step_size=STEP)),
     "pipelined_cg": Row(hf.PipelinedCG),
     "jacobi": Row(lambda **bounds: hf.CG(**bounds, preconditioner=hf.JacobiPreconditioner())),
@@ -126,6 +127,8 @@ def compile_anew(fn: Callable[..., Any]) -> Callable[..., Any]:
 def oracle(name: str, h: Tensor, A: Tensor, start: Tensor) -> Tensor:
     """The hypergradient, by formulas that have nothing of the library in them."""
     adjoint = TABLE[name].adjoint
+    if name == "first_order":
+        return 2 * steps(h, A, start)
     if adjoint is None:
         return torch.func.grad(lambda h: (steps(h, A, start) ** 2).sum())(h)
     return adjoint(A, 2 * steps(h, A, start))
@@ -166,7 +169,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
     "overflow in the inner loop": dict.fromkeys(TABLE, "params"),
     "singular A": dict.fromkeys(TABLE, "failure")
     | dict.fromkeys(("one_step", "stoch_aid", "nystrom", "damped", "least_squares"), "right")
-    | dict.fromkeys(("reverse_unroll", "reverse", "forward"), "right")
+    | dict.fromkeys(("reverse_unroll", "reverse", "forward", "first_order"), "right")
     | dict.fromkeys(("fixed_point", "neumann", "anderson"), "max_steps"),
     "indefinite A": dict.fromkeys(TABLE, "right")
     | dict.fromkeys(("cg", "pipelined_cg", "jacobi", "nystrom_cg", "blockwise"), "breakdown")

@@ -38,6 +38,7 @@ METHODS: dict[str, Any] = {
     "reverse": hf.Reverse(),
     "reverse in segments": hf.Reverse("sqrt"),
     "forward": hf.ForwardMode(),
+    "first_order": hf.FirstOrder(),
 }
 
 

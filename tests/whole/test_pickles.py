@@ -207,6 +207,7 @@ MADE: dict[str, list[Case]] = {
     "Dense": methods("dense"),
     "Fallback": methods("fallback"),
     "FixedPoint": methods("fixed_point"),
+    "FirstOrder": methods("first_order"),
     "ForwardMode": methods("forward"),
     "JacobiPreconditioner": methods("jacobi"),
     "Neumann": methods("neumann"),
