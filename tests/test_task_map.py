@@ -225,3 +225,74 @@ ONES = torch.ones(3, 2)
 def test_errors(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+# Reduced ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_size", SIZES)
+def test_reduced_results_are_means_and_sums_over_the_tasks_that_succeeded(
+    chunk_size: Any, device: torch.device
+) -> None:
+    meta, x, y = batch(5, device)
+    dims = (None, 0, 1)
+    loss = inner_loss
+    solver = hf.minimize(loss, hf.optim.sgd(0.05), 8, init=lambda meta, x, y: meta)
+    fn = hf.hypergrad_and_solution(solver, query_loss, method=hf.CG(), throw=False)
+
+    def mapped(meta: Any, x: Tensor, y: Tensor, fn: Any = fn, reduce: Any = "mean") -> Any:
+        return hf.task_map(fn, dims, chunk_size, reduce=reduce)(meta, x, y)
+
+    grads, solution = torch.func.vmap(fn, dims)(meta, x, y)
+    mean, about = mapped(meta, x, y)
+    close(mean, {name: leaf.mean(0) for name, leaf in grads.items()})
+    close(about.params, {name: leaf.mean(0) for name, leaf in solution.params.items()})
+    close((about.value, about.stats), (solution.value.mean(0), solution.stats))
+    close(mapped(meta, x, y, reduce="sum")[0]["a"], grads["a"].sum(0))
+    # one task has no solution: its code tells, and without codes a warning does
+    x[1] = torch.nan
+    kept = [0, 2, 3, 4]
+    mean, about = mapped(meta, x, y)
+    close(mean, {name: leaf[kept].mean(0) for name, leaf in grads.items()})
+    assert (about.stats.result > hf.RESULTS.max_steps).tolist() == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
+    fn = hf.hypergrad(solver, query_loss, method="reverse", throw=False)
+    reference = torch.func.vmap(fn, dims)(meta, x, y)
+    with pytest.warns(hf.ConvergenceWarning, match="1 of 5 tasks have entries .* of the sum"):
+        total = mapped(meta, x, y, fn, "sum")
+    close(total, {name: leaf[kept].sum(0) for name, leaf in reference.items()})
+    with pytest.raises(hf.HypergradError, match="all 5 tasks failed"):
+        mapped(meta, torch.nan * x, y, fn)
+
+
+@pytest.mark.parametrize("chunk_size", ["auto", 1, 2, None])
+def test_reduced_results_compose(chunk_size: Any) -> None:
+    x = torch.linspace(-1, 1, 15, dtype=F64).reshape(5, 3)
+    call = hf.task_map(lambda w, x: torch.tanh(w * x), (None, 0), chunk_size, reduce="mean")
+    reference = lambda w: torch.tanh(w * x).mean(0)  # noqa: E731
+    w = torch.tensor([0.5, 1.0, 2.0], dtype=F64)
+    close(torch.func.jacrev(lambda w: call(w, x))(w), torch.func.jacrev(reference)(w))
+    close(torch.func.jacfwd(lambda w: call(w, x))(w), torch.func.jacrev(reference)(w))
+    ws = torch.stack([w, -w])
+    close(torch.func.vmap(lambda w: call(w, x))(ws), torch.func.vmap(reference)(ws))
+    tracked = w.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(call(tracked, x).sum(), tracked)
+    close(grad, torch.func.grad(lambda w: reference(w).sum())(w))
+    # half precision is summed in float32, and what is no floating-point tensor is stacked
+    halves = torch.full((300, 2), 3.0, dtype=torch.float16)
+    total, flags = hf.task_map(lambda h: (h + 100, h > 2), 0, chunk_size, reduce="mean")(halves)
+    assert total.dtype is torch.float16
+    close(total, torch.full((2,), 103.0, dtype=torch.float16))
+    assert flags.shape == (300, 2)
+
+
+def test_what_reduces_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="reduce is 'max'; expected 'mean', 'sum' or None"):
+        hf.task_map(torch.sin, reduce="max")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="no floating-point tensor"):
+        hf.task_map(lambda x: x > 0, reduce="sum")(torch.ones(3))
