@@ -39,8 +39,7 @@ class WrappedFunction(Wrapped):
         return function if instance is None else types.MethodType(function, instance)
 
     def __repr__(self) -> str:
-        fn = self.__wrapped__
-        return f"{self.maker}({getattr(fn, '__qualname__', None) or repr(fn)})"
+        return f"{self.maker}({name_of(self.__wrapped__)})"
 
 
 class PrintsAsCall:
@@ -52,3 +51,8 @@ class PrintsAsCall:
         named: Any = self
         shown = [field.name for field in dataclasses.fields(named) if field.repr]
         return f"{self.name}({', '.join(f'{key}={getattr(self, key)!r}' for key in shown)})"
+
+
+def name_of(function: Any) -> str:
+    """What a function is called in a text."""
+    return getattr(function, "__qualname__", None) or repr(function)

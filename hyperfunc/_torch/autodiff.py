@@ -17,6 +17,11 @@ import torch
 from torch import Tensor
 
 from hyperfunc._torch import derivative_rules, internals, sharding, tangents, tracking
+from hyperfunc._torch.differentiable_once import (
+    marked_operation,
+    refuse,
+    refuse_once_differentiable,
+)
 from hyperfunc._types import Leaves
 
 LeavesFunction = Callable[..., Leaves]
@@ -159,12 +164,16 @@ def gradient_used(
             value = fn(*leaves)
             if used == []:
                 used[:] = tracking.reached(value, leaves)
+            if looks:
+                refuse_once_differentiable((value,), leaves)
             return value
 
+        again = tracked or tracking.is_tracked(primals)
+        looks = again and not derivative_rules.known_to_be_right()
         if torch.compiler.is_compiling():
-            used = None
+            used, looks = None, False
         transformed = torch.func.grad(value_of)
-        order = derivative_rules.derivatives(tracked or tracking.is_tracked(primals))
+        order = derivative_rules.derivatives(again)
         grads, _ = derivative_rules.evaluate(transformed, (tuple(primals),), order)
         grads = tangents.all_in_own_dtype(grads)
         return tuple(
@@ -180,6 +189,8 @@ def gradient_used(
         value = fn(*inputs)
         if not value.requires_grad:
             return (None,) * len(primals)
+        if tracked and not derivative_rules.known_to_be_right():
+            refuse_once_differentiable((value,), inputs)
         grads = derivative_rules.differentiate(
             value, inputs, create_graph=tracked, allow_unused=True
         )
@@ -298,6 +309,8 @@ class _GraphEngine:
         create_graph = torch.is_grad_enabled() and (
             self._tracked or any(cotangent.requires_grad for cotangent in selected)
         )
+        if create_graph:
+            refuse_once_differentiable(self._live_outputs, inputs)
         # what is computed again on the way (by torch.utils.checkpoint) is so by the same rules
         with derivative_rules.active() if self._uses_rows else contextlib.nullcontext():
             grads = derivative_rules.differentiate(
@@ -323,6 +336,7 @@ class _FunctionalEngine:
         self._tracked = tracked
         self._vjps: dict[int, Callable[[Leaves], Leaves]] = {}
         self._used: dict[int, bool] = {}
+        self._marked: dict[int, Any] = {}
         self.outputs, self.aux = self._record(0)
         self.captures_gradient = not tracked and any(map(tracking.requires_grad, self.outputs))
 
@@ -331,9 +345,10 @@ class _FunctionalEngine:
             return ()
         if group not in self._vjps:
             self._record(group)
-        with torch.set_grad_enabled(
-            torch.is_grad_enabled() and (self._tracked or tracking.is_tracked(cotangents))
-        ):
+        again = torch.is_grad_enabled() and (self._tracked or tracking.is_tracked(cotangents))
+        if again:
+            refuse(self._marked.get(group))
+        with torch.set_grad_enabled(again):
             return tuple(self._vjps[group](tuple(cotangents)))
 
     def pull_used(self, cotangents: Leaves, group: int) -> tuple[Tensor | None, ...]:
@@ -346,6 +361,8 @@ class _FunctionalEngine:
         def restricted(*selected: Tensor) -> tuple[Leaves, Leaves]:
             outputs, aux = self._fn(*_replace(self._primals, indices, selected))
             self._used[group] = any(map(tracking.requires_grad, outputs))
+            if not torch.compiler.is_compiling():
+                self._marked[group] = marked_operation(outputs, selected)
             return tuple(outputs), tuple(aux)
 
         selected = (self._primals[index] for index in indices)

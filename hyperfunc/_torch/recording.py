@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -16,7 +17,8 @@ from hyperfunc._torch import internals, tracking
 # Calls of one operation that are kept, each with arguments of other shapes.
 _MOST_CALLS = 4
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+# The code of `torch.autograd.Function.apply`; None for the built-in method of torch 2.14.
+_APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
 _OWN = ("hyperfunc.", "torch.")
 
 
@@ -39,6 +41,7 @@ class recorded(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._calls: dict[tuple[Any, ...], Call] = {}
+        self._applied: type[torch.autograd.Function] | None = None
 
     def calls(self) -> Iterator[Call]:
         """The calls, of custom operations first."""
@@ -62,11 +65,24 @@ class recorded(TorchFunctionMode):
         self._note(torch.overrides.resolve_name(func) or str(func), func, args, kwargs, is_custom)
         return func(*args, **kwargs)
 
-    def _see(self, frame: FrameType, event: str, _: Any) -> None:
+    def _see(self, frame: FrameType, event: str, function: Any) -> None:
         if event == "call" and frame.f_code is _APPLY:
-            cls, args = frame.f_locals["cls"], frame.f_locals["args"]
-            if not f"{cls.__module__}.".startswith(_OWN):
-                self._note(cls.__qualname__, cls.apply, args, frame.f_locals["kwargs"], True)
+            names = frame.f_locals
+            self._note_custom(names["cls"], names["args"], names["kwargs"])
+        elif event == "c_call" and getattr(function, "__name__", "") == "apply":
+            # a built-in method, whose arguments are seen when it calls what the user wrote
+            owner = getattr(function, "__self__", None)
+            if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+                self._applied = owner
+        elif event == "call" and self._applied is not None:
+            owner = self._applied
+            if frame.f_code is getattr(owner.forward, "__code__", None):
+                self._applied = None
+                self._note_custom(owner, _positional(frame)[0 if _has_setup(owner) else 1 :], {})
+
+    def _note_custom(self, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not f"{cls.__module__}.".startswith(_OWN):
+            self._note(cls.__qualname__, cls.apply, args, kwargs, True)
 
     def _note(
         self, name: str, function: Any, args: Any, kwargs: dict[str, Any], is_custom: bool
@@ -86,3 +102,16 @@ class recorded(TorchFunctionMode):
 def _value(leaf: Any) -> Any:
     """A copy of a tensor, cut from every graph and transform."""
     return tracking.innermost(leaf).detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _positional(frame: FrameType) -> tuple[Any, ...]:
+    """The positional arguments that a function of Python was called with."""
+    code, values = frame.f_code, frame.f_locals
+    args = tuple(values[name] for name in code.co_varnames[: code.co_argcount])
+    if code.co_flags & inspect.CO_VARARGS:
+        args += values[code.co_varnames[code.co_argcount + code.co_kwonlyargcount]]
+    return args
+
+
+def _has_setup(cls: Any) -> bool:
+    return cls.setup_context is not torch.autograd.Function.setup_context

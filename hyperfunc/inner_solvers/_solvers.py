@@ -13,6 +13,7 @@ from hyperfunc._compile.compiler import Backend, Compiler, applies, check_backen
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_count, check_number
 from hyperfunc._engine.flat import split
+from hyperfunc._engine.wrapped_functions import name_of
 from hyperfunc._torch import batching, derivative_rules, tracking
 from hyperfunc._torch.tangents import all_in_own_dtype
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
@@ -45,6 +46,12 @@ class IterativeSolver:
     atol: float
     condition: tuple[str, Callable[..., Any]] | None
     compiler: Compiler | None = None
+
+    def __repr__(self) -> str:
+        step = self.step
+        if isinstance(step, DescentStep):
+            return f"minimize({name_of(step.inner_loss)}, {step.optimizer!r}, {self.num_steps})"
+        return f"iterate({name_of(getattr(step, 'fixed_point', step))}, {self.num_steps})"
 
     @property
     def can_stop(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hyperfunc._torch import derivative_rules, tracking
 from hyperfunc._torch.captured import captured_message
+from hyperfunc._torch.differentiable_once import refuse_once_differentiable
 from hyperfunc._types import Leaves
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -100,6 +101,8 @@ def _grad(
             "are taken at once, as here. Use torch.autograd.set_detect_anomaly(True, "
             "check_nan=False), or under it method='reverse' in place of 'forward'"
         )
+    if create_graph:
+        refuse_once_differentiable(outputs, inputs)
     options = {"create_graph": create_graph, "is_grads_batched": batched}
     with derivative_rules.again():
         grads: tuple[Tensor | None, ...] = derivative_rules.differentiate(

@@ -9,7 +9,7 @@ import torch
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.contact import in_contact
-from hyperfunc._engine.wrapped_functions import Wrapped
+from hyperfunc._engine.wrapped_functions import Wrapped, name_of
 from hyperfunc._torch import tracking
 from hyperfunc._torch.internals import forward_mode_active
 from hyperfunc._torch.tangents import in_own_dtype
@@ -46,7 +46,7 @@ class Transformed(Wrapped):
 
     def __repr__(self) -> str:
         solver = self._inner_solver
-        name = getattr(solver, "__qualname__", None) or repr(solver)
+        name = name_of(solver)
         return f"{self._transform}({name}, method={self._method!r})"
 
     def _run(self, hparams: TensorTree, *args: Any, **keywords: Any) -> Any:

@@ -32,6 +32,7 @@ from hyperfunc._torch.derivative_rules._mode import (
     differentiate,
     evaluate,
     inactive,
+    known_to_be_right,
     rules,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "embeddings",
     "evaluate",
     "inactive",
+    "known_to_be_right",
     "losses",
     "normalisation",
     "recurrence",

@@ -150,6 +150,11 @@ class counting:
             _here.order, _here.outside = self._outer
 
 
+def known_to_be_right() -> bool:
+    """Whether this is a later call of a function that was looked through; see `Watch`."""
+    return _here.suspended
+
+
 def derivatives(tracked: bool) -> float:
     """How many derivatives a gradient adds: one, if nothing outside may differentiate it again."""
     return math.inf if tracked and _here.order == 0 else 1
