@@ -294,6 +294,7 @@ class _GraphEngine:
         self.outputs = tuple(outputs) if tracked else tracking.detach(outputs)
         self.aux = tuple(aux) if tracked else tracking.detach(aux)
         self._tracked = tracked
+        self._looked: set[int] = set()
         self._inputs = [[inputs[index] for index in group] for group in groups]
         self._live = [index for index, out in enumerate(outputs) if out.requires_grad]
         self._live_outputs = [outputs[index] for index in self._live]
@@ -309,7 +310,8 @@ class _GraphEngine:
         create_graph = torch.is_grad_enabled() and (
             self._tracked or any(cotangent.requires_grad for cotangent in selected)
         )
-        if create_graph:
+        if create_graph and group not in self._looked:
+            self._looked.add(group)
             refuse_once_differentiable(self._live_outputs, inputs)
         # what is computed again on the way (by torch.utils.checkpoint) is so by the same rules
         with derivative_rules.active() if self._uses_rows else contextlib.nullcontext():

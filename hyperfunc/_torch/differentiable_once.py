@@ -53,19 +53,23 @@ def _written(operation: Any) -> Any:
 
 def _between(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Any]:
     """The custom nodes of a graph from which some of the inputs can be reached."""
-    ends = {id(leaf) for leaf in inputs}
     stop = {leaf.grad_fn for leaf in inputs} - {None}
-    seen = {None, *(out.grad_fn for out in outputs)}
-    stack: list[Any] = list(seen - {None})
+    stack: list[Any] = [out.grad_fn for out in outputs]
+    seen: set[Any] = {None, *stack}
     custom = []
     while stack:
         node = stack.pop()
         if isinstance(node, BackwardCFunction):
             custom.append(node)
-        if node not in stop:
-            fresh = {parent for parent, _ in node.next_functions} - seen
-            seen |= fresh
-            stack.extend(fresh)
+        if node in stop:
+            continue
+        for parent, _ in getattr(node, "next_functions", ()):
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    if not custom:
+        return
+    ends = {id(leaf) for leaf in inputs}
     for node in custom:
         below: list[Any] = [node]
         reached: set[Any] = {node}

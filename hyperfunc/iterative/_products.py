@@ -75,6 +75,8 @@ def push(
     live = [i for i, out in enumerate(outputs) if out.requires_grad]
     if not live:
         return values, {}
+    if check is not None:
+        refuse_once_differentiable(outputs, [inputs[i] for i in tangents])
     with torch.enable_grad():
         dummies = [torch.zeros_like(outputs[i], requires_grad=True) for i in live]
         grads = _grad(
@@ -101,8 +103,6 @@ def _grad(
             "are taken at once, as here. Use torch.autograd.set_detect_anomaly(True, "
             "check_nan=False), or under it method='reverse' in place of 'forward'"
         )
-    if create_graph:
-        refuse_once_differentiable(outputs, inputs)
     options = {"create_graph": create_graph, "is_grads_batched": batched}
     with derivative_rules.again():
         grads: tuple[Tensor | None, ...] = derivative_rules.differentiate(
