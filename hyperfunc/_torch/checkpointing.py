@@ -27,6 +27,11 @@ from hyperfunc._torch import internals, tracking
 
 _LOCK = threading.Lock()
 
+# What non-reentrant checkpoints run, which torch 2.14 has under another name.
+_GENERATOR = "_checkpoint_without_reentrant_generator"
+if hasattr(torch_checkpoint, f"{_GENERATOR}_impl"):
+    _GENERATOR += "_impl"
+
 
 class _Thread(threading.local):
     arguments: tuple[Any, ...] | None = None  # those of the forward that is running, if one is
@@ -66,7 +71,7 @@ def replace(is_differentiated: Callable[[], bool]) -> None:
 
     That is, by this package, of what runs now in this thread.
     """
-    original = torch_checkpoint._checkpoint_without_reentrant_generator
+    original: Any = getattr(torch_checkpoint, _GENERATOR)
     if getattr(original, "_asks_hyperfunc", False):
         return
     with _LOCK:
@@ -86,4 +91,4 @@ def replace(is_differentiated: Callable[[], bool]) -> None:
 
         without_reentrant._asks_hyperfunc = True  # type: ignore[attr-defined]
         reentrant_function.apply = staticmethod(apply)
-        torch_checkpoint._checkpoint_without_reentrant_generator = without_reentrant
+        setattr(torch_checkpoint, _GENERATOR, without_reentrant)
