@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"{len(words)} features, {classes} classes, {[len(part.y) for part in parts]} samples")
 
     def solver(steps: int) -> hf.inner_solvers.IterativeSolver:
-        optimizer = hf.optim.heavy_ball(lr=args.lr, beta=0.9)
+        optimizer = hf.optim.heavy_ball(lr=args.lr, momentum=0.9)
         return hf.minimize(inner_loss, optimizer, steps, init=lambda h, train, val, start: start)
 
     def scores(W: Tensor) -> dict[str, tuple[float, float]]:

@@ -16,9 +16,10 @@ from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.containers import loadable
 from hyperfunc._types import Leaves, Loss, TensorTree
+from hyperfunc.optim._base import Schedule
 
 StepSize: TypeAlias = float | Tensor | Callable[[Tensor], Any]
-"""A number, a 0-d tensor, or a function of the step that returns one of them."""
+"""A number, a 0-d tensor, a function of the step that returns one, or an `optim.schedule`."""
 
 
 @loadable
@@ -159,7 +160,10 @@ class Point:
     def rate(self, key: str) -> Any:
         """A step size at this step."""
         rate = getattr(self.method, key)
-        if callable(rate):
+        if isinstance(rate, Schedule):
+            rate = rate(self.state.hparams, self.state.step)
+            _check_rate(self.method.name, f"{key}(hparams, step)", rate)
+        elif callable(rate):
             rate = rate(self.state.step)
             _check_rate(self.method.name, f"{key}(step)", rate)
         return rate

@@ -14,6 +14,7 @@ from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.tangents import in_own_dtype
 from hyperfunc._types import Loss, ParamsFunction, TensorTree
 from hyperfunc.inner_solvers._proximal import ProximalLoss, ScalarCoefficient
+from hyperfunc.optim._base import refuse_schedule
 from hyperfunc.prox._base import check_prox
 
 
@@ -38,6 +39,7 @@ def gradient_descent_map(inner_loss: Loss, lr: ScalarCoefficient) -> ParamsFunct
         tensor([1., 2.])
     """
     check_callable(inner_loss, "inner_loss", "(params, hparams, *args) -> scalar")
+    refuse_schedule("gradient_descent_map", "lr", lr)
     return _DescentMap(inner_loss, lr)
 
 
@@ -84,6 +86,7 @@ def proximal_gradient_map(
         optimization, 2020, arXiv 2002.08943.
     """
     check_callable(loss, "loss", "(params, hparams, *args) -> scalar")
+    refuse_schedule("proximal_gradient_map", "lr", lr)
     return _DescentMap(loss, lr, check_prox(prox, "proximal_gradient_map"))
 
 

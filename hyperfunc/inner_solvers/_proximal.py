@@ -13,6 +13,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_number, is_number
 from hyperfunc._torch.tangents import in_own_dtype
 from hyperfunc._types import Leaves, Loss, TensorTree
+from hyperfunc.optim._base import refuse_schedule
 
 ScalarCoefficient: TypeAlias = float | Tensor | Callable[[TensorTree], Any]
 """A number, a 0-d tensor, or a function of the hparams that returns one of them."""
@@ -62,6 +63,7 @@ def proximal(
         arXiv 1909.04630; Denevi et al., arXiv 1903.10399.
     """
     check_callable(loss, "proximal: loss", "(params, hparams, *args) -> scalar")
+    refuse_schedule("proximal", "weight", weight)
     if is_number(weight):
         check_number("proximal", "weight", weight)
     elif not (callable(weight) or isinstance(weight, Tensor)):

@@ -59,8 +59,9 @@ class StochasticAID(AbstractLinearSolver):
     Args:
         num_steps: the number of steps ``K``, >= 0.
         optimizer: an `hyperfunc.optim.Optimizer`, which sees ``A_t^T u - b`` as gradient and the
-            step number as its hparams, for schedules such as
-            ``hf.optim.sgd(lr=lambda step: 1 / (1 + 0.1 * step))``. Or a function of a list of
+            step number as its hparams, for coefficients such as
+            ``hf.optim.sgd(lr=lambda step: 1 / (1 + 0.1 * step))``, or schedules such as
+            ``hf.optim.sgd(lr=hf.optim.cosine(1.0, 100))``. Or a function of a list of
             tensors that makes a ``torch.optim.Optimizer``, outside transforms.
         sampler: minibatches of the condition; by default it is called with all of ``*args``.
         outer_sampler: minibatches of the outer loss, with steps ``0, ..., num_outer_batches - 1``.

@@ -12,12 +12,14 @@ checkpointed. Forward values are those of ``torch.optim``, option by option.
 - a tensor: 0-d, or one that broadcasts to each leaf it applies to without enlarging it;
 - a tree of those whose structure is that of ``params`` cut off at any depth: one value for a layer
   holds for all leaves of the layer, one tensor like each leaf gives a rate to each coordinate;
-- a function of ``hparams`` that returns any of these.
+- a function of ``hparams`` that returns any of these;
+- a schedule: such a function of ``hparams`` and the step, made by `schedule`, or one of those of
+  ``torch.optim.lr_scheduler``: `constant`, `linear`, `cosine`, `exponential`, `polynomial`,
+  `warmup`, `piecewise`, `per_step`. The step is that of the optimiser's state, from 0.
 
 Derivatives with respect to coefficients are exact, in reverse and in forward mode, at every order.
 Numbers are checked against their range; tensors are not, since looking at their values would wait
-for the device and fail under ``vmap``. A function of ``hparams`` sees what `update` was given, so a
-schedule over steps is ``update(grads, state, params, schedule[t])``.
+for the device and fail under ``vmap``. A function of ``hparams`` sees what `update` was given.
 
 **Parameters that the loss does not use** keep their values, under weight decay and momentum too:
 a gradient of None leaves a leaf and its slots alone, as in ``torch.optim``. `hyperfunc.minimize`
@@ -39,6 +41,17 @@ the dtype of the leaf; the state has the dtypes of the parameters.
 from hyperfunc.optim._base import Coefficient, Optimizer, State, check_optimizer
 from hyperfunc.optim._clip import clip_grad_norm, clip_grad_value
 from hyperfunc.optim._rules import adagrad, adam, adamw, heavy_ball, rmsprop, sgd
+from hyperfunc.optim._schedules import (
+    constant,
+    cosine,
+    exponential,
+    linear,
+    per_step,
+    piecewise,
+    polynomial,
+    schedule,
+    warmup,
+)
 from hyperfunc.optim._torch import from_torch
 
 __all__ = [
@@ -51,8 +64,17 @@ __all__ = [
     "check_optimizer",
     "clip_grad_norm",
     "clip_grad_value",
+    "constant",
+    "cosine",
+    "exponential",
     "from_torch",
     "heavy_ball",
+    "linear",
+    "per_step",
+    "piecewise",
+    "polynomial",
     "rmsprop",
+    "schedule",
     "sgd",
+    "warmup",
 ]

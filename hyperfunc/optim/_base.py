@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import inspect
@@ -23,8 +24,16 @@ from hyperfunc._types import Leaves, TensorTree
 Gradients: TypeAlias = tuple[Tensor | None, ...]
 """The leaves of a gradient; None: the loss does not depend on the parameter."""
 
-Coefficient: TypeAlias = float | TensorTree | Callable[[Any], Any]
-"""A number, a tensor, a tree of them (see the top of this page), or a function of hparams."""
+Coefficient: TypeAlias = float | TensorTree | Callable[..., Any]
+"""A number, a tensor, a tree of them (see the top of this page), a function, or a schedule."""
+
+
+class Schedule(abc.ABC):
+    """A coefficient that depends on the step; made by `schedule` and its kin."""
+
+    @abc.abstractmethod
+    def __call__(self, hparams: Any, step: Tensor) -> Any:
+        """The value at a step, counted from 0: int64, 0-d."""
 
 
 class Optimizer(NamedTuple):
@@ -117,6 +126,15 @@ def check_coefficient(name: str, key: str, coefficient: Coefficient) -> None:
         _check_values(name, key, coefficient, key)
 
 
+def refuse_schedule(name: str, key: str, coefficient: Any) -> None:
+    """Raise if a coefficient depends on the step, where there is none."""
+    if isinstance(coefficient, Schedule):
+        raise TypeError(
+            f"{name}: {key} is a schedule, but no steps are counted here; expected a number, a "
+            f"tensor or a function of hparams. An optimizer of hf.optim in hf.minimize takes it"
+        )
+
+
 def check_single(label: str, value: Any, advice: str) -> None:
     if not is_single(value):
         raise TypeError(
@@ -133,17 +151,25 @@ def is_zero(coefficient: Any) -> bool:
     return isinstance(coefficient, int | float) and coefficient == 0
 
 
-def evaluate(name: str, key: str, coefficient: Coefficient, hparams: Any) -> Any:
+def evaluate(
+    name: str, key: str, coefficient: Coefficient, hparams: Any, step: Tensor | None = None
+) -> Any:
     """The value of a coefficient at these hparams: a number, a tensor or a tree of them."""
     if not callable(coefficient):
         return coefficient
-    if hparams is None:
+    arguments: tuple[Any, ...] = (hparams,)
+    if isinstance(coefficient, Schedule) and step is not None:
+        arguments = (hparams, step)
+    elif isinstance(coefficient, Schedule):
+        refuse_schedule(name, key, coefficient)
+    elif hparams is None:
         raise TypeError(
             f"{name}: {key} is a function of hparams, but update got hparams=None. "
             f"Write optimizer.update(grads, state, params, hparams)"
         )
-    value = coefficient(hparams)
-    _check_values(name, key, value, f"{key}(hparams)")
+    value = coefficient(*arguments)
+    label = f"{key}(hparams, step)" if len(arguments) == 2 else f"{key}(hparams)"
+    _check_values(name, key, value, label)
     return trees.tree_map(in_own_dtype, value) if forward_mode_active() else value
 
 
@@ -155,12 +181,13 @@ def values_by_leaf(
     leaves: Sequence[Tensor],
     spec: trees.TreeSpec,
     any_shape: Collection[str] = (),
+    step: Tensor | None = None,
 ) -> list[tuple[Any, ...]]:
     """The values of all coefficients for each leaf; one and the same tuple if leaves share them.
 
     Those under the names ``any_shape`` need not broadcast to the leaf that they stand for.
     """
-    values = {key: evaluate(name, key, value, hparams) for key, value in coefficients.items()}
+    values = {key: evaluate(name, key, value, hparams, step) for key, value in coefficients.items()}
     if all(is_single(value) for value in values.values()):
         return [tuple(values.values())] * len(leaves)
     columns = [
@@ -219,18 +246,18 @@ _BELOW_ONE = (0.0, math.nextafter(1.0, 0.0), "in [0, 1)")
 _ANY = (-math.inf, math.inf, "that is not NaN")
 _RANGES: dict[str, tuple[float, float, str]] = {
     "alpha": (0.0, 1.0, "in [0, 1]"),
-    **dict.fromkeys(("beta", "betas[0]", "betas[1]"), _BELOW_ONE),
+    **dict.fromkeys(("heavy_ball: momentum", "betas[0]", "betas[1]"), _BELOW_ONE),
     **dict.fromkeys(("dampening", "lower", "upper", "normal", "offset", "matrix", "vector"), _ANY),
 }
 _AT_LEAST_ZERO = (0.0, math.inf, "of at least 0")
 _KINDS = (
-    "a number, a floating-point tensor, a tree of them with the structure of params, or a function "
-    "of hparams that returns one of these"
+    "a number, a floating-point tensor, a tree of them with the structure of params, a function of "
+    "hparams that returns one of these, or a schedule"
 )
 
 
 def _check_values(name: str, key: str, value: Any, label: str) -> None:
-    low, high, words = _RANGES.get(key, _AT_LEAST_ZERO)
+    low, high, words = _RANGES.get(f"{name}: {key}") or _RANGES.get(key, _AT_LEAST_ZERO)
     leaves, spec = trees.flatten(value)
     if not leaves:
         raise TypeError(f"{name}: {label} is {describe(value)}; expected {_KINDS}")

@@ -14,6 +14,8 @@ from hyperfunc._types import TensorTree
 from hyperfunc.optim._base import (
     Coefficient,
     Optimizer,
+    Schedule,
+    State,
     cast,
     check_coefficient,
     check_optimizer,
@@ -35,7 +37,8 @@ def clip_grad_norm(optimizer: Optimizer, max_norm: Coefficient) -> Optimizer:
 
     Args:
         optimizer: the `Optimizer` to wrap; its state is the state of the whole.
-        max_norm: a number of at least 0, a 0-d tensor, or a function of hparams that returns one.
+        max_norm: a number of at least 0, a 0-d tensor, a function of hparams that returns one, or
+            a schedule, for an optimiser whose state counts steps, as those of this module.
 
     Raises:
         TypeError: something that is no `Optimizer`, or no such coefficient.
@@ -93,7 +96,8 @@ class _ClippedByNorm(PrintsAsCall):
         self, grads: TensorTree, state: Any, params: TensorTree, hparams: Any = None
     ) -> tuple[TensorTree, Any]:
         leaves, _, spec = flatten_like_params(self.name, grads, params)
-        limit = evaluate(self.name, "max_norm", self.max_norm, hparams)
+        step = _step(self.name, "max_norm", self.max_norm, state)
+        limit = evaluate(self.name, "max_norm", self.max_norm, hparams, step)
         check_single(f"{self.name}: max_norm", limit, "use clip_grad_value")
         known = tuple(leaf for leaf in leaves if leaf is not None)
         if not known:
@@ -120,7 +124,8 @@ class _ClippedByValue(PrintsAsCall):
     ) -> tuple[TensorTree, Any]:
         leaves, like, spec = flatten_like_params(self.name, grads, params)
         limits = {"clip_value": self.clip_value}
-        rows = values_by_leaf(self.name, limits, hparams, params, like, spec)
+        step = _step(self.name, "clip_value", self.clip_value, state)
+        rows = values_by_leaf(self.name, limits, hparams, params, like, spec, (), step)
         clipped: list[Tensor | None] = []
         for leaf, row in zip(leaves, rows, strict=True):
             if leaf is None:
@@ -129,3 +134,15 @@ class _ClippedByValue(PrintsAsCall):
             (limit,) = cast(row, leaf.dtype, leaf.device)
             clipped.append(torch.clamp(leaf, -limit, limit))
         return self.optimizer.update(trees.unflatten(spec, clipped), state, params, hparams)
+
+
+def _step(name: str, key: str, coefficient: Coefficient, state: Any) -> Tensor | None:
+    """The step that a schedule is taken at: that of the state of the optimiser."""
+    if not isinstance(coefficient, Schedule):
+        return None
+    if not isinstance(state, State):
+        raise TypeError(
+            f"{name}: {key} is a schedule, which needs the step, but the optimiser's state is of "
+            f"type {type(state).__name__}; expected an hf.optim.State, which counts steps"
+        )
+    return state.step

@@ -20,6 +20,7 @@ from hyperfunc.optim._base import (
     Gradients,
     Initializer,
     Optimizer,
+    Schedule,
     State,
     cast,
     check_coefficient,
@@ -40,6 +41,11 @@ class Leafwise(PrintsAsCall, abc.ABC):
 
     keys: ClassVar[tuple[str, ...]] = ()
     skips_unused: ClassVar[bool] = True
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a coefficient depends on the step."""
+        return any(isinstance(value, Schedule) for value in self.coefficients.values())
 
     @property
     def coefficients(self) -> dict[str, Coefficient]:
@@ -85,30 +91,37 @@ class Leafwise(PrintsAsCall, abc.ABC):
         new, (step, *rest) = update(leaves, grad_leaves, (state.step, *flat))
         *parts, _ = split(rest, *[len(leaves)] * len(slots))
         filled = dict(zip(slots, [trees.unflatten(spec, part) for part in parts], strict=True))
-        return trees.unflatten(spec, new), State(step if self.timed else step + 1, filled)
+        return trees.unflatten(spec, new), State(step if self._counts else step + 1, filled)
 
     def bind(
         self, like: Leaves, spec: trees.TreeSpec, hparams: Any
     ) -> Callable[[Leaves, Gradients, Leaves], tuple[Leaves, Leaves]]:
         """The update at given hparams, on leaves: ``(params, grads, state) -> (new, state)``."""
         params = trees.unflatten(spec, like)
-        rows = values_by_leaf(self.name, self.coefficients, hparams, params, like, spec)
         dtypes = [torch.promote_types(leaf.dtype, torch.float32) for leaf in like]
-        parts = zip(rows, dtypes, like, strict=True)
-        keys = [(id(row), dtype, leaf.device) for row, dtype, leaf in parts]
-        distinct = dict(zip(keys, rows, strict=True))
         places = [1 + sorted(self.slots).index(slot) * len(like) for slot in self.slots]
 
-        def prepared(t: Any) -> list[tuple[Any, ...]]:
+        def evaluate(step: Tensor | None) -> list[tuple[Any, ...]]:
+            coefficients = self.coefficients
+            return values_by_leaf(self.name, coefficients, hparams, params, like, spec, (), step)
+
+        def prepared(t: Any, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+            parts = zip(rows, dtypes, like, strict=True)
+            keys = [(id(row), dtype, leaf.device) for row, dtype, leaf in parts]
+            distinct = dict(zip(keys, rows, strict=True))
             values = {key: cast(self.prepare(t, *row), *key[1:]) for key, row in distinct.items()}
             return [values[key] for key in keys]
 
-        constant = None if self.timed else prepared(1)
+        fixed = None if self.scheduled else evaluate(None)
+        constant = None if fixed is None or self.timed else prepared(1, fixed)
 
         def update(leaves: Leaves, grads: Gradients, state: Leaves) -> tuple[Leaves, Leaves]:
-            values = prepared(_step_number(state[0])) if constant is None else constant
+            values = constant
+            if values is None:
+                t = _step_number(state[0]) if self.timed else 1
+                values = prepared(t, evaluate(state[0]) if fixed is None else fixed)
             new_leaves = []
-            new_state = [state[0] + 1 if self.timed else state[0], *state[1:]]
+            new_state = [state[0] + 1 if self._counts else state[0], *state[1:]]
             leafwise = zip(leaves, grads, values, dtypes, strict=True)
             for index, (leaf, grad, c, dtype) in enumerate(leafwise):
                 if grad is None:
@@ -127,6 +140,11 @@ class Leafwise(PrintsAsCall, abc.ABC):
             return tuple(new_leaves), tuple(new_state)
 
         return update
+
+    @property
+    def _counts(self) -> bool:
+        """Whether a step depends on its number, which `bind` then counts."""
+        return self.timed or self.scheduled
 
     def _flatten_slots(self, state: Any, slots: list[str], spec: trees.TreeSpec) -> list[Tensor]:
         if not isinstance(state, State) or set(state.slots) != set(slots):

@@ -93,10 +93,12 @@ class SGD(Leafwise):
 
     def plain_rate(self, like: Leaves, hparams: Any) -> float | None:
         """The number ``lr`` where a step on such leaves is ``w - lr g`` in their own dtypes."""
-        lr = evaluate(self.name, "lr", self.lr, hparams)
         plain = not self.slots and is_zero(self.weight_decay) and not self.maximize
         rounded = any(torch.promote_types(w.dtype, torch.float32) is not w.dtype for w in like)
-        return lr if plain and not rounded and isinstance(lr, int | float) else None
+        if not plain or rounded or self.scheduled:
+            return None
+        lr = evaluate(self.name, "lr", self.lr, hparams)
+        return lr if isinstance(lr, int | float) else None
 
     def prepare(self, t: Any, lr: Any, momentum: Any, dampening: Any, weight_decay: Any) -> Any:
         gain = 1 - dampening * after_first(t) if self.timed else 1
@@ -112,27 +114,30 @@ class SGD(Leafwise):
         return axpy(rate, direction, leaf), (buffer,)
 
 
-def heavy_ball(lr: Coefficient, beta: Coefficient) -> Optimizer:
+def heavy_ball(
+    lr: Coefficient, momentum: Coefficient | None = None, *, beta: Any = None
+) -> Optimizer:
     """Polyak's heavy ball, started at rest.
 
-        w_{t+1} = w_t - lr g_t + beta (w_t - w_{t-1}),    w_{-1} = w_0
+        w_{t+1} = w_t - lr g_t + momentum (w_t - w_{t-1}),    w_{-1} = w_0
 
-    For a constant ``lr`` these are the iterates of ``sgd(lr, momentum=beta)``; for one that changes
-    they are not, since here the rate multiplies the newest gradient alone.
+    For a constant ``lr`` these are the iterates of `sgd` with the same momentum; for one that
+    changes they are not, since here the rate multiplies the newest gradient alone.
 
     Args:
         lr: step size, at least 0; a `Coefficient`, as is the next.
-        beta: the share of the last displacement that is kept, in [0, 1).
+        momentum: the share of the last displacement that is kept, in [0, 1).
+        beta: the old name of ``momentum``, which is refused.
 
     Returns:
         An `Optimizer` whose slot ``previous`` is the iterate before the current one.
 
     Raises:
         ValueError: a number out of its range.
-        TypeError: a coefficient of another kind.
+        TypeError: a coefficient of another kind, or none.
 
     Example:
-        >>> optimizer = hf.optim.heavy_ball(lr=0.1, beta=0.5)
+        >>> optimizer = hf.optim.heavy_ball(lr=0.1, momentum=0.5)
         >>> w = torch.tensor(1.0)
         >>> state = optimizer.init(w)
         >>> for _ in range(2):
@@ -143,19 +148,22 @@ def heavy_ball(lr: Coefficient, beta: Coefficient) -> Optimizer:
     References:
         Polyak. Some methods of speeding up the convergence of iteration methods. 1964.
     """
-    return _HeavyBall(lr, beta, slots={"previous": None}, timed=False).optimizer()
+    if beta is not None or momentum is None:
+        got = "got no momentum" if beta is None else "beta is called momentum, as in sgd"
+        raise TypeError(f"heavy_ball: {got}. Write heavy_ball(lr=0.1, momentum=0.9)")
+    return _HeavyBall(lr, momentum, slots={"previous": None}, timed=False).optimizer()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class _HeavyBall(Leafwise):
     lr: Coefficient
-    beta: Coefficient
+    momentum: Coefficient
 
     name = "heavy_ball"
-    keys = ("lr", "beta")
+    keys = ("lr", "momentum")
 
-    def prepare(self, t: Any, lr: Any, beta: Any) -> Any:
-        return -lr, 1 + beta
+    def prepare(self, t: Any, lr: Any, momentum: Any) -> Any:
+        return -lr, 1 + momentum
 
     def step(self, leaf: Tensor, grad: Tensor, slots: Leaves, c: Any) -> Any:
         rate, reach = c

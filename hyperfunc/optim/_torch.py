@@ -38,7 +38,8 @@ def from_torch(
     SGD, Adam, AdamW, RMSprop and Adagrad become the functions of this module, with all that they
     can do. Any other class takes its own step, on copies, with its state passed in and out. Then
 
-    - options may be numbers, 0-d tensors or functions of ``hparams``, also within ``betas``;
+    - options may be numbers, 0-d tensors, functions of ``hparams`` or schedules, also within
+      ``betas``;
     - derivatives with respect to gradients, parameters and state are right for Adadelta, Adamax,
       NAdam, RAdam and Rprop, and with respect to ``lr`` for NAdam and RAdam. All others, which
       torch has not or silently has as zero, are refused when asked for;
@@ -188,7 +189,7 @@ class _TorchUpdate(PrintsAsCall):
                 f"{name}: got a state that is not one of from_torch({name}) for these params. "
                 f"Make it with state = optimizer.init(params)"
             )
-        values = rule.evaluate(name, hparams)
+        values = rule.evaluate(name, hparams, state.step)
         used = [index for index, grad in enumerate(grad_leaves) if grad is not None]
         slot_leaves, slot_spec = trees.flatten(tuple(slots[index] for index in used))
         chosen = [leaves[index] for index in used]
@@ -256,10 +257,10 @@ class _TorchRule:
         execution = dict.fromkeys((key for key in _EXECUTION_OPTIONS if key in accepted), False)
         self.traced_execution = {"differentiable": True, **execution}
 
-    def evaluate(self, name: str, hparams: Any) -> list[Tensor]:
+    def evaluate(self, name: str, hparams: Any, step: Tensor) -> list[Tensor]:
         values = []
         for label, index in zip(self.labels, self._open, strict=True):
-            value = evaluate(name, label, self._leaves[index], hparams)
+            value = evaluate(name, label, self._leaves[index], hparams, step)
             check_single(f"{name}: {label}", value, "use the functions of hf.optim")
             number = not isinstance(value, Tensor)
             values.append(torch.tensor(value, dtype=torch.float64) if number else value)

@@ -57,7 +57,7 @@ SOLVERS = {
         hf.optim.sgd(lr=lambda h: 2.0 * h["lr"], momentum=lambda h: 0.5 * h["lr"].exp())
     ),
     "heavy ball": lambda: steps(
-        hf.optim.heavy_ball(lr=lambda h: 2.0 * h["lr"], beta=lambda h: 0.1 * h["lr"])
+        hf.optim.heavy_ball(lr=lambda h: 2.0 * h["lr"], momentum=lambda h: 0.1 * h["lr"])
     ),
     "proximal": lambda: steps(
         hf.optim.sgd(lr=0.1),

@@ -428,7 +428,7 @@ def test_every_torch_optimizer_takes_its_own_steps(factory: Any, scheduler: str)
 
 PURE = {
     "sgd": hf.optim.sgd(lr=0.2, momentum=0.5, nesterov=True),
-    "heavy_ball": hf.optim.heavy_ball(lr=0.1, beta=0.3),
+    "heavy_ball": hf.optim.heavy_ball(lr=0.1, momentum=0.3),
     "adam": hf.optim.adam(lr=0.1),
     "adamw": hf.optim.adamw(lr=0.1),
     "rmsprop": hf.optim.rmsprop(lr=0.1),

@@ -102,7 +102,7 @@ CASES = {
         "make": optim.heavy_ball,
         "torch": None,
         "options": {},
-        "coefficients": {"lr": 0.1, "beta": 0.7},
+        "coefficients": {"lr": 0.1, "momentum": 0.7},
     },
 }
 VARIANTS = {
@@ -527,7 +527,7 @@ def test_vmap_over_coefficients_and_derivatives(name, device):
         if name in CASES
         else lambda lr: optim.from_torch(torch.optim.NAdam, lr=lr)
     )
-    others = {"heavy_ball": {"beta": 0.5}}.get(name, {})
+    others = {"heavy_ball": {"momentum": 0.5}}.get(name, {})
     optimizer = make(lr=lambda lr: lr, **others)
     rates = torch.tensor([0.1, 0.2, 0.05], dtype=F64, device=device)
 
@@ -581,7 +581,7 @@ def test_leaves_keep_their_own_dtype():
     }
     lr = torch.tensor(0.1, requires_grad=True)
     for name, case in CASES.items():
-        options = {"beta": 0.5} if name == "heavy_ball" else {}
+        options = {"momentum": 0.5} if name == "heavy_ball" else {}
         optimizer = case["make"](lr=lr, **options)
         new, state = optimizer.update(params, optimizer.init(params), params)
         new, state = optimizer.update(new, state, new)
@@ -942,7 +942,11 @@ ERRORS = [
         ValueError,
         r"needs momentum and no dampening; got momentum=0.9, dampening=0.1",
     ),
-    (lambda: optim.heavy_ball(0.1, 1.0), ValueError, r"heavy_ball: beta is 1.0; .* in \[0, 1\)"),
+    (
+        lambda: optim.heavy_ball(0.1, 1.0),
+        ValueError,
+        r"heavy_ball: momentum is 1.0; .* in \[0, 1\)",
+    ),
     (lambda: optim.adam(0.1, (0.9, 1.0)), ValueError, r"adam: betas\[1\] is 1.0; .* in \[0, 1\)"),
     (lambda: optim.adamw(0.1, (-0.1, 0.9)), ValueError, r"adamw: betas\[0\] is -0.1"),
     (lambda: optim.adam(0.1, 0.9), TypeError, r"adam: betas is 0.9; expected a pair"),

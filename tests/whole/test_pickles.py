@@ -36,6 +36,10 @@ def decorated_block(h: Tensor) -> Tensor:
     return torch.tanh(h)
 
 
+def rate_of_step(h: Tensor, step: Tensor) -> Tensor:
+    return 0.1 / (1 + step)
+
+
 def scaled_tasks(h: Tensor, tasks: Tensor) -> Tensor:
     return tasks * h
 
@@ -339,6 +343,15 @@ MADE: dict[str, list[Case]] = {
     "optim.from_torch": optimizers(lambda: hf.optim.from_torch(torch.optim.Adadelta, lr=0.1)),
     "optim.clip_grad_norm": optimizers(lambda: hf.optim.clip_grad_norm(hf.optim.sgd(0.1), 0.1)),
     "optim.clip_grad_value": optimizers(lambda: hf.optim.clip_grad_value(hf.optim.sgd(0.1), 0.1)),
+    "optim.schedule": optimizers(lambda: hf.optim.sgd(hf.optim.schedule(rate_of_step))),
+    "optim.constant": optimizers(lambda: hf.optim.sgd(hf.optim.constant(0.1))),
+    "optim.linear": optimizers(lambda: hf.optim.sgd(hf.optim.linear(0.1))),
+    "optim.warmup": optimizers(lambda: hf.optim.sgd(hf.optim.warmup(0.1, 3))),
+    "optim.cosine": optimizers(lambda: hf.optim.sgd(hf.optim.cosine(0.1, 3))),
+    "optim.exponential": optimizers(lambda: hf.optim.sgd(hf.optim.exponential(0.1, 0.9))),
+    "optim.polynomial": optimizers(lambda: hf.optim.sgd(hf.optim.polynomial(0.1, 3))),
+    "optim.piecewise": optimizers(lambda: hf.optim.sgd(hf.optim.piecewise([0.1, 0.2], [1]))),
+    "optim.per_step": optimizers(lambda: hf.optim.sgd(hf.optim.per_step(torch.ones(2)))),
     "optim.check_optimizer": optimizers(
         lambda: hf.optim.check_optimizer(hf.optim.sgd(0.1), "caller")
     ),
