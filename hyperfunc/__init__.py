@@ -11,6 +11,7 @@ from hyperfunc._rule.error_bound import ErrorBound, HypergradBound
 from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, diagnose
 from hyperfunc.equilibrium import EquilibriumLayer, jacobian_frobenius_squared
 from hyperfunc.inner_solvers import (
+    SolverAux,
     composed,
     gradient_descent_map,
     iterate,
@@ -83,6 +84,7 @@ __all__ = [
     "ReverseUnroll",
     "Solution",
     "SolveStats",
+    "SolverAux",
     "StochasticAID",
     "assign_grads",
     "bilevel",

@@ -66,6 +66,7 @@ class RuleOptions(ConditionOptions, total=False):
 class ImplicitDiffOptions(ConditionOptions, total=False):
     """The keywords of `implicit_diff`."""
 
+    has_aux: bool
     throw: bool | None
     on_backward: Callable[[Any], object] | None
 
@@ -73,4 +74,5 @@ class ImplicitDiffOptions(ConditionOptions, total=False):
 class HypergradOptions(RuleOptions, total=False):
     """The keywords of `hypergrad` that say how it is computed."""
 
+    solver_has_aux: bool
     compile: bool | str | Mapping[str, Any]

@@ -109,6 +109,8 @@ class Solution(NamedTuple):
         stats: `SolveStats` of the linear solve; `ChoiceStats` for `hyperfunc.Auto` and
             `hyperfunc.Fallback`.
         error_bound: the `hyperfunc.HypergradBound` that ``error_bound=`` asked for.
+        solver_aux: the second output of an inner solver with ``solver_has_aux=True``, detached,
+            numbers as tensors; for `hyperfunc.minimize` a `hyperfunc.SolverAux`.
     """
 
     params: TensorTree
@@ -117,6 +119,7 @@ class Solution(NamedTuple):
     adjoint: TensorTree
     stats: SolveStats | ChoiceStats | tuple[()]
     error_bound: Any = ()
+    solver_aux: Any = ()
 
 
 _MOST_NAMED = 8  # tasks in a message

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_scalar
+from hyperfunc._engine.solver_aux import UNTOLD
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves, TensorTree
@@ -118,8 +119,13 @@ class BoundCondition:
         name = self.condition.kind
         value = self.condition.fn(self.params(w, theta), *hparams_and_args)
         leaves, spec = trees.flatten(value)
-        like, what = self.leaves(w, theta), f"the output of {name}"
-        trees.check_like(leaves, spec, like, self.state.full, what, "params")
+        like, full, what = self.leaves(w, theta), self.state.full, f"the output of {name}"
+        try:
+            trees.check_like(leaves, spec, like, full, what, "params")
+        except ValueError as error:
+            if full.type is tuple and full.num_children == 2 and spec != full:
+                raise ValueError(f"{error}{UNTOLD}") from None
+            raise
         return self.state.split(leaves)[0]
 
     def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> autodiff.Linearization:

@@ -35,6 +35,7 @@ from hyperfunc._engine.results import (
     find_failure,
     of_tasks,
 )
+from hyperfunc._engine.solver_aux import UNTOLD, split_aux
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition
 from hyperfunc._rule.minibatches import SECOND_DERIVATIVE, MinibatchLinearization
 from hyperfunc._torch import autodiff, batching, derivative_rules, tracking
@@ -74,6 +75,10 @@ _FLOAT16 = (
 )
 
 
+Layout: TypeAlias = tuple[trees.TreeSpec, trees.Frame]
+"""How the params and aux of an inner solver are laid out."""
+
+
 @dataclasses.dataclass(eq=False)
 class ImplicitProblem:
     """An inner solver called, and the condition of its result, ``bound`` once that is known."""
@@ -84,12 +89,15 @@ class ImplicitProblem:
     arguments: Arguments
     throw: bool | None  # None: where what is returned is of no use
     on_backward: Callable[[SolveStats], object] | None = None
+    has_aux: bool = False
     bound: BoundCondition | None = None
+    aux_frame: trees.Frame | None = None
+    aux: Any = ()  # what the inner solver returned beside its params, once that is known
 
     def solve(self, theta: Leaves) -> Leaves:
         """The inner solution as detached leaves that share no memory with the arguments.
 
-        Those that are integers or bools come last.
+        Those that are integers or bools come next, and the tensors of aux last.
         """
         hparams = theta[: self.arguments.num_hparams]
         versions = tracking.versions(hparams)
@@ -102,11 +110,12 @@ class ImplicitProblem:
                 batching.outside_idle_vmaps(used),
                 derivative_rules.active(tracking.transforms_active()),
             ):
-                leaves, spec = self._run(tracking.detach(theta), captured)
+                outputs, (spec, self.aux_frame) = self._run(tracking.detach(theta), captured)
         except RuntimeError as error:
             if tracking.escaped(error):
                 raise ValueError(escaped_message("the inner solver")) from error
             raise
+        leaves, aux = split(outputs, spec.num_leaves)
         if tracking.reaches_foreign_leaf(tuple(map(tracking.innermost, leaves)), (), since):
             raise ValueError(captured_message("the inner solver"))
         self._refuse_written(versions, tracking.versions(hparams))
@@ -115,20 +124,23 @@ class ImplicitProblem:
         state = trees.StateSpec.of(spec, leaves)
         self.bound = BoundCondition(self.condition, self.arguments, state)
         w, others = state.split(leaves)
-        return tuple(leaf.clone() for leaf in tracking.detach((*w, *others)))
+        return tuple(leaf.clone() for leaf in tracking.detach((*w, *others, *aux)))
 
-    def _run(self, theta: Leaves, captured: Sequence[Tensor]) -> tuple[Leaves, trees.TreeSpec]:
+    def _run(self, theta: Leaves, captured: Sequence[Tensor]) -> tuple[Leaves, Layout]:
         """What the inner solver returns, by a loop over tasks where it is no code for vmap."""
-        specs = []
+        layouts: list[Layout] = []
 
         def run(*tensors: Tensor) -> Leaves:
-            leaves, spec = flatten_params(self.inner_solver(*self.arguments.unflatten(tensors)))
-            specs.append(spec)
-            return leaves
+            result = self.inner_solver(*self.arguments.unflatten(tensors))
+            params, aux = split_aux(result, self.has_aux)
+            leaves, spec = flatten_params(params)
+            values, frame = trees.partition(aux)
+            layouts.append((spec, frame))
+            return (*leaves, *values)
 
         rng = torch.get_rng_state() if batching.active_vmaps() else None
         try:
-            return run(*theta), specs[0]
+            return run(*theta), layouts[0]
         except Exception as error:
             final = isinstance(error, HypergradError | torch.cuda.OutOfMemoryError)
             if rng is None or final or "randomness" in str(error):
@@ -136,15 +148,16 @@ class ImplicitProblem:
             if any(map(tracking.has_level, captured)):
                 raise ValueError(escaped_message("the inner solver")) from error
         # the solver is never differentiated, so that it may branch, call backward(), NumPy, ...
-        specs.clear()
+        layouts.clear()
         leaves = batching.loop_over_tasks(run, theta, rng)
-        other = next((spec for spec in specs if spec != specs[0]), None)
-        if other is not None:
-            raise ValueError(
-                f"the inner solver returned params of another structure for one task than for "
-                f"another: got {other} and {specs[0]}; expected one structure for all tasks"
-            )
-        return leaves, specs[0]
+        for layout in layouts:
+            for what, one, other in zip(("params", "aux"), layout, layouts[0], strict=True):
+                if one != other:
+                    raise ValueError(
+                        f"the inner solver returned {what} of another structure for one task than "
+                        f"for another: got {one} and {other}; expected one structure for all tasks"
+                    )
+        return leaves, layouts[0]
 
     def solution(self, theta: Leaves) -> tuple[Leaves, Leaves]:
         """The inner solution, and theta, which now has what in the solution is no floating number.
@@ -156,7 +169,10 @@ class ImplicitProblem:
             self._refuse_captured_by_solver(theta)
         leaves = _ImplicitSolution.apply(self, *theta) if tracked else self.solve(theta)
         assert self.bound is not None
-        w, others = split(leaves, self.bound.num_params)
+        state = self.bound.state
+        w, others, aux = split(leaves, state.num_floating, state.num_others)
+        if self.aux_frame is not None:
+            self.aux = self.aux_frame.fill(tracking.detach(aux))
         theta = (*theta, *others)
         if tracked and tracking.transforms_active():  # else every linearisation looks for itself
             self.refuse_captured(w, theta)
@@ -259,9 +275,11 @@ class _ImplicitSolution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
         ctx.problem, *theta = inputs
-        ctx.num_params = ctx.problem.bound.num_params
-        ctx.num_others = len(output) - ctx.num_params
-        w, others = split(output, ctx.num_params)
+        state = ctx.problem.bound.state
+        ctx.num_params, ctx.num_others = state.num_floating, state.num_others
+        w, others, aux = split(output, ctx.num_params, ctx.num_others)
+        ctx.num_rest = len(others) + len(aux)
+        ctx.mark_non_differentiable(*others, *aux)
         _save(ctx, *w, *theta, *others)
 
     @staticmethod
@@ -286,7 +304,7 @@ class _ImplicitSolution(torch.autograd.Function):
             if (regulariser := ctx.problem.bound.regulariser(w, theta, wrt)) is not None:
                 b = trees.sub(b, regulariser.push(directions))
             w_dot, _ = ctx.problem.unseen_adjoint(linearization, w, theta, b, transposed=False)
-            return (*w_dot, *[None] * ctx.num_others)
+            return (*w_dot, *[None] * ctx.num_rest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -463,7 +481,12 @@ def flatten_params(params: Any) -> tuple[Leaves, trees.TreeSpec]:
             "the inner solver returned None; expected the tree of inner parameters. "
             "Is its return statement missing?"
         )
-    return trees.flatten_floating(params, "params", others=True)
+    try:
+        return trees.flatten_floating(params, "params", others=True)
+    except TypeError as error:
+        if isinstance(params, tuple) and len(params) == 2:
+            raise TypeError(f"{error}{UNTOLD}") from None
+        raise
 
 
 def raise_unless_finite(leaves: Leaves, spec: trees.TreeSpec, name: str = "params") -> None:

@@ -137,13 +137,18 @@ def _pull(engine: _Engine, unused: dict[int, Leaves], group: int, cotangents: Le
 
 
 def gradient(
-    fn: Callable[..., Tensor], primals: Leaves, *, create_graph: bool | None = None
+    fn: Callable[..., Tensor],
+    primals: Leaves,
+    *,
+    create_graph: bool | None = None,
+    values: list[Tensor] | None = None,
 ) -> Leaves:
-    """Gradient of a scalar function of flat tensors.
+    """Gradient of a scalar function of flat tensors; a list ``values`` gets the value too.
 
     The result is differentiable whenever the primals are tracked (or ``create_graph`` says so).
     """
-    return _zeros_for_none(gradient_used(fn, primals, create_graph=create_graph), primals)
+    grads = gradient_used(fn, primals, create_graph=create_graph, values=values)
+    return _zeros_for_none(grads, primals)
 
 
 def gradient_used(
@@ -152,6 +157,7 @@ def gradient_used(
     *,
     create_graph: bool | None = None,
     used: list[bool] | None = None,
+    values: list[Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """`gradient`, with None for the primals that the value is known not to be computed from.
 
@@ -172,9 +178,11 @@ def gradient_used(
         looks = again and not derivative_rules.known_to_be_right()
         if torch.compiler.is_compiling():
             used, looks = None, False
-        transformed = torch.func.grad(value_of)
+        transformed = torch.func.grad_and_value(value_of)
         order = derivative_rules.derivatives(again)
-        grads, _ = derivative_rules.evaluate(transformed, (tuple(primals),), order)
+        (grads, found), _ = derivative_rules.evaluate(transformed, (tuple(primals),), order)
+        if values is not None:
+            values.append(found)
         grads = tangents.all_in_own_dtype(grads)
         return tuple(
             grad if is_used else None
@@ -187,6 +195,8 @@ def gradient_used(
             _enter(leaf.clone() if leaf.is_inference() else leaf, tracked) for leaf in primals
         ]
         value = fn(*inputs)
+        if values is not None:
+            values.append(value)
         if not value.requires_grad:
             return (None,) * len(primals)
         if tracked and not derivative_rules.known_to_be_right():

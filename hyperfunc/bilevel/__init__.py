@@ -19,7 +19,8 @@ alone. `soba` and `saba` make one step on all three variables at once; `stocbio`
 on the params and on the adjoint before one on the hparams.
 
 Step sizes are numbers, functions of the step (a 0-d int64 tensor, counted from 0) such as
-`power_decay`, or schedules of `hyperfunc.optim`, which see the state's hparams and step. Non-finite values are passed on, not looked for: the loops never wait for the device.
+`power_decay`, or schedules of `hyperfunc.optim`, which see the state's hparams and step. Non-finite
+values are passed on, not looked for: the loops never wait for the device.
 """
 
 # Here: one module a loop. May import what stands below the transforms. A new loop is a function in

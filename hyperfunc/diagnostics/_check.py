@@ -13,6 +13,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc._engine.random_vectors import random_signs
+from hyperfunc._engine.solver_aux import without_aux
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition, make_condition
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.unsupported import explained
@@ -62,6 +63,7 @@ def check_hypergrad(  # noqa: D417
     optimality: ParamsFunction | None = None,
     method: Any = "cg",
     has_aux: bool = False,
+    solver_has_aux: bool = False,
     throw: bool = False,
     rtol: float | None = None,
     num_directions: int = 3,
@@ -161,6 +163,7 @@ def check_hypergrad(  # noqa: D417
         tasks = Tasks.of(in_dims, (hparams, *args))
         hparams, *rest = tasks.single[0]
         args = tuple(rest)
+    inner_solver = without_aux(inner_solver, solver_has_aux)
     condition = make_condition(inner_solver, fixed_point, inner_loss, optimality)
     method = resolve_method(method)
     problem = _Problem(inner_solver, outer_loss, method, condition, has_aux, hparams, args)

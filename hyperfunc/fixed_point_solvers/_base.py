@@ -83,13 +83,15 @@ class AbstractFixedPointSolver(abc.ABC):
         return solution, stats, norms[:, 0] if self.batch_dim is None else norms
 
     def inner_solver(
-        self, fixed_point: ParamsFunction, *, init: InnerSolver
+        self, fixed_point: ParamsFunction, *, init: InnerSolver, has_aux: bool = False
     ) -> FixedPointInnerSolver:
         """An inner solver ``(hparams, *args) -> params``, which carries its condition.
 
         Args:
             fixed_point: ``(params, hparams, *args) -> tree like params``.
             init: ``(hparams, *args) -> params``, where the solver starts.
+            has_aux: whether it returns ``(params, SolveStats)``, which the transforms know. A solve
+                that does not converge then warns no more.
 
         Returns:
             The inner solver, for `hyperfunc.hypergrad` and `hyperfunc.implicit_diff`.
@@ -103,7 +105,7 @@ class AbstractFixedPointSolver(abc.ABC):
         """
         check_callable(fixed_point, "fixed_point", "(params, hparams, *args) -> tree like params")
         check_callable(init, "init", "(hparams, *args) -> params")
-        return FixedPointInnerSolver(self, fixed_point, init)
+        return FixedPointInnerSolver(self, fixed_point, init, has_aux)
 
     @abc.abstractmethod
     def _iteration(self, problem: Problem) -> Iteration:
@@ -117,6 +119,7 @@ class FixedPointInnerSolver:
     solver: AbstractFixedPointSolver
     fixed_point: ParamsFunction
     init: InnerSolver
+    has_aux: bool = False
 
     @property
     def condition(self) -> tuple[str, ParamsFunction]:
@@ -124,9 +127,11 @@ class FixedPointInnerSolver:
         return ("fixed_point", self.fixed_point)
 
     def __call__(self, hparams: TensorTree, /, *args: Any) -> TensorTree:
-        """The solution."""
+        """The solution, or with ``has_aux`` a pair of it and the `SolveStats`."""
         init = self.init(hparams, *args)
         solution, stats = self.solver(self.fixed_point, init, hparams, *args)
+        if self.has_aux:
+            return solution, stats
         warn_unless_solved(self.solver, stats)
         return solution
 

@@ -9,8 +9,10 @@ from hyperfunc.inner_solvers._maps import gradient_descent_map, proximal_gradien
 from hyperfunc.inner_solvers._proximal import proximal
 from hyperfunc.inner_solvers._solvers import IterativeSolver as IterativeSolver
 from hyperfunc.inner_solvers._solvers import iterate, minimize
+from hyperfunc.inner_solvers._steps import SolverAux
 
 __all__ = [
+    "SolverAux",
     "composed",
     "gradient_descent_map",
     "iterate",

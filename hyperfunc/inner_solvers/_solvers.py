@@ -36,6 +36,7 @@ class IterativeSolver:
         condition: what the solution satisfies, as ``(keyword, function)`` with a keyword of
             `hypergrad`; None where no one function describes it.
         compiler: what compiles the step, if anything does.
+        has_aux: whether it returns ``(params, SolverAux)``.
     """
 
     step: Step
@@ -46,6 +47,7 @@ class IterativeSolver:
     atol: float
     condition: tuple[str, Callable[..., Any]] | None
     compiler: Compiler | None = None
+    has_aux: bool = False
 
     def __repr__(self) -> str:
         step = self.step
@@ -71,9 +73,9 @@ class IterativeSolver:
         rows = unbind(self.inputs, self.num_steps)
         compiled = _compiled(self.compiler, steps, state, hparams, args) if self.compiler else None
         if compiled is None:
-            return steps.params(steps.run(steps.bind(hparams, args), state, rows))
+            return steps.result(steps.run(steps.bind(hparams, args), state, rows))
         size = 1 if steps.can_stop else block_size(self.num_steps)
-        return steps.params(steps.run(compiled, state, zip(*[iter(rows)] * size, strict=True)))
+        return steps.result(steps.run(compiled, state, zip(*[iter(rows)] * size, strict=True)))
 
 
 def iterate(
@@ -137,9 +139,12 @@ def minimize(
     num_steps: int,
     *,
     init: InnerSolver,
+    init_state: InnerSolver | None = None,
     inputs: TensorTree = None,
     rtol: float | None = None,
     atol: float | None = None,
+    has_aux: bool = False,
+    trace: bool = False,
     compile: bool | str | Mapping[str, Any] = False,
 ) -> IterativeSolver:
     r"""An inner solver that minimises a loss with an optimiser of `hyperfunc.optim`.
@@ -153,27 +158,61 @@ def minimize(
         optimizer: a pair of functions ``(init, update)``, such as ``hf.optim.sgd(lr=0.1)``.
         num_steps: the number of steps $T \ge 0$.
         init: ``(hparams, *args) -> params``, the start $w_0$.
+        init_state: ``(hparams, *args) -> state``, the optimiser's state $s_0$ where it goes on
+            from other steps; by default ``optimizer.init(params)``.
         inputs: minibatches: a tree of tensors with leading dimension ``num_steps``; step $t$ takes
             the gradient of ``inner_loss(params, hparams, *args, inputs_t)``. Implicit methods must
             then be given a condition.
         rtol: as for `iterate`, on the params.
         atol: as for `iterate`.
+        has_aux: whether the solver returns ``(params, aux)``, with a `SolverAux`: the optimiser's
+            state, for the next window of steps, and the number of steps. No derivative flows
+            through it. The transforms know: `implicit_diff` of the solver returns the pair too,
+            and `hypergrad_and_solution` gives it as ``Solution.solver_aux``.
+        trace: whether aux holds the losses and gradient norms of all steps too; implies
+            ``has_aux``.
         compile: as for `iterate`.
 
     Returns:
-        The inner solver, ``(hparams, *args) -> params``. Errors are those of `iterate`.
+        The inner solver, ``(hparams, *args) -> params``. Errors are those of `iterate`, and a
+        ``ValueError`` for a state that is not one of this optimiser and these params.
 
     Example:
         >>> inner_loss = lambda w, h: ((w - h) ** 2).sum()
         >>> solver = hf.minimize(inner_loss, hf.optim.sgd(lr=0.1), 100, init=torch.zeros_like)
         >>> solver(torch.tensor([1.0, 2.0]))
         tensor([1.0000, 2.0000])
+
+        Windows of two steps of Adam, whose state goes on:
+
+        >>> optimizer = hf.optim.adam(lr=lambda h: h)
+        >>> window = hf.minimize(
+        ...     lambda w, h, *start: (w - 1) ** 2,
+        ...     optimizer,
+        ...     num_steps=2,
+        ...     init=lambda h, w, state: w,
+        ...     init_state=lambda h, w, state: state,
+        ...     has_aux=True,
+        ... )
+        >>> outer_loss = lambda w, h, *start: (w - 1) ** 2
+        >>> step = hf.hypergrad_and_solution(window, outer_loss, method="reverse")
+        >>> w = torch.tensor(0.0)
+        >>> state = optimizer.init(w)
+        >>> for _ in range(3):
+        ...     grads, solution = step(torch.tensor(0.1), w, state)
+        ...     w, state = solution.params, solution.solver_aux.state
+        >>> w, state.step
+        (tensor(0.5763), tensor(6))
     """
     check_callable(inner_loss, "inner_loss", "(params, hparams, *args) -> scalar")
     optim.check_optimizer(optimizer, "minimize")
     condition = ("inner_loss", inner_loss) if inputs is None else None
-    step = DescentStep(inner_loss, optimizer)
-    return _build("minimize", step, num_steps, init, inputs, rtol, atol, condition, compile)
+    if init_state is not None:
+        check_callable(init_state, "minimize: init_state", "(hparams, *args) -> state")
+    has_aux = has_aux or trace
+    step = DescentStep(inner_loss, optimizer, init_state, has_aux, num_steps if trace else None)
+    solver = _build("minimize", step, num_steps, init, inputs, rtol, atol, condition, compile)
+    return replace(solver, has_aux=has_aux)
 
 
 class FlatSteps:
@@ -190,6 +229,7 @@ class FlatSteps:
         self._init = solver.init
         self._rtol, self._atol = solver.rtol, solver.atol
         self.can_stop = solver.can_stop
+        self.has_aux = solver.has_aux
 
     def start(self, hparams: TensorTree, args: tuple[Any, ...]) -> Leaves:
         """The state before the first step."""
@@ -199,7 +239,7 @@ class FlatSteps:
             params = self._init(hparams, *args)
         leaves, self._params_spec = trees.flatten_floating(params, "params", others=True)
         self._state_spec = trees.StateSpec.of(self._params_spec, leaves)
-        memory, self._memory_spec = trees.flatten(self._step.remember(params))
+        memory, self._memory_spec = trees.flatten(self._step.remember(params, hparams, args))
         for path, leaf in zip(trees.paths(self._memory_spec, "state"), memory, strict=True):
             if not isinstance(leaf, Tensor):
                 raise TypeError(
@@ -207,6 +247,7 @@ class FlatSteps:
                     f"tensor. Write torch.tensor(...) around a number"
                 )
         self.num_params = len(leaves)
+        self.num_outputs = self.num_params + (len(memory) if self.has_aux else 0)
         return (*leaves, *memory)
 
     @property
@@ -214,9 +255,14 @@ class FlatSteps:
         """The structures of the params and of the memory."""
         return self._params_spec, self._memory_spec
 
-    def params(self, state: Leaves) -> TensorTree:
-        """The params of a state."""
-        return trees.unflatten(self._params_spec, state[: self.num_params])
+    def result(self, state: Leaves) -> TensorTree:
+        """What the solver returns at a state, or at as much of it as its outputs."""
+        params = trees.unflatten(self._params_spec, state[: self.num_params])
+        if not self.has_aux:
+            return params
+        return params, trees.unflatten(
+            self._memory_spec, tracking.detach(state[self.num_params : self.num_outputs])
+        )
 
     def bind(
         self, hparams: TensorTree, args: tuple[Any, ...]

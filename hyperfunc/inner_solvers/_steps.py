@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from hyperfunc import optim
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_scalar
+from hyperfunc._engine.flat import split
 from hyperfunc._torch import autodiff, tracking
-from hyperfunc._types import Leaves, Loss, ParamsFunction, TensorTree
+from hyperfunc._torch.containers import loadable
+from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
 from hyperfunc.inner_solvers._proximal import ProximalLoss
 from hyperfunc.optim._base import Gradients, skips_unused
 from hyperfunc.optim._leafwise import Leafwise
@@ -29,18 +32,36 @@ Specs = tuple[trees.TreeSpec, trees.TreeSpec]
 class Step(Protocol):
     """One step of an inner solver, with what it remembers from one step to the next."""
 
-    def remember(self, params: TensorTree, /) -> TensorTree:
+    def remember(self, params: TensorTree, hparams: Any, args: tuple[Any, ...], /) -> TensorTree:
         """The memory before the first step."""
 
     def bind(self, specs: Specs, like: Leaves, hparams: Any, args: tuple[Any, ...]) -> FlatStep:
         """The step at given arguments, for params and memory of given structures."""
 
 
+@loadable
+class SolverAux(NamedTuple):
+    """What a solver made by `minimize` with ``has_aux`` returns beside its params.
+
+    Attributes:
+        state: the optimiser's state after the last step, where the next window of steps goes on.
+        num_steps: int64, the steps that were taken; fewer than asked for after an early stop.
+        losses: with ``trace``, the inner loss before each step, of shape ``(num_steps,)`` as asked
+            for, and NaN for steps that were not taken; else ``()``.
+        grad_norms: the Euclidean norms of its gradients, likewise.
+    """
+
+    state: Any
+    num_steps: Any
+    losses: Any
+    grad_norms: Any
+
+
 @dataclass(frozen=True, eq=False)
 class MapStep:
     fixed_point: ParamsFunction
 
-    def remember(self, params: TensorTree, /) -> TensorTree:
+    def remember(self, params: TensorTree, hparams: Any, args: tuple[Any, ...], /) -> TensorTree:
         return ()
 
     def bind(self, specs: Specs, like: Leaves, hparams: Any, args: tuple[Any, ...]) -> FlatStep:
@@ -56,23 +77,42 @@ class DescentStep:
     inner_loss: Loss
     optimizer: optim.Optimizer
     first_order: bool = False  # whether gradients are constants
+    init_state: InnerSolver | None = None
+    has_aux: bool = False  # the memory is then a `SolverAux`, else the state alone
+    num_traced: int | None = None  # steps whose losses and gradient norms are kept
 
-    def remember(self, params: TensorTree, /) -> TensorTree:
-        w, _, state = trees.flatten_state(params, "params")
-        return self.optimizer.init(trees.unflatten(state.spec, w))
+    def remember(self, params: TensorTree, hparams: Any, args: tuple[Any, ...], /) -> TensorTree:
+        w, _, spec = trees.flatten_state(params, "params")
+        state = self.optimizer.init(trees.unflatten(spec.spec, w))
+        if self.init_state is not None:
+            like, like_spec = trees.flatten(state)
+            state = self.init_state(hparams, *args)
+            leaves, state_spec = trees.flatten(state)
+            name = "the state that init_state returned"
+            trees.check_like(leaves, state_spec, tuple(like), like_spec, name, "optimizer.init")
+        if not self.has_aux:
+            return state
+        traces: list[Any] = [(), ()]
+        if self.num_traced is not None:
+            shape, dtype = (self.num_traced,), trees.accumulation_dtype(w)
+            traces = [torch.full(shape, torch.nan, dtype=dtype, device=w[0].device)] * 2
+        num_steps = torch.zeros((), dtype=torch.int64, device=w[0].device)
+        return SolverAux(state, num_steps, *traces)
 
     def bind(self, specs: Specs, like: Leaves, hparams: Any, args: tuple[Any, ...]) -> FlatStep:
         loss, optimizer = self.inner_loss, self.optimizer.update
         state = trees.StateSpec.of(specs[0], like)
         spec, (like, _) = state.spec, state.split(like)
-        update = self._update((spec, specs[1]), like, hparams)
+        memory_spec = specs[1].child(0) if self.has_aux else specs[1]
+        update = self._update((spec, memory_spec), like, hparams)
+        traced = self.num_traced is not None
         regulariser, rate = None, None
         operands, structure = trees.flatten((hparams, args))
         trees.refuse_holders(operands, structure, "(hparams, args)")
         if self.first_order:
             operands = list(tracking.detach(operands))
             hparams, args = trees.unflatten(structure, operands)
-        if isinstance(loss, ProximalLoss):
+        if isinstance(loss, ProximalLoss) and not traced:
             regulariser, loss = loss.at(hparams, like, spec), loss.loss
             if isinstance(optimizer, SGD) and not isinstance(regulariser.weight, Tensor):
                 rate = optimizer.plain_rate(like, hparams)
@@ -81,14 +121,19 @@ class DescentStep:
         used: list[bool] | None = [] if skips else None
 
         def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
-            if not state.num_others:
-                return descend(leaves, (), memory, extra)
-            w, others = state.split(leaves)
-            w, memory = descend(w, others, memory, extra)
-            return state.merge(w, others), memory
+            w, others = state.split(leaves) if state.num_others else (leaves, ())
+            seen: list[Any] | None = [] if traced else None
+            kept, notes = split(memory, memory_spec.num_leaves)
+            w, kept = descend(w, others, kept, extra, seen)
+            memory = (*kept, *_noted(notes, seen)) if notes else kept
+            return (state.merge(w, others) if state.num_others else w), memory
 
         def descend(
-            leaves: Leaves, others: Leaves, memory: Leaves, extra: tuple[Any, ...]
+            leaves: Leaves,
+            others: Leaves,
+            memory: Leaves,
+            extra: tuple[Any, ...],
+            seen: list[Any] | None,
         ) -> tuple[Leaves, Leaves]:
             def value(*flat: Tensor) -> Tensor:
                 params = state.fill(flat, others) if others else trees.unflatten(spec, flat)
@@ -101,9 +146,15 @@ class DescentStep:
             row = trees.flatten(extra)[0] if extra else ()
             recorded = tracked or tracking.is_tracked((*at, *row))
             if skips:
-                found = autodiff.gradient_used(value, at, create_graph=recorded, used=used)
+                found = autodiff.gradient_used(
+                    value, at, create_graph=recorded, used=used, values=seen
+                )
+                if seen is not None:
+                    seen.append(found)
                 return update(leaves, tracking.detach(found) if self.first_order else found, memory)
-            grads = autodiff.gradient(value, at, create_graph=recorded)
+            grads = autodiff.gradient(value, at, create_graph=recorded, values=seen)
+            if seen is not None:
+                seen.append(grads)
             if regulariser is not None:
                 if rate is not None:
                     return regulariser.descend(leaves, grads, rate), memory
@@ -136,6 +187,19 @@ class DescentStep:
 
 def _detach(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _noted(notes: Leaves, seen: list[Any] | None) -> Leaves:
+    """The number of steps, and with a trace the losses and the norms of gradients, one more."""
+    count, *traces = notes
+    if seen:
+        loss, grads = seen[-2:]  # what came before was looked at and taken again
+        grads = tuple(grad for grad in grads if grad is not None)
+        norm = trees.norm(tracking.detach(grads)) if grads else torch.zeros_like(loss)
+        here = torch.arange(len(traces[0]), device=count.device) == count
+        pairs = zip((*tracking.detach([loss]), norm), traces, strict=True)
+        traces = [torch.where(here, value.to(trace), trace) for value, trace in pairs]
+    return (count + 1, *traces)
 
 
 def _checked(

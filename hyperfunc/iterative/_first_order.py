@@ -11,6 +11,7 @@ import torch
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable
+from hyperfunc._engine.solver_aux import split_aux
 from hyperfunc._rule.conditions import Arguments, Condition
 from hyperfunc._rule.implicit import ImplicitProblem
 from hyperfunc._torch import tracking
@@ -80,10 +81,14 @@ class FirstOrder:
 
         def solve(hparams: TensorTree, /, *args: Any) -> TensorTree:
             arguments, theta, _ = Arguments.flatten(hparams, args)
-            problem = ImplicitProblem(inner_solver, condition, _Identity(), arguments, throw=False)
+            has_aux = getattr(inner_solver, "has_aux", False) is True
+            problem = ImplicitProblem(
+                *(inner_solver, condition, _Identity(), arguments), throw=False, has_aux=has_aux
+            )
             w, theta = problem.solution(theta)
             assert problem.bound is not None
-            return problem.bound.params(w, theta)
+            params = problem.bound.params(w, theta)
+            return (params, problem.aux) if has_aux else params
 
         return solve
 
@@ -136,6 +141,7 @@ def _descend(
     own = start if init is solver.init else solver.init(hparams, *args)
     at = trees.tree_map(lambda leaf: leaf.detach(), own)
     result = dataclasses.replace(solver, init=lambda *_: at)(hparams, *args)
+    result, aux = split_aux(result, solver.has_aux)
     leaves, spec = trees.flatten(start)
     adapted, result_spec = trees.flatten(result)
     trees.check_like(leaves, spec, tuple(adapted), result_spec, "FirstOrder: init", "params")
@@ -144,7 +150,8 @@ def _descend(
         w + (leaf - leaf.detach()) if tracking.is_differentiable(leaf) else w
         for w, leaf in zip(adapted, leaves, strict=True)
     ]
-    return trees.unflatten(spec, carried)
+    params = trees.unflatten(spec, carried)
+    return (params, aux) if solver.has_aux else params
 
 
 class _Identity(AbstractLinearSolver):

@@ -39,7 +39,7 @@ class Loop:
     def run(self, operands: Leaves) -> Leaves:
         state, trace = self.trace(operands, keep=self.chunk is None, first=True)
         self.memo[:] = [trace]
-        return state[: self.steps.flat.num_params]
+        return state[: self.steps.flat.num_outputs]
 
     def pull(self, wrt: tuple[int, ...], live: tuple[int, ...]) -> _Product:
         return _Product(self, wrt, live)
@@ -195,7 +195,7 @@ class Loop:
                     check=STEP if step == 0 else None,
                 )
             state = outputs[:size]
-        outputs = state[: self.steps.flat.num_params]
+        outputs = state[: self.steps.flat.num_outputs]
         return {i: dot for i, dot in dots.items() if i < len(outputs)}, outputs
 
     def accumulate(

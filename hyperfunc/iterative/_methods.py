@@ -217,7 +217,7 @@ def _solve(solver: IterativeSolver, plan: _Plan, hparams: Any, /, *args: Any) ->
         attached = (i for i, leaf in enumerate(operands) if tracking.is_attached(leaf))
         compiled = dataclasses.replace(compiled, kept=tuple(attached))
     loop = Loop(steps, plan.schedule(num_steps), plan.chunk, rng_autocast, compiled)
-    return flat.params(Recorded.apply(loop, *operands))
+    return flat.result(Recorded.apply(loop, *operands))
 
 
 def _compiled(solver: IterativeSolver, steps: Steps) -> Compiled | None:

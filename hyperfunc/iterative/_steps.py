@@ -86,7 +86,7 @@ class Steps:
             return outputs
 
         state = self.flat.run(advance, self.start(fixed), self._rows(series, self.num_steps))
-        return state[: self.flat.num_params]
+        return state[: self.flat.num_outputs]
 
     def _rows(self, series: Leaves, num_steps: int) -> Iterable[Leaves]:
         if not series:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -91,8 +92,9 @@ def linear(
         >>> rate(None, torch.tensor(3))
         tensor(0.7500, dtype=torch.float64)
     """
-    factors = {"start_factor": start_factor, "end_factor": end_factor}
-    return _named("linear", _linear, value, num_steps, **factors)
+    return _named(
+        *("linear", _linear, value, num_steps), start_factor=start_factor, end_factor=end_factor
+    )
 
 
 def warmup(value: Coefficient, num_steps: int, start_factor: Coefficient = 1 / 3) -> Schedule:
@@ -170,7 +172,7 @@ def piecewise(values: Sequence[Coefficient], boundaries: Sequence[int]) -> Sched
     values, boundaries = tuple(values), tuple(boundaries)
     for bound in boundaries:
         check_count("piecewise", "each of the boundaries", bound)
-    increasing = all(a < b for a, b in zip(boundaries, boundaries[1:], strict=False))
+    increasing = all(a < b for a, b in itertools.pairwise(boundaries))
     if len(values) != len(boundaries) + 1 or not increasing:
         raise ValueError(
             f"piecewise: got {len(values)} values and boundaries={boundaries!r}; expected "

@@ -14,10 +14,12 @@ from hyperfunc._compile.compiler import Compiler, applies
 from hyperfunc._engine import trees
 from hyperfunc._engine.flat import split
 from hyperfunc._engine.results import ChoiceStats, Solution, SolveStats
+from hyperfunc._engine.solver_aux import WithAux, split_aux
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition, make_condition
 from hyperfunc._rule.error_bound import ErrorBound, error_bound
 from hyperfunc._rule.implicit import (
     ImplicitProblem,
+    Layout,
     cross_term,
     flatten_params,
     raise_on_failure,
@@ -47,6 +49,7 @@ class Rule:
     method: Any
     throw: bool | None
     on_backward: Callable[[SolveStats], object] | None = None
+    has_aux: bool = False  # of the inner solver
 
     def make_problem(self, arguments: Arguments) -> ImplicitProblem:
         assert self.condition is not None
@@ -57,23 +60,26 @@ class Rule:
             arguments,
             self.throw,
             self.on_backward,
+            self.has_aux,
         )
 
     def solution_map(self, hparams: TensorTree, *args: Any) -> TensorTree:
-        """The inner solution, with this rule as its derivative."""
+        """The inner solution, with this rule as its derivative; with ``has_aux`` a pair."""
         if not is_implicit(self.method):
             solution_map = self.method.solution_map(self.inner_solver)
             wanted = tracking.transforms_active()
             wanted = wanted or tracking.is_tracked(trees.flatten((hparams, args))[0])
             with derivative_rules.active(wanted):
-                return solution_map(hparams, *args)
+                result = solution_map(hparams, *args)
+            return split_aux(result, True) if self.has_aux else result
         arguments, theta, _ = Arguments.flatten(hparams, args)
         problem = self.make_problem(arguments)
         w, theta = problem.solution(theta)
         if torch.is_grad_enabled() and not tracking.is_tracked(theta):
             problem.refuse_captured(w, theta)
         assert problem.bound is not None
-        return problem.bound.params(w, theta)
+        params = problem.bound.params(w, theta)
+        return (params, problem.aux) if self.has_aux else params
 
 
 def make_rule(
@@ -82,6 +88,7 @@ def make_rule(
     method: Any,
     throw: bool | None,
     on_backward: Callable[[SolveStats], object] | None = None,
+    has_aux: bool = False,
 ) -> Rule:
     if not callable(inner_solver):
         raise TypeError(
@@ -95,7 +102,11 @@ def make_rule(
             f"by hf.iterate or hf.minimize without minibatch inputs), or use an iterative method "
             f"such as method='reverse_unroll'"
         )
-    return Rule(inner_solver, condition, method, throw, on_backward)
+    if getattr(inner_solver, "has_aux", False) is True:
+        has_aux = True
+    elif has_aux and not is_implicit(method):
+        inner_solver = WithAux(inner_solver)
+    return Rule(inner_solver, condition, method, throw, on_backward, has_aux)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,7 +150,7 @@ class Hypergradient:
         zeros = trees.zeros_like(theta[len(theta) - bound.state.num_others :])
         params, adjoint = bound.params(w, theta), bound.params(u, zeros)
         error = self._bound_error(problem, w, theta, u)
-        solution = Solution(params, value, aux, adjoint, stats, error)
+        solution = Solution(params, value, aux, adjoint, stats, error, problem.aux)
         return trees.unflatten(hparams_spec, grads), solution
 
     def _differentiate(
@@ -205,19 +216,21 @@ class Hypergradient:
         wrt = tuple(range(arguments.num_hparams))
         method, inner_solver = self.rule.method, self.rule.inner_solver
         outer = OuterLoss(self.outer_loss, self.has_aux)
-        params_specs: list[trees.TreeSpec] = []
+        layouts: list[Layout] = []
 
-        def solve(solver: Callable[..., Any], leaves: Leaves) -> tuple[Any, Leaves]:
-            params = solver(*arguments.unflatten(leaves))
+        def solve(solver: Callable[..., Any], leaves: Leaves) -> tuple[Any, Leaves, Leaves]:
+            result = solver(*arguments.unflatten(leaves))
+            params, aux = split_aux(result, self.rule.has_aux)
             w, spec = flatten_params(params)
-            params_specs[:] = [spec]
+            values, frame = trees.partition(aux)
+            layouts[:] = [(spec, frame)]
             refuse_own_leaves(w, spec, leaves, method)
-            return params, w
+            return params, w, values
 
         def value_and_aux(solver: Callable[..., Any], *leaves: Tensor) -> tuple[Leaves, Leaves]:
-            params, w = solve(solver, leaves)
+            params, w, solver_aux = solve(solver, leaves)
             outputs, aux = outer(params, *arguments.unflatten(leaves))
-            return outputs, (*w, *aux)
+            return outputs, (*w, *solver_aux, *aux)
 
         quiet = {"warns": False} if isinstance(method, FirstOrder) else {}  # it is told below
         solution_map = method.solution_map(inner_solver, **quiet)
@@ -230,9 +243,10 @@ class Hypergradient:
             )
             name = "the inner solver" if alone.captures_gradient else "outer_loss"
             raise ValueError(captured_message(name))
-        (value,), (params_spec,) = linearized.outputs, params_specs
+        (value,), ((params_spec, frame),) = linearized.outputs, layouts
         grads = linearized.pull((torch.ones_like(value),))
-        w, aux = split(linearized.aux, params_spec.num_leaves)
+        sizes = params_spec.num_leaves, frame.constants.count(None)
+        w, solver_aux, aux = split(linearized.aux, *sizes)
         if self.rule.throw:
             raise_unless_finite(w, params_spec)
             if not is_sound(grads):
@@ -246,7 +260,8 @@ class Hypergradient:
                     grads,
                 )
         params = trees.unflatten(params_spec, w)
-        solution = Solution(params, value, outer.unflatten_aux(aux), adjoint=(), stats=())
+        found = frame.fill(tracking.detach(solver_aux))
+        solution = Solution(params, value, outer.unflatten_aux(aux), (), (), solver_aux=found)
         return trees.unflatten(hparams_spec, grads), solution
 
 

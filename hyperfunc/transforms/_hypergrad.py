@@ -113,6 +113,9 @@ def hypergrad(
         method: a method object such as ``hf.CG(maxiter=20)``, or its short name; ``"auto"``
             measures what the methods assume and chooses, see `hyperfunc.Auto`.
         has_aux: whether the outer loss returns ``(scalar, aux)``.
+        solver_has_aux: whether the inner solver returns ``(params, aux)``: a tree of tensors and
+            numbers, such as steps taken, which has no derivative and comes back detached as
+            ``Solution.solver_aux`` of `hypergrad_and_solution`. The other functions see params.
         throw: whether non-finite values, breakdown and divergence raise. With ``throw=False`` the
             numbers come back as they are; `hypergrad_and_solution` returns the codes.
         compile: whether to compile the outer gradient, the linear solve and the cross term by
@@ -295,6 +298,7 @@ def implicit_diff(
     inner_loss: Loss | None = None,
     optimality: ParamsFunction | None = None,
     method: Any = "cg",
+    has_aux: bool = False,
     throw: bool | None = True,
     on_backward: Callable[[SolveStats], object] | None = None,
 ) -> Any:
@@ -308,7 +312,9 @@ def implicit_diff(
     .. math:: \partial_\lambda w^* = -(\partial_w r)^{-1} \partial_\lambda r .
 
     The starting point of an iterative solver, if it is an argument, has derivative zero. All
-    arguments but the last are those of `hypergrad`.
+    arguments but ``has_aux`` and the last are those of `hypergrad`. With ``has_aux`` the inner
+    solver returns ``(params, aux)``, and so does the result: aux, a tree of tensors and numbers
+    such as the statistics of a solver of `fixed_point_solvers`, has no derivative.
 
     Nobody sees the statistics of the linear solves: one that does not converge, and does not raise,
     warns with a `ConvergenceWarning`. ``throw`` may also be None, for which non-finite values and
@@ -342,7 +348,8 @@ def implicit_diff(
             "take minibatches of. Leave outer_sampler and num_outer_batches out"
         )
     conditions = (fixed_point, inner_loss, optimality)
-    transform = functools.partial(_make_differentiable, conditions, method, throw, on_backward)
+    options = (method, throw, on_backward, has_aux)
+    transform = functools.partial(_make_differentiable, conditions, *options)
     return transform if inner_solver is None else transform(inner_solver)
 
 
@@ -359,6 +366,7 @@ def _transform(
     optimality: ParamsFunction | None = None,
     method: Any = "cg",
     throw: bool = True,
+    solver_has_aux: bool = False,
     compile: bool | str | Mapping[str, Any] = False,
     **unknown: Any,
 ) -> Any:
@@ -379,7 +387,7 @@ def _transform(
         )
     conditions = (fixed_point, inner_loss, optimality)
     transform = _Transform(
-        name, outer_loss, has_aux, conditions, method, throw, backend=backend, bound=bound
+        *(name, outer_loss, has_aux, conditions, method, throw, solver_has_aux, backend, bound)
     )
     return transform if inner_solver is None else transform(inner_solver)
 
@@ -405,6 +413,7 @@ class _Transform:
     conditions: tuple[Any, ...]
     method: Any
     throw: bool
+    solver_has_aux: bool
     backend: Backend | None
     bound: ErrorBound | None
 
@@ -412,7 +421,8 @@ class _Transform:
         solver, compiler = inner_solver, None
         if self.backend is not None and not is_implicit(self.method):
             solver = self._compile_steps(self.backend, inner_solver)
-        rule = make_rule(solver, self.conditions, self.method, self.throw)
+        options = (self.method, self.throw, None, self.solver_has_aux)
+        rule = make_rule(solver, self.conditions, *options)
         condition = rule.condition
         if self.bound is not None and condition is not None:
             self.bound.check(condition.kind)
@@ -444,9 +454,10 @@ def _make_differentiable(
     method: Any,
     throw: bool | None,
     on_backward: Callable[[SolveStats], object] | None,
+    has_aux: bool,
     inner_solver: InnerSolver,
 ) -> Transformed:
-    rule = make_rule(inner_solver, conditions, method, throw, on_backward)
+    rule = make_rule(inner_solver, conditions, method, throw, on_backward, has_aux)
     return Transformed("implicit_diff", inner_solver, method, rule.solution_map)
 
 

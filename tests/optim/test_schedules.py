@@ -127,11 +127,16 @@ def test_numbers_of_schedules_have_derivatives():
     ]
     for make in schedules:
         for step in (0, 3, 9):
-            value = functools.partial(make(None), step=torch.tensor(step))
+
+            def value(numbers, schedule=make(None), step=torch.tensor(step)):
+                return schedule(numbers, step)
+
+            def moved(x, i, value=value):
+                return value(numbers + x * torch.eye(5, dtype=F64)[i])
+
             got = jacrev(value)(numbers)
             for i in range(5):
-                unit = torch.eye(5, dtype=F64)[i]
-                expected = difference(lambda x, u=unit: value(numbers + x * u), 0 * numbers[0])
+                expected = difference(functools.partial(moved, i=i), 0 * numbers[0])
                 assert_close(got[i], torch.as_tensor(expected), 1e-9)
 
 
@@ -140,6 +145,9 @@ def test_any_coefficient_of_any_optimiser_may_be_a_schedule():
 
     def loss(w, h):
         return (0.75 * w**2 + 0.15 * torch.sin(2 * w) - 0.4 * w).sum()
+
+    def outer(w, h):
+        return (w**2).sum()
 
     factors = torch.tensor([1.0, 0.9, 1.1, 0.8], dtype=F64)
     for parameters in coefficient_cases():
@@ -164,8 +172,7 @@ def test_any_coefficient_of_any_optimiser_may_be_a_schedule():
             return w
 
         solver = hf.minimize(loss, scheduled, len(factors), init=lambda h: w0)
-        outer = lambda w, h: (w**2).sum()  # noqa: E731
-        expected = grad(lambda h: outer(train(h), h))(h)
+        expected = grad(lambda h, train=train: outer(train(h), h))(h)
         assert abs(expected["c"]) > 1e-5
         assert_close(update(h), train(h))
         assert_close(hf.hypergrad(solver, outer, method="reverse")(h), expected, 1e-11)
@@ -222,6 +229,7 @@ def test_every_method_replays_schedules(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("method", ["reverse_unroll", "reverse"])
 @pytest.mark.parametrize("name", ["adam", "clipped"])
 def test_schedules_compile(name, method):

@@ -591,9 +591,9 @@ def test_the_other_transforms_have_the_same_errors(transform: Any) -> None:
 def test_signatures_show_all_keywords_and_their_defaults() -> None:
     keywords = {"fixed_point": None, "inner_loss": None, "optimality": None}
     keywords |= {"method": "cg", "throw": True}
-    more = {"outer_loss": None, "has_aux": False, "compile": False}
+    more = {"outer_loss": None, "has_aux": False, "solver_has_aux": False, "compile": False}
     for transform, expected in {
-        hf.implicit_diff: keywords | {"on_backward": None},
+        hf.implicit_diff: keywords | {"has_aux": False, "on_backward": None},
         hf.hypergrad: keywords | more,
         hf.hypergrad_and_value: keywords | more,
         hf.hypergrad_and_solution: keywords | more | {"error_bound": False},

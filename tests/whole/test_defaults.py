@@ -9,7 +9,14 @@ import hyperfunc as hf
 from hyperfunc import bilevel, distributed, fixed_point_solvers, optim
 
 CONDITION = {"fixed_point": None, "inner_loss": None, "optimality": None}
-HYPERGRAD = {**CONDITION, "method": "cg", "has_aux": False, "throw": True, "compile": False}
+HYPERGRAD = {
+    **CONDITION,
+    "method": "cg",
+    "has_aux": False,
+    "throw": True,
+    "solver_has_aux": False,
+    "compile": False,
+}
 STEPS = {"inputs": None, "rtol": None, "atol": None, "compile": False}
 TWO_LOOPS = {"adjoint_lr": None, "num_inner_steps": 10, "num_adjoint_steps": 10}
 
@@ -17,7 +24,13 @@ KEYWORD_ONLY: dict[Any, dict[str, Any]] = {
     hf.hypergrad: HYPERGRAD,
     hf.hypergrad_and_value: HYPERGRAD,
     hf.hypergrad_and_solution: {**HYPERGRAD, "error_bound": False},
-    hf.implicit_diff: {**CONDITION, "method": "cg", "throw": True, "on_backward": None},
+    hf.implicit_diff: {
+        **CONDITION,
+        "method": "cg",
+        "has_aux": False,
+        "throw": True,
+        "on_backward": None,
+    },
     hf.check_hypergrad: {
         **CONDITION,
         "method": "cg",
@@ -31,7 +44,7 @@ KEYWORD_ONLY: dict[Any, dict[str, Any]] = {
     },
     hf.diagnose: {**CONDITION, "num_steps": 20, "seed": 0},
     hf.iterate: STEPS,
-    hf.minimize: STEPS,
+    hf.minimize: {**STEPS, "init_state": None, "has_aux": False, "trace": False},
     hf.functional: {"buffers": "batch", "include_frozen": False},
     hf.module_map: {"buffers": "batch"},
     hf.task_map: {"randomness": "error"},

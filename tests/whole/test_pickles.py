@@ -240,6 +240,12 @@ MADE: dict[str, list[Case]] = {
     "HypergradBound": [(lambda: solution(error_bound=True).error_bound, itself)],
     "Solution": [(lambda: solution(error_bound=True), itself)],
     "SolveStats": [(lambda: solution().stats, itself)],
+    "SolverAux": [
+        (
+            lambda: hf.minimize(inner_loss, hf.optim.sgd(0.1), 2, init=start, trace=True)(H, A)[1],
+            itself,
+        )
+    ],
     "check_hypergrad": [(check, text)],
     "HypergradCheck": [(check, text), (check, itself)],
     "diagnostics.Causes": [(lambda: check().causes, itself)],
