@@ -210,7 +210,10 @@ def minimize(
     if init_state is not None:
         check_callable(init_state, "minimize: init_state", "(hparams, *args) -> state")
     has_aux = has_aux or trace
-    step = DescentStep(inner_loss, optimizer, init_state, has_aux, num_steps if trace else None)
+    traced = num_steps if trace else None
+    step = DescentStep(
+        inner_loss, optimizer, init_state=init_state, has_aux=has_aux, num_traced=traced
+    )
     solver = _build("minimize", step, num_steps, init, inputs, rtol, atol, condition, compile)
     return replace(solver, has_aux=has_aux)
 
