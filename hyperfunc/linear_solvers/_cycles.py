@@ -16,6 +16,7 @@ from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import Bounds, LinearOperator, Solved, no_steps
 
 COARSEST = torch.finfo(torch.bfloat16).eps  # what products may be rounded to
+FEW = 8  # entries
 SLACK = 4.0  # times what rounding does to a residual, up to which it counts as zero
 
 
@@ -133,12 +134,20 @@ def rounding(operator: LinearOperator, x: Leaves, r: Leaves, b: Leaves, bb: Tens
     ``SLACK`` times what relative changes of the size of ``eps``, with random signs, do to
     ``b - A x``; but no more than ``eps^0.25 ||b||``. Where products are in a lower precision than
     b, as by autocast, ``eps`` is what they show: A x is not the sum of the products of two halves.
+    With few entries the changes may cancel, as A x does, and other signs, by two products more, are
+    tried too.
     """
-    eps = trees.epsilon(b)
-    positive = tuple(leaf * (sign > 0) for leaf, sign in zip(x, random_signs(x, 0), strict=True))
-    first, second = operator.mv(positive), operator.mv(trees.sub(x, positive))
-    change, defect = trees.sub(first, second), trees.sub(trees.add(first, second), trees.sub(b, r))
-    scale = trees.dot(change, change) + bb
-    shown = trees.dot(defect, defect) / torch.where(scale > 0, scale, 1.0)
-    squared = shown.clamp(eps**2, max(eps, COARSEST) ** 2)
-    return torch.minimum(SLACK**2 * squared * scale, squared**0.25 * bb)
+    eps, bound = trees.epsilon(b), torch.zeros_like(bb)
+    seeds = (0, 2) if sum(leaf.numel() for leaf in b) <= FEW else (0,)
+    for seed in seeds:
+        signs = random_signs(x, seed)
+        positive = tuple(leaf * (sign > 0) for leaf, sign in zip(x, signs, strict=True))
+        first, second = operator.mv(positive), operator.mv(trees.sub(x, positive))
+        change = trees.sub(first, second)
+        defect = trees.sub(trees.add(first, second), trees.sub(b, r))
+        scale = trees.dot(change, change) + bb
+        shown = trees.dot(defect, defect) / torch.where(scale > 0, scale, 1.0)
+        squared = shown.clamp(eps**2, max(eps, COARSEST) ** 2)
+        most = squared**0.25 * bb
+        bound = torch.maximum(bound, torch.minimum(SLACK**2 * squared * scale, most))
+    return bound

@@ -27,6 +27,8 @@ from hyperfunc.linear_solvers._preconditioners import (
     resolve_count,
 )
 
+_NOISE = 10.0  # rounding errors of a product, in units of eps times the norm of the operator
+
 
 @dataclasses.dataclass(frozen=True)
 class GMRES(AbstractLinearSolver):
@@ -39,8 +41,12 @@ class GMRES(AbstractLinearSolver):
 
     A residual that is no smaller after a whole cycle is reported as stagnation, or as success below
     ``eps^0.25 ||b||`` if rounding errors keep it there. A singular operator whose Krylov space
-    holds no solution is reported as breakdown. The residual norm is that of the recurrence, and the
-    level of rounding ``eps (||A|| ||x|| + ||b||)`` at least.
+    holds no solution is reported as breakdown. So is one that is singular to the basis: of ``A``
+    times the preconditioner, singular values below ``10 eps`` times the largest are lost in it,
+    where `CG` and `Dense` may still find the solution of badly scaled equations. The iterate that
+    is returned then is the one with the smallest residual that rounding lets be, not one that is
+    large for nothing. The residual norm of a fixed number of steps is that of the recurrence, and
+    the level of rounding ``eps (||A|| ||x|| + ||b||)`` at least.
 
     Args:
         maxiter: largest number of steps, over all cycles, >= 0.
@@ -80,13 +86,13 @@ class GMRES(AbstractLinearSolver):
         precondition = preconditioner or (lambda v: v)
         vectors = _FlatVectors(b)
         start, bounds = begin(self, operator, b, x0)
-        operator_norm = torch.zeros_like(start.rs)
+        operator_norm = product_norm = torch.zeros_like(start.rs)
 
         def cycle(start: State, bounds: Bounds, most: int) -> tuple[State, int]:
-            nonlocal operator_norm
+            nonlocal operator_norm, product_norm
             x, r, rs, num_steps, active, _ = start
             most, step = min(most, restart), 0
-            space = _Space(vectors, r, rs, active, most + 1)
+            space = _Space(vectors, r, rs, product_norm, active, most + 1)
             while step < most and not (step and bounds.finished(active)):
                 step += 1
                 z = precondition(unravel(space.basis[-1], b))
@@ -98,6 +104,7 @@ class GMRES(AbstractLinearSolver):
                 operator_norm = torch.maximum(operator_norm, torch.where(made, gain, 0.0))
                 num_steps = num_steps + made
                 active = made & bounds.open(rs)
+            product_norm = space.norm
             x = trees.add(x, precondition(unravel(space.combination(), b)))
             return State(x, r, rs, num_steps, active), step
 
@@ -154,9 +161,16 @@ class _Space:
     """
 
     def __init__(
-        self, vectors: _FlatVectors, r: Leaves, rs: Tensor, active: Tensor, size: int
+        self,
+        vectors: _FlatVectors,
+        r: Leaves,
+        rs: Tensor,
+        norm: Tensor,
+        active: Tensor,
+        size: int,
     ) -> None:
         self._vectors = vectors
+        self.norm = norm  # of the products so far, the largest
         self.start = self.residual_norm = rs.sqrt()
         self.basis = torch.where(active, vectors.ravel(r) / self.start, 0.0)[None]
         # room for the whole basis, where that may be written to
@@ -166,6 +180,7 @@ class _Space:
             self._room[0] = self.basis[0]
             self.basis = self._room[:1]
         self.columns: list[Tensor] = []
+        self._residual_norms = [self.start]
         # the last row of the orthogonal factor of H_k, all that Givens' rotations need of it
         self._row = torch.ones_like(self.start)[None]
 
@@ -181,10 +196,12 @@ class _Space:
         diagonal = self._row @ column
         pivot = torch.hypot(diagonal, below)
         # a pivot that is rounding noise tells a singular operator
-        made = active & (pivot > 10 * torch.finfo(w.dtype).eps * norm)
+        self.norm = torch.maximum(self.norm, torch.where(active, norm, 0.0))
+        made = active & (pivot > _NOISE * torch.finfo(w.dtype).eps * self.norm)
         sine = torch.where(made, below / pivot, 1.0)
         self._row = torch.cat([-sine * self._row, (diagonal / pivot)[None]])
         self.residual_norm = self.residual_norm * sine
+        self._residual_norms.append(self.residual_norm)
         column = torch.cat([column, below[None]])
         idle = torch.eye(len(column), dtype=w.dtype, device=w.device)[-1]
         self.columns.append(torch.where(made, column, idle))
@@ -208,6 +225,11 @@ class _Space:
         pad = torch.nn.functional.pad
         hessenberg = torch.stack([pad(c, (0, size + 1 - len(c))) for c in self.columns], dim=1)
         orthogonal, triangular = torch.linalg.qr(hessenberg)
-        rhs = (self.start * orthogonal[0])[:, None]
+        # column j: the coefficients of the best combination of the first j vectors
+        rhs = pad((self.start * orthogonal[0])[:, None].expand(size, size).triu(), (1, 0))
         y: Tensor = torch.linalg.solve_triangular(triangular, rhs, upper=True)
-        return y[:, 0] @ self.basis[:size]
+        # the residual that each leaves, the last unless it is as large as the first
+        noise = _NOISE * torch.finfo(y.dtype).eps * self.norm * torch.linalg.vector_norm(y, dim=0)
+        left = torch.stack(self._residual_norms) + noise
+        best = torch.where(left[-1] < 0.1 * self.start, size, left.argmin())
+        return y.gather(1, best.expand(size, 1))[:, 0] @ self.basis[:size]

@@ -170,7 +170,8 @@ class NormalCG(PreconditionedSolver):
     ``CG_normaleq``.
 
     Where ``A^T r`` becomes rounding noise, there is no solution, and that is breakdown: then ``x``
-    is the least-squares solution, which `LeastSquares` accepts.
+    is the least-squares solution, which `LeastSquares` accepts. So it is for a solution that needs
+    singular values below ``10 eps ||A||``, which ``A^T r`` does not show.
 
     Args:
         preconditioner: an object such as `JacobiPreconditioner`, which is built for ``A^T A``; a
@@ -195,42 +196,52 @@ class NormalCG(PreconditionedSolver):
 
         def cycle(start: State, limits: Bounds, most: int) -> tuple[State, int]:
             x, r, rs, num_steps, active, _ = start
-            s = transposed.mv(r)
+            # in a unit in which gamma is about 1, as the norm of A A^T r may overflow or underflow
+            unit: Any = _power_of_two(rs.sqrt(), r)
+            s = transposed.mv(trees.scale(1 / unit, r))
+            norm = trees.norm(s)
+            least: Any = noise * norm**2
+            norm = _power_of_two(norm, r)
+            s = trees.scale(1 / norm, s)
             p = s if precondition is None else precondition(s)
-            ss: Any = trees.dot(s, s)
-            gamma: Any = ss if precondition is None else trees.dot(s, p)
-            least: Any = noise * ss / rs
+            gamma: Any = trees.dot(s, p)
+            if precondition is not None:
+                root = _power_of_two(gamma.abs().sqrt(), r)
+                norm, p, gamma = norm * root, trees.scale(1 / root, p), gamma / root**2
+            unit, r = unit * norm, trees.scale(1 / norm, trees.scale(1 / unit, r))
             own = False  # the first vectors are those of the caller
             step = 0
             while step < most and not (step and limits.finished(active)):
                 q = operator.mv(p)
                 if step == 0 and trees.can_read(x, r, p, q):
-                    limits, (rs, gamma, least, num_steps, active) = limits.read(
-                        rs, gamma, least, num_steps, active
+                    limits, (rs, gamma, least, unit, num_steps, active) = limits.read(
+                        rs, gamma, least, unit, num_steps, active
                     )
                 alpha = ratio(gamma, *limits.dots((q, q)))
                 active = active & (alpha > 0) & (alpha < torch.inf)
                 alpha = where(active, alpha, 0.0)
-                x = trees.axpy(alpha, p, x, out=x if own else None)
+                x = trees.axpy(alpha * unit, p, x, out=x if own else None)
                 r = trees.axpy(-alpha, q, r, out=r if own else None)
                 num_steps = num_steps + active
                 step += 1
                 if step == most:
-                    (rs,) = limits.dots((r, r))
+                    (rr,) = limits.dots((r, r))
+                    rs = (rr**0.5 * unit) ** 2
                     active = active & limits.open(rs)
                     break
                 s = transposed.mv(r)
                 gamma_previous = gamma
                 if precondition is None:
                     z = s
-                    rs, ss = limits.dots((r, r), (s, s))
+                    rr, ss = limits.dots((r, r), (s, s))
                     gamma = ss
                 else:
                     z = precondition(s)
-                    rs, ss, gamma = limits.dots((r, r), (s, s), (s, z))
+                    rr, ss, gamma = limits.dots((r, r), (s, s), (s, z))
+                rs = (rr**0.5 * unit) ** 2
                 active = active & limits.open(rs)
                 if limits.adaptive:  # A^T r is noise: there is no solution, or not in this dtype
-                    active = active & (ss > least * rs)
+                    active = active & (ss > least * rr)
                 beta = where(active, ratio(gamma, gamma_previous), 0.0)
                 p = trees.axpy(beta, p, z, out=p if own else None)
                 own = own or (step == 1 and trees.may_overwrite(x, r, p))
@@ -339,6 +350,14 @@ class BiCGStab(PreconditionedSolver):
             return State(x, r, rs, num_steps, active), step
 
         return run_cycles(self, operator, b, *begin(self, operator, b, x0), cycle, retry=True)
+
+
+def _power_of_two(value: Tensor, like: Leaves) -> Tensor:
+    """One near a value, for exact scaling; 1 for float16, whose inner products cannot overflow."""
+    if any(leaf.dtype is torch.float16 for leaf in like):
+        return torch.ones_like(value)
+    power = torch.exp2(torch.log2(value).round())
+    return torch.where((power > 0) & torch.isfinite(power), power, 1.0)
 
 
 def _divide(scale: Leaves, r: Leaves) -> Leaves:

@@ -91,13 +91,13 @@ class JacobiPreconditioner(AbstractPreconditioner):
     def scale(self, operator: LinearOperator, b: Leaves) -> Tensor:
         """The estimate of the absolute diagonal, for the entries that this rank holds."""
         dtype = trees.accumulation_dtype(b)
-        diagonal = square = torch.zeros((), dtype=dtype, device=b[0].device)
+        diagonal = length = torch.zeros((), dtype=dtype, device=b[0].device)
         for probe in range(self.num_probes):
             signs = random_signs(b, self.seed * self.num_probes + probe)
             product = ravel_local(operator.mv(signs), dtype)
             diagonal = diagonal + product * ravel_local(signs, dtype) / self.num_probes
-            square = square + product**2 / self.num_probes
-        return torch.maximum(diagonal.abs(), (square / self.num_probes).sqrt())
+            length = torch.hypot(length, product)  # whose square may overflow
+        return torch.maximum(diagonal.abs(), length / self.num_probes)
 
 
 @dataclasses.dataclass(frozen=True)
