@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar
 
 from torch import Tensor
 
@@ -68,6 +68,7 @@ class ImplicitDiffOptions(ConditionOptions, total=False):
 
     has_aux: bool
     throw: bool | None
+    products: Literal["reverse", "finite_difference"]
     on_backward: Callable[[Any], object] | None
 
 
@@ -75,4 +76,5 @@ class HypergradOptions(RuleOptions, total=False):
     """The keywords of `hypergrad` that say how it is computed."""
 
     solver_has_aux: bool
+    products: Literal["reverse", "finite_difference"]
     compile: bool | str | Mapping[str, Any]

@@ -11,6 +11,7 @@ part apart: ``r = mu (w - c(theta)) + P`` with ``P`` the gradient of the loss wi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_scalar
+from hyperfunc._engine.finite_differences import DifferencedLinearization, Products
 from hyperfunc._engine.solver_aux import UNTOLD
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.inner_solvers._composed import ComposedLoss
 from hyperfunc.inner_solvers._proximal import ProximalLoss
+from hyperfunc.inner_solvers._solvers import with_products
 from hyperfunc.linear_solvers import LinearOperator
 
 KINDS = ("fixed_point", "inner_loss", "optimality")
@@ -37,6 +40,7 @@ class Condition:
     kind: str
     fn: Callable[..., Any]
     unused: str | None = None  # what is said where it uses no hparams, if not what others say
+    products: Products = "reverse"
 
     @property
     def scale(self) -> float:
@@ -109,13 +113,7 @@ class BoundCondition:
         w, theta = tensors[: self.num_params], tensors[self.num_params :]
         hparams_and_args = self.arguments.unflatten(theta)
         if self.condition.kind == "inner_loss":
-            loss = self.loss
-            return autodiff.gradient(
-                lambda *leaves: check_scalar(
-                    loss(self.params(leaves, theta), *hparams_and_args), "inner_loss"
-                ),
-                w,
-            )
+            return autodiff.gradient(lambda *w: self.value(self.loss, *w, *theta), w)
         name = self.condition.kind
         value = self.condition.fn(self.params(w, theta), *hparams_and_args)
         leaves, spec = trees.flatten(value)
@@ -128,6 +126,13 @@ class BoundCondition:
             raise
         return self.state.split(leaves)[0]
 
+    def value(self, loss: Callable[..., Any], *tensors: Tensor) -> Tensor:
+        """An inner loss for the leaves of ``w`` followed by the tensors of ``theta``."""
+        w, theta = tensors[: self.num_params], tensors[self.num_params :]
+        return check_scalar(
+            loss(self.params(w, theta), *self.arguments.unflatten(theta)), "inner_loss"
+        )
+
     def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> autodiff.Linearization:
         """``P`` at a point; group 0 is ``w``, group 1 the tensors of ``theta`` at ``wrt``.
 
@@ -138,6 +143,8 @@ class BoundCondition:
         if self.condition.symmetric and isinstance(self.loss, ComposedLoss):
             function = self.linearised_function
             primals = (*(torch.zeros_like(leaf) for leaf in w), *theta, *w)
+        elif self.is_differenced:
+            return self._by_differences(self.loss, w, theta, wrt)
         linearization = autodiff.Linearization(
             function,
             primals,
@@ -146,6 +153,19 @@ class BoundCondition:
             optional=1 if self.proximal else None,
         )
         return self._checked(linearization)
+
+    @property
+    def is_differenced(self) -> bool:
+        """Whether products are differences of gradients of the inner loss."""
+        return self.condition.symmetric and self.condition.products == "finite_difference"
+
+    def _by_differences(
+        self, loss: Callable[..., Any], w: Leaves, theta: Leaves, wrt: Sequence[int]
+    ) -> autodiff.Linearization:
+        n = self.num_params
+        groups = tuple(range(n)), tuple(n + i for i in wrt)
+        value = functools.partial(self.value, loss)
+        return self._checked(DifferencedLinearization(value, (*w, *theta), n, groups))
 
     def _checked(self, linearization: autodiff.Linearization) -> autodiff.Linearization:
         if linearization.captures_gradient:
@@ -157,12 +177,15 @@ class BoundCondition:
     ) -> tuple[autodiff.Linearization, LinearOperator]:
         """The residual at a point, in the groups of `linearize`, and ``A = dr/dw`` made of it."""
         n = self.num_params
-        linearization = autodiff.Linearization(
-            lambda *leaves: self.residual_at(leaves[:n], leaves[n:]),
-            (*w, *theta),
-            (tuple(range(n)), tuple(n + i for i in wrt)),
-        )
-        self._checked(linearization)
+        if self.is_differenced:
+            linearization = self._by_differences(self.condition.fn, w, theta, wrt)
+        else:
+            linearization = autodiff.Linearization(
+                lambda *leaves: self.residual_at(leaves[:n], leaves[n:]),
+                (*w, *theta),
+                (tuple(range(n)), tuple(n + i for i in wrt)),
+            )
+            self._checked(linearization)
         symmetric = self.condition.symmetric
         product = linearization.pull if symmetric else linearization.push
         operator = LinearOperator(
@@ -245,9 +268,24 @@ class BoundCondition:
 
 
 def make_condition(
-    inner_solver: Any, fixed_point: Any, inner_loss: Any, optimality: Any
+    inner_solver: Any,
+    fixed_point: Any,
+    inner_loss: Any,
+    optimality: Any,
+    products: Products = "reverse",
 ) -> Condition | None:
     """The one condition that was given, or that the inner solver carries, if any."""
+    condition = _given_or_carried(inner_solver, fixed_point, inner_loss, optimality)
+    if condition is None or products == "reverse":
+        return condition
+    return dataclasses.replace(
+        condition, fn=with_products(condition.fn, products), products=products
+    )
+
+
+def _given_or_carried(
+    inner_solver: Any, fixed_point: Any, inner_loss: Any, optimality: Any
+) -> Condition | None:
     given = [
         Condition(kind, fn)
         for kind, fn in zip(KINDS, (fixed_point, inner_loss, optimality), strict=True)

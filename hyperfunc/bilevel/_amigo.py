@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.finite_differences import Products
 from hyperfunc._types import Leaves, Loss
 from hyperfunc.bilevel._base import Loop, Point, StepSize, TwoLoops
 
@@ -19,6 +20,7 @@ def amigo(
     adjoint_lr: StepSize | None = None,
     num_inner_steps: int = 10,
     num_adjoint_steps: int = 10,
+    products: Products = "reverse",
 ) -> Loop:
     r"""AmIGO: inner steps from the last params, then steps on the adjoint from the last adjoint.
 
@@ -50,7 +52,9 @@ def amigo(
         arXiv 2111.14580.
     """
     rates = (inner_lr, outer_lr, adjoint_lr)
-    return _AmIGO(inner_loss, outer_loss, *rates, num_inner_steps, num_adjoint_steps).loop()
+    return _AmIGO(
+        inner_loss, outer_loss, *rates, num_inner_steps, num_adjoint_steps, products=products
+    ).loop()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

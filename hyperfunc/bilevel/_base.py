@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import checks, trees
+from hyperfunc._engine.finite_differences import (
+    DifferencedLinearization,
+    Products,
+    check_products,
+)
 from hyperfunc._engine.flat import split
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._torch import autodiff, tracking
@@ -63,10 +68,12 @@ class Method(PrintsAsCall):
     inner_lr: StepSize
     outer_lr: StepSize
     adjoint_lr: StepSize | None
+    products: Products = dataclasses.field(default="reverse", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.adjoint_lr is None:
             object.__setattr__(self, "adjoint_lr", self.inner_lr)
+        check_products(self.products)
         for key in ("inner_loss", "outer_loss"):
             signature = "(params, hparams, *batch) -> scalar"
             checks.check_callable(getattr(self, key), f"{self.name}: {key}", signature)
@@ -178,6 +185,9 @@ class Point:
         )
 
     def _linearize(self, batch: tuple[Any, ...], group: range) -> autodiff.Linearization:
+        if self.method.products == "finite_difference":
+            loss, primals = self._loss("inner_loss", batch), (*self.w, *self.h)
+            return DifferencedLinearization(loss, primals, len(self.w), (tuple(group),))
         gradient = self._inner_gradient(batch, create_graph=True)
         return autodiff.Linearization(gradient, (*self.w, *self.h), (tuple(group),))
 

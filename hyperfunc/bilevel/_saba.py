@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
+from hyperfunc._engine.finite_differences import Products
 from hyperfunc._torch.containers import loadable
 from hyperfunc._types import Loss, TensorTree
 from hyperfunc.bilevel._base import Loop, Method, State, StepSize
@@ -39,6 +40,7 @@ def saba(
     inner_lr: StepSize,
     outer_lr: StepSize,
     adjoint_lr: StepSize | None = None,
+    products: Products = "reverse",
 ) -> Loop:
     r"""SABA: `soba` with variance reduction, as SAGA has it.
 
@@ -55,6 +57,7 @@ def saba(
 
     ``num_inner_batches`` is ``n`` and ``num_outer_batches`` ``m``, both >= 1. All other arguments
     are those of `soba`.
+        products: ``"reverse"`` or ``"finite_difference"``; see `hyperfunc.hypergrad`.
 
     Returns:
         A `Loop`, with ``update(state, inner_batch, outer_batch, inner_index, outer_index)``. The
@@ -87,7 +90,9 @@ def saba(
     check_count("saba", "num_inner_batches", num_inner_batches)
     check_count("saba", "num_outer_batches", num_outer_batches)
     rates = (inner_lr, outer_lr, adjoint_lr)
-    return _SABA(inner_loss, outer_loss, *rates, num_inner_batches, num_outer_batches).loop()
+    return _SABA(
+        inner_loss, outer_loss, *rates, num_inner_batches, num_outer_batches, products=products
+    ).loop()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

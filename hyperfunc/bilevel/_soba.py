@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from hyperfunc._engine.finite_differences import Products
 from hyperfunc._types import Loss
 from hyperfunc.bilevel._base import Loop, Method, State, StepSize
 
@@ -16,6 +17,7 @@ def soba(
     inner_lr: StepSize,
     outer_lr: StepSize,
     adjoint_lr: StepSize | None = None,
+    products: Products = "reverse",
 ) -> Loop:
     r"""SOBA: one stochastic gradient step on all three variables at once.
 
@@ -34,6 +36,7 @@ def soba(
         inner_lr: step size on the params, below 2 over the largest curvature of the inner loss.
         outer_lr: step size on the hparams.
         adjoint_lr: step size on the adjoint; by default ``inner_lr``.
+        products: ``"reverse"`` or ``"finite_difference"``; see `hyperfunc.hypergrad`.
 
     Returns:
         A `Loop`, with ``update(state, inner_batch, outer_batch)``.
@@ -57,7 +60,7 @@ def soba(
         Dagreou, Ablin, Vaiter and Moreau, A framework for bilevel optimization that enables
         stochastic and global variance reduction algorithms, arXiv 2201.13409.
     """
-    return _SOBA(inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr).loop()
+    return _SOBA(inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr, products=products).loop()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

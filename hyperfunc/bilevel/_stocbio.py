@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.finite_differences import Products
 from hyperfunc._types import Leaves, Loss
 from hyperfunc.bilevel._base import Loop, Point, StepSize, TwoLoops
 
@@ -19,6 +20,7 @@ def stocbio(
     adjoint_lr: StepSize | None = None,
     num_inner_steps: int = 10,
     num_adjoint_steps: int = 10,
+    products: Products = "reverse",
 ) -> Loop:
     r"""StocBiO: inner steps from the last params, then a truncated Neumann series.
 
@@ -35,6 +37,7 @@ def stocbio(
 
     ``num_inner_steps`` is :math:`T \ge 1`, ``num_adjoint_steps`` :math:`Q \ge 0`, and
     ``adjoint_lr`` the step size in the series. All other arguments are those of `soba`.
+        products: ``"reverse"`` or ``"finite_difference"``; see `hyperfunc.hypergrad`.
 
     Returns:
         A `Loop`, with ``update(state, inner_batches, outer_batch)``. Each leaf of ``inner_batches``
@@ -60,7 +63,9 @@ def stocbio(
         algorithms 2 and 3, arXiv 2010.07962.
     """
     rates = (inner_lr, outer_lr, adjoint_lr)
-    return _StocBiO(inner_loss, outer_loss, *rates, num_inner_steps, num_adjoint_steps).loop()
+    return _StocBiO(
+        inner_loss, outer_loss, *rates, num_inner_steps, num_adjoint_steps, products=products
+    ).loop()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

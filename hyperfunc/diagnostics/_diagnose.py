@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
+from hyperfunc._engine.finite_differences import Products, check_products
 from hyperfunc._engine.random_vectors import random_signs
 from hyperfunc._rule.conditions import Arguments, BoundCondition, make_condition
 from hyperfunc._torch import tracking
@@ -190,6 +191,7 @@ def diagnose(
     optimality: ParamsFunction | None = None,
     num_steps: int = 20,
     seed: int = 0,
+    products: Products = "reverse",
 ) -> Diagnosis:
     r"""Measure what methods assume, at a point: contraction, symmetry, curvature, conditioning.
 
@@ -213,6 +215,7 @@ def diagnose(
         num_steps: dimension of the Krylov spaces, >= 1: the products are this many for an inner
             loss, up to 7 times as many for other conditions.
         seed: of the random vectors, an integer.
+        products: ``"reverse"`` or ``"finite_difference"``; see `hyperfunc.hypergrad`.
 
     Returns:
         A `Diagnosis`, detached from the graph. Its ``str`` is a table, ``method`` the recommended
@@ -235,7 +238,8 @@ def diagnose(
         The rates: Grazzi, Franceschi, Pontil and Salzo, arXiv 2006.16218.
         The estimates: Golub and Van Loan, Matrix computations, chapter 10.
     """
-    condition = make_condition(None, fixed_point, inner_loss, optimality)
+    check_products(products)
+    condition = make_condition(None, fixed_point, inner_loss, optimality, products)
     if condition is None:
         raise ValueError(
             "diagnose: got none of fixed_point=, inner_loss=, optimality=. Pass the one that "

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from hyperfunc._engine import trees
-from hyperfunc._engine.checks import check_callable, check_scalar
-from hyperfunc._torch import autodiff, tracking
+from hyperfunc._engine.checks import check_callable
+from hyperfunc._engine.finite_differences import Products
+from hyperfunc._torch import tracking
 from hyperfunc._torch.tangents import in_own_dtype
 from hyperfunc._types import Loss, ParamsFunction, TensorTree
+from hyperfunc.inner_solvers._gradients import InnerGradient
 from hyperfunc.inner_solvers._proximal import ProximalLoss, ScalarCoefficient
 from hyperfunc.optim._base import refuse_schedule
 from hyperfunc.prox._base import check_prox
@@ -40,7 +40,7 @@ def gradient_descent_map(inner_loss: Loss, lr: ScalarCoefficient) -> ParamsFunct
     """
     check_callable(inner_loss, "inner_loss", "(params, hparams, *args) -> scalar")
     refuse_schedule("gradient_descent_map", "lr", lr)
-    return _DescentMap(inner_loss, lr)
+    return DescentMap(inner_loss, lr)
 
 
 def proximal_gradient_map(
@@ -87,14 +87,15 @@ def proximal_gradient_map(
     """
     check_callable(loss, "loss", "(params, hparams, *args) -> scalar")
     refuse_schedule("proximal_gradient_map", "lr", lr)
-    return _DescentMap(loss, lr, check_prox(prox, "proximal_gradient_map"))
+    return DescentMap(loss, lr, check_prox(prox, "proximal_gradient_map"))
 
 
 @dataclass(frozen=True, eq=False)
-class _DescentMap:
+class DescentMap:
     loss: Loss
     lr: ScalarCoefficient
     prox: Callable[..., TensorTree] | None = None
+    products: Products = "reverse"
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree:
         lr = in_own_dtype(self.lr(hparams)) if callable(self.lr) else self.lr
@@ -103,12 +104,8 @@ class _DescentMap:
         trees.refuse_holders(operands, structure, "(params, hparams, args)")
         regularised = self.loss if isinstance(self.loss, ProximalLoss) else None
         loss = self.loss if regularised is None else regularised.loss
-
-        def value(*flat: Tensor) -> Tensor:
-            result = loss(state.fill(flat, others), hparams, *args)
-            return check_scalar(result, "inner_loss")
-
-        grads = autodiff.gradient(value, leaves, create_graph=tracking.is_tracked(operands))
+        tracked = tracking.is_tracked(operands)
+        grads = InnerGradient(loss, state, hparams, args, tracked, self.products)(leaves, others)
         if regularised is not None:
             grads = regularised.at(hparams, leaves, state.spec).add_gradient(grads, leaves)
         moved = trees.axpy(-lr, grads, leaves)

@@ -12,11 +12,13 @@ from hyperfunc import optim
 from hyperfunc._compile.compiler import Backend, Compiler, applies, check_backend
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_count, check_number
+from hyperfunc._engine.finite_differences import Products
 from hyperfunc._engine.flat import split
 from hyperfunc._engine.wrapped_functions import name_of
 from hyperfunc._torch import batching, derivative_rules, tracking
 from hyperfunc._torch.tangents import all_in_own_dtype
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
+from hyperfunc.inner_solvers._maps import DescentMap
 from hyperfunc.inner_solvers._steps import DescentStep, FlatStep, MapStep, Specs, Step
 
 # Steps that are compiled as one, at most: the time of compiling grows with them.
@@ -407,3 +409,14 @@ def _check_inputs(inputs: TensorTree, num_steps: int) -> None:
                 f"{path} has shape {tuple(leaf.shape)}; expected leading dimension num_steps = "
                 f"{num_steps}, one slice a step"
             )
+
+
+def with_products(function: Any, products: Products) -> Any:
+    """An inner solver or map made here whose gradients have such products; others as they are."""
+    if isinstance(function, DescentMap | DescentStep):
+        return replace(function, products=products)
+    if isinstance(function, MapStep):
+        return replace(function, fixed_point=with_products(function.fixed_point, products))
+    if isinstance(function, IterativeSolver):
+        return replace(function, step=with_products(function.step, products))
+    return function

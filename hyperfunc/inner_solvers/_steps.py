@@ -11,11 +11,12 @@ from torch import Tensor
 
 from hyperfunc import optim
 from hyperfunc._engine import trees
-from hyperfunc._engine.checks import check_scalar
+from hyperfunc._engine.finite_differences import Products
 from hyperfunc._engine.flat import split
-from hyperfunc._torch import autodiff, tracking
+from hyperfunc._torch import tracking
 from hyperfunc._torch.containers import loadable
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
+from hyperfunc.inner_solvers._gradients import InnerGradient
 from hyperfunc.inner_solvers._proximal import ProximalLoss
 from hyperfunc.optim._base import Gradients, skips_unused
 from hyperfunc.optim._leafwise import Leafwise
@@ -80,6 +81,7 @@ class DescentStep:
     init_state: InnerSolver | None = None
     has_aux: bool = False  # the memory is then a `SolverAux`, else the state alone
     num_traced: int | None = None  # steps whose losses and gradient norms are kept
+    products: Products = "reverse"
 
     def remember(self, params: TensorTree, hparams: Any, args: tuple[Any, ...], /) -> TensorTree:
         w, _, spec = trees.flatten_state(params, "params")
@@ -135,24 +137,19 @@ class DescentStep:
             extra: tuple[Any, ...],
             seen: list[Any] | None,
         ) -> tuple[Leaves, Leaves]:
-            def value(*flat: Tensor) -> Tensor:
-                params = state.fill(flat, others) if others else trees.unflatten(spec, flat)
-                result = loss(params, hparams, *args, *extra)
-                return check_scalar(result, "inner_loss")
-
             at = leaves
             if self.first_order:
                 at, extra = tracking.detach(leaves), trees.tree_map(_detach, extra)
             row = trees.flatten(extra)[0] if extra else ()
             recorded = tracked or tracking.is_tracked((*at, *row))
+            row_args = (*args, *extra)
+            gradient = InnerGradient(loss, state, hparams, row_args, recorded, self.products)
             if skips:
-                found = autodiff.gradient_used(
-                    value, at, create_graph=recorded, used=used, values=seen
-                )
+                found = gradient(at, others, used, seen)
                 if seen is not None:
                     seen.append(found)
                 return update(leaves, tracking.detach(found) if self.first_order else found, memory)
-            grads = autodiff.gradient(value, at, create_graph=recorded, values=seen)
+            grads = gradient(at, others, None, seen)
             if seen is not None:
                 seen.append(grads)
             if regulariser is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hyperfunc._compile.compiler import Compiler, applies
 from hyperfunc._engine import trees
+from hyperfunc._engine.finite_differences import Products, check_products
 from hyperfunc._engine.flat import split
 from hyperfunc._engine.results import ChoiceStats, Solution, SolveStats
 from hyperfunc._engine.solver_aux import WithAux, split_aux
@@ -29,7 +30,10 @@ from hyperfunc._rule.outer_loss import OuterLoss, mean_outer_gradient
 from hyperfunc._torch import autodiff, derivative_rules, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves, TensorTree
-from hyperfunc.iterative import FirstOrder
+from hyperfunc.inner_solvers._maps import DescentMap
+from hyperfunc.inner_solvers._solvers import with_products
+from hyperfunc.inner_solvers._steps import DescentStep
+from hyperfunc.iterative import FirstOrder, ForwardMode
 from hyperfunc.linear_solvers import StochasticAID
 from hyperfunc.transforms._methods import is_implicit
 from hyperfunc.transforms._unreached import (
@@ -84,17 +88,24 @@ class Rule:
 
 def make_rule(
     inner_solver: Any,
-    conditions: tuple[Any, ...],
+    conditions: tuple[Any, Any, Any],
     method: Any,
     throw: bool | None,
     on_backward: Callable[[SolveStats], object] | None = None,
     has_aux: bool = False,
+    products: Products = "reverse",
 ) -> Rule:
     if not callable(inner_solver):
         raise TypeError(
             f"the inner solver is {inner_solver!r}; expected a function (hparams, *args) -> params"
         )
-    condition = make_condition(inner_solver, *conditions)
+    check_products(products)
+    if products == "finite_difference" and isinstance(method, ForwardMode):
+        raise ValueError(
+            f"products='finite_difference' is of no use for {method!r}, which pushes tangents "
+            f"through the steps. Take method='reverse', or leave products out"
+        )
+    condition = make_condition(inner_solver, *conditions, products)
     if is_implicit(method) and condition is None:
         raise ValueError(
             f"method {method!r} needs to know what the inner solution satisfies; got none of "
@@ -102,11 +113,30 @@ def make_rule(
             f"by hf.iterate or hf.minimize without minibatch inputs), or use an iterative method "
             f"such as method='reverse_unroll'"
         )
+    if products == "finite_difference" and not is_implicit(method):
+        inner_solver = _differenced(inner_solver, method)
     if getattr(inner_solver, "has_aux", False) is True:
         has_aux = True
     elif has_aux and not is_implicit(method):
         inner_solver = WithAux(inner_solver)
     return Rule(inner_solver, condition, method, throw, on_backward, has_aux)
+
+
+def _differenced(inner_solver: Any, method: Any) -> Any:
+    """An inner solver whose gradients have products by differences, or an error."""
+    differenced = with_products(inner_solver, "finite_difference")
+    if differenced is inner_solver or not _has_gradients(inner_solver):
+        raise ValueError(
+            f"products='finite_difference' with {method!r} is for solvers made by hf.minimize, or "
+            f"by hf.iterate of hf.gradient_descent_map, whose gradients are known; got "
+            f"{inner_solver!r}. Make the solver so, or leave products out"
+        )
+    return differenced
+
+
+def _has_gradients(inner_solver: Any) -> bool:
+    step = inner_solver.step
+    return isinstance(getattr(step, "fixed_point", step), DescentMap | DescentStep)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
