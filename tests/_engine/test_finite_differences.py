@@ -12,7 +12,7 @@ from torch.func import grad, jacrev, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 import hyperfunc as hf
-from tests.cells import each_cell
+from tests.cells import each_cell, thinned
 
 F64 = torch.float64
 BY_DIFFERENCES: dict[str, Any] = {"products": "finite_difference"}
@@ -70,11 +70,11 @@ GMRES = hf.GMRES(maxiter=4, rtol=0, atol=0)
 METHODS = ["reverse_unroll", hf.Reverse("sqrt"), GMRES, hf.StochasticAID(5, hf.optim.sgd(0.01))]
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-def test_hypergradients_are_those_of_exact_products(name: str) -> None:
+@pytest.mark.parametrize(("name", "some"), thinned(SOLVERS, [0, 1]))
+def test_hypergradients_are_those_of_exact_products(name: str, some: int) -> None:
     solver, h = SOLVERS[name]
     with each_cell() as cell:
-        for method in METHODS:
+        for method in METHODS[some::2]:
             options: dict[str, Any] = {"method": method, "throw": False}
             exact = hf.hypergrad(solver, outer_loss, **options)
             fn = hf.hypergrad(solver, outer_loss, **options, **BY_DIFFERENCES)
@@ -156,7 +156,7 @@ def test_what_the_loss_does_not_use_keeps_its_value_and_integers_go_along() -> N
     assert torch.equal(solution.params["unused"], start["unused"])
     losses = vmap(lambda h: fns[1](h)[1].solver_aux.losses)(torch.stack([h, h]))
     torch.testing.assert_close(losses[1], solution.solver_aux.losses)
-    assert solution.solver_aux.losses[0] == 4.2
+    torch.testing.assert_close(losses[0, 0], torch.tensor(4.2, dtype=F64))
 
 
 LOOPS = {
