@@ -270,7 +270,7 @@ class _ImplicitSolution(torch.autograd.Function):
 
     @staticmethod
     def forward(problem: ImplicitProblem, *theta: Tensor) -> Leaves:
-        return problem.solve(theta)
+        return batching.mapped_alike(problem.solve(theta), theta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
@@ -385,7 +385,7 @@ class _LinearSolution(torch.autograd.Function):
             if tracking.escaped(error):
                 raise ValueError(escaped_message(system.problem.condition.kind)) from error
             raise
-        return tuple(leaf.clone() for leaf in (*u, *stats))
+        return batching.mapped_alike(tuple(leaf.clone() for leaf in (*u, *stats)), tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:

@@ -58,23 +58,80 @@ def is_batched(tensor: Tensor, levels: Levels) -> bool:
     return True
 
 
+def is_plain_below(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary one below vmaps, and of no transform that is over."""
+    while internals.is_batched(tensor):
+        tensor = internals.unwrapped(tensor)
+    return type(tensor) is Tensor and not internals.is_wrapped(tensor)
+
+
 def lower(tensor: Tensor, levels: Levels) -> Tensor:
     """The tensor below all levels, with a dimension for each of them in front."""
-    for level, size in reversed(levels):
+    dims: dict[int, int] = {}
+    for level, _ in reversed(levels):
         if internals.level_of(tensor) == level:
-            dim = internals.batch_dim(tensor)
+            dims[level] = internals.batch_dim(tensor)
             tensor = internals.unwrapped(tensor)
-            tensor = tensor.movedim(dim, 0) if dim else tensor
-        else:
-            tensor = tensor.expand(size, *tensor.shape)
+    for place, (level, size) in enumerate(levels):
+        if level not in dims:
+            shape = tensor.shape
+            tensor = tensor.unsqueeze(place).expand(*shape[:place], size, *shape[place:])
+        elif dims[level]:
+            tensor = tensor.movedim(dims[level] + place, place)
     return tensor
 
 
-def _lift(tensor: Tensor, levels: Levels) -> Tensor:
+def lift(tensor: Tensor, levels: Levels) -> Tensor:
     """The inverse of `lower`."""
     for level, _ in levels:
         tensor = internals.with_batch_dim(tensor, 0, level)
     return tensor
+
+
+def levels_above(levels: Levels) -> Levels:
+    """The active vmaps inside of these, which are active too, as is nothing else."""
+    active = active_vmaps()
+    if active[: len(levels)] != levels:
+        raise RuntimeError("a product was taken in another nest of transforms than its point")
+    return active[len(levels) :]
+
+
+def lower_within(tensor: Tensor, levels: Levels, above: Levels) -> Tensor:
+    """`lower` for these levels alone, of a tensor that may be batched in those above too."""
+    if not above:
+        return lower(tensor, levels)
+    level, _ = above[-1]
+    if internals.level_of(tensor) != level:
+        return lower_within(tensor, levels, above[:-1])
+    dim = internals.batch_dim(tensor)
+    below = lower_within(internals.unwrapped(tensor), levels, above[:-1])
+    return internals.with_batch_dim(below, dim + len(levels), level)
+
+
+def lift_within(tensor: Tensor, levels: Levels, above: Levels) -> Tensor:
+    """The inverse of `lower_within`."""
+    if not above:
+        return lift(tensor, levels)
+    level, _ = above[-1]
+    if internals.level_of(tensor) != level:
+        return lift_within(tensor, levels, above[:-1])
+    dim = internals.batch_dim(tensor)
+    moved = internals.unwrapped(tensor).movedim(dim, len(levels))
+    return internals.with_batch_dim(lift_within(moved, levels, above[:-1]), 0, level)
+
+
+def mapped_alike(outputs: Leaves, operands: Sequence[Tensor]) -> Leaves:
+    """The outputs of a function, copied for each task of a vmap that any operand or output is in.
+
+    The rule that torch makes for a `torch.autograd.Function` under vmap takes the cotangent of an
+    output that is the same for all tasks as one of each task, and counts it that often.
+    """
+    held = {level for tensor in (*operands, *outputs) for level in levels_of(tensor)}
+    levels = tuple(each for each in active_vmaps() if each[0] in held)
+    return tuple(
+        leaf if is_batched(leaf, levels) else lift(lower(leaf, levels).clone(), levels)
+        for leaf in outputs
+    )
 
 
 def may_overwrite(tensors: Sequence[Tensor]) -> bool:
@@ -135,7 +192,7 @@ def loop_over_tasks(fn: Callable[..., Leaves], operands: Leaves, rng: Tensor) ->
     draws the same numbers, from the state of the generator ``rng``.
     """
     torch.set_rng_state(rng)
-    used = {level for operand in operands for level in _levels_of(operand)}
+    used = {level for operand in operands for level in levels_of(operand)}
     levels = tuple((level, size) for level, size in active_vmaps() if level in used)
     sizes = [size for _, size in levels]
     modes = {internals.vmap_randomness(vmap) for vmap in active_transforms() or ()}
@@ -162,10 +219,10 @@ def loop_over_tasks(fn: Callable[..., Leaves], operands: Leaves, rng: Tensor) ->
                 )
         columns = zip(*results, strict=True)
         stacked = [torch.stack(leaves).reshape(*sizes, *leaves[0].shape) for leaves in columns]
-    return tuple(_lift(leaf, levels) for leaf in stacked)
+    return tuple(lift(leaf, levels) for leaf in stacked)
 
 
-def _levels_of(tensor: Tensor) -> list[int]:
+def levels_of(tensor: Tensor) -> list[int]:
     """The levels of ``vmap`` that a tensor is batched in."""
     levels = []
     while internals.is_batched(tensor):
@@ -299,7 +356,7 @@ def vmap_marker() -> Leaves:
         return ()
     with internals.outside_all():
         marker = torch.zeros([size for _, size in levels])
-    return (_lift(marker, levels),)
+    return (lift(marker, levels),)
 
 
 def mapped_zero(tree: Any) -> Tensor:

@@ -544,3 +544,36 @@ def test_from_any_start_the_adjoint_of_an_outer_loss_without_gradient_is_zero(me
         exact = scale if method == "cg" else scale + (start - scale) / 4
         torch.testing.assert_close(solution.adjoint, exact + 0 * h)
         torch.testing.assert_close(grads, 1 + exact + 0 * h)
+
+
+def test_parts_of_a_solution_that_are_the_same_for_all_tasks_count_once_a_task() -> None:
+    """Their cotangents are those of each task, not their sum: at both orders, in every engine."""
+
+    def phi(w: Any, h: Any, x: Tensor) -> Any:
+        return {
+            "own": 0.3 * torch.tanh(w["own"]) + h["own"] * x,
+            "same": 0.5 * torch.sin(w["same"]) + h["same"],
+        }
+
+    def solver(h: Any, x: Tensor) -> Any:
+        w = {"own": torch.zeros_like(h["own"]), "same": torch.zeros_like(h["same"])}
+        for _ in range(50):
+            w = phi(w, h, x)
+        return w
+
+    g = torch.Generator().manual_seed(0)
+    xs = torch.randn(3, 2, generator=g).double()
+    h = {name: torch.randn(2, generator=g).double() for name in ("own", "same")}
+    for method, derivative in (
+        (hf.GMRES(rtol=1e-14), torch.func.grad),
+        (hf.FixedPoint(rtol=1e-14), torch.func.grad),
+        (hf.FixedPoint(rtol=1e-14), torch.func.hessian),
+    ):
+        rule = hf.implicit_diff(solver, fixed_point=phi, method=method)
+
+        def value(h: Any, x: Tensor, rule: Any = rule) -> Tensor:
+            return sum((leaf**3).sum() for leaf in rule(h, x).values())
+
+        by_vmap = derivative(lambda h, f=value: torch.func.vmap(f, (None, 0))(h, xs).sum())(h)
+        alone = derivative(lambda h, f=value: torch.stack([f(h, x) for x in xs]).sum())(h)
+        torch.testing.assert_close(by_vmap, alone)

@@ -102,7 +102,11 @@ def quadratic(name: str, raises: bool = False) -> Any:
         ),
         outer_loss,
         inner_loss=lambda w, h, A: 0.5 * w @ (A @ w) - h @ w,
-        method={"fixed_point": hf.FixedPoint(100), "neumann": hf.Neumann(100)}.get(name, name),
+        method={
+            "fixed_point": hf.FixedPoint(100),
+            "neumann": hf.Neumann(100),
+            "first_order": hf.FirstOrder(init=lambda h, A: h),
+        }.get(name, name),
     )
 
 
