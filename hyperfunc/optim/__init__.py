@@ -12,7 +12,10 @@ checkpointed. Forward values are those of ``torch.optim``, option by option.
 - a tensor: 0-d, or one that broadcasts to each leaf it applies to without enlarging it;
 - a tree of those whose structure is that of ``params`` cut off at any depth: one value for a layer
   holds for all leaves of the layer, one tensor like each leaf gives a rate to each coordinate;
-- a function of ``hparams`` that returns any of these;
+- a dictionary from the names of modules to values, ``{"encoder": 1e-4, "": 1e-3}``, for params with
+  the flat names of `hyperfunc.functional`: the longest name that fits counts, and ``""`` fits all;
+  or a function of the name, made by `by_name`;
+- a function of ``hparams`` that returns any of these, and as a value in a tree or by name too;
 - a schedule: such a function of ``hparams`` and the step, made by `schedule`, or one of those of
   ``torch.optim.lr_scheduler``: `constant`, `linear`, `cosine`, `exponential`, `polynomial`,
   `warmup`, `piecewise`, `per_step`. The step is that of the optimiser's state, from 0.
@@ -40,6 +43,7 @@ the dtype of the leaf; the state has the dtypes of the parameters.
 
 from hyperfunc.optim._base import Coefficient, Optimizer, State, check_optimizer
 from hyperfunc.optim._clip import clip_grad_norm, clip_grad_value
+from hyperfunc.optim._groups import by_name, grouped
 from hyperfunc.optim._rules import adagrad, adam, adamw, heavy_ball, rmsprop, sgd
 from hyperfunc.optim._schedules import (
     constant,
@@ -61,6 +65,7 @@ __all__ = [
     "adagrad",
     "adam",
     "adamw",
+    "by_name",
     "check_optimizer",
     "clip_grad_norm",
     "clip_grad_value",
@@ -68,6 +73,7 @@ __all__ = [
     "cosine",
     "exponential",
     "from_torch",
+    "grouped",
     "heavy_ball",
     "linear",
     "per_step",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -187,13 +188,25 @@ def values_by_leaf(
 
     Those under the names ``any_shape`` need not broadcast to the leaf that they stand for.
     """
-    values = {key: evaluate(name, key, value, hparams, step) for key, value in coefficients.items()}
+
+    def evaluated(key: str, value: Coefficient) -> Any:
+        return evaluate(name, key, value, hparams, step)
+
+    values = {key: evaluated(key, value) for key, value in coefficients.items()}
     if all(is_single(value) for value in values.values()):
         return [tuple(values.values())] * len(leaves)
     columns = [
         [value] * len(leaves)
         if is_single(value)
-        else _by_leaf(f"{name}: {key}", value, params, leaves, spec, key not in any_shape)
+        else _by_leaf(
+            f"{name}: {key}",
+            value,
+            functools.partial(evaluated, key),
+            params,
+            leaves,
+            spec,
+            key not in any_shape,
+        )
         for key, value in values.items()
     ]
     return list(zip(*columns, strict=True))
@@ -264,6 +277,8 @@ def _check_values(name: str, key: str, value: Any, label: str) -> None:
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             continue
+        if isinstance(leaf, ByName) or callable(leaf):  # whose values are checked as they come
+            continue
         path = trees.paths(spec, label)[index]
         if not is_number(leaf):
             got = f"a tensor of dtype {leaf.dtype}" if isinstance(leaf, Tensor) else describe(leaf)
@@ -287,19 +302,71 @@ def match_prefix(label: str, tree: Any, params: TensorTree) -> list[tuple[Any, A
 def _by_leaf(
     label: str,
     value: Any,
+    evaluated: Callable[[Any], Any],
     params: TensorTree,
     leaves: Sequence[Tensor],
     spec: trees.TreeSpec,
     must_broadcast: bool,
 ) -> list[Any]:
-    parts = match_prefix(label, value, params)
-    column = [item for item, part in parts for _ in trees.flatten(part)[0]]
+    if _is_by_name(value, spec):
+        column = of_names(label, value, spec)
+    else:
+        parts = match_prefix(label, value, params)
+        column = [item for item, part in parts for _ in trees.flatten(part)[0]]
+    functions = {id(item): evaluated(item) for item in column if callable(item)}
+    column = [functions.get(id(item), item) for item in column]
     for path, item, leaf in zip(trees.paths(spec, "params"), column, leaves, strict=True):
         if must_broadcast and isinstance(item, Tensor) and not _broadcasts(item.shape, leaf.shape):
             raise ValueError(
                 f"{label}: a value of shape {tuple(item.shape)} stands for {path}, of shape "
                 f"{tuple(leaf.shape)}; expected a 0-d tensor or one that broadcasts to the leaf"
             )
+    return column
+
+
+@dataclasses.dataclass(frozen=True)
+class ByName:
+    """A coefficient that is a function of the name of a parameter; made by `by_name`."""
+
+    fn: Callable[[str], Any]
+
+
+def names_of(spec: trees.TreeSpec) -> list[str]:
+    """The name of each leaf: the keys to it, joined by dots."""
+    return [".".join(map(str, path)) for path in spec.paths()]
+
+
+def _is_by_name(value: Any, spec: trees.TreeSpec) -> bool:
+    """Whether a value goes by names, and not by the structure of params."""
+    if isinstance(value, ByName):
+        return True
+    named = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    return named and not trees.flatten(value)[1].is_prefix(spec)
+
+
+def of_names(label: str, value: Any, spec: trees.TreeSpec) -> list[Any]:
+    """What stands for each leaf: that of the longest name of a module that it is in, or its own."""
+    names = names_of(spec)
+    if isinstance(value, ByName):
+        return [value.fn(name) for name in names]
+    keys = {key.removesuffix("."): key for key in value}
+    unused, column = set(value), []
+    for name in names:
+        parts = name.split(".")
+        modules = [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
+        key = next((keys[module] for module in modules if module in keys), None)
+        if key is None:
+            raise ValueError(
+                f"{label}: no name fits the parameter {name!r}; got {sorted(value)}. Add the name "
+                f'of a module that it is in, or "" for all that no other name fits'
+            )
+        unused.discard(key)
+        column.append(value[key])
+    if unused:
+        raise ValueError(
+            f"{label}: the name {sorted(unused)[0]!r} fits no parameter; expected the name of a "
+            f"module or parameter, with or without a dot at its end, of {names}"
+        )
     return column
 
 

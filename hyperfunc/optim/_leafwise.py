@@ -45,7 +45,8 @@ class Leafwise(PrintsAsCall, abc.ABC):
     @property
     def scheduled(self) -> bool:
         """Whether a coefficient depends on the step."""
-        return any(isinstance(value, Schedule) for value in self.coefficients.values())
+        leaves = trees.flatten(tuple(self.coefficients.values()))[0]
+        return any(isinstance(leaf, Schedule) for leaf in leaves)
 
     @property
     def coefficients(self) -> dict[str, Coefficient]:

@@ -26,12 +26,18 @@ from hyperfunc.optim._base import (
     evaluate,
     flatten_like_params,
 )
+from hyperfunc.optim._groups import from_groups, split_by_names
 from hyperfunc.optim._leafwise import safe_root
 from hyperfunc.optim._rules import adagrad, adam, adamw, rmsprop, sgd
 
 
 def from_torch(
-    optimizer_class: type[torch.optim.Optimizer], /, *, differentiable: bool = False, **options: Any
+    optimizer_class: type[torch.optim.Optimizer],
+    /,
+    *,
+    differentiable: bool = False,
+    groups: Any = None,
+    **options: Any,
 ) -> Optimizer:
     """Run a ``torch.optim`` class as a pure update.
 
@@ -43,6 +49,8 @@ def from_torch(
     - derivatives with respect to gradients, parameters and state are right for Adadelta, Adamax,
       NAdam, RAdam and Rprop, and with respect to ``lr`` for NAdam and RAdam. All others, which
       torch has not or silently has as zero, are refused when asked for;
+    - an option may be a dictionary from the names of modules to values, as for `by_name`, with
+      numbers for single leaves;
     - ``vmap`` runs the step task by task.
 
     Args:
@@ -50,6 +58,9 @@ def from_torch(
             needs no closure.
         differentiable: states that the step of a class that is not in ``torch.optim`` has the right
             derivatives in gradients, parameters and state under its option ``differentiable=True``.
+        groups: as torch.optim has them, with names in place of tensors: a list of dictionaries with
+            ``"params"``, a name or a list of names of modules or parameters, and the options of the
+            group; see `grouped`.
         **options: the options of the class, without ``params``. The first five classes ignore
             ``foreach``, ``fused`` and ``capturable``, which change no result.
 
@@ -72,10 +83,16 @@ def from_torch(
         The algorithms are described, with their papers, in the documentation of ``torch.optim``.
     """
     _check_torch_class(optimizer_class)
+    make = functools.partial(from_torch, optimizer_class, differentiable=differentiable)
+    if groups is not None:
+        return from_groups(make, groups, options)
     native = _NATIVE.get(optimizer_class)
     if native is not None:
         kept = {name: value for name, value in options.items() if name not in _EXECUTION_OPTIONS}
         return native(**kept)
+    named = split_by_names(options)
+    if named is not None:
+        return from_groups(make, named, options)
     update = _TorchUpdate(optimizer_class, differentiable, options)
     return Optimizer(Initializer(update), update)
 

@@ -987,7 +987,7 @@ ERRORS = [
     (
         lambda: update(optim.sgd({"fc1": 0.1})),
         ValueError,
-        r"sgd: lr has another structure than params: got .*fc1.*, expected .*fc2",
+        r"sgd: lr: no name fits the parameter 'fc2.*'; got \['fc1'\]. Add the name of a module",
     ),
     (
         lambda: update(optim.sgd(torch.ones(3))),

@@ -347,6 +347,8 @@ MADE: dict[str, list[Case]] = {
     "optim.rmsprop": optimizers(lambda: hf.optim.rmsprop(0.1)),
     "optim.adagrad": optimizers(lambda: hf.optim.adagrad(0.1)),
     "optim.from_torch": optimizers(lambda: hf.optim.from_torch(torch.optim.Adadelta, lr=0.1)),
+    "optim.grouped": optimizers(lambda: hf.optim.grouped({"": hf.optim.sgd(0.1)})),
+    "optim.by_name": optimizers(lambda: hf.optim.sgd(hf.optim.by_name(len))),
     "optim.clip_grad_norm": optimizers(lambda: hf.optim.clip_grad_norm(hf.optim.sgd(0.1), 0.1)),
     "optim.clip_grad_value": optimizers(lambda: hf.optim.clip_grad_value(hf.optim.sgd(0.1), 0.1)),
     "optim.schedule": optimizers(lambda: hf.optim.sgd(hf.optim.schedule(rate_of_step))),
