@@ -9,6 +9,7 @@ import implicit_graph
 import lasso_path
 import learned_learning_rates
 import maml
+import meta_learning_kin
 import pytest
 import sharded_hyperparameters
 import torch
@@ -68,6 +69,16 @@ def test_the_lasso_is_tuned_on_the_loss_of_cross_validation():
     h = torch.tensor(alphas, dtype=torch.float64).log()
     losses = torch.func.vmap(lasso_path.cross_validation, in_dims=(0, None))(h, folds)[1]
     assert losses.tolist() == pytest.approx(model.mse_path_.mean(1), rel=1e-6)
+
+
+def test_maml_and_its_kin_learn(tmp_path, capsys):
+    meta_learning_kin.main(["--iterations=40", "--tasks=10", f"--out={tmp_path}"])
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert set(rows) == set(meta_learning_kin.MEMBERS)
+    errors = {name: error for name, (error, *_) in rows.items()}
+    assert max(errors.values()) < 4.5  # a sine of these sizes has a mean square of 4.4
+    assert errors["Meta-SGD"] < errors["MAML"] < errors["FOMAML"]
+    assert "FOMAML" in capsys.readouterr().out
 
 
 def test_the_implicit_network_uses_the_graph(tmp_path, capsys):
