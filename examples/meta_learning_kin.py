@@ -8,7 +8,7 @@ differentiated, tells the members of the family apart:
     FOMAML      the start, with the inner gradients as constants      method="first_order"
     ANIL        the start, of which the last layer alone adapts       other params than hparams
     Meta-SGD    the start and a rate for each parameter               lr=lambda h: h["rates"]
-    MAML++      the start and a rate for each step and layer; the     a loss in the state of the steps
+    MAML++      the start and a rate for each step and layer; the     a loss in the steps' state
                 loss after each step counts
     Reptile     the start, towards the adapted parameters             no outer loss
     iMAML       the start, to which the solution is pulled back       hf.proximal, method=hf.CG(...)

@@ -12,11 +12,14 @@ from hyperfunc.diagnostics import Diagnosis, HypergradCheck, check_hypergrad, di
 from hyperfunc.equilibrium import EquilibriumLayer, jacobian_frobenius_squared
 from hyperfunc.inner_solvers import (
     SolverAux,
+    batch_indices,
     composed,
+    from_numpy,
     gradient_descent_map,
     iterate,
     minimize,
     proximal_gradient_map,
+    stack_batches,
 )
 from hyperfunc.inner_solvers._proximal import proximal
 from hyperfunc.iterative import FirstOrder, ForwardMode, Reverse, ReverseUnroll, checkpoint
@@ -87,6 +90,7 @@ __all__ = [
     "SolverAux",
     "StochasticAID",
     "assign_grads",
+    "batch_indices",
     "bilevel",
     "check_hypergrad",
     "checkpoint",
@@ -94,6 +98,7 @@ __all__ = [
     "diagnose",
     "distributed",
     "fixed_point_solvers",
+    "from_numpy",
     "functional",
     "gradient_descent_map",
     "hypergrad",
@@ -109,5 +114,6 @@ __all__ = [
     "prox",
     "proximal",
     "proximal_gradient_map",
+    "stack_batches",
     "task_map",
 ]

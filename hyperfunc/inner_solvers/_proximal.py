@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_number, is_number
+from hyperfunc._engine.shown import show
 from hyperfunc._torch.tangents import in_own_dtype
 from hyperfunc._types import Leaves, Loss, TensorTree
 from hyperfunc.optim._base import refuse_schedule
@@ -68,7 +69,8 @@ def proximal(
         check_number("proximal", "weight", weight)
     elif not (callable(weight) or isinstance(weight, Tensor)):
         raise TypeError(
-            f"proximal: weight is {weight!r}; expected a number >= 0, a 0-d tensor, or a function "
+            f"proximal: weight is {show(weight)}; "
+            f"expected a number >= 0, a 0-d tensor, or a function "
             f"of hparams that returns one"
         )
     return ProximalLoss(loss, weight, center)

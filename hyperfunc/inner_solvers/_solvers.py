@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_count, check_number
 from hyperfunc._engine.finite_differences import Products
 from hyperfunc._engine.flat import split
+from hyperfunc._engine.shown import show
 from hyperfunc._engine.wrapped_functions import name_of
 from hyperfunc._torch import batching, derivative_rules, tracking
 from hyperfunc._torch.tangents import all_in_own_dtype
@@ -44,7 +45,7 @@ class IterativeSolver:
     step: Step
     num_steps: int
     init: InnerSolver
-    inputs: TensorTree
+    inputs: TensorTree = field(repr=False)
     rtol: float
     atol: float
     condition: tuple[str, Callable[..., Any]] | None
@@ -162,9 +163,10 @@ def minimize(
         init: ``(hparams, *args) -> params``, the start $w_0$.
         init_state: ``(hparams, *args) -> state``, the optimiser's state $s_0$ where it goes on
             from other steps; by default ``optimizer.init(params)``.
-        inputs: minibatches: a tree of tensors with leading dimension ``num_steps``; step $t$ takes
-            the gradient of ``inner_loss(params, hparams, *args, inputs_t)``. Implicit methods must
-            then be given a condition.
+        inputs: minibatches: a tree of tensors with leading dimension ``num_steps``, such as
+            `stack_batches` and `batch_indices` make; step $t$ takes the gradient of
+            ``inner_loss(params, hparams, *args, inputs_t)``. Implicit methods must then be given a
+            condition.
         rtol: as for `iterate`, on the params.
         atol: as for `iterate`.
         has_aux: whether the solver returns ``(params, aux)``, with a `SolverAux`: the optimiser's
@@ -204,7 +206,7 @@ def minimize(
         ...     grads, solution = step(torch.tensor(0.1), w, state)
         ...     w, state = solution.params, solution.solver_aux.state
         >>> w, state.step
-        (tensor(0.5763), tensor(6))
+        (tensor(0.5858), tensor(6))
     """
     check_callable(inner_loss, "inner_loss", "(params, hparams, *args) -> scalar")
     optim.check_optimizer(optimizer, "minimize")
@@ -248,7 +250,8 @@ class FlatSteps:
         for path, leaf in zip(trees.paths(self._memory_spec, "state"), memory, strict=True):
             if not isinstance(leaf, Tensor):
                 raise TypeError(
-                    f"the optimizer's {path} is {leaf!r} of type {type(leaf).__name__}; expected a "
+                    f"the optimizer's {path} is {show(leaf)} of type {type(leaf).__name__}; "
+                    f"expected a "
                     f"tensor. Write torch.tensor(...) around a number"
                 )
         self.num_params = len(leaves)
@@ -395,19 +398,25 @@ def _check_inputs(inputs: TensorTree, num_steps: int) -> None:
     leaves, spec = trees.flatten(inputs)
     if not leaves:
         raise ValueError(
-            f"inputs is an empty tree ({inputs!r}); expected tensors with leading dimension "
-            f"num_steps = {num_steps}, or None"
+            f"inputs is an empty tree ({type(inputs).__name__}); expected tensors with leading "
+            f"dimension num_steps = {num_steps}, or None"
         )
     for path, leaf in zip(trees.paths(spec, "inputs"), leaves, strict=True):
         if not isinstance(leaf, Tensor):
+            advice = "Pass what is the same in every step in *args"
+            if isinstance(leaf, Iterable) and not isinstance(leaf, str):
+                advice = f"Write inputs=hf.stack_batches(..., num_steps={num_steps}) around it"
             raise TypeError(
-                f"{path} is {leaf!r} of type {type(leaf).__name__}; expected a tensor with leading "
-                f"dimension num_steps = {num_steps}. Pass what is the same in every step in *args"
+                f"{path} is of type {type(leaf).__name__}; expected a tensor with leading "
+                f"dimension num_steps = {num_steps}. {advice}"
             )
         if leaf.ndim == 0 or leaf.shape[0] != num_steps:
+            advice = ""
+            if isinstance(inputs, list):
+                advice = ". For a list of batches write inputs=hf.stack_batches(batches, num_steps)"
             raise ValueError(
                 f"{path} has shape {tuple(leaf.shape)}; expected leading dimension num_steps = "
-                f"{num_steps}, one slice a step"
+                f"{num_steps}, one slice a step{advice}"
             )
 
 

@@ -9,7 +9,14 @@ import hyper_cleaning
 import logistic_regression
 import per_feature_l2
 import pytest
+import sklearn_estimator
 import torch
+import training_loop
+from sklearn.base import clone
+from sklearn.datasets import make_classification
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 
 @pytest.fixture
@@ -81,6 +88,32 @@ def test_ten_learned_images_train_better_than_ten_means(tmp_path):
     rows = dataset_distillation.main(["--iterations=25", f"--out={tmp_path}"])
     assert rows["one learned image a class"] > rows["the mean image of each class"]
     check_files(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_loop_that_starts_too_slowly_speeds_up(tmp_path):
+    rows = training_loop.main(["--windows=30", f"--out={tmp_path}"])
+    left, _, tuned = rows.values()
+    assert tuned["history"][-1]["lr"] > 3 * training_loop.START["lr"]
+    (left_loss, _), (tuned_loss, _) = left["scores"][1], tuned["scores"][1]
+    assert tuned_loss < 0.8 * left_loss  # on the test digits
+    check_files(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_estimator_is_one_of_scikit_learn_and_prunes_features():
+    X, y = make_classification(
+        150, 12, n_informative=3, n_redundant=0, shuffle=False, random_state=0
+    )
+    model = sklearn_estimator.PenalisedFeatures(cv=4, steps=15)
+    assert clone(model).get_params() == {"cv": 4, "steps": 15, "lr": 0.2}
+    names = ["no", "yes"]
+    pipeline = make_pipeline(StandardScaler(), model)
+    scores = cross_val_score(pipeline, X, [names[label] for label in y], cv=3)
+    assert scores.mean() > 0.7
+    fitted = pipeline.fit(X, y)[-1]
+    assert fitted.losses_[-1] < fitted.losses_[0]
+    assert fitted.penalties_[:3].max() < sorted(fitted.penalties_[3:])[4]
 
 
 def test_docstrings_are_sparse_texts_of_many_modules():

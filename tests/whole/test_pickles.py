@@ -36,6 +36,11 @@ def decorated_block(h: Tensor) -> Tensor:
     return torch.tanh(h)
 
 
+@hf.from_numpy
+def decorated_by_numpy(h: Any) -> Any:
+    return h * h
+
+
 def rate_of_step(h: Tensor, step: Tensor) -> Tensor:
     return 0.1 / (1 + step)
 
@@ -299,6 +304,12 @@ MADE: dict[str, list[Case]] = {
             lambda phi: phi(H, H, A),
         )
     ],
+    "from_numpy": [
+        (lambda: hf.from_numpy(square), lambda fn: fn(H)),
+        (lambda: decorated_by_numpy, lambda fn: fn(H)),
+    ],
+    "stack_batches": [(lambda: hf.stack_batches([H, H]), itself)],
+    "batch_indices": [(lambda: hf.batch_indices(4, 2, 2, shuffle=False), itself)],
     "composed": [
         (
             lambda: hf.composed(inner_loss, square),
