@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.results import SolveStats
+from hyperfunc._engine.shown import show
 from hyperfunc._torch import autodiff, derivative_rules, tracking
 from hyperfunc._types import TensorTree
 from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson
@@ -118,7 +119,7 @@ class EquilibriumLayer(nn.Module):
             value = _check_method(value)
         kind, expected = _EXPECTED.get(name, (object, ""))
         if not isinstance(value, kind):
-            raise TypeError(f"EquilibriumLayer: {name} is {value!r}; expected {expected}")
+            raise TypeError(f"EquilibriumLayer: {name} is {show(value)}; expected {expected}")
         if self._cell_with(name) is not None:
             setattr(self.cell, name, value)
         elif name == "init":  # has no derivative, so that a module is no part of the layer

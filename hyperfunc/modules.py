@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from hyperfunc._engine.shown import show
 from hyperfunc._engine.trees import check_like, flatten, flatten_floating
 from hyperfunc._torch import derivative_rules
 from hyperfunc._torch.batching import mapped_zero
@@ -118,7 +119,7 @@ def functional(
     _check_module(module)
     if buffers not in get_args(BufferMode):
         raise ValueError(
-            f"functional(module, buffers={buffers!r}): expected one of "
+            f"functional(module, buffers={show(buffers)}): expected one of "
             f"{', '.join(map(repr, get_args(BufferMode)))}"
         )
     chosen = {
@@ -423,7 +424,7 @@ def _check_module(module: Any) -> None:
     """Raise unless a module can be copied and called with other tensors in place of its own."""
     if not isinstance(module, nn.Module):
         raise TypeError(
-            f"functional(module): got {module!r} of type {type(module).__name__}; expected a "
+            f"functional(module): got {show(module)} of type {type(module).__name__}; expected a "
             f"torch.nn.Module. A function of (params, *inputs) needs no conversion"
         )
     for name, layer in module.named_modules():

@@ -17,6 +17,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_count
 from hyperfunc._engine.convergence import ConvergenceWarning
 from hyperfunc._engine.results import RESULTS, ChoiceStats, HypergradError, SolveStats
+from hyperfunc._engine.shown import show
 from hyperfunc._engine.successes import mean_of, sum_over_successes
 from hyperfunc._engine.wrapped_functions import WrappedFunction
 from hyperfunc._torch import batching, derivative_rules, tracking
@@ -111,10 +112,10 @@ def task_map(
         check_count("task_map", "chunk_size", chunk_size, also="'auto', None or ")
     if randomness not in _RANDOMNESS:
         raise ValueError(
-            f"task_map: randomness is {randomness!r}; expected one of {', '.join(_RANDOMNESS)}"
+            f"task_map: randomness is {show(randomness)}; expected one of {', '.join(_RANDOMNESS)}"
         )
     if reduce not in (*get_args(Reduction), None):
-        raise ValueError(f"task_map: reduce is {reduce!r}; expected 'mean', 'sum' or None")
+        raise ValueError(f"task_map: reduce is {show(reduce)}; expected 'mean', 'sum' or None")
     return _MappedFunction(fn, in_dims, chunk_size, randomness, reduce)
 
 
@@ -213,7 +214,8 @@ class _MappedCall:
             if not isinstance(leaf, Tensor):
                 path = trees.paths(self._out_spec, "result")[index]
                 raise TypeError(
-                    f"task_map: {_name(self._fn)} returned {leaf!r} of type {type(leaf).__name__} "
+                    f"task_map: {_name(self._fn)} returned {show(leaf)} "
+                    f"of type {type(leaf).__name__} "
                     f"as {path}; expected a tensor"
                 )
         return tuple(flat)
@@ -331,7 +333,7 @@ def _flat_dims(
         )
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"task_map: in_dims is {in_dims!r}, which does not suit the {len(args)} arguments; "
+            f"task_map: in_dims is {show(in_dims)}, which does not suit the {len(args)} arguments; "
             f"expected a number, or a tuple with one entry for each argument: a number, None, or a "
             f"tree of these"
         ) from error
@@ -340,7 +342,8 @@ def _flat_dims(
             continue
         if not isinstance(leaf, Tensor):
             raise ValueError(
-                f"task_map: {path} is {leaf!r} of type {type(leaf).__name__}, and in_dims is {dim} "
+                f"task_map: {path} is {show(leaf)} "
+                f"of type {type(leaf).__name__}, and in_dims is {dim} "
                 f"there; expected a tensor to take slices of. Write None in in_dims for it"
             )
         if not -leaf.ndim <= dim < leaf.ndim:

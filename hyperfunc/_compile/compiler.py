@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hyperfunc._compile.comparison import difference
 from hyperfunc._compile.repeated_pieces import compile_in_pieces
 from hyperfunc._engine import trees
+from hyperfunc._engine.shown import show
 from hyperfunc._torch import tracking
 from hyperfunc._torch.captured import captured_values
 from hyperfunc._types import Leaves
@@ -247,7 +248,7 @@ def check_backend(value: bool | str | Mapping[str, Any]) -> Backend | None:
     if isinstance(value, str) and value in torch.compiler.list_backends(exclude_tags=None):
         return Backend(value)
     raise ValueError(
-        f"compile is {value!r}; expected True, False, the name of a backend of torch.compile "
+        f"compile is {show(value)}; expected True, False, the name of a backend of torch.compile "
         f"({', '.join(torch.compiler.list_backends())}), a mode of it ({', '.join(modes)}), or a "
         f"dictionary of its options"
     )

@@ -7,6 +7,8 @@ from typing import Any, TypeGuard
 
 from torch import Tensor
 
+from hyperfunc._engine.shown import show
+
 
 def check_scalar(value: Any, name: str) -> Tensor:
     """Return a loss value if it is a floating-point scalar tensor, raise otherwise."""
@@ -31,7 +33,8 @@ def check_callable(value: Any, name: str, signature: str) -> None:
     """Raise unless a value is callable; the signature is what it should have."""
     if not callable(value):
         raise TypeError(
-            f"{name} is {value!r} of type {type(value).__name__}; expected a function {signature}"
+            f"{name} is {show(value)} of type {type(value).__name__}; "
+            f"expected a function {signature}"
         )
 
 
@@ -41,7 +44,7 @@ def check_count(owner: object, name: str, value: Any, least: int = 1, also: str 
     ``owner`` is what the argument belongs to: a name, or an object of a class; ``also`` says what
     else the caller takes, as ``"None or "``.
     """
-    message = f"{_name(owner)}: {name} is {value!r}; expected {also}an integer >= {least}"
+    message = f"{_name(owner)}: {name} is {show(value)}; expected {also}an integer >= {least}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(message)
     if value < least:
@@ -54,7 +57,7 @@ def check_number(
 ) -> float:
     """Return a finite number, or raise unless it is one and at least (or above) a bound."""
     sign = ">" if above else ">="
-    message = f"{_name(owner)}: {name} is {value!r}; expected a finite number {sign} {least:g}"
+    message = f"{_name(owner)}: {name} is {show(value)}; expected a finite number {sign} {least:g}"
     if not is_number(value):
         raise TypeError(message)
     if not math.isfinite(value) or value < least or (above and value == least):

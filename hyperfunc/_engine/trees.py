@@ -11,6 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
+from hyperfunc._engine.shown import show
 from hyperfunc._torch import batching, containers, sharding, tensordicts, tracking
 from hyperfunc._types import Leaves, TensorTree
 
@@ -166,7 +167,7 @@ def flatten_floating(
                 "call module.requires_grad_() first, or write include_frozen=True"
             )
         expected = "expected at least one floating-point tensor"
-        raise ValueError(f"{root} is an empty tree ({tree!r}); {expected}{advice}")
+        raise ValueError(f"{root} is an empty tree ({show(tree)}); {expected}{advice}")
     for leaf in rest:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and tracking.is_dense(leaf):
             continue
@@ -437,4 +438,4 @@ def _advice(leaf: Any) -> str:
 
 
 def _value_and_type(leaf: Any) -> str:
-    return f"{leaf!r} of type {type(leaf).__name__}"
+    return f"{show(leaf)} of type {type(leaf).__name__}"

@@ -9,6 +9,8 @@ import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from hyperfunc._engine.shown import show
+
 
 class Wrapped:
     """A callable with the name and doc of a function, which pickles as its parts do.
@@ -50,9 +52,9 @@ class PrintsAsCall:
     def __repr__(self) -> str:
         named: Any = self
         shown = [field.name for field in dataclasses.fields(named) if field.repr]
-        return f"{self.name}({', '.join(f'{key}={getattr(self, key)!r}' for key in shown)})"
+        return f"{self.name}({', '.join(f'{key}={show(getattr(self, key))}' for key in shown)})"
 
 
 def name_of(function: Any) -> str:
     """What a function is called in a text."""
-    return getattr(function, "__qualname__", None) or repr(function)
+    return getattr(function, "__qualname__", None) or show(function)

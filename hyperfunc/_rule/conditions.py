@@ -21,6 +21,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_scalar
 from hyperfunc._engine.finite_differences import DifferencedLinearization, Products
+from hyperfunc._engine.shown import show
 from hyperfunc._engine.solver_aux import UNTOLD
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.captured import captured_message
@@ -68,7 +69,8 @@ class Arguments:
         for i, constant in enumerate(frame.constants):
             if isinstance(constant, Iterator):
                 raise TypeError(
-                    f"{trees.paths(frame.spec, '(hparams, *args)')[i]} is {constant!r}, which the "
+                    f"{trees.paths(frame.spec, '(hparams, *args)')[i]} is {show(constant)}, "
+                    f"which the "
                     f"first function to read it would use up. Pass list(...) of it"
                 )
         arguments = Arguments(frame, len(hparam_leaves))
@@ -300,7 +302,7 @@ def _given_or_carried(
     for condition in given:
         if not callable(condition.fn):
             raise TypeError(
-                f"{condition.kind}={condition.fn!r} is not callable; expected a function "
+                f"{condition.kind}={show(condition.fn)} is not callable; expected a function "
                 f"of (params, hparams, *args)"
             )
     if given:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc._engine.flat import split
+from hyperfunc._engine.shown import show
 from hyperfunc._rule.conditions import BoundCondition
 from hyperfunc._torch import autodiff
 from hyperfunc._torch.containers import loadable
@@ -87,7 +88,7 @@ class ErrorBound:
     def __post_init__(self) -> None:
         if self.contraction is not None and not 0 <= self.contraction < 1:
             raise ValueError(
-                f"ErrorBound: contraction is {self.contraction!r}; expected a number from 0 to "
+                f"ErrorBound: contraction is {show(self.contraction)}; expected a number from 0 to "
                 f"below 1, the factor by which the fixed-point map shrinks distances"
             )
         if self.strong_convexity is not None:

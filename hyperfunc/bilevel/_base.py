@@ -17,6 +17,7 @@ from hyperfunc._engine.finite_differences import (
     check_products,
 )
 from hyperfunc._engine.flat import split
+from hyperfunc._engine.shown import show
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.containers import loadable
@@ -289,6 +290,6 @@ def _check_rate(name: str, key: str, rate: Any) -> None:
         checks.check_number(name, key, rate)
     else:
         raise TypeError(
-            f"{name}: {key} is {rate!r} of type {type(rate).__name__}; expected a number or a "
+            f"{name}: {key} is {show(rate)} of type {type(rate).__name__}; expected a number or a "
             f"function of the step that returns one"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.finite_differences import Products
+from hyperfunc._engine.shown import show
 from hyperfunc._torch.containers import loadable
 from hyperfunc._types import Loss, TensorTree
 from hyperfunc.bilevel._base import Loop, Method, State, StepSize
@@ -158,5 +159,5 @@ def _check_index(key: str, index: Any, size: int) -> Tensor:
             return torch.tensor(index)
         raise ValueError(f"saba: {key} is {index}; expected an integer in [0, {size})")
     else:
-        got = f"{index!r} of type {type(index).__name__}"
+        got = f"{show(index)} of type {type(index).__name__}"
     raise TypeError(f"saba: {key} is {got}; expected an integer or a 0-d integer tensor")

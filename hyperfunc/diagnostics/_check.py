@@ -13,6 +13,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc._engine.random_vectors import random_signs
+from hyperfunc._engine.shown import show
 from hyperfunc._engine.solver_aux import without_aux
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition, make_condition
 from hyperfunc._torch import autodiff, tracking
@@ -155,7 +156,7 @@ def check_hypergrad(  # noqa: D417
     for route in routes or ():
         if route not in ROUTES:
             raise ValueError(
-                f"check_hypergrad: routes holds {route!r}; expected some of "
+                f"check_hypergrad: routes holds {show(route)}; expected some of "
                 f"{', '.join(map(repr, ROUTES))}"
             )
     tasks = None

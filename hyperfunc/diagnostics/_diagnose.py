@@ -12,6 +12,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.finite_differences import Products, check_products
 from hyperfunc._engine.random_vectors import random_signs
+from hyperfunc._engine.shown import show
 from hyperfunc._rule.conditions import Arguments, BoundCondition, make_condition
 from hyperfunc._torch import tracking
 from hyperfunc._torch.unsupported import explained
@@ -128,7 +129,7 @@ class Diagnosis(NamedTuple):
             ValueError: for an accuracy that is not between 0 and 1.
         """
         if accuracy is not None and not 0 < accuracy < 1:
-            raise ValueError(f"accuracy is {accuracy!r}; expected a number between 0 and 1")
+            raise ValueError(f"accuracy is {show(accuracy)}; expected a number between 0 and 1")
         eps = torch.finfo(self.residual.value.dtype).eps
         # a diagnosis that comes out of vmap holds a batch of equal sizes and kinds
         size, is_map = int(self.size.reshape(-1)[0]), bool(self.is_map.reshape(-1)[0])

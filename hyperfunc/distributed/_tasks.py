@@ -14,6 +14,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_count
 from hyperfunc._engine.contact import LostContact, in_contact
 from hyperfunc._engine.results import Solution
+from hyperfunc._engine.shown import show
 from hyperfunc._engine.wrapped_functions import WrappedFunction
 from hyperfunc._torch import sharding, tracking
 from hyperfunc._types import Leaves, TensorTree
@@ -100,7 +101,7 @@ def task_parallel(
     signature = "(hparams, tasks, *args) such as torch.func.vmap(adapt, in_dims=(None, 0))"
     check_callable(fn, "task_parallel: fn", signature)
     if reduce not in (*get_args(Reduction), None):
-        raise ValueError(f"task_parallel: reduce is {reduce!r}; expected 'mean', 'sum' or None")
+        raise ValueError(f"task_parallel: reduce is {show(reduce)}; expected 'mean', 'sum' or None")
     if chunk_size is not None:
         check_count("task_parallel", "chunk_size", chunk_size, also="None or ")
     return _TaskParallel(fn, group, reduce, chunk_size)
@@ -455,12 +456,13 @@ def _values(flat: _Flat) -> list[str]:
 def _count_tasks(tasks: TensorTree) -> int:
     leaves, spec = trees.flatten(tasks)
     if not leaves:
-        raise ValueError(f"tasks is an empty tree ({tasks!r}); expected at least one tensor")
+        raise ValueError(f"tasks is an empty tree ({show(tasks)}); expected at least one tensor")
     paths = trees.paths(spec, "tasks")
     for leaf, path in zip(leaves, paths, strict=True):
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:
             raise ValueError(
-                f"{path} is {leaf!r}; expected a tensor whose first dimension counts tasks. Pass "
+                f"{path} is {show(leaf)}; "
+                f"expected a tensor whose first dimension counts tasks. Pass "
                 f"what all tasks share as a further argument: call(hparams, tasks, *args)"
             )
         if leaf.shape[0] != leaves[0].shape[0]:

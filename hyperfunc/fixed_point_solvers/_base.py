@@ -14,6 +14,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable
 from hyperfunc._engine.convergence import warn_unless_converged
 from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, code_where, find_failure
+from hyperfunc._engine.shown import show
 from hyperfunc._torch import batching, sharding
 from hyperfunc._types import InnerSolver, Leaves, ParamsFunction, TensorTree
 from hyperfunc.linear_solvers._base import check_stopping
@@ -34,7 +35,9 @@ class AbstractFixedPointSolver(abc.ABC):
         check_stopping(self)
         if isinstance(self.batch_dim, bool) or not isinstance(self.batch_dim, int | None):
             expected = "expected an integer, or None for one problem"
-            raise TypeError(f"{type(self).__name__}: batch_dim is {self.batch_dim!r}; {expected}")
+            raise TypeError(
+                f"{type(self).__name__}: batch_dim is {show(self.batch_dim)}; {expected}"
+            )
 
     def __call__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -45,7 +45,7 @@ class IterativeSolver:
     step: Step
     num_steps: int
     init: InnerSolver
-    inputs: TensorTree = field(repr=False)
+    inputs: TensorTree
     rtol: float
     atol: float
     condition: tuple[str, Callable[..., Any]] | None

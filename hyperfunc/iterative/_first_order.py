@@ -11,6 +11,7 @@ import torch
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable
+from hyperfunc._engine.shown import show
 from hyperfunc._engine.solver_aux import split_aux
 from hyperfunc._rule.conditions import Arguments, Condition
 from hyperfunc._rule.implicit import ImplicitProblem
@@ -123,7 +124,7 @@ class FirstOrder:
                 return hparams
             raise ValueError(
                 f"{self!r} carries the derivative back to where the inner solver starts, which "
-                f"{inner_solver!r} does not tell, and hparams are no tree like params: got "
+                f"{show(inner_solver)} does not tell, and hparams are no tree like params: got "
                 f"{like} with shapes {[tuple(leaf.shape) for leaf in h]}, expected {spec} with "
                 f"{[tuple(leaf.shape) for leaf in w]}. Name the start as a function of hparams: "
                 f"method=hf.FirstOrder(init=lambda hparams, *args: ...), or make the solver with "

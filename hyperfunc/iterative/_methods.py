@@ -14,6 +14,7 @@ import torch
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.operations import Recorded
+from hyperfunc._engine.shown import show
 from hyperfunc._rule.conditions import Arguments
 from hyperfunc._torch import batching, sharding, tracking
 from hyperfunc._types import InnerSolver, Leaves
@@ -103,7 +104,8 @@ class Reverse:
             check_count(self, "checkpoint", self.checkpoint, also="'sqrt', 'binomial' or ")
         elif self.checkpoint not in ("sqrt", "binomial"):
             raise ValueError(
-                f"Reverse: checkpoint is {self.checkpoint!r}; expected 'sqrt', 'binomial' or an "
+                f"Reverse: checkpoint is {show(self.checkpoint)}; "
+                f"expected 'sqrt', 'binomial' or an "
                 f"integer >= 1"
             )
         for name, value in (("slots", self.slots), ("last", self.last)):
@@ -111,7 +113,7 @@ class Reverse:
                 check_count(self, name, value, also="None or ")
         if self.slots is not None and self.checkpoint != "binomial":
             raise ValueError(
-                f"slots={self.slots} has no meaning with checkpoint={self.checkpoint!r}. "
+                f"slots={self.slots} has no meaning with checkpoint={show(self.checkpoint)}. "
                 f"Write Reverse(checkpoint='binomial', slots={self.slots})"
             )
 
@@ -230,7 +232,7 @@ def _compiled(solver: IterativeSolver, steps: Steps) -> Compiled | None:
 def _check_solver(inner_solver: Any, method: Any) -> IterativeSolver:
     if not isinstance(inner_solver, IterativeSolver):
         raise TypeError(
-            f"{method!r} replays the steps of the inner solver, but {inner_solver!r} does not "
+            f"{method!r} replays the steps of the inner solver, but {show(inner_solver)} does not "
             f"tell them. Make the solver with hf.iterate or hf.minimize, or use hf.ReverseUnroll()"
         )
     return inner_solver

@@ -13,6 +13,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.random_vectors import random_uniform
 from hyperfunc._engine.results import RESULTS, code_where
+from hyperfunc._engine.shown import show
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
     Bounds,
@@ -86,7 +87,8 @@ class CG(PreconditionedSolver):
         super().__post_init__()
         if self.negative_curvature not in ("raise", "stop"):
             raise ValueError(
-                f"CG: negative_curvature is {self.negative_curvature!r}; expected 'raise' or 'stop'"
+                f"CG: negative_curvature is {show(self.negative_curvature)}; "
+                f"expected 'raise' or 'stop'"
             )
 
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:

@@ -14,6 +14,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc._engine.random_vectors import random_signs
+from hyperfunc._engine.shown import show
 from hyperfunc._engine.trees import ravel, ravel_local, unravel
 from hyperfunc._torch import tracking
 from hyperfunc._types import Leaves, TensorTree
@@ -262,7 +263,8 @@ def check_preconditioner(solver: Any) -> None:
     both = isinstance(preconditioner, tuple) and len(preconditioner) == 2
     if not all(map(callable, preconditioner if both else (preconditioner,))):
         raise TypeError(
-            f"{name}: preconditioner is {preconditioner!r}; expected a linear function of trees "
+            f"{name}: preconditioner is {show(preconditioner)}; "
+            f"expected a linear function of trees "
             f"like params, a pair of them, or an object such as hf.JacobiPreconditioner()"
         )
 

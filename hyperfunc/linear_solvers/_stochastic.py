@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
+from hyperfunc._engine.shown import show
 from hyperfunc._torch import tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves
@@ -120,7 +121,7 @@ class StochasticAID(AbstractLinearSolver):
             check_count(self, field, getattr(self, field), least)
         if self.start not in STARTS:
             raise ValueError(
-                f"StochasticAID: start is {self.start!r}; expected one of "
+                f"StochasticAID: start is {show(self.start)}; expected one of "
                 f"{', '.join(map(repr, STARTS))}. To start elsewhere, pass adjoint_init to the call"
             )
         for field, name in _NUMBERS.items():
@@ -264,7 +265,7 @@ def _check_optimizer(optimizer: Any, scheduler: Any) -> None:
         check_optimizer(optimizer, "StochasticAID")
     if scheduler is not None and not callable(scheduler):
         raise TypeError(
-            f"StochasticAID: scheduler is {scheduler!r} of type {type(scheduler).__name__}; "
+            f"StochasticAID: scheduler is {show(scheduler)} of type {type(scheduler).__name__}; "
             f"expected a function of the torch.optim optimizer that makes its scheduler"
         )
     if scheduler is not None and not is_factory:

@@ -15,6 +15,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_number
 from hyperfunc._engine.random_vectors import random_uniform
 from hyperfunc._engine.results import RESULTS, ChoiceStats, SolveStats, code_where
+from hyperfunc._engine.shown import show
 from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
@@ -185,10 +186,10 @@ class Blockwise(AbstractLinearSolver):
         check_solver(self, "solver", self.solver)
         if self.blocks not in get_args(Blocks):
             names = ", ".join(map(repr, get_args(Blocks)))
-            raise ValueError(f"Blockwise: blocks is {self.blocks!r}; expected one of {names}")
+            raise ValueError(f"Blockwise: blocks is {show(self.blocks)}; expected one of {names}")
         if self.step_sizes is not None and not isinstance(self.step_sizes, tuple):
             raise TypeError(
-                f"Blockwise: step_sizes is {self.step_sizes!r}; expected a tuple of numbers > 0"
+                f"Blockwise: step_sizes is {show(self.step_sizes)}; expected a tuple of numbers > 0"
             )
         for index, step in enumerate(self.step_sizes or ()):
             check_number(self, f"step_sizes[{index}]", step, above=True)
@@ -229,7 +230,7 @@ class Blockwise(AbstractLinearSolver):
         if len(self.step_sizes) != num_blocks:
             raise ValueError(
                 f"Blockwise: step_sizes has {len(self.step_sizes)} numbers, but params have "
-                f"{num_blocks} blocks (blocks={self.blocks!r}); expected one for each"
+                f"{num_blocks} blocks (blocks={show(self.blocks)}); expected one for each"
             )
         dtype = trees.accumulation_dtype(b)
         return torch.tensor(self.step_sizes, dtype=dtype, device=b[0].device)
@@ -286,7 +287,7 @@ def check_solver(owner: object, field: str, solver: object) -> None:
             f"Write hf.{solver.__name__}()"
         )
     raise TypeError(
-        f"{name}: {field} is {solver!r}; expected a linear solver such as hf.CG(maxiter=20)"
+        f"{name}: {field} is {show(solver)}; expected a linear solver such as hf.CG(maxiter=20)"
     )
 
 

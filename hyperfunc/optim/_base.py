@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import is_number
+from hyperfunc._engine.shown import show
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._torch.containers import loadable
 from hyperfunc._torch.internals import forward_mode_active
@@ -245,7 +246,7 @@ def skips_unused(update: Any) -> bool:
 
 
 def describe(value: Any) -> str:
-    return f"{value!r} of type {type(value).__name__}"
+    return f"{show(value)} of type {type(value).__name__}"
 
 
 def class_name(optimizer_class: type) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperfunc._engine.shown import show
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import Coefficient, Optimizer, evaluate, is_zero
 from hyperfunc.optim._leafwise import (
@@ -69,8 +70,8 @@ def sgd(
     """
     if nesterov and (is_zero(momentum) or not is_zero(dampening)):
         raise ValueError(
-            f"sgd: nesterov=True needs momentum and no dampening; got momentum={momentum!r}, "
-            f"dampening={dampening!r}. Write sgd(lr, momentum=0.9, nesterov=True)"
+            f"sgd: nesterov=True needs momentum and no dampening; got momentum={show(momentum)}, "
+            f"dampening={show(dampening)}. Write sgd(lr, momentum=0.9, nesterov=True)"
         )
     return SGD(
         *(lr, momentum, dampening, weight_decay, nesterov, maximize),
@@ -263,7 +264,8 @@ def adamw(
 def _pair(name: str, betas: Any) -> tuple[Coefficient, Coefficient]:
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise TypeError(
-            f"{name}: betas is {betas!r}; expected a pair of coefficients such as (0.9, 0.999), "
+            f"{name}: betas is {show(betas)}; "
+            f"expected a pair of coefficients such as (0.9, 0.999), "
             f"either of which may be a function of hparams"
         )
     return betas[0], betas[1]

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_count
+from hyperfunc._engine.shown import show
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc.optim._base import (
     Coefficient,
@@ -175,7 +176,7 @@ def piecewise(values: Sequence[Coefficient], boundaries: Sequence[int]) -> Sched
     increasing = all(a < b for a, b in itertools.pairwise(boundaries))
     if len(values) != len(boundaries) + 1 or not increasing:
         raise ValueError(
-            f"piecewise: got {len(values)} values and boundaries={boundaries!r}; expected "
+            f"piecewise: got {len(values)} values and boundaries={show(boundaries)}; expected "
             f"increasing steps, one less than values"
         )
     for index, value in enumerate(values):
@@ -286,7 +287,7 @@ class _Named(Schedule):
         return trees.tree_map(lambda leaf: self.rule(t, self.count[1], leaf, *others), value)
 
     def __repr__(self) -> str:
-        shown = (f"{key}={value!r}" for key, value in (*self.coefficients, self.count))
+        shown = (f"{key}={show(value)}" for key, value in (*self.coefficients, self.count))
         return f"{self.name}({', '.join(shown)})"
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.flat import split
 from hyperfunc._engine.operations import Recomputed, Recorded
+from hyperfunc._engine.shown import show
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import (
@@ -165,7 +166,7 @@ class _TorchUpdate(PrintsAsCall):
 
     def __repr__(self) -> str:
         options = {"differentiable": True, **self.options} if self.differentiable else self.options
-        arguments = [self.name, *(f"{key}={value!r}" for key, value in options.items())]
+        arguments = [self.name, *(f"{key}={show(value)}" for key, value in options.items())]
         return f"from_torch({', '.join(arguments)})"
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.shown import show
 from hyperfunc._types import TensorTree
 from hyperfunc.optim._base import Coefficient, check_coefficient, describe, values_by_leaf
 
@@ -46,6 +47,10 @@ class Prox:
                 f"prox.{self.name}: dim is {describe(self.dim)}; expected an int, a tuple of ints, "
                 f"or None for all of a leaf"
             )
+
+    def __repr__(self) -> str:
+        settings = (f"{key}={show(value)}" for key, value in self.settings.items())
+        return f"prox.{self.name}({', '.join(settings)})"
 
     def __call__(
         self, params: TensorTree, hparams: TensorTree = None, lr: float | Tensor = 1.0

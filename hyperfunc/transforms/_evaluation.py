@@ -15,6 +15,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.finite_differences import Products, check_products
 from hyperfunc._engine.flat import split
 from hyperfunc._engine.results import ChoiceStats, Solution, SolveStats
+from hyperfunc._engine.shown import show
 from hyperfunc._engine.solver_aux import WithAux, split_aux
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition, make_condition
 from hyperfunc._rule.error_bound import ErrorBound, error_bound
@@ -97,7 +98,8 @@ def make_rule(
 ) -> Rule:
     if not callable(inner_solver):
         raise TypeError(
-            f"the inner solver is {inner_solver!r}; expected a function (hparams, *args) -> params"
+            f"the inner solver is {show(inner_solver)}; "
+            f"expected a function (hparams, *args) -> params"
         )
     check_products(products)
     if products == "finite_difference" and isinstance(method, ForwardMode):

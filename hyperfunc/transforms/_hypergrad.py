@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlia
 from hyperfunc._compile.compiler import Backend, Compiler, check_backend
 from hyperfunc._engine.finite_differences import Products
 from hyperfunc._engine.results import Solution, SolveStats
+from hyperfunc._engine.shown import show
 from hyperfunc._rule.error_bound import ErrorBound
 from hyperfunc._types import (
     HypergradFunction,
@@ -394,7 +395,7 @@ def _transform(
     bound = _check_error_bound(error_bound, method)
     if outer_loss is None or not callable(outer_loss):
         raise TypeError(
-            f"{name}: outer_loss is {outer_loss!r}; expected a function of (params, hparams, "
+            f"{name}: outer_loss is {show(outer_loss)}; expected a function of (params, hparams, "
             f"*args). Write {name}(inner_solver, outer_loss, ...) or, as a decorator, "
             f"@{name}(outer_loss=..., ...)"
         )
@@ -453,7 +454,7 @@ class _Transform:
         if not isinstance(inner_solver, IterativeSolver):
             raise ValueError(
                 f"{self.name}: with {self.method!r}, compile compiles the inner solver's steps, "
-                f"but {inner_solver!r} does not tell them. Make the solver with hf.iterate or "
+                f"but {show(inner_solver)} does not tell them. Make the solver with hf.iterate or "
                 f"hf.minimize, or leave compile out"
             )
         if inner_solver.can_stop:
@@ -498,7 +499,7 @@ def _check_error_bound(value: bool | ErrorBound, method: Any) -> ErrorBound | No
         return None
     if not (value is True or isinstance(value, ErrorBound)):
         raise TypeError(
-            f"error_bound is {value!r}; expected True, False, or an object such as "
+            f"error_bound is {show(value)}; expected True, False, or an object such as "
             f"hf.ErrorBound(contraction=0.9)"
         )
     if not is_implicit(method) or isinstance(method, StochasticAID):

@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 from hyperfunc import iterative, linear_solvers
+from hyperfunc._engine.shown import show
 from hyperfunc.linear_solvers import AbstractLinearSolver
 
 METHODS: dict[str, type] = {
@@ -37,7 +38,7 @@ def resolve_method(method: Any) -> Any:
         near = difflib.get_close_matches(key, METHODS)
         advice = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ValueError(
-            f"unknown method {method!r}. {advice}Known methods: {', '.join(map(repr, METHODS))}"
+            f"unknown method {show(method)}. {advice}Known methods: {', '.join(map(repr, METHODS))}"
         )
     if isinstance(method, type) and method in METHODS.values():
         raise TypeError(
@@ -47,7 +48,7 @@ def resolve_method(method: Any) -> Any:
     if isinstance(method, AbstractLinearSolver) or callable(getattr(method, "solution_map", None)):
         return method
     raise TypeError(
-        f"method={method!r} is not a method; expected one of {', '.join(map(repr, METHODS))} "
+        f"method={show(method)} is not a method; expected one of {', '.join(map(repr, METHODS))} "
         f"or an object such as hf.CG(maxiter=20)"
     )
 
