@@ -24,7 +24,7 @@ def show(value: Any) -> str:
         return _cut(f"{{{', '.join(f'{key!r}: {show(each)}' for key, each in value.items())}}}")
     text = repr(value)
     if "tensor(" in text or "array(" in text:
-        return f"<object of type {kind.__name__}, which holds tensors>"
+        return f"{kind.__name__}(...)"
     return text if hasattr(kind, "__dataclass_fields__") else _cut(text)
 
 

@@ -407,8 +407,8 @@ def _check_inputs(inputs: TensorTree, num_steps: int) -> None:
             if isinstance(leaf, Iterable) and not isinstance(leaf, str):
                 advice = f"Write inputs=hf.stack_batches(..., num_steps={num_steps}) around it"
             raise TypeError(
-                f"{path} is of type {type(leaf).__name__}; expected a tensor with leading "
-                f"dimension num_steps = {num_steps}. {advice}"
+                f"{path} is {show(leaf)} of type {type(leaf).__name__}; expected a tensor with "
+                f"leading dimension num_steps = {num_steps}. {advice}"
             )
         if leaf.ndim == 0 or leaf.shape[0] != num_steps:
             advice = ""

@@ -116,7 +116,8 @@ class DescentStep:
             hparams, args = trees.unflatten(structure, operands)
         if isinstance(loss, ProximalLoss) and not traced:
             regulariser, loss = loss.at(hparams, like, spec), loss.loss
-            if isinstance(optimizer, SGD) and not isinstance(regulariser.weight, Tensor):
+            counted = self.has_aux or isinstance(regulariser.weight, Tensor)
+            if isinstance(optimizer, SGD) and not counted:
                 rate = optimizer.plain_rate(like, hparams)
         tracked = tracking.is_tracked(operands)
         skips = regulariser is None and skips_unused(optimizer)
@@ -165,7 +166,7 @@ class DescentStep:
     ) -> Callable[[Leaves, Gradients, Leaves], tuple[Leaves, Leaves]]:
         update = self.optimizer.update
         if isinstance(update, Leafwise):
-            return update.bind(like, specs[0], hparams)
+            return update.bind(like, specs[0], hparams, counts=self.has_aux)
 
         def by_trees(leaves: Leaves, grads: Gradients, memory: Leaves) -> tuple[Leaves, Leaves]:
             params, state = update(

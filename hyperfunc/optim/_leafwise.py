@@ -88,16 +88,20 @@ class Leafwise(PrintsAsCall, abc.ABC):
         grad_leaves, leaves, spec = flatten_like_params(self.name, grads, params)
         slots = sorted(self.slots)
         flat = self._flatten_slots(state, slots, spec)
-        update = self.bind(leaves, spec, hparams)
+        update = self.bind(leaves, spec, hparams, counts=True)
         new, (step, *rest) = update(leaves, grad_leaves, (state.step, *flat))
         *parts, _ = split(rest, *[len(leaves)] * len(slots))
         filled = dict(zip(slots, [trees.unflatten(spec, part) for part in parts], strict=True))
-        return trees.unflatten(spec, new), State(step if self._counts else step + 1, filled)
+        return trees.unflatten(spec, new), State(step, filled)
 
     def bind(
-        self, like: Leaves, spec: trees.TreeSpec, hparams: Any
+        self, like: Leaves, spec: trees.TreeSpec, hparams: Any, counts: bool = False
     ) -> Callable[[Leaves, Gradients, Leaves], tuple[Leaves, Leaves]]:
-        """The update at given hparams, on leaves: ``(params, grads, state) -> (new, state)``."""
+        """The update at given hparams, on leaves: ``(params, grads, state) -> (new, state)``.
+
+        Where no step depends on its number, that is counted if ``counts``.
+        """
+        counts = counts or self.timed or self.scheduled
         params = trees.unflatten(spec, like)
         dtypes = [torch.promote_types(leaf.dtype, torch.float32) for leaf in like]
         places = [1 + sorted(self.slots).index(slot) * len(like) for slot in self.slots]
@@ -122,7 +126,7 @@ class Leafwise(PrintsAsCall, abc.ABC):
                 t = _step_number(state[0]) if self.timed else 1
                 values = prepared(t, evaluate(state[0]) if fixed is None else fixed)
             new_leaves = []
-            new_state = [state[0] + 1 if self._counts else state[0], *state[1:]]
+            new_state = [state[0] + 1 if counts else state[0], *state[1:]]
             leafwise = zip(leaves, grads, values, dtypes, strict=True)
             for index, (leaf, grad, c, dtype) in enumerate(leafwise):
                 if grad is None:
@@ -141,11 +145,6 @@ class Leafwise(PrintsAsCall, abc.ABC):
             return tuple(new_leaves), tuple(new_state)
 
         return update
-
-    @property
-    def _counts(self) -> bool:
-        """Whether a step depends on its number, which `bind` then counts."""
-        return self.timed or self.scheduled
 
     def _flatten_slots(self, state: Any, slots: list[str], spec: trees.TreeSpec) -> list[Tensor]:
         if not isinstance(state, State) or set(state.slots) != set(slots):

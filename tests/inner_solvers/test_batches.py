@@ -89,7 +89,7 @@ ERRORS = [
     (
         lambda: hf.minimize(abs, hf.optim.sgd(), 4, init=start, inputs=LOADER),
         TypeError,
-        r"inputs is of type DataLoader; .* Write inputs=hf.stack_batches\(..., num_steps=4\)",
+        r"inputs is .* of type DataLoader; .* Write inputs=hf.stack_batches\(..., num_steps=4\)",
     ),
     (
         lambda: hf.minimize(abs, hf.optim.sgd(), 5, init=start, inputs=[(X, Y)] * 5),

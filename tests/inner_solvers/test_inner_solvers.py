@@ -240,7 +240,7 @@ def _stack(*leaves: Tensor) -> Tensor:
         (lambda: iterate(halve, 2.0, init=zeros), TypeError, "num_steps is 2.0; expected an int"),
         (lambda: iterate(halve, True, init=zeros), TypeError, "num_steps is True"),
         (lambda: iterate(None, 2, init=zeros), TypeError, "step is None"),
-        (lambda: iterate(halve, 2, init=torch.zeros(2)), TypeError, "init is tensor"),
+        (lambda: iterate(halve, 2, init=torch.zeros(2)), TypeError, "init is <tensor of shape"),
         (lambda: iterate(halve, 2, init=zeros, rtol=-1.0), ValueError, "rtol is -1.0"),
         (lambda: iterate(halve, 2, init=zeros, atol=float("nan")), ValueError, "atol is nan"),
         (

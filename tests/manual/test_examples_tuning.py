@@ -102,9 +102,10 @@ def test_a_loop_that_starts_too_slowly_speeds_up(tmp_path):
 
 @pytest.mark.slow
 def test_the_estimator_is_one_of_scikit_learn_and_prunes_features():
-    X, y = make_classification(
-        150, 12, n_informative=3, n_redundant=0, shuffle=False, random_state=0
-    )
+    data = {"n_informative": 3, "n_redundant": 0, "shuffle": False, "class_sep": 1.5}
+    X, y = make_classification(150, 12, random_state=0, **data)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(0)).numpy()
+    X, y = X[order], y[order]
     model = sklearn_estimator.PenalisedFeatures(cv=4, steps=15)
     assert clone(model).get_params() == {"cv": 4, "steps": 15, "lr": 0.2}
     names = ["no", "yes"]

@@ -1061,7 +1061,7 @@ ERRORS = [
     (
         lambda: update(optim.clip_grad_norm(optim.sgd(), lambda h: torch.ones(2)), hparams=W),
         TypeError,
-        r"max_norm is tensor.*one value for all leaves",
+        r"max_norm is <tensor.*one value for all leaves",
     ),
     (lambda: optim.clip_grad_value(optim.sgd(), -1.0), ValueError, r"clip_value is -1.0"),
     (
@@ -1097,7 +1097,7 @@ ERRORS = [
     (
         lambda: update(optim.from_torch(torch.optim.NAdam, lr=lambda h: h), hparams=torch.ones(2)),
         TypeError,
-        r"lr is tensor.*one value for all leaves",
+        r"lr is <tensor.*one value for all leaves",
     ),
     (
         lambda: update(optim.from_torch(torch.optim.NAdam), state=optim.adam().init(W)),

@@ -99,7 +99,8 @@ CONSTRUCTION: dict[str, Case] = {
     "a solver that is no function": (
         lambda: make(inner_solver=torch.ones(2)),
         TypeError,
-        "the inner solver is tensor([1., 1.]); expected a function (hparams, *args) -> params",
+        "the inner solver is <tensor of shape (2,) and dtype torch.float32>; "
+        "expected a function (hparams, *args) -> params",
     ),
     "a decorated thing that is no function": (
         lambda: make(inner_solver=None)(3),
@@ -180,8 +181,8 @@ CALLS: dict[str, Case] = {
     "hparams an object": (
         lambda: make()([H, types.SimpleNamespace(reg=H)]),
         TypeError,
-        "hparams[1] is namespace(...) of type SimpleNamespace; expected a floating-point tensor. "
-        "If it holds tensors, register its class by optree.register_pytree_node(..., namespace='h",
+        "hparams[1] is SimpleNamespace(...) of type SimpleNamespace; "
+        "expected a floating-point tensor. If it holds tensors, register its class by optree.register_pytree_node(..., namespace='h",
     ),
     "hparams integers": (
         lambda: make()([torch.ones(2), torch.arange(2)]),
@@ -283,7 +284,8 @@ CALLS: dict[str, Case] = {
     "solver returns an array": (
         lambda: make(inner_solver=lambda h: h.numpy())(H),
         TypeError,
-        "params is array(...) of type ndarray; expected a floating-point tensor",
+        "params is <array of shape (2,) and dtype float32> of type ndarray; "
+        "expected a floating-point tensor",
     ),
     "solver returns integers": (
         lambda: make(inner_solver=lambda h: {"w": torch.ones(2, dtype=torch.long)})(H),

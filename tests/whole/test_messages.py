@@ -110,6 +110,6 @@ def test_no_repr_prints_entries() -> None:
         assert "1234" not in repr(made), repr(made)
     assert show((SECRET,)) == "(<tensor of shape (2,) and dtype torch.float32>,)"
     assert show({"a": np.ones(3)}) == "{'a': <array of shape (3,) and dtype float64>}"
-    assert show(partial) == "<object of type partial, which holds tensors>"
+    assert show(partial) == "partial(...)"
     assert show(list(range(10_000))).endswith("...]")
     assert show("text") == "'text'"

@@ -319,7 +319,7 @@ def test_an_early_stop_is_counted_for_each_task() -> None:
     for fn in (solver, hf.implicit_diff(solver, method="reverse")):
         for size, task in enumerate(vmap(fn)(tasks)[1].num_steps):
             _, aux = fn(tasks[size])
-            assert int(task) == int(aux.num_steps) < 40
+            assert int(task) == int(aux.num_steps) == int(aux.state.step) < 40
             t = torch.arange(int(task), dtype=F64)
             norms = tasks[size].norm() * 0.5**t
             close(aux.grad_norms[: int(task)], norms)
@@ -352,12 +352,16 @@ def test_traces_are_of_the_whole_loss_and_change_nothing() -> None:
         results = []
         for trace in (False, True):
             solver = hf.minimize(
-                inner, hf.optim.sgd(0.1), 3, init=lambda h: torch.zeros(3, dtype=F64), trace=trace
+                *(inner, hf.optim.sgd(0.1), 3),
+                init=lambda h: torch.zeros(3, dtype=F64),
+                has_aux=True,
+                trace=trace,
             )
             torch.manual_seed(3)
             results.append(solver(H))
-        params, (_, _, losses, norms) = results[1]
-        close(params, results[0], 1e-12)
+        params, (state, num_steps, losses, norms) = results[1]
+        close(params, results[0][0])
+        assert int(num_steps) == int(state.step) == int(results[0][1].state.step) == 3
         torch.manual_seed(3)
         w = W
         for t in range(3):
