@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.results import RESULTS, ChoiceStats, SolveStats
 from hyperfunc._engine.trees import unravel
@@ -20,8 +23,8 @@ from hyperfunc.linear_solvers._base import (
 )
 from hyperfunc.linear_solvers._dense import Dense
 from hyperfunc.linear_solvers._gmres import GMRES
-from hyperfunc.linear_solvers._krylov import CG, NormalCG
-from hyperfunc.linear_solvers._preconditioners import JacobiPreconditioner
+from hyperfunc.linear_solvers._krylov import CG, Linear, NormalCG, Stage
+from hyperfunc.linear_solvers._preconditioners import JacobiPreconditioner, NystromPreconditioner
 from hyperfunc.linear_solvers._wrappers import try_next
 
 MOST_ENTRIES = 256  # inner parameters up to which the matrix may be formed
@@ -34,9 +37,12 @@ class Auto(AbstractLinearSolver):
     r"""`CG` and, where that does not do, the methods for other operators: ``"auto"``.
 
     `CG` shows by itself, in a few steps, an operator that is not symmetric or not definite. If it
-    has not converged after ``5 num_steps`` steps, ``num_steps`` products estimate the diagonal
-    of :math:`A`, and where its entries differ by a factor of 100 or more, it goes on with a
-    `JacobiPreconditioner` of them. What it leaves unsolved is for
+    has not converged after ``10 num_steps`` steps, ``num_steps`` products estimate the diagonal
+    of :math:`A`, and where its entries differ by a factor of 100 or more, as many steps with a
+    `JacobiPreconditioner` are tried. After ``30 num_steps`` steps it is a `NystromPreconditioner`
+    of rank ``2 num_steps``. Both go by the energy :math:`\frac12 x^\top A x - b^\top x`, which
+    `CG` minimises: one that has won more in all these products than the plain iteration in as many
+    is what it goes on with. What it leaves unsolved is for
 
     - `Dense`, if there are 256 inner parameters or fewer (`CG` then takes at most 5 steps for each
       of them), which also finds the solution of least norm of a singular system;
@@ -50,7 +56,8 @@ class Auto(AbstractLinearSolver):
     ``choice`` is an index into ``Auto.CHOICES``, and whose steps are those of all solvers together.
 
     Args:
-        num_steps: products for the diagonal, >= 1.
+        num_steps: products for the diagonal, >= 1. They and the steps of trials come in addition
+            to the steps that are counted, a fifth of these at most.
         maxiter: largest number of steps of each solver, >= 0.
 
     All other arguments are those of `CG`.
@@ -67,7 +74,14 @@ class Auto(AbstractLinearSolver):
     rtol: float | None = None
     atol: float = 0.0
 
-    CHOICES: ClassVar[tuple[str, ...]] = ("cg", "cg, jacobi", "dense", "gmres", "normal_cg")
+    CHOICES: ClassVar[tuple[str, ...]] = (
+        "cg",
+        "cg, jacobi",
+        "dense",
+        "gmres",
+        "normal_cg",
+        "cg, nystrom",
+    )
 
     def __post_init__(self) -> None:
         check_count(self, "num_steps", self.num_steps)
@@ -85,22 +99,10 @@ class Auto(AbstractLinearSolver):
         whole = sharding.layout_of(b) is None
         few = whole and size <= MOST_ENTRIES
         bounds = self.rtol, self.atol
-        paid = torch.zeros((), dtype=torch.int64, device=b[0].device)
-
-        def look() -> Leaves | None:
-            nonlocal paid
-            scale = JacobiPreconditioner(self.num_steps).scale(operator, b)
-            scale = torch.where(scale > 0, scale, scale.amax())
-            pays = scale.amax() >= _SPREAD * scale.amin()
-            if not batching.any_true(pays):
-                return None
-            paid = pays.to(torch.int64)
-            return unravel(torch.where(pays, scale, 1.0), b)
-
         solver = CG(min(self.maxiter, _PATIENCE * size) if few else self.maxiter, *bounds)
-        late = (_PATIENCE * self.num_steps, look) if whole else None
-        x, stats = solver.run(operator, b, x0, late)
-        told = ChoiceStats(*stats, paid.expand_as(stats.result))
+        trials = _Trials(self.num_steps, operator, b, x0)
+        x, stats = solver.run(operator, b, x0, trials.stages() if whole else ())
+        told = ChoiceStats(*stats, trials.chosen.expand_as(stats.result))
         rest: dict[int, AbstractLinearSolver] = {2: Dense()}
         if not few:
             rest = {3: GMRES(self.maxiter, None, *bounds), 4: NormalCG(self.maxiter, *bounds)}
@@ -111,3 +113,65 @@ class Auto(AbstractLinearSolver):
             x, told = try_next(then, index, open_, operator, b, x0, x, told)
             open_ = open_ & (told.result != int(RESULTS.success))
         return x, told
+
+
+class _Trials:
+    """Preconditioners that are tried while `CG` is under way, and their choice for each task.
+
+    A trial takes a fifth of the products that were made before, half of them for building, and is
+    held against as many products of the plain iteration.
+    """
+
+    def __init__(
+        self, num_steps: int, operator: LinearOperator, b: Leaves, x0: Leaves | None
+    ) -> None:
+        self._num_steps, self._operator, self._b, self._x0 = num_steps, operator, b, x0
+        self._energies: list[Tensor] = []
+        self._precondition: Linear = lambda r: r
+        self.chosen = torch.zeros((), dtype=torch.int64, device=b[0].device)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """When to do what."""
+        k = self._num_steps
+        notes = [(step, self._note) for step in (0, 2 * k, 4 * k)]
+        return (*notes, (10 * k, self._try_jacobi), (30 * k, self._try_nystrom))
+
+    def _note(self, x: Leaves, r: Leaves) -> None:
+        self._energies.append(self._energy(x, r))
+
+    def _energy(self, x: Leaves, r: Leaves) -> Tensor:
+        return trees.dot(x, trees.add(self._b, r)) / -2
+
+    def _try_jacobi(self, x: Leaves, r: Leaves) -> tuple[Tensor, Linear] | None:
+        scale = JacobiPreconditioner(self._num_steps).scale(self._operator, self._b)
+        scale = torch.where(scale > 0, scale, scale.amax())
+        promising = scale.amax() >= _SPREAD * scale.amin()
+        divisors = unravel(scale, self._b)
+        divide = functools.partial(_divide, divisors)
+        return self._try(divide, promising, self._num_steps, self._energies[1], 1)
+
+    def _try_nystrom(self, x: Leaves, r: Leaves) -> tuple[Tensor, Linear] | None:
+        rank = min(2 * self._num_steps, sum(leaf.numel() for leaf in self._b))
+        apply = NystromPreconditioner(rank).prepare(self._operator, self._b)
+        return self._try(apply, self.chosen == 0, rank, self._energies[2], 5)
+
+    def _try(
+        self, precondition: Linear, promising: Tensor, steps: int, energy: Tensor, index: int
+    ) -> tuple[Tensor, Linear] | None:
+        """For which tasks a preconditioner pays, and what is then that of all."""
+        if not batching.any_true(promising):
+            return None
+        everywhere = torch.ones_like(promising)
+        stages: tuple[Stage, ...] = ((0, lambda x, r: (everywhere, precondition)),)
+        x, _ = CG(steps, rtol=0).run(self._operator, self._b, self._x0, stages)
+        won = self._energy(x, self._operator.residual(x, self._b)) - self._energies[0]
+        pays = promising & (won.abs() > (energy - self._energies[0]).abs())
+        if not batching.any_true(pays):
+            return None
+        others, self.chosen = self._precondition, torch.where(pays, index, self.chosen)
+        self._precondition = lambda r: trees.where(pays, precondition(r), others(r))
+        return pays, self._precondition
+
+
+def _divide(divisors: Leaves, r: Leaves) -> Leaves:
+    return tuple(leaf / divisor for divisor, leaf in zip(divisors, r, strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -29,7 +28,10 @@ from hyperfunc.linear_solvers._preconditioners import (
     prepare_normal,
 )
 
-Late: TypeAlias = tuple[int, Callable[[], Leaves | None]]
+Linear: TypeAlias = Callable[[Leaves], Leaves]
+Stage: TypeAlias = tuple[int, Callable[[Leaves, Leaves], tuple[Tensor, Linear] | None]]
+"""A step of `CG`, and what it calls there with iterate and residual: for which tasks to start anew,
+and with which preconditioner."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +97,9 @@ class CG(PreconditionedSolver):
         return self.run(operator, b, x0)
 
     def run(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None, late: Late | None = None
+        self, operator: LinearOperator, b: Leaves, x0: Leaves | None, stages: tuple[Stage, ...] = ()
     ) -> Solved:
-        """`solve`; after so many steps ``late`` may give a diagonal to go on with."""
+        """`solve`, with stages in the order of their steps that may change its preconditioner."""
         precondition = prepare(self.preconditioner, operator, b)
         start, bounds = begin(self, operator, b, x0)
         if self.check_symmetry:
@@ -106,7 +108,7 @@ class CG(PreconditionedSolver):
         stopped: Any = False
 
         def cycle(start: State, limits: Bounds, most: int) -> tuple[State, int]:
-            nonlocal stopped, late, precondition
+            nonlocal stopped, stages, precondition
             x, r, rs, num_steps, active, own_x = start
             positive: Any = True
             p = z = r if precondition is None else precondition(r)
@@ -114,12 +116,12 @@ class CG(PreconditionedSolver):
             own = False  # the first residual and direction are those of the caller
             step = 0
             while step < most and not (step and limits.finished(active)):
-                if late is not None and step == late[0]:
-                    scale, late = late[1](), None
-                    if scale is not None:
-                        precondition = functools.partial(_divide, scale)
+                while stages and stages[0][0] == step:
+                    found, stages = stages[0][1](x, r), stages[1:]
+                    if found is not None:
+                        anew, precondition = found
                         z = precondition(r)
-                        p, own = trees.scale(1.0, z), False
+                        p = trees.where(anew, z, p)
                         (rz,) = limits.dots((r, z))
                 Ap = operator.mv(p)
                 if step == 0 and trees.can_read(x, r, p, Ap):
@@ -360,10 +362,6 @@ def _power_of_two(value: Tensor, like: Leaves) -> Tensor:
         return torch.ones_like(value)
     power = torch.exp2(torch.log2(value).round())
     return torch.where((power > 0) & torch.isfinite(power), power, 1.0)
-
-
-def _divide(scale: Leaves, r: Leaves) -> Leaves:
-    return tuple(leaf / divisor for divisor, leaf in zip(scale, r, strict=True))
 
 
 def _seems_symmetric(operator: LinearOperator, b: Leaves) -> Tensor:

@@ -13,6 +13,7 @@ import hyperfunc as hf
 from hyperfunc.diagnostics._diagnose import MOST_STEPS
 from hyperfunc.linear_solvers import LinearOperator
 from tests.cells import each_cell
+from tests.linear_solvers import auto_table
 
 F64 = torch.float64
 JACOBI = hf.JacobiPreconditioner()
@@ -164,6 +165,13 @@ def test_gmres_does_not_return_a_large_vector_for_nothing() -> None:
         torch.testing.assert_close(stats.residual_norm, (b - A @ best).norm())
 
 
+def _symmetric(A: Tensor) -> LinearOperator:
+    def product(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (A @ v[0],)
+
+    return LinearOperator(product, product, symmetric=True)
+
+
 class Counted:
     """An operator that counts its products."""
 
@@ -189,11 +197,15 @@ def test_auto_costs_what_cg_costs_and_says_whose_answer_it_is() -> None:
     values = torch.logspace(0, 2, n, dtype=F64)
     scaled = _power(3, n) @ _random(n, torch.linspace(1, 5, n, dtype=F64)) @ _power(3, n)
     noise = torch.randn(n, n, generator=torch.Generator().manual_seed(1), dtype=F64)
+    few_large = torch.cat([values[:-20], values[-20:] ** 4])
     cases: dict[str, tuple[Tensor, bool, str]] = {
         "easy": (_random(n, values**0.5), True, "cg"),
         "harder": (_random(n, values), True, "cg"),
         "out of steps": (_random(n, values**4), True, "cg"),
         "scaled": (scaled, True, "cg, jacobi"),
+        "a few large": (_random(n, few_large), True, "cg, nystrom"),
+        # of which the estimated diagonal spreads as widely as for a scaled one
+        "decaying": (_random(n, torch.arange(1, n + 1, dtype=F64) ** -3.0), True, "cg, nystrom"),
         "diagonal": (torch.diag(values**3), True, "cg, jacobi"),
         "not symmetric": (torch.eye(n) + 0.4 * noise / n**0.5, False, "gmres"),
         "few": (noise[:40, :40], False, "dense"),
@@ -211,6 +223,45 @@ def test_auto_costs_what_cg_costs_and_says_whose_answer_it_is() -> None:
                 assert (b - A @ x).norm() <= 1.01 * (b - A @ y).norm() + 1e-11 * b.norm()
                 if choice.startswith("cg"):
                     assert ours.count <= 1.2 * cg.count + 1
+
+
+@pytest.mark.slow
+def test_auto_on_ten_problems() -> None:
+    """The table that README shows."""
+    with each_cell() as cell:
+        for name, row in auto_table.rows():
+            with cell(name):
+                (residual, products, code, *_), (ours, our_products, our_code, *_) = row.values()
+                assert ours <= 1.01 * residual + 1e-11
+                assert our_code == "success" or code != "success"
+                if code == "success":
+                    assert our_products <= 1.2 * products
+
+
+def test_trials_under_vmap_are_those_of_each_task() -> None:
+    n = 60
+    steep = torch.logspace(0, 2, n, dtype=F64)
+    tasks = torch.stack(
+        [
+            _random(n, steep),
+            _power(3, n) @ _random(n, torch.linspace(1, 5, n, dtype=F64)) @ _power(3, n),
+            _random(n, torch.cat([steep[:-5], steep[-5:] ** 3])),
+            _random(n, steep, seed=1),
+        ]
+    )
+    b = torch.ones(n, dtype=F64)
+    solver = hf.Auto(num_steps=3)
+
+    def solve(A: Tensor) -> Any:
+        return solver.solve_and_tell(_symmetric(A), (b,))
+
+    (x,), stats = torch.func.vmap(solve)(tasks)
+    each = [solve(A) for A in tasks]
+    assert stats.choice.tolist() == [int(alone.choice) for _, alone in each]
+    assert {"cg", "cg, jacobi", "cg, nystrom"} == {hf.Auto.CHOICES[i] for i in stats.choice}
+    torch.testing.assert_close(x, torch.linalg.solve(tasks, b.expand(4, n)), rtol=1e-7, atol=1e-9)
+    for i in (0, 3):  # what does not pay for them does not touch them
+        assert abs(int(stats.num_steps[i]) - int(each[i][1].num_steps)) <= 1
 
 
 def test_fallback_keeps_the_smallest_residual() -> None:
