@@ -72,10 +72,11 @@ def task_map(
         chunk_size: how many tasks at a time: 1 for a loop, None for one batch, or ``"auto"``.
         reduce: ``"mean"`` or ``"sum"``: what is made over tasks of all floating-point tensors that
             ``fn`` returns, without keeping more of them than those of one chunk. Integers, bools
-            and the `SolveStats` of a `Solution` remain those of each task. Tasks that failed, by
-            such statistics or with entries that are not finite (as ``throw=False`` returns them),
-            are left out, as by `mean_over_successes`; a `ConvergenceWarning` tells how many, where
-            no statistics do. None: the results of all tasks, with a new first dimension.
+            and the `hyperfunc.SolveStats` of a `hyperfunc.Solution` remain those of each task.
+            Tasks that failed, by such statistics or with entries that are not finite (as
+            ``throw=False`` returns them), are left out, as by `mean_over_successes`; a
+            `ConvergenceWarning` tells how many, where no statistics do. None: the results of all
+            tasks, with a new first dimension.
         randomness: as for `torch.func.vmap`: whether random numbers are an ``"error"``, the
             ``"same"`` for all tasks, or ``"different"``; these depend on the chunk size. In a loop
             only the default generator of the CPU is looked after.

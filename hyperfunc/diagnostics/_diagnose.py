@@ -53,7 +53,8 @@ class Diagnosis(NamedTuple):
     """What was found at a point; a tree of 0-d tensors (batched under ``vmap``).
 
     With ``r`` the residual of the condition (``w - phi(w)``, the inner gradient, or the optimality
-    function) and ``A = dr/dw``. Each `Estimate` is a pair of a ``value`` and its ``uncertainty``.
+    function) and ``A = dr/dw``, or the Gauss-Newton matrix of a loss made by `composed`. Each
+    `Estimate` is a pair of a ``value`` and its ``uncertainty``.
 
     Attributes:
         residual: ``||r||``; its uncertainty is what rounding ``params`` to their dtype does to it.
@@ -260,8 +261,9 @@ def diagnose_bound(
     bound: BoundCondition, w: Leaves, theta: Leaves, num_steps: int, seed: int = 0
 ) -> Diagnosis:
     is_map = bound.condition.kind == "fixed_point"
-    linearization, operator = bound.linearize_residual(w, theta, ())
-    norm = trees.norm(linearization.outputs)
+    linearization = bound.linearize(w, theta, ())
+    operator = bound.operator(linearization, theta)
+    norm = trees.norm(bound.residual(w, theta, linearization.outputs))
     rounded = tuple(leaf * sign for leaf, sign in zip(w, random_signs(w, seed), strict=True))
     noise = trees.epsilon(w) * (trees.norm(operator.mv(rounded)) + norm)
     spectrum = measure(operator, w, num_steps, is_map=is_map, full=True, seed=seed)

@@ -40,6 +40,9 @@ def problem() -> tuple[Any, Any]:
 
 X = torch.linspace(-2, 2, M, dtype=F64)
 INNER_LOSS = hf.proximal(hf.composed(model, loss), MU, center)
+INNER_WITHOUT_DATA = hf.proximal(
+    hf.composed(lambda w, h: model(w, h, X), lambda out, h: loss(out, h, X)), MU, center
+)
 
 
 def unflat(v: Tensor) -> Any:
@@ -99,6 +102,33 @@ def test_hypergradients_are_those_by_matrices(method: Any) -> None:
         close = {"rtol": tolerance, "atol": tolerance}
         torch.testing.assert_close(hypergrad(*task), grads, **close)
         torch.testing.assert_close({k: g[index] for k, g in batched.items()}, grads, **close)
+
+
+def test_a_diagnosis_is_that_of_the_matrix_that_is_solved_with() -> None:
+    w, h = problem()
+    identity = torch.eye(2 * N, dtype=F64)
+    keywords = {"inner_loss": INNER_WITHOUT_DATA, "num_steps": 2 * N}
+    facts = hf.diagnose(w, h, **keywords)
+
+    def adjoint(unit: Tensor) -> Tensor:
+        fn = hf.hypergrad_and_solution(
+            lambda h: {key: leaf.clone() for key, leaf in w.items()},
+            lambda w, h: w["in"] @ unit[:N] + w["out"] @ unit[N:],
+            inner_loss=INNER_WITHOUT_DATA,
+            method="dense",
+        )
+        u = fn(h)[1].adjoint
+        return torch.cat([u["in"], u["out"]])
+
+    inverse = torch.stack([adjoint(unit) for unit in identity])
+    values = 1 / torch.linalg.eigvalsh(inverse).flip(0)
+    assert (torch.linalg.eigvalsh(by_matrices(w, h)[0]) < 0).any()
+    torch.testing.assert_close(facts.eig_min.value, values[0])
+    torch.testing.assert_close(facts.eig_max.value, values[-1])
+    assert isinstance(facts.method, (hf.CG, hf.Dense))
+    residual = grad(lambda w: INNER_LOSS(w, h, X))(w)
+    size = torch.cat([residual["in"], residual["out"]]).norm()
+    torch.testing.assert_close(facts.residual.value, size)
 
 
 def test_derivatives_of_every_kind_where_the_data_are_fitted() -> None:

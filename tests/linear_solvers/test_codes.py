@@ -425,6 +425,18 @@ def test_negative_curvature() -> None:
     both = torch.stack([saddle, saddle.abs()])
     _, stats = torch.func.vmap(lambda A: stop.solve(LinearOperator.from_matrix(A), (b,)))(both)
     assert stats.result.tolist() == [hf.RESULTS.max_steps, hf.RESULTS.success]
+    # what a breakdown leaves is the same under vmap, where the curvature is no rounding noise
+    generator = torch.Generator().manual_seed(0)
+    A, rows = (torch.randn(20, 10, k, generator=generator, dtype=F64) for k in (10, 1))
+    tasks = (A + A.mT, rows[..., 0])
+    for solver in (hf.CG(), hf.CG(12, rtol=0), hf.CG(preconditioner=JACOBI)):
+        run = lambda A, b, solver=solver: solver.solve(_symmetric(A), (b,))  # noqa: E731
+        (x,), stats = torch.func.vmap(run)(*tasks)
+        assert (stats.result == int(hf.RESULTS.breakdown)).any()
+        for index in range(20):
+            (alone,), one = run(tasks[0][index], tasks[1][index])
+            assert (one.result, one.num_steps) == (stats.result[index], stats.num_steps[index])
+            torch.testing.assert_close(x[index], alone, rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match="negative_curvature is 'keep'; expected 'raise' or"):
         hf.CG(negative_curvature="keep")  # type: ignore[arg-type]
     fn = hf.hypergrad(
@@ -475,7 +487,9 @@ def test_nothing_is_kept(every: bool) -> None:
     methods = {"auto": loss, "dense": loss, "nystrom": loss, "cg": loss, "normal_cg": fixed_point}
     if every:
         names = ("gmres", "bicgstab", "fixed_point", "neumann", "one_step", "least_squares")
-        methods |= dict.fromkeys(names, fixed_point)
+        methods |= dict.fromkeys((*names, "stoch_aid", "minibatches"), fixed_point)
+    drawn = hf.StochasticAID(num_steps=3, sampler=lambda step: ())
+    objects = {"stoch_aid": hf.StochasticAID(num_steps=3), "minibatches": drawn}
 
     def backward(fn: Any) -> None:
         leaf = h.clone().requires_grad_()
@@ -483,7 +497,7 @@ def test_nothing_is_kept(every: bool) -> None:
 
     with each_cell() as cell:
         for method, condition in list(methods.items())[0 if every else 3 :]:
-            keywords: dict[str, Any] = {**condition, "method": method}
+            keywords: dict[str, Any] = {**condition, "method": objects.get(method, method)}
             solution = hf.implicit_diff(_solve, **keywords)
             gradient = hf.hypergrad(_solve, lambda w, h: (w**2).sum(), **keywords)
             calls: dict[str, Callable[[], Any]] = {
@@ -495,7 +509,7 @@ def test_nothing_is_kept(every: bool) -> None:
                 "backward": lambda fn=solution: backward(fn),
                 "backward twice": lambda fn=gradient: backward(fn),
             }
-            if method == "least_squares":  # which has first derivatives only
+            if method in ("least_squares", "minibatches"):  # which have first derivatives only
                 del calls["hvp"], calls["backward twice"]
             for name, call in calls.items():
                 with cell(f"{method}, {name}"):
