@@ -92,7 +92,10 @@ def levels_above(levels: Levels) -> Levels:
     """The active vmaps inside of these, which are active too, as is nothing else."""
     active = active_vmaps()
     if active[: len(levels)] != levels:
-        raise RuntimeError("a product was taken in another nest of transforms than its point")
+        raise RuntimeError(
+            "a product was taken in another nest of torch.func.vmap than the point that it belongs "
+            "to. Take it inside the function that is mapped"
+        )
     return active[len(levels) :]
 
 

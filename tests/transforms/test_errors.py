@@ -182,7 +182,8 @@ CALLS: dict[str, Case] = {
         lambda: make()([H, types.SimpleNamespace(reg=H)]),
         TypeError,
         "hparams[1] is SimpleNamespace(...) of type SimpleNamespace; "
-        "expected a floating-point tensor. If it holds tensors, register its class by optree.register_pytree_node(..., namespace='h",
+        "expected a floating-point tensor. If it holds tensors, register its class by "
+        "optree.register_pytree_node(..., namespace='h",
     ),
     "hparams integers": (
         lambda: make()([torch.ones(2), torch.arange(2)]),
@@ -592,7 +593,7 @@ def test_the_other_transforms_have_the_same_errors(transform: Any) -> None:
 
 def test_signatures_show_all_keywords_and_their_defaults() -> None:
     keywords = {"fixed_point": None, "inner_loss": None, "optimality": None}
-    keywords |= {"method": "cg", "throw": True}
+    keywords |= {"method": "cg", "throw": True, "products": "reverse"}
     more = {"outer_loss": None, "has_aux": False, "solver_has_aux": False, "compile": False}
     for transform, expected in {
         hf.implicit_diff: keywords | {"has_aux": False, "on_backward": None},
