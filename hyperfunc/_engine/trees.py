@@ -104,7 +104,7 @@ class StateSpec:
 
     full: TreeSpec
     spec: TreeSpec
-    """Without the latter: None is in their place."""
+    """Without the latter: an empty tuple is in their place, which vmap takes for nothing."""
     floating: tuple[bool, ...]
 
     @staticmethod
@@ -113,7 +113,7 @@ class StateSpec:
         floating = tuple(leaf.is_floating_point() for leaf in leaves)
         if all(floating):
             return StateSpec(full, full, floating)
-        kept = (leaf if flag else None for leaf, flag in zip(leaves, floating, strict=True))
+        kept = (leaf if flag else () for leaf, flag in zip(leaves, floating, strict=True))
         return StateSpec(full, flatten(unflatten(full, list(kept)))[1], floating)
 
     @functools.cached_property

@@ -384,3 +384,28 @@ def test_a_state_of_another_optimiser_is_refused() -> None:
         solver(H, W, ADAM.init(W[:2]))
     with pytest.raises(TypeError, match="minimize: init_state is 3 of type int"):
         hf.minimize(loss, ADAM, K, init=lambda h: W, init_state=3)  # type: ignore[arg-type]
+
+
+def test_states_of_params_with_integers_are_mapped_and_go_on() -> None:
+    start = {"w": torch.ones(2, dtype=F64), "count": torch.tensor(3)}
+    options: dict[str, Any] = {"has_aux": True}
+
+    def window(num_steps: int, **keywords: Any) -> Any:
+        solver = hf.minimize(
+            lambda w, h, *start: (w["w"] ** 2 * h).sum(),
+            hf.optim.adam(0.1),
+            num_steps,
+            **keywords,
+            **options,
+        )
+        return vmap(
+            hf.hypergrad_and_solution(solver, lambda w, *_: (w["w"] ** 3).sum(), method="reverse")
+        )
+
+    h = torch.tensor([0.5, 0.7], dtype=F64)
+    _, first = window(2, init=lambda h: start)(h)
+    going_on = {"init": lambda h, w, state: w, "init_state": lambda h, w, state: state}
+    _, second = window(3, **going_on)(h, first.params, first.solver_aux.state)
+    _, whole = window(5, init=lambda h: start)(h)
+    torch.testing.assert_close(second.params, whole.params)
+    torch.testing.assert_close(second.solver_aux.state, whole.solver_aux.state)
