@@ -131,3 +131,5 @@ def test_what_is_no_batch_of_tasks_is_refused() -> None:
     ):
         with pytest.raises(error, match=words):
             hf.mean_over_successes(tree, stats)
+    with pytest.raises(TypeError, match="positional"):
+        hf.mean_over_successes(grads, solution.stats, False)  # type: ignore[misc]

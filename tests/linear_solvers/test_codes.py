@@ -152,6 +152,18 @@ def test_normal_equations_neither_overflow_nor_underflow() -> None:
             torch.testing.assert_close(mapped, torch.stack([x, 0 * x]))
 
 
+def test_gmres_keeps_what_its_basis_resolves() -> None:
+    """Rows in other units, where the last step gains though rounding is said to hide it."""
+    for seed in (7, 31, 43):
+        generator = torch.Generator().manual_seed(seed)
+        A = _power(10, 8) @ torch.randn(8, 8, generator=generator, dtype=F64)
+        b = A @ torch.randn(8, generator=generator, dtype=F64)
+        solver = hf.GMRES(preconditioner=JACOBI)
+        (x,), stats = solver.solve(LinearOperator.from_matrix(A), (b,))
+        assert int(stats.result) == hf.RESULTS.success
+        assert (b - A @ x).norm() <= 1e-11 * b.norm()
+
+
 def test_gmres_does_not_return_a_large_vector_for_nothing() -> None:
     """Of a singular matrix, which rounding makes regular, and an inconsistent right-hand side."""
     for seed in (0, 1, 18, 42):
