@@ -162,6 +162,22 @@ def test_gmres_keeps_what_its_basis_resolves() -> None:
         (x,), stats = solver.solve(LinearOperator.from_matrix(A), (b,))
         assert int(stats.result) == hf.RESULTS.success
         assert (b - A @ x).norm() <= 1e-11 * b.norm()
+    for seed in (10, 34):  # beyond what float32 resolves, the part that it does is kept
+        generator = torch.Generator().manual_seed(seed)
+        A = FAMILIES["both"](torch.randn(8, 8, generator=generator, dtype=F64), 8).float()
+        b = torch.randn(8, generator=generator, dtype=F64).float()
+        (x,), stats = hf.GMRES().solve(LinearOperator.from_matrix(A), (b,))
+        assert hf.RESULTS(int(stats.result)).failed
+        assert 0.1 * b.norm() < (b - A @ x).norm() < 0.7 * b.norm()
+        torch.testing.assert_close(stats.residual_norm, (b - A @ x).norm(), rtol=1e-2, atol=0.0)
+
+
+def test_gmres_reports_rounding_in_units_of_the_operator() -> None:
+    A = 1e-8 * _random(6, torch.arange(1.0, 7, dtype=F64))
+    b = A @ torch.ones(6, dtype=F64)
+    _, stats = hf.GMRES(12, rtol=0).solve(LinearOperator.from_matrix(A), (b,))
+    eps = torch.finfo(F64).eps
+    assert eps * b.norm() <= stats.residual_norm <= 10 * eps * b.norm()
 
 
 def test_gmres_does_not_return_a_large_vector_for_nothing() -> None:
