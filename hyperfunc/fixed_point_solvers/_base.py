@@ -130,7 +130,7 @@ class FixedPointInnerSolver:
         return ("fixed_point", self.fixed_point)
 
     def __call__(self, hparams: TensorTree, /, *args: Any) -> TensorTree:
-        """The solution, or with ``has_aux`` a pair of it and the `SolveStats`."""
+        """The solution, or with ``has_aux`` a pair of it and the `hyperfunc.SolveStats`."""
         init = self.init(hparams, *args)
         solution, stats = self.solver(self.fixed_point, init, hparams, *args)
         if self.has_aux:
