@@ -7,8 +7,8 @@ differentiated, tells the members of the family apart:
     MAML        the start, through the steps                          method="reverse_unroll"
     FOMAML      the start, with the inner gradients as constants      method="first_order"
     ANIL        the start, of which the last layer alone adapts       other params than hparams
-    Meta-SGD    the start and a rate for each parameter               lr=lambda h: h["rates"]
-    MAML++      the start and a rate for each step and layer; the     a loss in the steps' state
+    Meta-SGD    the start and a rate for each parameter               lr=lambda h: exp(h["rates"])
+    MAML++      the start and a rate for each step and layer; the     the loss as part of the state
                 loss after each step counts
     Reptile     the start, towards the adapted parameters             no outer loss
     iMAML       the start, to which the solution is pulled back       hf.proximal, method=hf.CG(...)
@@ -23,6 +23,7 @@ References: Finn, Abbeel and Levine, arXiv 1703.03400 (MAML, FOMAML); Raghu et a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -76,18 +77,21 @@ def anil(rate, steps) -> Member:
 
 
 def meta_sgd(rate, steps) -> Member:
-    h = {"start": START, "rates": {k: torch.full_like(leaf, rate) for k, leaf in START.items()}}
-    optimizer = hf.optim.sgd(lr=lambda h: h["rates"])
+    rates = {name: torch.full_like(leaf, math.log(rate)) for name, leaf in START.items()}
+    h = {"start": START, "rates": rates}
+    optimizer = hf.optim.sgd(lr=lambda h: {name: r.exp() for name, r in h["rates"].items()})
     adapt = hf.minimize(loss, optimizer, steps, init=lambda h, task: h["start"])
     return h, hf.hypergrad_and_value(adapt, query_loss, method="reverse_unroll"), adapt
 
 
 def maml_plus_plus(rate, steps) -> Member:
-    h = {"start": START, "rates": {name: torch.full((steps,), rate) for name in START}}
+    rates = {name: torch.full((steps,), math.log(rate)) for name in START}
+    h = {"start": START, "rates": rates}
 
     def step(state, h, task, t):
         grads = torch.func.grad(loss)(state["w"], h, task)
-        w = {name: leaf - h["rates"][name][t] * grads[name] for name, leaf in state["w"].items()}
+        rates = {name: rate[t].exp() for name, rate in h["rates"].items()}
+        w = {name: leaf - rates[name] * grads[name] for name, leaf in state["w"].items()}
         return {"w": w, "loss": state["loss"] + query_loss(w, h, task) / steps}
 
     begin = lambda h, task: {"w": h["start"], "loss": torch.zeros(())}  # noqa: E731
@@ -153,12 +157,14 @@ def main(argv: list[str] | None = None) -> None:
         h, fn, adapt = make(args.inner_lr, args.steps)
         h = torch.utils._pytree.tree_map(torch.clone, h)
         mean = hf.task_map(fn, in_dims=(None, 0), reduce="mean")
-        optimizer = torch.optim.Adam(torch.utils._pytree.tree_leaves(h), lr=args.meta_lr)
+        leaves = torch.utils._pytree.tree_leaves(h)
+        optimizer = torch.optim.Adam(leaves, lr=args.meta_lr)
         begin = time.perf_counter()
         values = []
         for _ in tqdm(range(args.iterations), desc=name, leave=False):
             grads, value = mean(h, draw(args.tasks, generator))
             hf.assign_grads(h, grads)
+            torch.nn.utils.clip_grad_norm_(leaves, max_norm=10.0)
             optimizer.step()
             values.append(value.item())
         history[name] = values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -16,11 +16,13 @@ from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.results import SolveStats
 from hyperfunc._engine.shown import show
 from hyperfunc._torch import autodiff, derivative_rules, tracking
+from hyperfunc._torch.internals import is_exporting
 from hyperfunc._types import TensorTree
-from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson
+from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson, Newton
 from hyperfunc.fixed_point_solvers._base import raise_unless_solved, warn_unless_solved
 from hyperfunc.inner_solvers import iterate
 from hyperfunc.iterative import Reverse, ReverseUnroll
+from hyperfunc.iterative._segment import RngAutocastState
 from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver
 from hyperfunc.modules import FunctionalModule
 from hyperfunc.transforms._hypergrad import implicit_diff
@@ -37,7 +39,9 @@ class EquilibriumLayer(nn.Module):
 
     found by a fixed-point solver. Gradients with respect to the inputs and to the cell's
     parameters, of any order, come from the implicit function theorem: memory does not grow with the
-    number of steps. The cell has to have a fixed point; with Dropout in training mode it has none.
+    number of steps. The cell has to have a fixed point. Random numbers are the same in all
+    evaluations of one call, backward pass included, and others in the next: Dropout in the cell is
+    variational dropout, one mask for all steps.
 
     The settings are attributes that may be replaced, and the cell is a submodule, ``layer.cell``,
     whose submodules are attributes of the layer too, ``layer.linear`` for ``layer.cell.linear``;
@@ -49,6 +53,10 @@ class EquilibriumLayer(nn.Module):
     ``torch.func``, running statistics are then updated once, by a further evaluation at the
     solution. Under autocast the cell runs in the lower precision, and the state and the solvers in
     the state's own; tolerances below the lower precision count as that precision.
+
+    ``torch.export`` takes a layer, under ``torch.no_grad()``, whose solver makes a fixed number of
+    steps, ``rtol=0, atol=0``: `Picard`, `Anderson` or `Broyden`; with a ``batch_dim`` for batches
+    of any size too.
 
     Args:
         cell: a module whose ``forward(state, *inputs)`` returns a tree like ``state``; not copied.
@@ -90,7 +98,8 @@ class EquilibriumLayer(nn.Module):
     References:
         Bai, Kolter and Koltun, Deep equilibrium models, arXiv 1909.01377; Fung et al.,
         Jacobian-free backpropagation, arXiv 2103.12803; Geng et al., On training implicit models
-        (phantom gradients), arXiv 2111.05177.
+        (phantom gradients), arXiv 2111.05177; Gal and Ghahramani (variational dropout),
+        arXiv 1512.05287; Bai et al. (corrections of the fixed point), arXiv 2204.08442.
     """
 
     def __init__(
@@ -133,6 +142,7 @@ class EquilibriumLayer(nn.Module):
         init: TensorTree = None,
         return_stats: bool = False,
         return_trace: bool = False,
+        at_steps: Sequence[int] = (),
     ) -> TensorTree:
         """The fixed point for these inputs.
 
@@ -143,6 +153,10 @@ class EquilibriumLayer(nn.Module):
                 ``(batch,)`` with a ``batch_dim`` of the solver.
             return_trace: whether to return the residual norms of all iterates last, of shape
                 ``(iterates, batch)`` or ``(iterates,)``, for a plot.
+            at_steps: numbers of steps of the solver, each at least 0. The states after these come
+                last, as a list, each with the derivative that ``method`` gives at that state, so
+                that losses of several states can be added up (a correction of the fixed point).
+                A sample that needs fewer steps has the state that it stopped at.
 
         Returns:
             The state, a tree like ``init``; in a tuple with what else was asked for.
@@ -152,10 +166,13 @@ class EquilibriumLayer(nn.Module):
             ValueError: if the cell changes the structure, shape or dtype of the state.
         """
         run = self._forward
-        if torch.compiler.is_compiling():  # loops that stop by values are no graph
+        if is_exporting():
+            self._check_exportable()
+        elif torch.compiler.is_compiling():  # loops that stop by values are no graph
             run = torch.compiler.disable(run)
-        state, stats, trace = run(inputs, init, return_stats)
-        further = ((stats,) if return_stats else ()) + ((trace,) if return_trace else ())
+        state, stats, trace, states = run(inputs, init, return_stats, at_steps)
+        further: tuple[Any, ...] = (stats,) if return_stats else ()
+        further += ((trace,) if return_trace else ()) + ((states,) if at_steps else ())
         return (state, *further) if further else state
 
     def extra_repr(self) -> str:
@@ -163,12 +180,20 @@ class EquilibriumLayer(nn.Module):
         return f"solver={self.solver!r}, method={self.method!r}"
 
     def _forward(
-        self, inputs: tuple[Any, ...], init: TensorTree, stats_are_seen: bool
-    ) -> tuple[TensorTree, SolveStats, Tensor]:
+        self,
+        inputs: tuple[Any, ...],
+        init: TensorTree,
+        stats_are_seen: bool,
+        at_steps: Sequence[int],
+    ) -> tuple[TensorTree, SolveStats, Tensor, list[TensorTree]]:
         state = self._initial_state(inputs) if init is None else init
         apply, weights, buffers = _snapshot(self.cell, "batch")
         device_type, dtype = _autocast_of(state)
-        cell = _Cell(apply, device_type, dtype)
+        recorded = torch.compiler.is_compiling()  # by torch.export, which knows no values
+        rng = None
+        if not recorded:
+            rng = RngAutocastState.capture(trees.flatten((state, weights, inputs))[0])
+        cell = _Cell(apply, device_type, dtype, rng)
         # what the backward pass needs must not change when the buffers are updated
         args = ({name: buffer.clone() for name, buffer in buffers.items()}, *inputs)
         solver = _reachable(self.solver, dtype, throw=False)
@@ -177,20 +202,37 @@ class EquilibriumLayer(nn.Module):
             point = (state, (weights, state), *args)
             with contextlib.nullcontext() if unroll else torch.enable_grad():
                 arguments = point if unroll else _detach(point)
-                solution, stats, trace = solver(cell, *arguments, return_trace=True)
-            if self.throw is not False:
+                solution, stats, trace, *rest = solver(
+                    cell, *arguments, return_trace=True, at_steps=at_steps
+                )
+            if self.throw is not False and not recorded:
                 raise_unless_solved(self.solver, stats, finished=self.throw)
-            if not stats_are_seen:
+            if not stats_are_seen and not recorded:
                 warn_unless_solved(self.solver, stats)
-            if not unroll:
-                solution = self._attach(cell, (weights, _detach(solution)), args, dtype)
+            states = rest[0] if rest else []
+            if not unroll and not recorded:
+                solution, *states = (
+                    self._attach(cell, (weights, _detach(state)), args, dtype)
+                    for state in (solution, *states)
+                )
         if self.training and buffers and not tracking.transforms_active():
             apply, _, _ = _snapshot(self.cell, "update")
             with torch.no_grad():
                 _, updated = apply(weights, solution, *inputs, buffers=buffers)
                 for name, buffer in updated.items():
                     buffers[name].copy_(buffer)
-        return solution, stats, trace
+        return solution, stats, trace, states
+
+    def _check_exportable(self) -> None:
+        fixed = self.solver.rtol == 0 and self.solver.atol == 0
+        if fixed and not isinstance(self.solver, Newton) and not torch.is_grad_enabled():
+            return
+        raise RuntimeError(
+            f"torch.export records no derivatives, and no loop that stops by a residual: got "
+            f"{self.solver!r}, with gradients {'on' if torch.is_grad_enabled() else 'off'}. Write "
+            f"layer.solver = hf.fixed_point_solvers.Anderson(maxiter=K, rtol=0, batch_dim=0), or "
+            f"Picard or Broyden, for K steps, and export under torch.no_grad()"
+        )
 
     def _initial_state(self, inputs: tuple[Any, ...]) -> TensorTree:
         if self.init is not None:
@@ -318,8 +360,29 @@ class _Cell:
     apply: FunctionalModule
     device_type: str
     dtype: torch.dtype | None
+    rng: RngAutocastState | None
+    draws: list[bool] = dataclasses.field(default_factory=list)  # whether it does, once called
 
     def __call__(
+        self, state: TensorTree, hparams: TensorTree, buffers: dict[str, Tensor], /, *inputs: Any
+    ) -> TensorTree:
+        if self.rng is None:
+            return self._evaluate(state, hparams, buffers, *inputs)
+        if not self.draws:
+            output = self._evaluate(state, hparams, buffers, *inputs)
+            now = zip(self.rng.read(self.rng.states), self.rng.states, strict=True)
+            self.draws.append(any(new is not old for new, old in now))
+            return output
+        if not self.draws[0]:
+            return self._evaluate(state, hparams, buffers, *inputs)
+        present = self.rng.read(self.rng.states)
+        self.rng.write(self.rng.states)
+        try:
+            return self._evaluate(state, hparams, buffers, *inputs)
+        finally:
+            self.rng.write(present)
+
+    def _evaluate(
         self, state: TensorTree, hparams: TensorTree, buffers: dict[str, Tensor], /, *inputs: Any
     ) -> TensorTree:
         weights, _ = hparams

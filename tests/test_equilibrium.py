@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
+from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
@@ -278,6 +279,80 @@ def test_batches_of_zero_and_one(size: int, method: Any) -> None:
 
 
 # A module like any other --------------------------------------------------------------------------
+
+
+def test_states_at_chosen_steps_have_the_derivatives_of_the_method_there() -> None:
+    cell, x = Cell(), inputs()
+    weights = [*cell.parameters()]
+    states = [torch.zeros_like(x)]
+    for _ in range(4):
+        states.append(cell(states[-1], x))
+    for method, kept in (
+        ("one_step", [cell(states[k].detach(), x) for k in (3, 0)]),
+        (hf.ReverseUnroll(), [states[3], None]),
+    ):
+        layer = hf.EquilibriumLayer(cell, Picard(4, rtol=0, batch_dim=0), method)
+        z, stats, (third, start) = layer(x, return_stats=True, at_steps=(3, 0))
+        assert stats.num_steps.tolist() == [4] * BATCH
+        check_close((third, start, z), (states[3], states[0], states[4]))
+        for state, by_hand in zip((third, start), kept, strict=True):
+            if by_hand is None:
+                assert not state.requires_grad
+                continue
+            actual = torch.autograd.grad(objective(state), weights, retain_graph=True)
+            scale = torch.autograd.grad(objective(y := state.detach().requires_grad_()), y)
+            expected = torch.autograd.grad(by_hand, weights, scale, retain_graph=True)
+            check_close(list(actual), list(expected))
+    # a sample that has stopped stays where it is, and a late step is the solution
+    layer = hf.EquilibriumLayer(cell, Picard(batch_dim=0, rtol=1e-8))
+    z, stats, (early, late) = layer(x, return_stats=True, at_steps=(fewest(layer, x), 10**6))
+    first = stats.num_steps == stats.num_steps.min()
+    check_close(early[first], z[first])
+    check_close(late, z)
+    with pytest.raises(ValueError, match="at_steps holds is -1"):
+        layer(x, at_steps=(-1,))
+
+
+def fewest(layer: Any, x: Tensor) -> int:
+    return int(layer(x, return_stats=True)[1].num_steps.min())
+
+
+class Dropped(Cell):
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(F.dropout(self.state(z), 0.5, self.training) / 2 + self.input(x))
+
+
+@pytest.mark.parametrize("method", ["gmres", hf.Reverse(last=60), hf.ReverseUnroll()])
+def test_dropout_in_the_cell_has_one_mask_a_call(method: Any) -> None:
+    cell, x = Dropped(), inputs()
+    layer = hf.EquilibriumLayer(cell, Picard(batch_dim=0, rtol=1e-13), method)
+    torch.manual_seed(5)
+    z, stats = layer(x, return_stats=True)
+    after = torch.rand(1)
+    assert (stats.result == hf.RESULTS.success).all()
+    grads = torch.autograd.grad(objective(z), [*cell.parameters()])
+    w = torch.zeros_like(x)
+    for _ in range(100):
+        torch.manual_seed(5)
+        w = cell(w, x)
+    assert after == torch.rand(1)  # the stream goes on as after one evaluation
+    check_close(z, w)
+    check_close(list(grads), list(torch.autograd.grad(objective(w), [*cell.parameters()])))
+    assert float((layer(x) - z).detach().abs().max()) > 1e-3
+
+
+@pytest.mark.slow
+def test_export_of_a_fixed_number_of_steps() -> None:
+    x, batch = inputs(), torch.export.Dim("batch", min=2)
+    for solver in (Picard(4, rtol=0, batch_dim=0), Anderson(4, rtol=0, batch_dim=0)):
+        layer = hf.EquilibriumLayer(Cell(), solver)
+        with torch.no_grad():
+            shapes = {"inputs": ({0: batch},)}
+            program = torch.export.export(layer, (x,), dynamic_shapes=shapes, strict=False)
+            check_close(program.module()(inputs(9)), layer(inputs(9)), 1e-12)
+    layer.solver = Anderson(batch_dim=0)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no loop that stops by a residual"):
+        torch.export.export(layer, (x,), strict=False)
 
 
 def test_state_dictionaries() -> None:

@@ -75,6 +75,12 @@ def is_traced() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` records what is computed; older versions of torch do not tell."""
+    asked = getattr(torch.compiler, "is_exporting", None)
+    return bool(asked and asked())
+
+
 def is_recorded() -> bool:
     """Whether ``torch.jit`` or a mode of any kind records what is computed."""
     return torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0

@@ -76,8 +76,8 @@ class _Mixing:
         z, f = point.z, point.residual
         new = point.value if step_size == 1 else z + step_size * f
         if self._previous is None:
-            self._z_steps = self._f_steps = z.new_empty(len(z), 0, z.shape[1])
-            self._alive = restart.new_empty(len(z), 0)
+            self._z_steps = self._f_steps = z.new_empty(z.shape[0], 0, z.shape[1])
+            self._alive = restart.new_empty(z.shape[0], 0)
         else:
             old_z, old_f = self._previous
             self._z_steps = append_row(self._z_steps, z - old_z, memory)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.checks import check_callable
+from hyperfunc._engine.checks import check_callable, check_count
 from hyperfunc._engine.convergence import warn_unless_converged
 from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, code_where, find_failure
 from hyperfunc._engine.shown import show
@@ -47,6 +47,7 @@ class AbstractFixedPointSolver(abc.ABC):
         /,
         *args: Any,
         return_trace: bool = False,
+        at_steps: Sequence[int] = (),
     ) -> Any:
         """Solve ``z = fixed_point(z, hparams, *args)``.
 
@@ -59,13 +60,15 @@ class AbstractFixedPointSolver(abc.ABC):
             hparams: passed on to ``fixed_point``.
             args: passed on to ``fixed_point``.
             return_trace: whether to return the residual norms on the way too.
+            at_steps: numbers of steps, each at least 0, after which the iterate is returned too.
 
         Returns:
             The solution, a tree like ``init``, and its `hyperfunc.SolveStats`, of shape
             ``(batch,)`` with ``batch_dim``: steps taken (the map is evaluated once more, to measure
             the last one), residual norm of the solution, and result. With ``return_trace`` then
             comes a tensor of shape ``(iterates,)`` or ``(iterates, batch)``: the residual norms of
-            all iterates, the start first; that of a sample that is done stays.
+            all iterates, the start first; that of a sample that is done stays. With ``at_steps``
+            then comes a list of trees like ``init``; a sample that is done stays as it is.
 
         Raises:
             HypergradError: for non-finite values and divergence, with ``throw``.
@@ -74,16 +77,22 @@ class AbstractFixedPointSolver(abc.ABC):
                 common batch dimension.
         """
         problem = Problem.make(fixed_point, init, hparams, args, self.batch_dim)
-        rows, stats, trace = _solve(self, self._iteration(problem), problem)
+        for step in at_steps:
+            check_count(self, "at_steps holds", step, 0)
+        rows, stats, trace, kept = _solve(self, self._iteration(problem), problem, at_steps)
         if self.throw:
             raise_unless_solved(self, stats)
         if self.batch_dim is None:
             stats = SolveStats(*(field[0] for field in stats))
         solution = trees.unflatten(problem.spec, problem.unpack(rows))
-        if not return_trace:
-            return solution, stats
-        norms = torch.stack(trace).detach()
-        return solution, stats, norms[:, 0] if self.batch_dim is None else norms
+        further: list[Any] = []
+        if return_trace:
+            norms = torch.stack(trace).detach()
+            further.append(norms[:, 0] if self.batch_dim is None else norms)
+        if at_steps:
+            states = (problem.unpack(kept.get(step, rows)) for step in at_steps)
+            further.append([trees.unflatten(problem.spec, state) for state in states])
+        return (solution, stats, *further)
 
     def inner_solver(
         self, fixed_point: ParamsFunction, *, init: InnerSolver, has_aux: bool = False
@@ -287,8 +296,11 @@ class Problem:
 
 
 def _solve(
-    solver: AbstractFixedPointSolver, iteration: Iteration, problem: Problem
-) -> tuple[Tensor, SolveStats, list[Tensor]]:
+    solver: AbstractFixedPointSolver,
+    iteration: Iteration,
+    problem: Problem,
+    at_steps: Sequence[int],
+) -> tuple[Tensor, SolveStats, list[Tensor], dict[int, Tensor]]:
     eps = trees.epsilon(problem.init)
     adaptive = solver.rtol != 0 or solver.atol != 0
     rtol = max(eps**0.75 if solver.rtol is None else solver.rtol, eps)
@@ -304,7 +316,10 @@ def _solve(
     active = torch.ones(problem.num_rows, dtype=torch.bool, device=z.device)
     done = ~active
     num_steps = age = torch.zeros_like(active, dtype=torch.int64)
+    kept: dict[int, Tensor] = {}
     for step in range(solver.maxiter + adaptive):
+        if step in at_steps:
+            kept[step] = z
         if step > 0:
             new, size = measure(z)
             point = new._replace(norm=torch.where(active, new.norm, point.norm))
@@ -329,13 +344,13 @@ def _solve(
     if not adaptive:
         finite = torch.isfinite(point.norm) & torch.isfinite(z.detach()).all(dim=1)
         result = code_where(finite, RESULTS.success, RESULTS.nonfinite)
-        return z, SolveStats(num_steps, point.norm, result), trace
+        return z, SolveStats(num_steps, point.norm, result), trace, kept
     # rounding noise around a start that is the solution may grow
     grown = ~active | (point.norm > 1.001 * torch.maximum(first, eps * largest))
     result = code_where(grown, RESULTS.divergence, RESULTS.max_steps)
     result = code_where(torch.isfinite(point.norm), result, RESULTS.nonfinite)
     result = code_where(done, RESULTS.success, result)
-    return best.z, SolveStats(num_steps, best.norm, result), trace
+    return best.z, SolveStats(num_steps, best.norm, result), trace, kept
 
 
 def _norms(rows: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class _InverseJacobian:
     def advance(self, point: Point, active: Tensor, restart: Tensor) -> Tensor:
         z, g = point.z, point.residual
         if self._previous is None:
-            self._u = self._v = z.new_empty(len(z), 0, z.shape[1])
+            self._u = self._v = z.new_empty(z.shape[0], 0, z.shape[1])
         else:
             if self._u.shape[1] == self._memory:
                 self._u = self._v = self._u[:, :0]
