@@ -304,6 +304,11 @@ def largest(value: Tensor) -> float:
 
 
 def _gathered(flag: Tensor) -> Tensor:
+    levels = active_vmaps()
+    if levels and is_plain_below(flag):
+        held = levels_of(flag)
+        with internals.outside_all():
+            return lower(flag, tuple(each for each in levels if each[0] in held)).to(torch.int64)
     gathered: Tensor = _Gathered.apply(flag.to(torch.int64))
     return gathered
 
