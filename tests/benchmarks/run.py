@@ -47,6 +47,7 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], float]] = {
     "P6-cg": (ONE, 0.4),
     "P6-reverse": (ONE, 0.8),
     "P7": (ONE, 0.2),
+    "P8": (ONE, 0.2),
 }
 SAME = {"P5-16": "P3a"}  # one work under two names, measured once
 PEERS = ("higher", "jax", "jaxopt", "torchdeq", "torchopt")
@@ -219,7 +220,7 @@ def child(key: str, threads: int, seconds: float, only: str) -> dict[str, Any]:
 
 def make(key: str) -> Any:
     """The problem of this name."""
-    from tests.benchmarks import equilibrium, implicit, unrolled
+    from tests.benchmarks import equilibrium, implicit, small_networks, unrolled
 
     problems: dict[str, Callable[[], Any]] = {
         "P1": implicit.p1,
@@ -231,6 +232,7 @@ def make(key: str) -> Any:
         "P6-cg": implicit.p6,
         "P6-reverse": unrolled.p6,
         "P7": equilibrium.p7,
+        "P8": small_networks.p8,
     }
     return problems[key]()
 
