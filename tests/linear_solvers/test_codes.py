@@ -309,6 +309,11 @@ def test_fallback_keeps_the_smallest_residual() -> None:
     limited = hf.Fallback(hf.GMRES(maxiter=1), hf.CG())
     _, stats = limited.solve(Counted(B).operator, (torch.ones(3, dtype=F64),))
     assert int(stats.result) == hf.RESULTS.max_steps
+    saddle = torch.diag(torch.tensor([9.0, 4.0, 1.0, -0.5], dtype=F64))
+    failing = hf.Fallback(hf.CG(), hf.GMRES(maxiter=1))  # whose answer is the better one
+    hidden = torch.tensor([1.0, 1.0, 1.0, 1e-3], dtype=F64)
+    _, stats = failing.solve_and_tell(_symmetric(saddle), (hidden,))
+    assert (int(stats.choice), int(stats.result)) == (0, hf.RESULTS.max_steps)
     # a hypergradient carries the choice, also through vmap and where derivatives are asked for
     fn = hf.hypergrad_and_solution(
         lambda h: h / A.diagonal(),
@@ -335,8 +340,11 @@ def test_dense_solves_what_has_a_solution() -> None:
             (x,), stats = hf.Dense().solve(operator, (b.to(dtype),))
             assert int(stats.result) == hf.RESULTS.success
             torch.testing.assert_close(x.double(), exact, rtol=accuracy, atol=accuracy)
-    _, stats = hf.Dense().solve(LinearOperator.from_matrix(X.T @ X), (torch.ones(7, dtype=F64),))
-    assert int(stats.result) == hf.RESULTS.breakdown
+    flat = torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=F64))
+    nearly = torch.tensor([1.0, 1.0, 1e-6], dtype=F64)  # more than rounding leaves
+    for A, b in ((X.T @ X, torch.ones(7, dtype=F64)), (flat, nearly)):
+        _, stats = hf.Dense().solve(LinearOperator.from_matrix(A), (b,))
+        assert int(stats.result) == hf.RESULTS.breakdown
 
 
 def test_dense_takes_products_in_batches_where_it_can() -> None:
