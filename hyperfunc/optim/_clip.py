@@ -138,8 +138,10 @@ class _ClippedByValue(PrintsAsCall):
 
 def _step(name: str, key: str, coefficient: Coefficient, state: Any) -> Tensor | None:
     """The step that a schedule is taken at: that of the state of the optimiser."""
-    if not isinstance(coefficient, Schedule):
+    if not any(isinstance(leaf, Schedule) for leaf in trees.flatten(coefficient)[0]):
         return None
+    while isinstance(state, tuple) and not isinstance(state, State) and state:
+        state = state[0]  # of several optimisers, which count alike
     if not isinstance(state, State):
         raise TypeError(
             f"{name}: {key} is a schedule, which needs the step, but the optimiser's state is of "

@@ -209,6 +209,20 @@ OPTIMIZERS = {
 }
 
 
+def test_limits_of_clipping_by_name_and_of_grouped_optimisers():
+    w = {"a.w": torch.ones(2, dtype=F64), "b.w": torch.ones(2, dtype=F64)}
+    falling = optim.schedule(lambda h, step: 0.3 / (1 + step.double()))
+    by_name = optim.clip_grad_value(optim.sgd(1.0), {"a": falling, "b": 0.2})
+    grouped = optim.grouped({"a": optim.sgd(1.0), "b": optim.sgd(1.0)})
+    moved = [(by_name, 0.45, 0.4), (optim.clip_grad_value(grouped, falling), 0.45, 0.45)]
+    for optimizer, a, b in moved:
+        solver = hf.minimize(
+            lambda w, h: w["a.w"].sum() + w["b.w"].sum(), optimizer, 2, init=lambda h: w
+        )
+        got = solver(torch.zeros((), dtype=F64))
+        assert_close(got, {"a.w": w["a.w"] - a, "b.w": w["b.w"] - b})
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_method_replays_schedules(name):
     solver, outer = problem(OPTIMIZERS[name])
