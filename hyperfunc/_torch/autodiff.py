@@ -16,14 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hyperfunc._torch import (
-    batching,
-    derivative_rules,
-    internals,
-    sharding,
-    tangents,
-    tracking,
-)
+from hyperfunc._torch import derivative_rules, internals, sharding, tangents, tracking
 from hyperfunc._torch.differentiable_once import (
     marked_operation,
     refuse,
@@ -171,8 +164,7 @@ def gradient_used(
     Under transforms these are found where a list ``used`` is given, once for all calls with it.
     """
     tracked = tracking.is_tracked(primals) if create_graph is None else create_graph
-    levels = _graph_levels(primals)
-    if levels is None:
+    if tracking.transforms_active():
 
         def value_of(leaves: Leaves) -> Tensor:
             value = fn(*leaves)
@@ -196,32 +188,23 @@ def gradient_used(
             grad if is_used else None
             for grad, is_used in zip(grads, used or [True] * len(grads), strict=True)
         )
-    tracked = tracked or (bool(levels) and tracking.is_tracked(primals))
     order = derivative_rules.derivatives(tracked)
-    in_mode = tracked or levels
-    rules = derivative_rules.active(order=order) if in_mode else derivative_rules.counting(order)
-    outside, since = torch.is_grad_enabled(), tracking.now()
+    rules = derivative_rules.active(order=order) if tracked else derivative_rules.counting(order)
     with torch.enable_grad(), rules:
-        lowered = _lowered(primals, levels)
-        with _below(levels):
-            inputs = [
-                _enter(leaf.clone() if leaf.is_inference() else leaf, tracked) for leaf in lowered
-            ]
-        value = fn(*_lifted(inputs, levels))
+        inputs = [
+            _enter(leaf.clone() if leaf.is_inference() else leaf, tracked) for leaf in primals
+        ]
+        value = fn(*inputs)
         if values is not None:
             values.append(value)
-        (value,) = _lowered((value,), levels)
         if not value.requires_grad:
             return (None,) * len(primals)
-        if levels and outside and not tracked:  # torch.func would follow a captured tensor too
-            tracked = tracking.reaches_foreign_leaf((value,), inputs, since)
         if tracked and not derivative_rules.known_to_be_right():
             refuse_once_differentiable((value,), inputs)
-        with _below(levels):
-            grads = derivative_rules.differentiate(
-                value.sum() if levels else value, inputs, create_graph=tracked, allow_unused=True
-            )
-    return sharding.align(_lifted(grads, levels), primals)
+        grads = derivative_rules.differentiate(
+            value, inputs, create_graph=tracked, allow_unused=True
+        )
+    return sharding.align(grads, primals)
 
 
 def uses(fn: Callable[..., Leaves], primals: Leaves, indices: Iterable[int]) -> bool:
@@ -300,71 +283,48 @@ class _Engine(Protocol):
 
 
 class _GraphEngine:
-    """Products from one recorded autograd graph, for use outside all transforms but vmaps.
-
-    Under vmap it is the graph of what these compute, on tensors that hold all tasks.
-    """
+    """Products from one recorded autograd graph, for use outside all transforms."""
 
     def __init__(
-        self,
-        fn: _AuxFunction,
-        primals: tuple[Any, ...],
-        groups: _Groups,
-        tracked: bool,
-        levels: batching.Levels,
+        self, fn: _AuxFunction, primals: tuple[Any, ...], groups: _Groups, tracked: bool
     ) -> None:
-        chosen = sorted({index for group in groups for index in group})
+        chosen = {index for group in groups for index in group}
         primals = tracking.out_of_inference(primals)
         since = tracking.now()
         with torch.enable_grad():
-            lowered = _lowered([primals[index] for index in chosen], levels)
-            with _below(levels):
-                inputs = [_enter(leaf, tracked) for leaf in lowered]
+            inputs = [
+                _enter(leaf, tracked) if index in chosen else leaf
+                for index, leaf in enumerate(primals)
+            ]
             (outputs, aux), record = derivative_rules.evaluate(
-                fn,
-                _replace(primals, chosen, _lifted(inputs, levels)),
-                math.inf if tracked or levels else 1,
+                fn, inputs, math.inf if tracked else 1
             )
-            below = _lowered(outputs, levels)
-        self._levels = levels
         self._uses_rows = record.uses_rows
-        known = [*inputs, *map(tracking.innermost, filter(tracking.requires_grad, primals))]
-        self.captures_gradient = tracking.reaches_foreign_leaf(below, known, since)
+        self.captures_gradient = tracking.reaches_foreign_leaf(outputs, inputs, since)
         self.outputs = tuple(outputs) if tracked else tracking.detach(outputs)
         self.aux = tuple(aux) if tracked else tracking.detach(aux)
         self._tracked = tracked
         self._looked: set[int] = set()
-        place = {index: i for i, index in enumerate(chosen)}
-        self._inputs = [[inputs[place[index]] for index in group] for group in groups]
-        self._live = [index for index, out in enumerate(below) if out.requires_grad]
-        self._live_outputs = [below[index] for index in self._live]
+        self._inputs = [[inputs[index] for index in group] for group in groups]
+        self._live = [index for index, out in enumerate(outputs) if out.requires_grad]
+        self._live_outputs = [outputs[index] for index in self._live]
 
     def pull(self, cotangents: Leaves, group: int) -> Leaves:
-        used = self.pull_used(cotangents, group)
-        if not any(grad is None for grad in used):
-            return tuple(used)  # type: ignore[arg-type]
-        return _zeros_for_none(used, _lifted(self._inputs[group], self._levels))
+        return _zeros_for_none(self.pull_used(cotangents, group), self._inputs[group])
 
     def pull_used(self, cotangents: Leaves, group: int) -> tuple[Tensor | None, ...]:
         inputs = self._inputs[group]
         if not self._live or not inputs:
             return (None,) * len(inputs)
-        levels = self._levels
-        above = batching.levels_above(levels) if levels else ()
         selected = [cotangents[index] for index in self._live]
-        if levels:
-            selected = [batching.lower_within(u, levels, above) for u in selected]
         create_graph = torch.is_grad_enabled() and (
-            self._tracked or any(map(tracking.requires_grad, selected))
+            self._tracked or any(cotangent.requires_grad for cotangent in selected)
         )
         if create_graph and group not in self._looked:
             self._looked.add(group)
             refuse_once_differentiable(self._live_outputs, inputs)
         # what is computed again on the way (by torch.utils.checkpoint) is so by the same rules
-        with (
-            derivative_rules.active() if self._uses_rows else contextlib.nullcontext(),
-            _below(() if above else levels),
-        ):
+        with derivative_rules.active() if self._uses_rows else contextlib.nullcontext():
             grads = derivative_rules.differentiate(
                 self._live_outputs,
                 inputs,
@@ -372,11 +332,6 @@ class _GraphEngine:
                 retain_graph=True,
                 create_graph=create_graph,
                 allow_unused=True,
-            )
-        if levels:
-            return tuple(
-                grad if grad is None else batching.lift_within(grad, levels, above)
-                for grad in grads
             )
         return sharding.align(grads, inputs)
 
@@ -434,48 +389,9 @@ class _FunctionalEngine:
 def _make_engine(
     fn: _AuxFunction, primals: tuple[Any, ...], groups: _Groups, tracked: bool
 ) -> _Engine:
-    levels = _graph_levels(primals)
-    if levels is None:
-        return _FunctionalEngine(fn, primals, groups, tracked)
-    return _GraphEngine(fn, primals, groups, tracked, levels)
-
-
-def _graph_levels(primals: Sequence[Any]) -> batching.Levels | None:
-    """The levels of vmap, if nothing else is active, below which a graph is recorded; or None.
-
-    So that what is computed there has the batch dimension of each level, as by ``torch.func``,
-    some primal has to have it.
-    """
     if not tracking.transforms_active():
-        return ()
-    levels = batching.vmap_levels()
-    tensors = [leaf for leaf in primals if isinstance(leaf, Tensor)]
-    if not all(size for _, size in levels) or not levels:
-        return None
-    if not all(map(batching.is_plain_below, tensors)):
-        return None
-    held = {level for tensor in tensors for level in batching.levels_of(tensor)}
-    return levels if all(level in held for level, _ in levels) else None
-
-
-def _lowered(tensors: Sequence[Any], levels: batching.Levels) -> Sequence[Any]:
-    """The tensors below these levels, each with a dimension for each of them in front."""
-    if not levels:
-        return tensors
-    with internals.outside_all():
-        return tuple(batching.lower(tensor, levels) for tensor in tensors)
-
-
-def _lifted(tensors: Sequence[Any], levels: batching.Levels) -> tuple[Any, ...]:
-    """The inverse of `_lowered`; None stays."""
-    return tuple(
-        batching.lift(tensor, levels) if levels and tensor is not None else tensor
-        for tensor in tensors
-    )
-
-
-def _below(levels: batching.Levels) -> contextlib.AbstractContextManager[Any]:
-    return internals.outside_all() if levels else contextlib.nullcontext()
+        return _GraphEngine(fn, primals, groups, tracked)
+    return _FunctionalEngine(fn, primals, groups, tracked)
 
 
 def _replace(items: Sequence[Any], indices: Sequence[int], new: Sequence[Any]) -> list[Any]:

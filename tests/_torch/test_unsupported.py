@@ -50,7 +50,7 @@ CASES = {
     writes: r"writes in place, under vmap.*`A = A \+ x`.*task_map\(fn, in_dims, chunk_size=1\)",
     branches: r"branches on the value.*torch\.where\(condition, a, b\).*chunk_size=1",
     reads_an_item: r"branches on the value.*chunk_size=1",
-    has_no_rule: r"operation that torch cannot map by vmap\. Use hf\.task_map.*rrelu",
+    has_no_rule: r"operation that torch cannot map by vmap\. Use hf\.task_map.*rrelu_with_noise",
     goes_backward: r"calls backward\(\) or torch\.autograd under.*torch\.func\.grad\(loss\)",
     reads_memory: r"reads the memory of a tensor \(by NumPy\?.*chunk_size=1",
     draws: r'draws random numbers.*randomness="different"',
