@@ -88,41 +88,6 @@ def lift(tensor: Tensor, levels: Levels) -> Tensor:
     return tensor
 
 
-def levels_above(levels: Levels) -> Levels:
-    """The active vmaps inside of these, which are active too, as is nothing else."""
-    active = active_vmaps()
-    if active[: len(levels)] != levels:
-        raise RuntimeError(
-            "a product was taken in another nest of torch.func.vmap than the point that it belongs "
-            "to. Take it inside the function that is mapped"
-        )
-    return active[len(levels) :]
-
-
-def lower_within(tensor: Tensor, levels: Levels, above: Levels) -> Tensor:
-    """`lower` for these levels alone, of a tensor that may be batched in those above too."""
-    if not above:
-        return lower(tensor, levels)
-    level, _ = above[-1]
-    if internals.level_of(tensor) != level:
-        return lower_within(tensor, levels, above[:-1])
-    dim = internals.batch_dim(tensor)
-    below = lower_within(internals.unwrapped(tensor), levels, above[:-1])
-    return internals.with_batch_dim(below, dim + len(levels), level)
-
-
-def lift_within(tensor: Tensor, levels: Levels, above: Levels) -> Tensor:
-    """The inverse of `lower_within`."""
-    if not above:
-        return lift(tensor, levels)
-    level, _ = above[-1]
-    if internals.level_of(tensor) != level:
-        return lift_within(tensor, levels, above[:-1])
-    dim = internals.batch_dim(tensor)
-    moved = internals.unwrapped(tensor).movedim(dim, len(levels))
-    return internals.with_batch_dim(lift_within(moved, levels, above[:-1]), 0, level)
-
-
 def mapped_alike(outputs: Leaves, operands: Sequence[Tensor]) -> Leaves:
     """The outputs of a function, copied for each task of a vmap that any operand or output is in.
 
