@@ -570,7 +570,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "init": (
         lambda: Picard().inner_solver(same, init=torch.zeros(2)),  # type: ignore[arg-type]
         TypeError,
-        "init is tensor.* of type Tensor; expected a function",
+        "init is <tensor.* of type Tensor; expected a function",
     ),
 }
 
