@@ -1,7 +1,7 @@
 """Fixtures for doctests and tests alike.
 
 pyproject.toml loads this file as a plugin, because a conftest.py here would not reach the doctests
-in hyperfunc/ and README.md.
+in hyperfunc/, README.md and examples/guides/.
 """
 
 import gc

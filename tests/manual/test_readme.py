@@ -1,4 +1,4 @@
-"""The README beside its snippets, which run as doctests: tables, links and the version."""
+"""The README and the guides beside their snippets, which run as doctests: tables, links, sizes."""
 
 import re
 from collections.abc import Callable
@@ -13,11 +13,14 @@ import hyperfunc as hf
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+FOLDER = ROOT / "examples" / "guides"
+GUIDES = {path.stem: path.read_text() for path in FOLDER.glob("*.md")}
 
 
 def rows_under(title: str) -> dict[str, str]:
     """The first two columns of the table with this title in its first cell."""
-    lines = README[README.index(f"| {title} |") :].split("\n\n")[0].splitlines()[2:]
+    page = GUIDES["methods"]
+    lines = page[page.index(f"| {title} |") :].split("\n\n")[0].splitlines()[2:]
     cells = [line.strip("| ").split(" | ") for line in lines]
     return {row[0]: row[1].strip("`") for row in cells}
 
@@ -73,38 +76,52 @@ def test_the_table_has_no_other_rows() -> None:
     assert len(RECOMMENDED) == len(FINDINGS)
 
 
-def test_links_lead_somewhere() -> None:
-    headings = re.findall(r"^#+ (.*)$", README, flags=re.MULTILINE)
-    anchors = {
-        re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in headings
-    }
-    for name in ("README.md", "examples/README.md"):
-        text = (ROOT / name).read_text()
-        for target in re.findall(r"\]\(([^)\s]+)\)", text):
-            if target.startswith("#"):
-                assert target[1:] in anchors, target
-            elif not target.startswith("http"):
-                assert ((ROOT / name).parent / target).exists(), target
+def anchors(text: str) -> set[str]:
+    """Where a link may lead on a page: its headings, outside of code."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in headings}
 
 
-def test_every_section_is_in_the_contents() -> None:
+PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted(FOLDER.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        if name.startswith("http"):
+            continue
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_every_section_and_every_guide_is_in_the_contents() -> None:
     contents = README[: README.index("## Two commands")]
     for title in re.findall(r"^## (.*)$", README, flags=re.MULTILINE):
         anchor = re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-")
         assert f"(#{anchor})" in contents, title
+    for name in GUIDES:
+        assert f"](examples/guides/{name}.md)" in README, name
+
+
+def test_pages_are_short() -> None:
+    assert len(README.splitlines()) <= 350
+    for name, text in GUIDES.items():
+        assert len(text.splitlines()) <= 250, name
 
 
 def test_the_newest_entry_of_the_changelog_is_this_version() -> None:
     version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    newest = re.search(r"^\*\*([\d.]+)\*\*", README[README.index("## Changelog") :], re.MULTILINE)
+    newest = re.search(r"^\*\*([\d.]+)\*\*", GUIDES["changelog"], re.MULTILINE)
     assert version
     assert newest
     assert newest[1] == version[1]
 
 
 def test_every_paper_is_among_the_references() -> None:
-    references = README[README.index("## References") :]
     for folder in ("hyperfunc", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
             for number in re.findall(r"\b\d{4}\.\d{5}\b", path.read_text()):
-                assert number in references, f"{path}: arXiv {number}"
+                assert number in GUIDES["references"], f"{path}: arXiv {number}"

@@ -11,7 +11,7 @@ import hyperfunc as hf
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {path: path.read_text() for path in (ROOT / "hyperfunc").rglob("*.py")}
-PAGE = (ROOT / "README.md").read_text().split("## When it goes wrong\n")[1].split("\n## ")[0]
+PAGE = (ROOT / "examples" / "guides" / "when_it_goes_wrong.md").read_text()
 FAMILIES = ("HypergradError", "NotImplementedError", "RuntimeError", "Unmappable")
 
 
