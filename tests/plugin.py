@@ -21,6 +21,13 @@ def _seed(doctest_namespace: dict[str, object]) -> None:
     doctest_namespace.update(torch=torch, hf=hf)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # a guide whose snippets take long says so in a comment under its title
+        if item.path.suffix == ".md" and "\n<!-- slow" in item.path.read_text():
+            item.add_marker("slow")
+
+
 def pytest_collection_finish() -> None:
     # thousands of tests stay until the end, and would be looked through for garbage all the time
     gc.collect()
