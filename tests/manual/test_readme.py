@@ -106,6 +106,13 @@ def test_every_section_and_every_guide_is_in_the_contents() -> None:
         assert f"](examples/guides/{name}.md)" in README, name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_blocks_of_code_are_closed(page: Path) -> None:
+    fences = re.findall(r"^```.*$", page.read_text(), flags=re.MULTILINE)
+    assert len(fences) % 2 == 0
+    assert set(fences[1::2]) <= {"```"}
+
+
 def test_pages_are_short() -> None:
     assert len(README.splitlines()) <= 350
     for name, text in GUIDES.items():
