@@ -65,9 +65,8 @@ examples: $(DEMO_READY) ## Run every example; results in out/<name>
 		$(BIN)/python $$script --out out/$$name; \
 	done
 
-# pdoc cannot resolve the types of a NamedTuple's constructor, and prints them as they are written.
-docs: $(DEV_READY) ## Build the API pages in docs-html
-	$(BIN)/python -W "ignore:Error parsing type annotation" -m pdoc --math --docformat google --output-directory docs-html hyperfunc
+docs: $(DEV_READY) ## Build the API pages and the guides in docs-html
+	$(BIN)/python .ci/docs.py docs-html
 
 dist: $(DEV_READY) ## Build and check the wheel and the source archive in dist
 	rm -rf dist

@@ -1,4 +1,22 @@
-"""Hypergradients in PyTorch, in the style of torch.func."""
+"""Hypergradients in PyTorch, in the style of torch.func.
+
+By task; the [guides](guides/index.html), in ``examples/guides`` of the repository, show each:
+
+- derivatives through an inner problem: `hypergrad`, `hypergrad_and_value`,
+  `hypergrad_and_solution`; through a solver of any kind: `implicit_diff`
+- inner solvers: `minimize` with an optimiser of `hyperfunc.optim`, `iterate`, `from_numpy`;
+  minibatches: `stack_batches`, `batch_indices`; inner losses: `proximal`, `composed`; constraints:
+  `proximal_gradient_map` with `hyperfunc.prox`
+- methods that solve for the adjoint: `CG`, `NormalCG`, `GMRES`, `BiCGStab`, `Dense`, `Auto` and
+  their kin
+- methods that differentiate steps: `ReverseUnroll`, `Reverse`, `ForwardMode`, `FirstOrder`
+- modules as functions: `functional`, `module_map`, `checkpoint`; into `.grad`: `assign_grads`
+- many tasks: `task_map`, `mean_over_successes`; many processes: `hyperfunc.distributed`
+- fixed points: `EquilibriumLayer`, `hyperfunc.fixed_point_solvers`
+- everything at once, on minibatches: `hyperfunc.bilevel`
+- is it right, and which method fits: `check_hypergrad`, `diagnose`
+- what a call reports: `Solution`, `SolveStats`, `RESULTS`, `HypergradError`, `ConvergenceWarning`
+"""
 
 # Here: the public names. The rooms of the package and who may import whom are the table in
 # ``tests/test_architecture.py``.

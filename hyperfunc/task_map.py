@@ -75,8 +75,8 @@ def task_map(
             and the `hyperfunc.SolveStats` of a `hyperfunc.Solution` remain those of each task.
             Tasks that failed, by such statistics or with entries that are not finite (as
             ``throw=False`` returns them), are left out, as by `mean_over_successes`; a
-            `ConvergenceWarning` tells how many, where no statistics do. None: the results of all
-            tasks, with a new first dimension.
+            `hyperfunc.ConvergenceWarning` tells how many, where no statistics do. None: the results
+            of all tasks, with a new first dimension.
         randomness: as for `torch.func.vmap`: whether random numbers are an ``"error"``, the
             ``"same"`` for all tasks, or ``"different"``; these depend on the chunk size. In a loop
             only the default generator of the CPU is looked after.
