@@ -4,6 +4,7 @@ python .ci/docs.py docs-html
 """
 
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -42,7 +43,8 @@ def main(folder: Path) -> None:
     style = "\n".join(template(f"{name}.css").render() for name in STYLES)
     math = template("math.html.jinja2").render()
     guides = folder / "guides"
-    guides.mkdir(exist_ok=True)
+    pictures = ROOT / "examples" / "guides" / "pictures"
+    shutil.copytree(pictures, guides / "pictures", dirs_exist_ok=True)
     for source in [ROOT / "README.md", *sorted((ROOT / "examples" / "guides").glob("*.md"))]:
         text = re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", linked, source.read_text())
         name = "index" if source.stem == "README" else source.stem
@@ -57,7 +59,7 @@ def linked(link: re.Match[str]) -> str:
     path, _, anchor = target.partition("#")
     stem = "index" if path == "../../README.md" else Path(path).stem
     places = ("", f"{stem}.md", f"examples/guides/{stem}.md", "../../README.md")
-    if target.startswith("http"):
+    if target.startswith(("http", "pictures/")):
         return link[0]
     if image:
         return f"*{words}: see {path}*"
