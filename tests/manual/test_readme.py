@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import hyperfunc as hf
+from tests import plugin
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -111,6 +113,19 @@ def test_blocks_of_code_are_closed(page: Path) -> None:
     fences = re.findall(r"^```.*$", page.read_text(), flags=re.MULTILINE)
     assert len(fences) % 2 == 0
     assert set(fences[1::2]) <= {"```"}
+
+
+def test_pages_that_say_so_are_slow(tmp_path: Path) -> None:
+    marked = []
+    for name, text in GUIDES.items():
+        path = tmp_path / f"{name}.md"
+        path.write_text(text)
+        item = SimpleNamespace(path=path, add_marker=lambda mark, name=name: marked.append(name))
+        plugin.pytest_collection_modifyitems([item])
+    assert marked
+    assert set(marked) == {
+        name for name, text in GUIDES.items() if "`make test-all` only -->" in text
+    }
 
 
 def test_pages_are_short() -> None:
