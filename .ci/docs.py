@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
     # pdoc cannot resolve the types of a NamedTuple's constructor, and prints them as they are
     warnings.filterwarnings("ignore", message="Error parsing type annotation")
     pdoc.render.configure(docformat="google", math=True)
-    pdoc.pdoc("hyperfunc", output_directory=folder)
+    pdoc.pdoc(ROOT / "hyperfunc", output_directory=folder)
     template = pdoc.render.env.get_template
     style = "\n".join(template(f"{name}.css").render() for name in STYLES)
     math = template("math.html.jinja2").render()
