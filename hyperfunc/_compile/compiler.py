@@ -7,7 +7,9 @@ function is what is traced and compiled, and it runs outside of the level.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -19,10 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hyperfunc._compile.comparison import difference
-from hyperfunc._compile.repeated_pieces import compile_in_pieces
 from hyperfunc._engine import trees
 from hyperfunc._engine.shown import show
-from hyperfunc._torch import tracking
+from hyperfunc._torch import loops, tracking
 from hyperfunc._torch.captured import captured_values
 from hyperfunc._types import Leaves
 
@@ -49,8 +50,10 @@ class Backend:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, graph: torch.fx.GraphModule, operands: Leaves) -> Callable[..., Any]:
+        if self.name == "eager":
+            return graph.forward
         if self.is_direct(operands):
-            return compile_in_pieces(graph, operands, self._compile_directly)
+            return self._compile_directly(graph, operands)
         compiled = torch.compile(
             graph.forward,
             fullgraph=True,
@@ -66,15 +69,19 @@ class Backend:
     ) -> Callable[..., Any]:
         from torch.fx.experimental.symbolic_shapes import ShapeEnv  # slow to import
 
-        for node in graph.graph.nodes:  # fake tensors of many modes, which inductor mistakes
-            node.meta.pop("val", None)
+        for part in _parts(graph):
+            for node in part.graph.nodes:  # fake tensors of many modes, which inductor mistakes
+                node.meta.pop("val", None)
         fakes = FakeTensorMode(shape_env=ShapeEnv())  # without an environment nothing is cached
         example: Any = [fakes.from_tensor(leaf, static_shapes=True) for leaf in operands]
-        options = _OPTIONS | dict(self.options)
+        options = dict(_OPTIONS)
+        if loops.supported():
+            options |= {"cpp_wrapper": True, "unsafe_marked_cacheable_functions": loops.cacheable()}
+        options |= dict(self.options)
         compiled: Callable[..., Any] = torch._inductor.compile(graph, example, options=options)
         return compiled
 
-    def is_direct(self, operands: Leaves) -> bool:
+    def is_direct(self, operands: Sequence[Any]) -> bool:
         """Whether the default backend is called without guards, which the signature stands for."""
         return (
             self.name == DEFAULT_BACKEND
@@ -82,6 +89,10 @@ class Backend:
             and not self.captures_cuda_graphs
             and all(type(leaf) is Tensor and leaf.device.type == "cpu" for leaf in operands)
         )
+
+    def keeps_loops(self, operands: Sequence[Any]) -> bool:
+        """Whether it compiles loops as loops."""
+        return loops.supported() and (self.name == "eager" or self.is_direct(operands))
 
     @property
     def captures_cuda_graphs(self) -> bool:
@@ -107,6 +118,18 @@ class Compiler:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Compiler, (self.backend, self.name, self.functions)  # which compiles anew
+
+    def applies(self, tensors: Sequence[Any]) -> bool:
+        """`applies`, where this torch compiles loops or the backend is not asked to."""
+        if self.backend.is_direct(tensors) and not loops.supported():
+            oldest = ".".join(map(str, loops.OLDEST))
+            warnings.warn(
+                f"compile: torch {torch.__version__} cannot compile loops, so {self.name} runs "
+                f"uncompiled. Install torch {oldest} or later, or leave compile out",
+                stacklevel=2,
+            )
+            return False
+        return applies(tensors)
 
     def read(self) -> Variables:
         values, self._names = captured_values(self.functions, self._names)
@@ -175,25 +198,29 @@ class Compiler:
 
     def _trace(self, fn: Callable[..., Leaves], operands: Leaves) -> torch.fx.GraphModule:
         try:
-            graph = make_fx(fn)(*operands)
+            with loops.kept() if self.backend.keeps_loops(operands) else contextlib.nullcontext():
+                graph = make_fx(fn)(*operands)
         except RuntimeError as error:
             if "tracing tensor" not in str(error) and "data-dependent" not in str(error).lower():
                 raise
             raise ValueError(
                 f"compile: {self.name} cannot be compiled, as its course depends on the values of "
-                f"tensors (an if or .item() on a tensor, or a tolerance). For a linear solver of a "
-                f"fixed number of steps write rtol=0, atol=0; else leave compile out"
+                f"tensors: an if or .item() on a tensor, or a solver that chooses as it goes, as "
+                f"GMRES and Auto do. Tolerances need the default backend on a CPU; else write "
+                f"rtol=0, atol=0 for a fixed number of steps, or leave compile out"
             ) from error
-        for node in graph.graph.nodes:
+        for node in itertools.chain.from_iterable(part.graph.nodes for part in _parts(graph)):
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 raise ValueError(
                     f"compile: {self.name} cannot be compiled, as it draws random numbers "
                     f"({node.target}), which compiled code draws differently. Draw them outside "
                     f"and pass them in *args, or leave compile out"
                 )
-        _spell_out_scaled_sums(graph)
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
+        for part in _parts(graph):
+            _spell_out_scaled_sums(part)
+            part.graph.eliminate_dead_code()
+            part.recompile()
+        loops.sink_views(graph)
         return graph
 
     def _compare(
@@ -205,7 +232,8 @@ class Compiler:
             call.fn,
             operands,
             levels=call.levels,
-            dtypes=_low_precision(graph),
+            dtypes=[dtype for part in _parts(graph) for dtype in _low_precision(part)],
+            may_stop_elsewhere=loops.has_loops(graph),
         )
         if found is None:
             return
@@ -302,6 +330,11 @@ class _Outside(torch.autograd.Function):
         )
         outputs: Leaves = _Outside.apply(batched, *operands)
         return outputs, 0
+
+
+def _parts(graph: torch.fx.GraphModule) -> list[torch.fx.GraphModule]:
+    """A trace, and the parts of the loops in it."""
+    return [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
 
 
 def _spell_out_scaled_sums(graph: torch.fx.GraphModule) -> None:

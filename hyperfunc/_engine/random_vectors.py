@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine.trees import unravel
-from hyperfunc._torch import sharding
+from hyperfunc._torch import loops, sharding
 from hyperfunc._types import Leaves
 
 _Integer = TypeVar("_Integer", int, Tensor)
@@ -39,6 +39,12 @@ def random_sample(size: int, count: int, seed: int) -> list[int]:
 
 
 def _bits(like: Leaves, seed: int) -> Tensor:
+    if loops.are_kept():  # a constant, as compiling all that makes it takes half a minute
+        return loops.untraced(lambda: _hashed(like, seed))
+    return _hashed(like, seed)
+
+
+def _hashed(like: Leaves, seed: int) -> Tensor:
     size = sum(leaf.numel() for leaf in like)
     position = torch.arange(size, dtype=torch.int64, device=like[0].device)
     layout = sharding.layout_of(like)

@@ -122,6 +122,9 @@ class Solution(NamedTuple):
     solver_aux: Any = ()
 
 
+# The code of a solve that compiled code did not see to its end: what runs it does so by Python.
+UNFINISHED = 100
+
 _MOST_NAMED = 8  # tasks in a message
 
 

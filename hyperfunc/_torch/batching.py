@@ -42,6 +42,12 @@ def active_vmaps() -> Levels:
     return tuple((vmap.level(), internals.vmap_size(vmap)) for vmap in stack)
 
 
+def levels_of_vmaps() -> Levels:
+    """The active levels of vmap, whatever else is active."""
+    vmaps = [each for each in active_transforms() or () if each.key() == internals.VMAP]
+    return tuple((vmap.level(), internals.vmap_size(vmap)) for vmap in vmaps)
+
+
 def vmap_levels() -> Levels:
     """`active_vmaps`, if nothing else follows values either; or ()."""
     if internals.forward_mode_active() or torch.is_inference_mode_enabled():
@@ -253,7 +259,7 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     """
     if not _in_vmap():
         return torch.dot(x, y)
-    if x.shape[0] <= _PIECE:
+    if x.shape[0] <= _PIECE or is_traced():
         return (x * y).sum()
     return functools.reduce(torch.add, map(dot, x.split(_PIECE), y.split(_PIECE)))
 

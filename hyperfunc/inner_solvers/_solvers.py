@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hyperfunc import optim
-from hyperfunc._compile.compiler import Backend, Compiler, applies, check_backend
-from hyperfunc._engine import trees
+from hyperfunc._compile.compiler import Backend, Compiler, check_backend
+from hyperfunc._engine import loop, trees
 from hyperfunc._engine.checks import check_callable, check_count, check_number
 from hyperfunc._engine.finite_differences import Products
 from hyperfunc._engine.flat import split
@@ -22,8 +23,10 @@ from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTr
 from hyperfunc.inner_solvers._maps import DescentMap
 from hyperfunc.inner_solvers._steps import DescentStep, FlatStep, MapStep, Specs, Step
 
-# Steps that are compiled as one, at most: the time of compiling grows with them.
+# Steps that are compiled as one, at most: the time of compiling grows with them. In a loop that is
+# compiled, they pay where the vectors have few entries.
 _LONGEST_BLOCK = 4
+_FEW = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +76,52 @@ class IterativeSolver:
         leaves, _ = trees.flatten((hparams, args, self.inputs))
         steps = FlatSteps(self, tracking.transforms_active() or tracking.is_tracked(leaves))
         state = steps.start(hparams, args)
-        rows = unbind(self.inputs, self.num_steps)
-        compiled = _compiled(self.compiler, steps, state, hparams, args) if self.compiler else None
-        if compiled is None:
-            return steps.result(steps.run(steps.bind(hparams, args), state, rows))
-        size = 1 if steps.can_stop else block_size(self.num_steps)
-        return steps.result(steps.run(compiled, state, zip(*[iter(rows)] * size, strict=True)))
+        if self.compiler is not None and self.num_steps:
+            tensors, frame = trees.partition((hparams, args, self.inputs))
+            if self.compiler.applies((*tensors, *state)):
+                if self.compiler.backend.keeps_loops((*state, *tensors)):
+                    return steps.result(self._run_compiled(steps, state, tensors, frame))
+                advance = _compiled_block(self.compiler, steps, state, hparams, args)
+                size = 1 if self.can_stop else block_size(self.num_steps)
+                rows = zip(*[iter(unbind(self.inputs, self.num_steps))] * size, strict=True)
+                return steps.result(steps.run(advance, state, rows)[0])
+        return steps.result(self._run(steps, state, hparams, args, self.inputs)[0])
+
+    def _run(
+        self,
+        steps: FlatSteps,
+        state: Leaves,
+        hparams: TensorTree,
+        args: tuple[Any, ...],
+        inputs: TensorTree,
+    ) -> tuple[Leaves, Any]:
+        """The last state, and the number of steps."""
+        if not loop.is_kept((state, hparams, args, inputs)):
+            rows = unbind(inputs, self.num_steps)
+            return steps.run(steps.bind(hparams, args), state, rows)
+        advance = steps.bind(hparams, args, state)
+        leaves, spec = trees.flatten(inputs)
+
+        def row(number: Tensor) -> tuple[Any, ...]:
+            at = (leaf.index_select(0, number.reshape(1)).squeeze(0) for leaf in leaves)
+            return () if inputs is None else (trees.unflatten(spec, list(at)),)
+
+        return steps.run_kept(advance, state, row, self.num_steps)
+
+    def _run_compiled(
+        self, steps: FlatSteps, state: Leaves, tensors: Leaves, frame: trees.Frame
+    ) -> Leaves:
+        assert self.compiler is not None
+
+        def compute(*operands: Tensor) -> tuple[Leaves, Any]:
+            state, rest = split(operands, len(operands) - len(tensors))
+            end, count = self._run(steps, state, *frame.fill(rest))
+            return end, torch.as_tensor(count)
+
+        key = (frame, *steps.structure)
+        variables = self.compiler.read()
+        end, _ = self.compiler.call(compute, key, variables, (*state, *tensors))
+        return end  # type: ignore[no-any-return]
 
 
 def iterate(
@@ -112,9 +155,9 @@ def iterate(
         rtol: stop once $\lVert w_{t+1} - w_t \rVert \le$ ``atol + rtol`` $\lVert w_{t+1} \rVert$.
             Under ``vmap`` each task stops by itself.
         atol: the absolute part of that tolerance.
-        compile: whether to compile steps by ``torch.compile``; see `hypergrad`. The first call with
-            arguments of a shape takes long, all others are faster, under ``vmap`` too, and so are
-            first derivatives by `Reverse`, `ReverseUnroll` and `ForwardMode`. Those of higher
+        compile: whether to compile the steps by ``torch.compile``; see `hypergrad`. The first call
+            with arguments of a shape takes long, all others are faster, under ``vmap`` too, and so
+            are first derivatives by `Reverse`, `ReverseUnroll` and `ForwardMode`. Those of higher
             order, or through a solver that stops early or is called without a method, run
             uncompiled. Not for steps that draw random numbers.
 
@@ -273,15 +316,17 @@ class FlatSteps:
         )
 
     def bind(
-        self, hparams: TensorTree, args: tuple[Any, ...]
+        self, hparams: TensorTree, args: tuple[Any, ...], state: Leaves = ()
     ) -> Callable[[Tensor | None, Leaves, tuple[Any, ...]], Leaves]:
         """A function ``(active, state, further arguments) -> next state`` for given arguments.
 
         A task that is not ``active`` keeps its state. After the state comes, where the solver can
-        stop, the flag that it should.
+        stop, the flag that it should. What all steps share is found now, if a state is given.
         """
         step: FlatStep | None = None
         n = self.num_params
+        if state:
+            step = self._step.bind(self.structure, state[:n], hparams, args)
 
         def advance(active: Tensor | None, state: Leaves, extra: tuple[Any, ...]) -> Leaves:
             nonlocal step
@@ -308,12 +353,14 @@ class FlatSteps:
         advance: Callable[[Tensor | None, Leaves, Any], Leaves],
         state: Leaves,
         inputs: Iterable[Any],
-    ) -> Leaves:
-        """The state after one step for each of the inputs, or fewer if the solver stops early."""
+    ) -> tuple[Leaves, int]:
+        """The state after a step for each of the inputs, or fewer if it stops; how many."""
         done = active = None
+        count = 0
         for extra in inputs:
             outputs = advance(active, state, extra)
             state = outputs[: len(state)]
+            count += 1
             if self.can_stop:
                 stop = outputs[-1]
                 done = stop if done is None else done | stop
@@ -321,7 +368,35 @@ class FlatSteps:
                 if remaining == 0:
                     break
                 active = None if remaining == batching.count_tasks(done) else ~done
-        return state
+        return state, count
+
+    def run_kept(
+        self,
+        advance: Callable[[Tensor | None, Leaves, Any], Leaves],
+        state: Leaves,
+        row: Callable[[Tensor], tuple[Any, ...]],
+        num_steps: int,
+    ) -> tuple[Leaves, Tensor]:
+        """`run` as a loop of what is compiled, with the further arguments of each step."""
+        if self.can_stop:
+
+            def step(number: Tensor, at: tuple[Leaves, Tensor]) -> tuple[Leaves, Tensor]:
+                state, active = at
+                outputs = advance(active, state, row(number))
+                return outputs[:-1], active & ~outputs[-1]
+
+            start = state, torch.ones((), dtype=torch.bool, device=state[0].device)
+            (state, _), count = loop.repeat(step, start, num_steps, lambda at: at[1])
+            return state, count
+        few = sum(leaf.numel() for leaf in state) <= _FEW
+        size = block_size(num_steps) if few else 1
+
+        def block(number: Tensor, state: Leaves) -> Leaves:
+            for i in range(size):
+                state = advance(None, state, row(number * size + i))
+            return state
+
+        return loop.repeat(block, state, num_steps // size)
 
 
 def block_size(num_steps: int) -> int:
@@ -329,17 +404,15 @@ def block_size(num_steps: int) -> int:
     return max(size for size in range(1, _LONGEST_BLOCK + 1) if num_steps % size == 0)
 
 
-def _compiled(
+def _compiled_block(
     compiler: Compiler,
     steps: FlatSteps,
     state: Leaves,
     hparams: TensorTree,
     args: tuple[Any, ...],
-) -> Callable[[Tensor | None, Leaves, Any], Leaves] | None:
-    """The function that takes some steps by compiled code, or None where it cannot."""
+) -> Callable[[Tensor | None, Leaves, Any], Leaves]:
+    """The function that takes some steps by compiled code, which is not told of a loop."""
     tensors, frame = trees.partition((hparams, args))
-    if not applies((*tensors, *state)):
-        return None
     variables = compiler.read()
 
     def take(active: Tensor | None, state: Leaves, block: Any) -> Leaves:

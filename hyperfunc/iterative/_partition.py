@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
-from hyperfunc._compile.repeated_pieces import results_of, subgraph
 from hyperfunc._types import Leaves
 
 _aten = torch.ops.aten
@@ -37,7 +37,8 @@ def forward_and_backward(
         graph = make_fx(fn)(*operands)
     placeholders = graph.graph.find_nodes(op="placeholder")
     nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
-    results = results_of(graph)
+    (outputs,) = graph.graph.output_node().args
+    results = tuple(cast("Sequence[Node]", outputs))
     late: set[Node] = set(placeholders[num_primals:])
     for node in nodes:
         if not late.isdisjoint(node.all_input_nodes):
@@ -57,6 +58,19 @@ def forward_and_backward(
             kept[node] = None
     early = [node for node in nodes if node not in late]
     rest = [node for node in nodes if node in again or node in late]
-    first = subgraph(graph, placeholders[:num_primals], early, (*results[:num_outputs], *kept))
-    second = subgraph(graph, (*kept, *placeholders), rest, results[num_outputs:])
+    first = _subgraph(graph, placeholders[:num_primals], early, (*results[:num_outputs], *kept))
+    second = _subgraph(graph, (*kept, *placeholders), rest, results[num_outputs:])
     return first, second
+
+
+def _subgraph(
+    source: GraphModule, inputs: Iterable[Node], nodes: Iterable[Node], outputs: Iterable[Node]
+) -> GraphModule:
+    """Some nodes of a graph as a function of others, with a tuple of values."""
+    graph = Graph()
+    copies = {node: graph.placeholder(f"input{i}") for i, node in enumerate(inputs)}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    graph.eliminate_dead_code()
+    return GraphModule(source, graph)

@@ -65,7 +65,7 @@ class Steps:
     def run(self, operands: Leaves) -> Leaves:
         fixed, series = split(operands, self.num_fixed)
         start = self.start(fixed)
-        return self.flat.run(self.bind(fixed), start, self._rows(series, self.num_steps))
+        return self.flat.run(self.bind(fixed), start, self._rows(series, self.num_steps))[0]
 
     def chain(self, *operands: Tensor) -> Leaves:
         """The result by steps that are segments of their own, differentiable to every order."""
@@ -85,7 +85,7 @@ class Steps:
             outputs: Leaves = Recorded.apply(segment, *tensors)
             return outputs
 
-        state = self.flat.run(advance, self.start(fixed), self._rows(series, self.num_steps))
+        state, _ = self.flat.run(advance, self.start(fixed), self._rows(series, self.num_steps))
         return state[: self.flat.num_outputs]
 
     def _rows(self, series: Leaves, num_steps: int) -> Iterable[Leaves]:

@@ -7,16 +7,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from hyperfunc._engine import trees
+from hyperfunc._engine import loop, trees
 from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
+
+State = TypeVar("State", bound=Any)
 
 Solved: TypeAlias = tuple[Leaves, SolveStats]
 """What `AbstractLinearSolver.solve` returns: the solution and its statistics."""
@@ -148,13 +150,18 @@ def check_stopping(solver: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Squared residual norms, tensors or numbers, at which an iteration stops, and its verdict."""
+    """Squared residual norms at which an iteration stops, its verdict, and how it computes.
+
+    Scalars of an iteration are 0-d tensors, or numbers if the bounds are: that takes a fraction of
+    the time. ``own``: vectors of its state are written over, as no one else holds them.
+    """
 
     bb: Tensor
     converged: Any
     diverged: Any
     asymmetry: float
     adaptive: bool
+    own: bool = False
 
     @staticmethod
     def make(
@@ -180,6 +187,30 @@ class Bounds:
         numbers = dataclasses.replace(self, converged=converged, diverged=diverged)
         return numbers, [scalar.item() for scalar in scalars]
 
+    def in_hand(self, state: State, numbers: bool) -> tuple[Bounds, State]:
+        """The bounds for a state that its iteration alone holds, and the state with numbers."""
+        vectors = [field for field in state if isinstance(field, tuple)]
+        own = trees.may_overwrite(*vectors)
+        if not (own and numbers and trees.can_read(*vectors)):
+            return dataclasses.replace(self, own=own), state
+        bounds, scalars = self.read(*(each for each in state if isinstance(each, Tensor)))
+        rest = iter(scalars)
+        fields = (next(rest) if isinstance(each, Tensor) else each for each in state)
+        return dataclasses.replace(bounds, own=own), type(state)(*fields)
+
+    def as_tensors(self, state: State) -> State:
+        """A state with 0-d tensors in place of numbers."""
+        dtypes = {bool: torch.bool, int: torch.int64}
+        fields = (
+            each if isinstance(each, tuple) else self.tensor(each, dtypes.get(type(each)))
+            for each in state
+        )
+        return type(state)(*fields)  # type: ignore[no-any-return]
+
+    def add(self, alpha: Any, x: Leaves, y: Leaves, over: Leaves | None) -> Leaves:
+        """``y + alpha x``, written over one of them, of the state, if that may be."""
+        return trees.axpy(alpha, x, y, over if self.own else None)
+
     def dots(self, *pairs: tuple[Leaves, Leaves]) -> tuple[Any, ...]:
         """Inner products, as numbers if the bounds are."""
         dots = trees.dots if isinstance(self.converged, Tensor) else trees.read_dots
@@ -192,6 +223,26 @@ class Bounds:
     def finished(self, active: Any) -> bool:
         """Whether the iteration may stop as no task goes on; one of a fixed number never asks."""
         return self.adaptive and not batching.any_true(active)
+
+    def steps(
+        self,
+        step: Callable[[State, Bounds], State],
+        state: State,
+        most: Any,
+        *,
+        numbers: bool = True,
+    ) -> tuple[State, Any]:
+        """Take steps while a task is ``active``, ``most`` at most; the last state and how many."""
+        if loop.is_kept(state):
+            go_on = (lambda state: state.active) if self.adaptive else None
+            return loop.repeat(lambda _, state: step(state, self), state, most, go_on)
+        taken, bounds = 0, self
+        while taken < most and not bounds.finished(state.active):
+            state = step(state, bounds)
+            taken += 1
+            if taken == 1:
+                bounds, state = bounds.in_hand(state, numbers)
+        return state, taken
 
     def tensor(self, value: Any, dtype: torch.dtype | None = None) -> Tensor:
         """A 0-d tensor of a number, or what is one."""

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from hyperfunc._engine import trees
+from hyperfunc._engine import loop, trees
 from hyperfunc._engine.random_vectors import random_signs
-from hyperfunc._engine.results import RESULTS
-from hyperfunc._torch import batching
+from hyperfunc._engine.results import RESULTS, UNFINISHED, code_where
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import Bounds, LinearOperator, Solved, no_steps
 
@@ -24,7 +23,8 @@ class State(NamedTuple):
     """Iterate, residual, its squared norm, steps so far, and whether to go on.
 
     Tensors, or numbers where the bounds are. At the end of a cycle ``rs`` and ``active`` are what
-    the recurrence says, and ``r`` is not used. ``own``: no one else holds the iterate.
+    the recurrence says, and ``r`` is not used. ``accepted``: where it broke down,
+    its iterate is an answer all the same, as if it were out of steps.
     """
 
     x: Leaves
@@ -32,17 +32,19 @@ class State(NamedTuple):
     rs: Any
     num_steps: Any
     active: Any
-    own: bool = False
-
-    def as_tensors(self, bounds: Bounds) -> State:
-        """The same with tensors in place of numbers."""
-        rs, active = bounds.tensor(self.rs), bounds.tensor(self.active, torch.bool)
-        num_steps = bounds.tensor(self.num_steps, torch.int64)
-        return self._replace(rs=rs, num_steps=num_steps, active=active)
+    accepted: Any = False
 
 
-Cycle: TypeAlias = Callable[[State, Bounds, int], tuple[State, int]]
+Cycle: TypeAlias = Callable[[State, Bounds, Any], tuple[State, Any]]
 """``(start, bounds, most steps) -> (end, steps tried)``: until none is active, or for a while."""
+
+
+class _Progress(NamedTuple):
+    """The state after some cycles, the codes of tasks that end there or -1, and the steps left."""
+
+    state: State
+    verdict: Tensor
+    left: Any
 
 
 def begin(
@@ -56,7 +58,7 @@ def begin(
         x, r = trees.where(better, x0, x), trees.where(better, residual, b)
     rs = trees.dot(r, r)
     bounds = Bounds.make(solver.rtol, solver.atol, b, rs)
-    return State(x, r, rs, no_steps(rs), bounds.open(rs), own=x0 is None), bounds
+    return State(x, r, rs, no_steps(rs), bounds.open(rs)), bounds
 
 
 def run_cycles(
@@ -76,36 +78,47 @@ def run_cycles(
     `rounding` lets it be, or the next cycle starts from there, or that is stagnation. A fixed
     number of steps ends without this product, unless it is ``always`` to be taken. With ``retry``
     what broke down starts again too, as it may only have drifted.
+
+    Compiled code holds one cycle: where another is called for, the code is `UNFINISHED`.
     """
-    state, left = start, solver.maxiter
-    verdict = torch.full_like(start.rs, -1, dtype=torch.int64)
-    while left > 0 and not bounds.finished(state.active):
-        end, taken = cycle(state, bounds, left)
-        left -= taken
-        if not (bounds.adaptive or always or left):
-            return end.x, bounds.stats(end.num_steps, end.rs, end.active)
-        end = end.as_tensors(bounds)
-        state, verdict = _check(operator, b, state, end, bounds, verdict, left, retry)
+    start = bounds.as_tensors(start)
+
+    def advance(_: Any, before: _Progress) -> _Progress:
+        end, taken = cycle(before.state, bounds, before.left)
+        left = before.left - taken
+        end = bounds.as_tensors(end)
+        return _check(operator, b, before._replace(left=left), end, bounds, retry)
+
+    progress = _Progress(start, torch.full_like(start.rs, -1, dtype=torch.int64), solver.maxiter)
+    kept = loop.is_kept(start)
+    if bounds.adaptive and not kept:
+        progress, _ = loop.repeat(advance, progress, None, lambda p: p.state.active & (p.left > 0))
+    elif progress.left and (bounds.adaptive or always):
+        progress = advance(0, progress)
+    elif progress.left:
+        end, _ = cycle(start, bounds, progress.left)
+        progress = progress._replace(state=bounds.as_tensors(end))
+    state, verdict, left = progress
     stats = bounds.stats(state.num_steps, state.rs, state.active)
-    return state.x, stats._replace(result=torch.where(verdict >= 0, verdict, stats.result))
+    result = torch.where(verdict >= 0, verdict, stats.result)
+    accepted = state.accepted & (result == int(RESULTS.breakdown))
+    result = code_where(accepted, RESULTS.max_steps, result)
+    if bounds.adaptive and kept:
+        result = torch.where(state.active & (left > 0), UNFINISHED, result)
+    return state.x, stats._replace(result=result)
 
 
 def _check(
-    operator: LinearOperator,
-    b: Leaves,
-    start: State,
-    end: State,
-    bounds: Bounds,
-    verdict: Tensor,
-    left: int,
-    retry: bool,
-) -> tuple[State, Tensor]:
-    """The state after a cycle by the residual itself, and the codes of tasks that end there."""
+    operator: LinearOperator, b: Leaves, before: _Progress, end: State, bounds: Bounds, retry: bool
+) -> _Progress:
+    """What there is after a cycle, by the residual itself."""
+    start, verdict, left = before
     r = operator.residual(end.x, b)
-    rs, before = trees.dot(r, r), start.rs
+    rs = trees.dot(r, r)
     if not bounds.adaptive:  # what has converged before is none the worse for rounding
         rs_now = torch.where(end.active, rs, end.rs)
-        return State(end.x, r, rs_now, end.num_steps, end.active & bounds.open(rs_now)), verdict
+        active = end.active & bounds.open(rs_now)
+        return _Progress(end._replace(r=r, rs=rs_now, active=active), verdict, left)
     said_solved = start.active & (end.rs <= bounds.converged)
     # a recurrence that blew up tells more than the residual it leaves behind
     kept = start.active & (said_solved | (end.rs < bounds.diverged))
@@ -113,19 +126,24 @@ def _check(
     missed = kept & (rs > bounds.converged) & torch.isfinite(rs)
     unsure = missed & (said_solved | end.active)
     # GMRES may gain little in many cycles; a recurrence that has drifted must not do so for long
-    gained = rs < before * torch.where(end.active, 1 - trees.epsilon(b) ** 0.5, 0.25)
-    again = (missed if retry and left else unsure) & (gained | (end.active & (left == 0)))
-    x, doubtful = end.x, missed & ~(again & end.active)
-    if batching.any_true(doubtful):
+    gained = rs < start.rs * torch.where(end.active, 1 - trees.epsilon(b) ** 0.5, 0.25)
+    wanted = unsure | (missed & (left > 0)) if retry else unsure
+    again = wanted & (gained | (end.active & (left == 0)))
+    doubtful = missed & ~(again & end.active)
+
+    def excuse(found: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, rs_now, again, verdict = found
         excused = doubtful & (rs <= rounding(operator, x, r, b, bounds.bb))
         again = again & ~excused
         verdict = torch.where(unsure & ~again, int(RESULTS.stagnation), verdict)
         verdict = torch.where(excused, int(RESULTS.success), verdict)
         # what it called solved may be worse than its start
-        worse = said_solved & ~excused & ~(rs <= before)
-        x = trees.where(worse, trees.zeros_like(b) if start.own else start.x, x)
-        rs_now = torch.where(worse, before, rs_now)
-    return State(x, r, rs_now, end.num_steps, again & bounds.open(rs)), verdict
+        worse = said_solved & ~excused & ~(rs <= start.rs)
+        return trees.where(worse, start.x, x), torch.where(worse, start.rs, rs_now), again, verdict
+
+    x, rs_now, again, verdict = loop.when(doubtful, excuse, (end.x, rs_now, again, verdict))
+    active = again & bounds.open(rs)
+    return _Progress(end._replace(x=x, r=r, rs=rs_now, active=active), verdict, left)
 
 
 def rounding(operator: LinearOperator, x: Leaves, r: Leaves, b: Leaves, bb: Tensor) -> Tensor:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.random_vectors import random_uniform
-from hyperfunc._engine.results import RESULTS, code_where
 from hyperfunc._engine.shown import show
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
@@ -100,69 +99,112 @@ class CG(PreconditionedSolver):
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None, stages: tuple[Stage, ...] = ()
     ) -> Solved:
         """`solve`, with stages in the order of their steps that may change its preconditioner."""
-        precondition = prepare(self.preconditioner, operator, b)
+        accepts = self.negative_curvature == "stop"
+        recurrence = _Conjugation(operator, prepare(self.preconditioner, operator, b), accepts)
         start, bounds = begin(self, operator, b, x0)
         if self.check_symmetry:
             start = start._replace(active=start.active & _seems_symmetric(operator, b))
 
-        stopped: Any = False
+        def cycle(start: State, bounds: Bounds, most: Any) -> tuple[State, Any]:
+            nonlocal stages, recurrence
+            state, taken = recurrence.start(start), 0
+            while stages and stages[0][0] < most:
+                state, more = bounds.steps(recurrence.step, state, stages[0][0] - taken)
+                taken += more
+                if bounds.finished(state.active):
+                    return state.end(), taken
+                found, stages = stages[0][1](state.x, state.r), stages[1:]
+                if found is not None:
+                    anew, precondition = found
+                    recurrence = recurrence._replace(precondition=precondition)
+                    state = recurrence.turn(bounds.as_tensors(state), anew)
+            state, more = bounds.steps(recurrence.step, state, most - taken)
+            return state.end(), taken + more
 
-        def cycle(start: State, limits: Bounds, most: int) -> tuple[State, int]:
-            nonlocal stopped, stages, precondition
-            x, r, rs, num_steps, active, own_x = start
-            positive: Any = True
-            p = z = r if precondition is None else precondition(r)
-            rz = rs if precondition is None else trees.dot(r, z)
-            own = False  # the first residual and direction are those of the caller
-            step = 0
-            while step < most and not (step and limits.finished(active)):
-                while stages and stages[0][0] == step:
-                    found, stages = stages[0][1](x, r), stages[1:]
-                    if found is not None:
-                        anew, precondition = found
-                        z = precondition(r)
-                        p = trees.where(anew, z, p)
-                        (rz,) = limits.dots((r, z))
-                Ap = operator.mv(p)
-                if step == 0 and trees.can_read(x, r, p, Ap):
-                    limits, (rs, rz, num_steps, active) = limits.read(rs, rz, num_steps, active)
-                alpha = ratio(rz, *limits.dots((p, Ap)))
-                if step == 0 and not operator.symmetric:
-                    positive = alpha > 0  # negative in all directions is as good
-                if positive is True:
-                    ahead = (alpha > 0) & (alpha < torch.inf)
-                else:
-                    ahead = (rz > 0) & ((alpha > 0) == positive) & (abs(alpha) < torch.inf)
-                if self.negative_curvature == "stop":
-                    stopped = stopped | (active & (alpha == alpha) & where(ahead, False, True))
-                active = active & ahead
-                alpha = where(active, alpha, 0.0)
-                fresh = own or (own_x and trees.may_overwrite(x, p, Ap))
-                x = trees.axpy(alpha, p, x, out=x if fresh else None)
-                r = trees.axpy(-alpha, Ap, r, out=r if own and operator.symmetric else None)
-                num_steps = num_steps + active
-                z_previous, z = z, r if precondition is None else precondition(r)
-                others: tuple[Leaves, ...] = () if precondition is None else (z,)
-                if not operator.symmetric:
-                    others = (*others, z_previous)
-                rs, *products = limits.dots((r, r), *((r, other) for other in others))
-                rz_previous, rz = rz, rs if precondition is None else products[0]
-                if not operator.symmetric:
-                    overlap = ratio(abs(products[-1]), where(rz > rz_previous, rz, rz_previous))
-                    skew = (overlap > limits.asymmetry) & limits.open(rs) & (alpha != 0)
-                    active = where(skew, False, active)
-                beta = where(active, ratio(rz, rz_previous), 0.0)
-                p = trees.axpy(beta, p, z, out=p if own else None)
-                active = active & limits.open(rs)
-                own = own or (step == 0 and trees.may_overwrite(x, r, p))
-                step += 1
-            return State(x, r, rs, num_steps, active), step
+        return run_cycles(self, operator, b, start, bounds, cycle)
 
-        x, stats = run_cycles(self, operator, b, start, bounds, cycle)
-        if self.negative_curvature == "stop":
-            ended = bounds.tensor(stopped, torch.bool) & (stats.result == int(RESULTS.breakdown))
-            stats = stats._replace(result=code_where(ended, RESULTS.max_steps, stats.result))
-        return x, stats
+
+class _Conjugate(NamedTuple):
+    """Iterate, residual ``r``, direction ``p``, ``z = M r``, ``||r||^2`` and ``<r, z>``.
+
+    Further the sign of the curvature, or 0 before it is known, and what `State` has.
+    """
+
+    x: Leaves
+    r: Leaves
+    p: Leaves
+    z: Leaves  # where that is not r, and the operator may not be symmetric
+    rs: Any
+    rz: Any
+    sign: Any
+    num_steps: Any
+    active: Any
+    accepted: Any
+
+    def end(self) -> State:
+        return State(self.x, self.r, self.rs, self.num_steps, self.active, self.accepted)
+
+
+class _Conjugation(NamedTuple):
+    """The recurrence of conjugate gradients; whether it ``accepts`` its iterate at a breakdown."""
+
+    operator: LinearOperator
+    precondition: Callable[[Leaves], Leaves] | None
+    accepts: bool
+
+    def start(self, s: State) -> _Conjugate:
+        z = s.r if self.precondition is None else self.precondition(s.r)
+        rz = s.rs if self.precondition is None else trees.dot(s.r, z)
+        sign = torch.full_like(rz, self.operator.symmetric)
+        return _Conjugate(
+            s.x, s.r, z, self._kept(z), s.rs, rz, sign, s.num_steps, s.active, s.accepted
+        )
+
+    def turn(self, s: _Conjugate, anew: Tensor) -> _Conjugate:
+        """A state to go on with by another preconditioner, for some tasks with a new direction."""
+        assert self.precondition is not None
+        z = self.precondition(s.r)
+        p = trees.where(anew, z, s.p)
+        return s._replace(p=p, z=self._kept(z), rz=trees.dot(s.r, z))
+
+    def step(self, s: _Conjugate, by: Bounds) -> _Conjugate:
+        symmetric = self.operator.symmetric
+        Ap = self.operator.mv(s.p)
+        alpha = ratio(s.rz, *by.dots((s.p, Ap)))
+        sign = where(s.sign == 0, (alpha > 0) * 2.0 - 1.0, s.sign)  # -A is as definite as A
+        ahead = (alpha * sign > 0) & (abs(alpha) < torch.inf)
+        if not symmetric:
+            ahead = ahead & (s.rz > 0)
+        accepted = s.accepted
+        if self.accepts:
+            accepted = accepted | (s.active & (alpha == alpha) & where(ahead, False, True))
+        active = s.active & ahead
+        alpha = where(active, alpha, 0.0)
+        x = by.add(alpha, s.p, s.x, over=s.x)
+        r = by.add(-alpha, Ap, s.r, over=s.r if symmetric else None)
+        num_steps = s.num_steps + active
+        z = r if self.precondition is None else self.precondition(r)
+        rs, rz, overlap = self._products(by, r, z, s.z or s.r)
+        if not symmetric:
+            skew = ratio(abs(overlap), where(rz > s.rz, rz, s.rz)) > by.asymmetry
+            active = where(skew & by.open(rs) & (alpha != 0), False, active)
+        beta = where(active, ratio(rz, s.rz), 0.0)
+        p = by.add(beta, s.p, z, over=s.p)
+        active = active & by.open(rs)
+        return _Conjugate(x, r, p, self._kept(z), rs, rz, sign, num_steps, active, accepted)
+
+    def _products(self, by: Bounds, r: Leaves, z: Leaves, last: Leaves) -> tuple[Any, Any, Any]:
+        """``<r, r>``, ``<r, z>``, and ``<r, z>`` with the last ``z``, which symmetry makes zero."""
+        pairs = [(r, r)]
+        if self.precondition is not None:
+            pairs.append((r, z))
+        if not self.operator.symmetric:
+            pairs.append((r, last))
+        products = by.dots(*pairs)
+        return products[0], products[self.precondition is not None], products[-1]
+
+    def _kept(self, z: Leaves) -> Leaves:
+        return () if self.precondition is None or self.operator.symmetric else z
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,42 +360,57 @@ class BiCGStab(PreconditionedSolver):
         precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
         eps = trees.epsilon(b)
 
-        def cycle(start: State, bounds: Bounds, most: int) -> tuple[State, int]:
-            x, r, rs, num_steps, active, _ = start
-            first, first_rs, rho = r, rs, rs
-            p = v = trees.zeros_like(r)
-            rho_previous = alpha = omega = torch.ones_like(rs)
-            own = False  # the first vectors are those of the caller
-            step = 0
-            while step < most and not (step and bounds.finished(active)):
-                step += 1
-                active = active & (rho.abs() > eps * (first_rs * rs).sqrt())
-                beta = torch.where(active, (rho / rho_previous) * (alpha / omega), 0.0)
-                p = trees.axpy(-omega, v, p, out=p if own else None)
-                p = trees.axpy(beta, p, r, out=p if own else None)
+        def cycle(start: State, bounds: Bounds, most: Any) -> tuple[State, Any]:
+            first, first_rs, one = start.r, start.rs, torch.ones_like(start.rs)
+
+            def step(s: _Biconjugate, by: Bounds) -> _Biconjugate:
+                active = s.active & (abs(s.rho) > eps * (first_rs * s.rs) ** 0.5)
+                beta = torch.where(active, (s.rho / s.rho_previous) * (s.alpha / s.omega), 0.0)
+                p = by.add(-s.omega, s.v, s.p, over=s.p)
+                p = trees.axpy(beta, p, s.r, p if by.own else None)
                 p_hat = precondition(p)
                 v = operator.mv(p_hat)
-                alpha = rho / trees.dot(first, v)
+                alpha = s.rho / trees.dot(first, v)
                 active = active & torch.isfinite(alpha)
                 alpha = torch.where(active, alpha, 0.0)
-                s = trees.axpy(-alpha, v, r)
-                s_hat = precondition(s)
-                t = operator.mv(s_hat)
-                ss, ts, tt = trees.dots((s, s), (t, s), (t, t))
+                half = trees.axpy(-alpha, v, s.r)
+                half_hat = precondition(half)
+                t = operator.mv(half_hat)
+                ss, ts, tt = trees.dots((half, half), (t, half), (t, t))
                 # where s is zero, or the second half breaks down, only the first half is taken
                 stable = active & (ts.abs() > eps * (tt * ss).sqrt())
                 omega = torch.where(stable, ts / tt, 0.0)
-                x = trees.axpy(alpha, p_hat, x, out=x if own else None)
-                x = trees.axpy(omega, s_hat, x, out=x if own else None)
-                r = trees.axpy(-omega, t, s, out=s if own else None)
-                own = own or trees.may_overwrite(x, p, r)
-                rho_previous = rho
+                x = by.add(alpha, p_hat, s.x, over=s.x)
+                x = by.add(omega, half_hat, x, over=x)
+                r = by.add(-omega, t, half, over=half)
                 rs, rho = trees.dots((r, r), (first, r))
-                num_steps = num_steps + active
-                active = stable & bounds.open(rs)
-            return State(x, r, rs, num_steps, active), step
+                num_steps, go_on = s.num_steps + active, stable & by.open(rs)
+                return _Biconjugate(x, r, p, v, rs, rho, s.rho, alpha, omega, num_steps, go_on)
 
-        return run_cycles(self, operator, b, *begin(self, operator, b, x0), cycle, retry=True)
+            x, r, rs, num_steps, active, _ = start
+            zeros = trees.zeros_like(r)
+            state = _Biconjugate(x, r, zeros, zeros, rs, rs, one, one, one, num_steps, active)
+            s, taken = bounds.steps(step, state, most, numbers=False)
+            return State(s.x, s.r, s.rs, s.num_steps, s.active), taken
+
+        start = begin(self, operator, b, x0)
+        return run_cycles(self, operator, b, *start, cycle, retry=True)
+
+
+class _Biconjugate(NamedTuple):
+    """What BiCGStab carries, by the names of its paper, and what `State` has."""
+
+    x: Leaves
+    r: Leaves
+    p: Leaves
+    v: Leaves
+    rs: Tensor
+    rho: Tensor
+    rho_previous: Tensor
+    alpha: Tensor
+    omega: Tensor
+    num_steps: Tensor
+    active: Tensor
 
 
 def _power_of_two(value: Tensor, like: Leaves) -> Tensor:

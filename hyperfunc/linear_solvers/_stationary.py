@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperfunc._engine import trees
+from hyperfunc._engine import loop, trees
 from hyperfunc._engine.checks import check_number
 from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._types import Leaves
@@ -53,34 +54,50 @@ class RichardsonSolver(IterativeLinearSolver):
             first = trees.dot(r, r)
         limits = Bounds.make(self.rtol, self.atol, b, first)
 
-        def cycle(start: State, _: Bounds, most: int) -> tuple[State, int]:
+        def move(x: Leaves, r: Leaves) -> Leaves:
+            direction = r if precondition is None else precondition(r)
+            return trees.axpy(self.step_size, direction, x)
+
+        def step(s: State, by: Bounds) -> State:
+            """One step, and the norm of the residual where it began."""
+            if precondition is None:
+                new = operator.richardson(s.x, b, self.step_size)
+                update = trees.sub(new, s.x)
+                rs_now = trees.dot(update, update) / self.step_size**2
+            else:
+                residual = operator.residual(s.x, b)
+                new, rs_now = move(s.x, residual), trees.dot(residual, residual)
+            rs = torch.where(s.active, rs_now, s.rs)
+            x = trees.where(s.active, new, s.x) if by.adaptive else new
+            num_steps, active = s.num_steps + s.active, s.active & by.open(rs)
+            return s._replace(x=x, rs=rs, num_steps=num_steps, active=active)
+
+        def unseen(_: Any, x: Leaves) -> Leaves:
+            if precondition is None:
+                return operator.richardson(x, b, self.step_size)
+            return move(x, operator.residual(x, b))
+
+        def cycle(start: State, _: Bounds, most: Any) -> tuple[State, Any]:
             nonlocal first, limits
-            x, r, rs, num_steps, active, _own = start
-            step, uncounted = 0, 0
-            while step < most and not (step and limits.finished(active)):
-                measured = limits.adaptive or step in (0, most - 1)
-                if step and precondition is not None:
-                    r = operator.residual(x, b)
-                    rs = torch.where(active, trees.dot(r, r), rs)
-                if r and (step == 0 or precondition is not None):
-                    direction = r if precondition is None else precondition(r)
-                    new = trees.axpy(self.step_size, direction, x)
-                else:
-                    new = operator.richardson(x, b, self.step_size)
-                    if measured:
-                        update = trees.sub(new, x)
-                        rs_now = trees.dot(update, update) / self.step_size**2
-                        rs = torch.where(active, rs_now, rs)
-                    if step == 0:
-                        first = rs
-                        limits = Bounds.make(self.rtol, self.atol, b, first)
-                uncounted += 1
-                x = trees.where(active, new, x) if limits.adaptive else new
-                if measured:
-                    num_steps, uncounted = num_steps + uncounted * active, 0
-                    active = active & limits.open(rs)
-                step += 1
-            return State(x, r, rs, num_steps, active), step
+            if start.r:
+                x = move(start.x, start.r)
+                x = trees.where(start.active, x, start.x) if limits.adaptive else x
+                num_steps, active = start.num_steps + start.active, start.active
+                s = start._replace(x=x, r=(), num_steps=num_steps, active=active)
+            else:
+                without = dataclasses.replace(limits, diverged=torch.full_like(bb, torch.inf))
+                s = step(start._replace(r=()), without)
+                first = s.rs
+                limits = Bounds.make(self.rtol, self.atol, b, first)
+                s = s._replace(active=start.active & limits.open(first))
+            if limits.adaptive:
+                s, taken = limits.steps(step, s, most - 1, numbers=False)
+                return s, taken + 1
+            if most > 1:
+                x, _ = loop.repeat(unseen, s.x, most - 2)
+                num_steps = s.num_steps + (most - 2) * s.active
+                s = step(s._replace(x=x, num_steps=num_steps), limits)
+            return s, most
 
         # from a start whose residual is not known even a small b says nothing of it
         active = limits.open(first) if r else torch.isfinite(bb)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc._compile.compiler import Compiler, applies
+from hyperfunc._compile.compiler import Compiler
 from hyperfunc._engine import trees
 from hyperfunc._engine.finite_differences import Products, check_products
 from hyperfunc._engine.flat import split
-from hyperfunc._engine.results import ChoiceStats, Solution, SolveStats
+from hyperfunc._engine.results import UNFINISHED, ChoiceStats, Solution, SolveStats
 from hyperfunc._engine.shown import show
 from hyperfunc._engine.solver_aux import WithAux, split_aux
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition, make_condition
@@ -28,7 +28,7 @@ from hyperfunc._rule.implicit import (
     raise_unless_finite,
 )
 from hyperfunc._rule.outer_loss import OuterLoss, mean_outer_gradient
-from hyperfunc._torch import autodiff, derivative_rules, tracking
+from hyperfunc._torch import autodiff, batching, derivative_rules, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.inner_solvers._maps import DescentMap
@@ -173,7 +173,7 @@ class Hypergradient:
         bound = problem.bound
         start = None if adjoint_init is None else _flatten_start(adjoint_init, bound, w, theta)
         differentiate = self._differentiate
-        if self.compiler is not None and applies((*w, *theta)):
+        if self.compiler is not None and self.compiler.applies((*w, *theta)):
             differentiate = self._differentiate_compiled
         value, aux, u, stats, grads = differentiate(problem, w, theta, start)
         if self.rule.throw and not is_sound(grads):
@@ -218,6 +218,8 @@ class Hypergradient:
             compute, key, self.compiler.read(), (*w, *theta, *(start or ()))
         )
         value, aux, u, stats, grads = result
+        if batching.any_true(stats.result == UNFINISHED):
+            return self._differentiate(problem, w, theta, start)
         if self.rule.throw:
             raise_on_failure(stats, self.rule.method)
         return value, aux, u, stats, grads

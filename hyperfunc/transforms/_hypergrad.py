@@ -135,9 +135,11 @@ def hypergrad(
             ``"reduce-overhead"`` (CUDA graphs), or a dictionary of options of its default backend.
             With an iterative method it is the inner solver's steps and their derivatives that are
             compiled, as by the ``compile`` of `minimize`. The first call with arguments of a shape
-            takes long (the more, the more steps the linear solver takes), all others are faster,
-            under ``vmap`` too. For solvers of a fixed number of steps (``rtol=0, atol=0``) and
-            functions without random numbers; where derivatives of the hypergradient are asked for,
+            takes ten to twenty seconds, all others are faster, under ``vmap`` too. With the default
+            backend on a CPU and torch 2.13 or later, loops are compiled as loops, with their
+            tolerances; an older torch warns and runs uncompiled. Other backends unroll them, for
+            solvers of a fixed number of steps (``rtol=0, atol=0``). Functions must not draw random
+            numbers; where derivatives of the hypergradient are asked for,
             it runs uncompiled. Compiled code takes up what changes between calls in the variables,
             globals and defaults of your functions: tensors, numbers, strings, the functions
             themselves; in lists, dicts, deques, sets and other collections (their first 1000

@@ -1,0 +1,263 @@
+"""Loops that stay loops in a trace, by ``while_loop`` of torch, with what they close over.
+
+A step is traced once, at the level of torch's operators, whatever transforms and derivatives it
+takes inside. What it uses from outside, such as the graph of a linearisation, becomes an operand.
+Under ``vmap`` the loop is that of the whole batch, and goes on while any task does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+
+from hyperfunc._torch import batching, internals, tracking
+from hyperfunc._types import Leaves
+
+_LOCAL = threading.local()
+
+# The first torch whose inductor compiles loops within loops by its C++ wrapper.
+OLDEST = (2, 13)
+
+
+@functools.lru_cache(maxsize=1)
+def supported() -> bool:
+    """Whether this torch can compile loops."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= OLDEST
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """A context in which loops stay loops in what is traced."""
+    before = getattr(_LOCAL, "kept", False)
+    _LOCAL.kept = True
+    try:
+        yield
+    finally:
+        _LOCAL.kept = before
+
+
+def are_kept(tensors: Sequence[Any] = ()) -> bool:
+    """Whether a loop from these tensors is to stay one: no derivative is taken through it."""
+    if not (getattr(_LOCAL, "kept", False) and internals.is_traced()):
+        return False
+    transforms = internals.active_transforms() or ()
+    return not (
+        any(transform.key() != internals.VMAP for transform in transforms)
+        or internals.forward_mode_active()
+        or tracking.is_tracked(tensors)
+    )
+
+
+def untraced(fn: Callable[[], Tensor]) -> Tensor:
+    """A tensor as a constant of what is traced."""
+    with disable_proxy_modes_tracing():
+        return fn()
+
+
+def while_loop(
+    go_on: Callable[[Leaves], Tensor] | None,
+    step: Callable[[Tensor, Leaves], Leaves],
+    state: Leaves,
+    most: int | Tensor | None = None,
+) -> tuple[Leaves, Tensor]:
+    """Take steps ``(number, state) -> state`` while ``go_on(state)`` holds, ``most`` at most.
+
+    Where `are_kept` holds alone. Returns the last state and the number of steps.
+    """
+    levels = batching.levels_of_vmaps()
+
+    def lift(leaves: Leaves) -> Leaves:
+        return tuple(batching.lift(leaf, levels) for leaf in leaves)
+
+    def lower(leaves: Leaves) -> Leaves:
+        return tuple(batching.lower(leaf, levels) for leaf in leaves)
+
+    def goes_on(count: Tensor, *leaves: Tensor) -> Tensor:
+        flag: Any = True if most is None else count < most
+        if go_on is not None:
+            flag = go_on(lift(leaves)) & flag
+        (physical,) = lower((flag,))
+        return physical.any() if physical.ndim else physical
+
+    orders: list[tuple[int, ...]] = [tuple(range(leaf.ndim)) for leaf in lower(state)]
+
+    def body(count: Tensor, *leaves: Tensor) -> Leaves:
+        new = lower(step(count, lift(leaves)))
+        found[:] = map(_order, new)
+        return (count + 1, *(_laid_out(*pair) for pair in zip(new, leaves, strict=True)))
+
+    device = state[0].device if state else torch.device("cpu")
+    for _ in range(2):  # in the layout that the step gives, which so need not copy what it gives
+        found: list[tuple[int, ...]] = []
+        first = (_copy(leaf, order) for leaf, order in zip(lower(state), orders, strict=True))
+        start = (torch.zeros((), dtype=torch.int64, device=device), *first)
+        graphs, captured = _closed((goes_on, body), start)
+        if found == orders:
+            break
+        orders = found
+    with internals.outside_all():
+        count, *end = _operator()(*graphs, start, captured)
+    return lift(tuple(end)), count
+
+
+def sink_views(graph: GraphModule) -> None:
+    """Take views of the operands of loops inside of them, as no two operands may share memory."""
+    for node in list(graph.graph.nodes):
+        if node.target is not _operator():
+            continue
+        *names, carried, captured = node.args
+        plans = [_base_and_views(operand) for operand in captured]
+        bases = tuple(dict.fromkeys(base for base, _ in plans))
+        for name in names:
+            _take_inside(getattr(graph, name.target), len(carried), plans, bases)
+        node.args = (*names, carried, bases)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    for _, part in graph.named_children():
+        if isinstance(part, GraphModule):
+            sink_views(part)
+
+
+def has_loops(graph: GraphModule) -> bool:
+    """Whether a trace holds a loop."""
+    return any(node.target is _operator() for node in graph.graph.nodes) if supported() else False
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node gives other views of the memory that it takes."""
+    if node.target is operator.getitem:
+        return is_view(node.args[0])  # type: ignore[arg-type]
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return any(result.alias_info is not None for result in node.target._schema.returns)
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def cacheable() -> dict[str, str]:
+    """What torch calls a loop in the list of what its cache on disk may hold."""
+    loop = _operator()
+    return {f"{loop.__module__}.{loop.__name__}": "1"}
+
+
+@functools.lru_cache(maxsize=1)
+def _operator() -> Any:
+    from torch._higher_order_ops.while_loop import while_loop_op  # slow to import
+
+    return while_loop_op
+
+
+def _order(leaf: Tensor) -> tuple[int, ...]:
+    """The dimensions by falling stride, if together they are one piece of memory."""
+    order = tuple(sorted(range(leaf.ndim), key=leaf.stride, reverse=True))
+    return order if leaf.permute(order).is_contiguous() else tuple(range(leaf.ndim))
+
+
+def _copy(leaf: Tensor, order: Sequence[int]) -> Tensor:
+    if list(order) == sorted(order):
+        return leaf.clone(memory_format=torch.contiguous_format)
+    copy = leaf.permute(*order).clone(memory_format=torch.contiguous_format)
+    return copy.permute([order.index(i) for i in range(leaf.ndim)])
+
+
+def _laid_out(leaf: Tensor, like: Tensor) -> Tensor:
+    if leaf.shape != like.shape or leaf.dtype != like.dtype:
+        raise AssertionError(
+            f"a step turned {like.dtype}{[*like.shape]} into {leaf.dtype}{[*leaf.shape]}"
+        )
+    return leaf if leaf.stride() == like.stride() else _copy(leaf, _order(like))
+
+
+def _closed(fns: Sequence[Callable[..., Any]], example: Leaves) -> tuple[list[GraphModule], Leaves]:
+    """Traced functions, with the tensors that they use besides as further operands of all."""
+    with disable_proxy_modes_tracing():
+        graphs = [make_fx(fn)(*example) for fn in fns]
+    captured: dict[int, tuple[int, Tensor]] = {}
+    for graph in graphs:
+        for _, tensor in _constants(graph):
+            captured.setdefault(id(tensor), (len(captured), tensor))
+    for graph in graphs:
+        inputs = _add_inputs(graph, len(captured))
+        for node, tensor in _constants(graph):
+            node.replace_all_uses_with(inputs[captured[id(tensor)][0]])
+            graph.graph.erase_node(node)
+        _give_own_memory(graph)
+        graph.recompile()
+    return graphs, tuple(tensor for _, tensor in captured.values())
+
+
+def _constants(graph: GraphModule) -> list[tuple[Node, Tensor]]:
+    nodes = graph.graph.find_nodes(op="get_attr")
+    pairs = [(node, getattr(graph, str(node.target))) for node in nodes]
+    return [(node, value) for node, value in pairs if isinstance(value, Tensor)]
+
+
+def _add_inputs(graph: GraphModule, count: int) -> list[Node]:
+    last = graph.graph.find_nodes(op="placeholder")[-1]
+    nodes = []
+    for index in range(count):
+        with graph.graph.inserting_after(last):
+            last = graph.graph.placeholder(f"captured_{len(graph.graph.nodes)}_{index}")
+        nodes.append(last)
+    return nodes
+
+
+def _give_own_memory(graph: GraphModule) -> None:
+    """Copy results that are operands, or views of them, or of one another."""
+    (node,) = graph.graph.find_nodes(op="output")
+    results = node.args[0] if isinstance(node.args[0], tuple | list) else (node.args[0],)
+    seen: set[Node] = set()
+    own = []
+    for result in results:
+        base = result
+        while is_view(base):
+            base = base.args[0]
+        if base in seen or base.op != "call_function":
+            with graph.graph.inserting_before(node):
+                result = graph.graph.call_function(torch.ops.aten.clone.default, (result,))
+            base = result
+        seen.add(base)
+        own.append(result)
+    node.args = (tuple(own) if isinstance(node.args[0], tuple | list) else own[0],)
+
+
+def _base_and_views(node: Node) -> tuple[Node, tuple[Node, ...]]:
+    """What a node looks at, and the views that lead there and are of one tensor each."""
+    views: list[Node] = []
+    while is_view(node) and not _writes(node) and node.all_input_nodes == [node.args[0]]:
+        views.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    return node, tuple(reversed(views))
+
+
+def _take_inside(
+    graph: GraphModule,
+    num_carried: int,
+    plans: Sequence[tuple[Node, tuple[Node, ...]]],
+    bases: Sequence[Node],
+) -> None:
+    """Let a part of a loop take bases, and make its views of them itself."""
+    old = graph.graph.find_nodes(op="placeholder")[num_carried:]
+    inputs = dict(zip(bases, _add_inputs(graph, len(bases)), strict=True))
+    point = list(inputs.values())[-1] if inputs else None
+    for node, (base, views) in zip(old, plans, strict=True):
+        value = inputs[base]
+        for view in views if node.users else ():
+            with graph.graph.inserting_after(point):
+                target: Any = view.target
+                value = graph.graph.call_function(target, (value, *view.args[1:]), view.kwargs)
+            point = value
+        node.replace_all_uses_with(value)
+        graph.graph.erase_node(node)
+    graph.recompile()
