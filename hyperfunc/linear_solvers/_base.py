@@ -231,13 +231,17 @@ class Bounds:
         most: Any,
         *,
         numbers: bool = True,
+        sure: bool = True,
     ) -> tuple[State, Any]:
-        """Take steps while a task is ``active``, ``most`` at most; the last state and how many."""
+        """Take steps while a task is ``active``, ``most`` at most; the last state and how many.
+
+        ``sure``: one is active to begin with, so that nothing waits for that value.
+        """
         if loop.is_kept(state):
             go_on = (lambda state: state.active) if self.adaptive else None
             return loop.repeat(lambda _, state: step(state, self), state, most, go_on)
         taken, bounds = 0, self
-        while taken < most and not bounds.finished(state.active):
+        while taken < most and ((sure and not taken) or not bounds.finished(state.active)):
             state = step(state, bounds)
             taken += 1
             if taken == 1:

@@ -93,11 +93,18 @@ def run_cycles(
     kept = loop.is_kept(start)
     if bounds.adaptive and not kept:
         progress, _ = loop.repeat(advance, progress, None, lambda p: p.state.active & (p.left > 0))
-    elif progress.left and (bounds.adaptive or always):
+    elif bounds.adaptive and progress.left:
         progress = advance(0, progress)
-    elif progress.left:
-        end, _ = cycle(start, bounds, progress.left)
-        progress = progress._replace(state=bounds.as_tensors(end))
+    while not bounds.adaptive and progress.left:
+        end, taken = cycle(progress.state, bounds, progress.left)
+        end = bounds.as_tensors(end)
+        # a loop that is kept has taken all of its steps
+        left = progress.left - taken if isinstance(taken, int) else 0
+        progress = progress._replace(left=left)
+        if left or always:
+            progress = _check(operator, b, progress, end, bounds, retry)
+        else:
+            progress = progress._replace(state=end)
     state, verdict, left = progress
     stats = bounds.stats(state.num_steps, state.rs, state.active)
     result = torch.where(verdict >= 0, verdict, stats.result)

@@ -109,9 +109,10 @@ class CG(PreconditionedSolver):
             nonlocal stages, recurrence
             state, taken = recurrence.start(start), 0
             while stages and stages[0][0] < most:
-                state, more = bounds.steps(recurrence.step, state, stages[0][0] - taken)
+                wanted = stages[0][0] - taken
+                state, more = bounds.steps(recurrence.step, state, wanted)
                 taken += more
-                if bounds.finished(state.active):
+                if more < wanted or (wanted and bounds.finished(state.active)):
                     return state.end(), taken
                 found, stages = stages[0][1](state.x, state.r), stages[1:]
                 if found is not None:

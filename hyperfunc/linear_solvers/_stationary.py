@@ -91,7 +91,7 @@ class RichardsonSolver(IterativeLinearSolver):
                 limits = Bounds.make(self.rtol, self.atol, b, first)
                 s = s._replace(active=start.active & limits.open(first))
             if limits.adaptive:
-                s, taken = limits.steps(step, s, most - 1, numbers=False)
+                s, taken = limits.steps(step, s, most - 1, numbers=False, sure=False)
                 return s, taken + 1
             if most > 1:
                 x, _ = loop.repeat(unseen, s.x, most - 2)
