@@ -76,7 +76,8 @@ class Backend:
         example: Any = [fakes.from_tensor(leaf, static_shapes=True) for leaf in operands]
         options = dict(_OPTIONS)
         if loops.supported():
-            options |= {"cpp_wrapper": True, "unsafe_marked_cacheable_functions": loops.cacheable()}
+            options["cpp_wrapper"] = not loops.may_be_empty(graph)
+            options["unsafe_marked_cacheable_functions"] = loops.cacheable()
         options |= dict(self.options)
         compiled: Callable[..., Any] = torch._inductor.compile(graph, example, options=options)
         return compiled

@@ -132,6 +132,23 @@ def has_loops(graph: GraphModule) -> bool:
     return any(node.target is _operator() for node in graph.graph.nodes) if supported() else False
 
 
+def may_be_empty(graph: GraphModule) -> bool:
+    """Whether a trace holds a loop that may take no step, which a comparison of its counter tells.
+
+    Code of inductor's C++ wrapper takes what comes out of such a loop for memory of its own, and
+    writes over what went into it (torch 2.13); its Python wrapper makes a copy.
+    """
+    for part in graph.modules():
+        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+            if node.target is _operator():
+                condition = getattr(part, node.args[0].target)
+                if len(condition.graph.find_nodes(op="output")[0].all_input_nodes) != 1:
+                    return True
+                if sum(each.op == "call_function" for each in condition.graph.nodes) > 1:
+                    return True
+    return False
+
+
 def is_view(node: Node) -> bool:
     """Whether a node gives other views of the memory that it takes."""
     if node.target is operator.getitem:
