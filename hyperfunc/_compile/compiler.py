@@ -227,6 +227,7 @@ class Compiler:
     def _compare(
         self, call: _Call, outputs: Leaves, operands: Leaves, graph: torch.fx.GraphModule
     ) -> None:
+        paths = call.frames[0].paths("output")
         found = difference(
             outputs,
             call.fn(*operands),
@@ -234,11 +235,11 @@ class Compiler:
             operands,
             levels=call.levels,
             dtypes=[dtype for part in _parts(graph) for dtype in _low_precision(part)],
-            may_stop_elsewhere=loops.has_loops(graph),
+            paths=paths if loops.has_loops(graph) else None,
         )
         if found is None:
             return
-        path = call.frames[0].paths("output")[found.position]
+        path = paths[found.position]
         tasks = f", for {found.wrong} of {found.tasks} tasks" if call.levels else ""
         raise RuntimeError(
             f"compile: what {self.backend.name!r} compiled of {self.name} gives other numbers than "

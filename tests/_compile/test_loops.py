@@ -11,6 +11,7 @@ import hyperfunc as hf
 from hyperfunc._compile.comparison import difference
 from hyperfunc._compile.compiler import Compiler
 from hyperfunc._engine import loop
+from hyperfunc._engine.results import UNFINISHED
 from hyperfunc._torch import loops
 from hyperfunc.linear_solvers import _cycles
 from tests.cells import slow_but
@@ -204,18 +205,26 @@ def test_what_a_loop_closes_over(levels: int) -> None:
 
 
 def test_where_loops_stopped_elsewhere_numbers_may_differ_a_little() -> None:
-    vector = torch.linspace(1, 2, 50)
-    for count, factor, found in ((8, 1.01, False), (8, 1.5, True), (7, 1.01, True)):
-        outputs = (factor * vector, torch.tensor(count))
-        expected = (vector, torch.tensor(7))
-        differs = difference(
-            outputs,
-            expected,
-            lambda x, expected=expected: expected,
-            (vector,),
-            may_stop_elsewhere=True,
+    """But the code of a result may not, nor a scalar that is no residual."""
+    vector, number = torch.linspace(1, 2, 50), torch.tensor(3.0)
+    paths = ["output[0]", "output[1]", "output[2].num_steps", "output[2].residual_norm"]
+    paths.append("output[2].result")
+    expected = (vector, number, torch.tensor(7), torch.tensor(1e-3), torch.tensor(0))
+
+    def differs(count: int, factor: float, scalar: float, code: int, known: bool = True) -> bool:
+        norm = torch.tensor(2e-3 if count != 7 else 1e-3)
+        outputs = (factor * vector, scalar * number, torch.tensor(count), norm, torch.tensor(code))
+        fn = lambda x: expected  # noqa: E731
+        return (
+            difference(outputs, expected, fn, (vector,), paths=paths if known else None) is not None
         )
-        assert (differs is not None) is found
+
+    assert not differs(8, 1.01, 1.01, 0)
+    assert not differs(8, 1.5, 7.0, UNFINISHED)  # it is computed anew
+    for other in ((8, 1.5, 1.0, 0), (8, 1.0, 1.5, 0), (8, 1.0, 1.0, 2), (7, 1.01, 1.0, 0)):
+        assert differs(*other)
+    assert differs(7, 1.0, 1.0, 2)
+    assert differs(8, 1.0, 1.0, 0, known=False)
 
 
 @pytest.mark.slow
