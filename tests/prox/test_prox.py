@@ -641,7 +641,7 @@ ERRORS = {
     "structure of settings": (
         lambda: prox.l1({"v": 1.0})({"w": torch.ones(2)}),
         ValueError,
-        "prox.l1: weight has another structure than params",
+        r"prox.l1: weight: no name fits the parameter 'w'; got \['v'\]",
     ),
     "structure of blocks": (
         lambda: prox.blocks({"v": prox.l1()})({"w": torch.ones(2)}),
