@@ -189,6 +189,7 @@ def _truncated(loop: Loop) -> Loop:
     return Loop(loop.init, update)
 
 
+@pytest.mark.slow
 def test_variance_reduction_and_decreasing_steps() -> None:
     """SABA converges with constant steps, SOBA with decreasing ones only."""
     decreasing = {
@@ -501,7 +502,7 @@ def train(name: str, losses: Any, hparams: Tensor, num_steps: int, batch: int, *
 cross_entropy = torch.nn.functional.cross_entropy
 
 
-@pytest.mark.parametrize("name", slow_but("soba", of=LOOPS))
+@pytest.mark.parametrize("name", slow_but(of=LOOPS))
 def test_hyper_cleaning_finds_the_wrong_labels(name: str) -> None:
     def inner(W: Tensor, weights: Tensor, X: Tensor, y: Tensor, i: Tensor) -> Tensor:
         losses = cross_entropy(X @ W, y, reduction="none")

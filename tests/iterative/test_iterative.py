@@ -413,7 +413,7 @@ def stopping() -> Any:
             )
             for method in [ReverseUnroll(), *KINDS]
         ),
-        pytest.param(objective(KINDS[1], stopping()), id="stopping"),
+        pytest.param(objective(KINDS[1], stopping()), id="stopping", marks=pytest.mark.slow),
         pytest.param(lambda *args: layered(checkpoint)(*args), id="checkpoint"),
     ],
 )

@@ -71,6 +71,7 @@ def test_the_lasso_is_tuned_on_the_loss_of_cross_validation():
     assert losses.tolist() == pytest.approx(model.mse_path_.mean(1), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_maml_and_its_kin_learn(tmp_path, capsys):
     meta_learning_kin.main(["--iterations=40", "--tasks=10", f"--out={tmp_path}"])
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]

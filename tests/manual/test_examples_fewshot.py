@@ -333,6 +333,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(run, monkeypatch, tmp_path):
     assert (tmp_path / "out/checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_seeds_change_the_run_but_not_its_test_tasks(run):
     (a, _), (b, _) = run("a"), run("b", "--seed", "1")
     pixels = [numbers["results"]["nearest pixel neighbour"] for numbers in (a, b)]

@@ -13,7 +13,7 @@ from torch.func import vmap
 import hyperfunc as hf
 from hyperfunc.linear_solvers import LinearOperator
 from tests._torch.test_derivatives import BATCHED_SECOND, FIRST, SECOND, Table
-from tests.cells import each_cell
+from tests.cells import each_cell, thinned
 
 # torch compiles its rules for forward mode by a deprecated function when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -49,7 +49,7 @@ METHODS: dict[str, tuple[Any, Problem, float]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", thinned(METHODS))
 def test_every_method_under_a_third_of_the_transforms(name: str, device: torch.device) -> None:
     """Another third for each next method, of the first and of the second derivatives."""
     table = FIRST | SECOND | BATCHED_SECOND
