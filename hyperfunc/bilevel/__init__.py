@@ -15,22 +15,53 @@ A `Loop` is a pair of pure functions. ``init(params, hparams)`` makes a `State`,
 that ``torch.save`` stores and from which a run continues as if it had not stopped;
 ``update(state, inner_batch, outer_batch)`` makes one step. A batch is the tuple of arguments that
 follow ``(params, hparams)`` in a loss; the caller draws it, so that a step depends on its arguments
-alone. `soba` and `saba` make one step on all three variables at once; `stocbio` and `amigo` several
-on the params and on the adjoint before one on the hparams.
+alone.
+
+A method is an estimate of the directions in a scheme of updates:
+
+* one step on all three variables at once: `soba`; `saba` (SAGA), `srba` (SARAH), `ma_soba` (moving
+  average), `fsla` (STORM's momentum);
+* inner steps, then an adjoint for one step on the hparams: `amigo` (by steps), `stocbio` (by a
+  Neumann series), `bsa` and, with one inner step, `ttsa` (by a random term of it), `vrbo` (SPIDER);
+* one step on the params and, by such an adjoint, on the hparams at once: `mrbo`, `sustain` (STORM);
+* inner steps, also at hparams moved along random directions, without products: `pzobo`.
 
 Step sizes are numbers, functions of the step (a 0-d int64 tensor, counted from 0) such as
 `power_decay`, or schedules of `hyperfunc.optim`, which see the state's hparams and step. Non-finite
 values are passed on, not looked for: the loops never wait for the device.
 """
 
-# Here: one module a loop. May import what stands below the transforms. A new loop is a function in
-# a module of its own that returns a `Loop`, from the terms of ``_base``.
+# Here: a module for each loop, or each kin of them. May import what stands below the transforms. A
+# new loop is a function that returns a `Loop`, from the terms of ``_base`` and the estimates of
+# ``_recursive``.
 
 from hyperfunc.bilevel._amigo import amigo
 from hyperfunc.bilevel._base import Loop, State, StepSize
+from hyperfunc.bilevel._one_loop import fsla, ma_soba, srba
+from hyperfunc.bilevel._pzobo import pzobo
 from hyperfunc.bilevel._saba import Memory, saba
+from hyperfunc.bilevel._series import bsa, mrbo, sustain, ttsa, vrbo
 from hyperfunc.bilevel._soba import soba
 from hyperfunc.bilevel._step_sizes import power_decay
 from hyperfunc.bilevel._stocbio import stocbio
 
-__all__ = ["Loop", "Memory", "State", "StepSize", "amigo", "power_decay", "saba", "soba", "stocbio"]
+__all__ = [
+    "Loop",
+    "Memory",
+    "State",
+    "StepSize",
+    "amigo",
+    "bsa",
+    "fsla",
+    "ma_soba",
+    "mrbo",
+    "power_decay",
+    "pzobo",
+    "saba",
+    "soba",
+    "srba",
+    "stocbio",
+    "sustain",
+    "ttsa",
+    "vrbo",
+]

@@ -37,7 +37,8 @@ class State(NamedTuple):
         params: the inner variables.
         adjoint: the estimate of ``u``, a tree like params.
         hparams: the outer variables.
-        memory: what `saba` remembers of each batch, else ``()``.
+        memory: what the method remembers, if anything: `saba` what it saw on each batch; a method
+            with directions that are averaged or corrected those directions, and where it was.
     """
 
     step: Tensor
@@ -81,7 +82,7 @@ class Method(PrintsAsCall):
         for key in ("inner_lr", "outer_lr", "adjoint_lr"):
             rate = getattr(self, key)
             if not callable(rate):
-                _check_rate(self.name, key, rate)
+                check_rate(self.name, key, rate)
 
     def loop(self) -> Loop:
         """The pair of functions that a user gets."""
@@ -158,11 +159,14 @@ class Point:
 
     def moved(self, terms: list[Leaves]) -> State:
         """The state after a step along all three directions."""
-        inner_gradient, product, cross, outer_params, outer_hparams = terms
+        return self.stepped(*directions(terms))
+
+    def stepped(self, d_w: Leaves, d_u: Leaves, d_h: Leaves) -> State:
+        """The state after a step along each direction."""
         return self.leave(
-            trees.axpy(-self.rate("inner_lr"), inner_gradient, self.w),
-            trees.axpy(-self.rate("adjoint_lr"), trees.sub(product, outer_params), self.u),
-            trees.axpy(-self.rate("outer_lr"), trees.sub(outer_hparams, cross), self.h),
+            trees.axpy(-self.rate("inner_lr"), d_w, self.w),
+            trees.axpy(-self.rate("adjoint_lr"), d_u, self.u),
+            trees.axpy(-self.rate("outer_lr"), d_h, self.h),
         )
 
     def rate(self, key: str) -> Any:
@@ -170,10 +174,10 @@ class Point:
         rate = getattr(self.method, key)
         if isinstance(rate, Schedule):
             rate = rate(self.state.hparams, self.state.step)
-            _check_rate(self.method.name, f"{key}(hparams, step)", rate)
+            check_rate(self.method.name, f"{key}(hparams, step)", rate)
         elif callable(rate):
             rate = rate(self.state.step)
-            _check_rate(self.method.name, f"{key}(step)", rate)
+            check_rate(self.method.name, f"{key}(step)", rate)
         return rate
 
     def leave(self, w: Leaves, u: Leaves, h: Leaves) -> State:
@@ -214,6 +218,12 @@ class Point:
         return loss
 
 
+def directions(terms: list[Leaves]) -> tuple[Leaves, Leaves, Leaves]:
+    """The directions of params, adjoint and hparams from `Point.terms`."""
+    inner_gradient, product, cross, outer_params, outer_hparams = terms
+    return inner_gradient, trees.sub(product, outer_params), trees.sub(outer_hparams, cross)
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class TwoLoops(Method, abc.ABC):
     """Steps on the params, a solve for the adjoint, and one step on the hparams."""
@@ -238,7 +248,7 @@ class TwoLoops(Method, abc.ABC):
         T, Q = self.num_inner_steps, self.num_adjoint_steps
         point = self.enter(state)
         check_batch(self.name, "outer_batch", outer_batch)
-        batches = _unbind(self.name, inner_batches, T + Q + 1)
+        batches = unbind(self.name, inner_batches, T + Q + 1)
         inner_lr = point.rate("inner_lr")
         for batch in batches[:T]:
             w = trees.axpy(-inner_lr, point.gradient(batch), point.w)
@@ -259,7 +269,13 @@ def check_batch(name: str, key: str, batch: Any) -> None:
         )
 
 
-def _unbind(name: str, batches: Any, length: int) -> list[tuple[Any, ...]]:
+def unbind(
+    name: str,
+    batches: Any,
+    length: int,
+    formula: str = "num_inner_steps + num_adjoint_steps + 1",
+) -> list[tuple[Any, ...]]:
+    """One batch for each index of the leading dimension, which ``formula`` is the size of."""
     check_batch(name, "inner_batches", batches)
     leaves, spec = trees.flatten(batches)
     for path, leaf in zip(trees.paths(spec, "inner_batches"), leaves, strict=True):
@@ -271,7 +287,7 @@ def _unbind(name: str, batches: Any, length: int) -> list[tuple[Any, ...]]:
         if leaf.ndim == 0 or leaf.shape[0] != length:
             raise ValueError(
                 f"{name}: {path} has shape {tuple(leaf.shape)}; expected a leading dimension of "
-                f"size num_inner_steps + num_adjoint_steps + 1 = {length}, one batch for each"
+                f"size {formula} = {length}, one batch for each"
             )
     if not leaves:
         return [batches] * length
@@ -279,7 +295,7 @@ def _unbind(name: str, batches: Any, length: int) -> list[tuple[Any, ...]]:
     return [trees.unflatten(spec, row) for row in rows]
 
 
-def _check_rate(name: str, key: str, rate: Any) -> None:
+def check_rate(name: str, key: str, rate: Any) -> None:
     if isinstance(rate, Tensor):
         if rate.ndim or not rate.is_floating_point():
             raise TypeError(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
-from hyperfunc._engine import trees
 from hyperfunc._engine.finite_differences import Products
-from hyperfunc._types import Leaves, Loss
-from hyperfunc.bilevel._base import Loop, Point, StepSize, TwoLoops
+from hyperfunc._types import Loss
+from hyperfunc.bilevel._base import Loop, StepSize
+from hyperfunc.bilevel._series import Series
 
 
 def stocbio(
@@ -68,14 +65,5 @@ def stocbio(
     ).loop()
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class _StocBiO(TwoLoops):
+class _StocBiO(Series):
     name = "stocbio"
-    least_adjoint_steps = 0
-
-    def solve(self, point: Point, batches: list[tuple[Any, ...]], b: Leaves, lr: Any) -> Leaves:
-        term = total = b
-        for batch in batches:
-            term = trees.axpy(-lr, point.product(term, batch), term)
-            total = trees.add(total, term)
-        return trees.scale(lr, total)

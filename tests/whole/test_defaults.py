@@ -19,6 +19,12 @@ HYPERGRAD = {
 }
 STEPS = {"inputs": None, "rtol": None, "atol": None, "compile": False}
 TWO_LOOPS = {"adjoint_lr": None, "num_inner_steps": 10, "num_adjoint_steps": 10}
+MOMENTUM = {
+    "adjoint_lr": None,
+    "inner_weight": 0.1,
+    "outer_weight": 0.1,
+    "num_adjoint_steps": 10,
+}
 
 KEYWORD_ONLY: dict[Any, dict[str, Any]] = {
     hf.hypergrad: HYPERGRAD,
@@ -62,6 +68,15 @@ KEYWORD_ONLY: dict[Any, dict[str, Any]] = {
     bilevel.saba: {"adjoint_lr": None},
     bilevel.stocbio: TWO_LOOPS,
     bilevel.amigo: TWO_LOOPS,
+    bilevel.ma_soba: {"adjoint_lr": None, "outer_weight": 0.1},
+    bilevel.srba: {"adjoint_lr": None},
+    bilevel.fsla: {"adjoint_lr": None, "outer_weight": 0.1},
+    bilevel.bsa: {**TWO_LOOPS, "seed": 0},
+    bilevel.ttsa: {"adjoint_lr": None, "num_adjoint_steps": 10, "seed": 0},
+    bilevel.sustain: {**MOMENTUM, "seed": 0},
+    bilevel.mrbo: MOMENTUM,
+    bilevel.vrbo: {**TWO_LOOPS, "num_inner_steps": 3},
+    bilevel.pzobo: {"num_inner_steps": 10, "num_directions": 1, "smoothing": 0.01, "seed": 0},
     distributed.task_parallel: {"group": None, "reduce": "mean", "chunk_size": None},
     distributed.local_tasks: {"group": None},
     distributed.save_state: {"keep": 2, "background": False, "group": None},

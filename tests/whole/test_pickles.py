@@ -124,8 +124,11 @@ def loop_by_index(loop: Any) -> Any:
     return loop.update(state._replace(adjoint=H), (A,), (A,), 0, 1)
 
 
-def loop_in_two(loop: Any) -> Any:
-    return loop.update(loop.init(H, H), (torch.stack([A] * 21),), (A,))
+def loop_of(width: int) -> Callable[[Any], Any]:
+    return lambda loop: loop.update(loop.init(H, H), (torch.stack([A] * width),), (A,))
+
+
+loop_in_two = loop_of(21)
 
 
 def run_layer(layer: Any) -> Any:
@@ -336,6 +339,19 @@ MADE: dict[str, list[Case]] = {
     "bilevel.saba": [(lambda: hf.bilevel.saba(inner_loss, outer_loss, **SABA), loop_by_index)],
     "bilevel.stocbio": [(lambda: hf.bilevel.stocbio(inner_loss, outer_loss, **RATES), loop_in_two)],
     "bilevel.amigo": [(lambda: hf.bilevel.amigo(inner_loss, outer_loss, **RATES), loop_in_two)],
+    "bilevel.ma_soba": [(lambda: hf.bilevel.ma_soba(inner_loss, outer_loss, **RATES), loop_once)],
+    "bilevel.srba": [
+        (lambda: hf.bilevel.srba(inner_loss, outer_loss, period=2, **RATES), loop_once)
+    ],
+    "bilevel.fsla": [(lambda: hf.bilevel.fsla(inner_loss, outer_loss, **RATES), loop_of(3))],
+    "bilevel.bsa": [(lambda: hf.bilevel.bsa(inner_loss, outer_loss, **RATES), loop_in_two)],
+    "bilevel.ttsa": [(lambda: hf.bilevel.ttsa(inner_loss, outer_loss, **RATES), loop_of(12))],
+    "bilevel.sustain": [(lambda: hf.bilevel.sustain(inner_loss, outer_loss, **RATES), loop_of(12))],
+    "bilevel.mrbo": [(lambda: hf.bilevel.mrbo(inner_loss, outer_loss, **RATES), loop_of(12))],
+    "bilevel.vrbo": [
+        (lambda: hf.bilevel.vrbo(inner_loss, outer_loss, period=2, **RATES), loop_of(48))
+    ],
+    "bilevel.pzobo": [(lambda: hf.bilevel.pzobo(inner_loss, outer_loss, **RATES), loop_of(10))],
     "bilevel.power_decay": [
         (lambda: hf.bilevel.power_decay(0.5, 0.3), lambda rate: rate(torch.tensor(3)))
     ],
