@@ -116,9 +116,9 @@ def srba(
         >>> x, y = torch.tensor([1.0, 3.0]), torch.tensor([5.0, 7.0])
         >>> inner_loss = lambda w, h, x: ((w - h * x) ** 2).mean() / 2
         >>> outer_loss = lambda w, h, y: ((w - y) ** 2).mean() / 2
-        >>> loop = hf.bilevel.srba(inner_loss, outer_loss, inner_lr=0.2, outer_lr=0.02, period=4)
+        >>> loop = hf.bilevel.srba(inner_loss, outer_loss, inner_lr=0.3, outer_lr=0.05, period=4)
         >>> state = loop.init(torch.tensor(0.0), torch.tensor(0.0))
-        >>> for step, (i, j) in enumerate(torch.randint(2, (1000, 2)).tolist()):
+        >>> for step, (i, j) in enumerate(torch.randint(2, (400, 2)).tolist()):
         ...     batches = ((x,), (y,)) if step % 4 == 0 else ((x[i],), (y[j],))
         ...     state = loop.update(state, *batches)
         >>> state.params, state.hparams

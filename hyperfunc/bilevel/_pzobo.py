@@ -57,10 +57,12 @@ def pzobo(
     Example:
         >>> inner_loss = lambda w, h, x: (w - h * x) ** 2 / 2
         >>> outer_loss = lambda w, h, y: (w - y) ** 2 / 2
-        >>> loop = hf.bilevel.pzobo(inner_loss, outer_loss, inner_lr=0.5, outer_lr=0.05)
+        >>> loop = hf.bilevel.pzobo(
+        ...     inner_loss, outer_loss, inner_lr=0.5, outer_lr=0.05, num_inner_steps=3
+        ... )
         >>> state = loop.init(torch.tensor(0.0), torch.tensor(0.0))
-        >>> for _ in range(300):
-        ...     state = loop.update(state, (torch.full((10,), 2.0),), (torch.tensor(6.0),))
+        >>> for _ in range(200):
+        ...     state = loop.update(state, (torch.full((3,), 2.0),), (torch.tensor(6.0),))
         >>> state.params, state.hparams
         (tensor(6.0000), tensor(3.0000))
 
