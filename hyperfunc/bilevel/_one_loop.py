@@ -28,9 +28,8 @@ def ma_soba(
         d \leftarrow a D_\lambda + (1 - a) d, \qquad \lambda \leftarrow \lambda - \gamma d,
 
     and `soba`'s steps on the params and on the adjoint, all directions at the old point. In the
-    first step :math:`a = 1`. The average keeps the bias that moving params and adjoint leave from
-    growing with the noise: the rate is that of one-level stochastic gradients without assuming
-    more smoothness of the losses.
+    first step :math:`a = 1`. The rate is that of stochastic gradients for one level, under the
+    smoothness of the losses that these need.
 
     ``outer_weight`` is :math:`a`, in [0, 1], of the order of ``outer_lr`` in theory: a number or a
     function of the step. All other arguments, and the errors, are those of `soba`, and so is the
@@ -98,9 +97,8 @@ def srba(
     Where ``state.step % period == 0``, hand over batches that hold all data, or many samples: the
     directions begin anew there. Between, small batches do, as the corrections vanish with the
     steps: with constant step sizes it converges at the rate of gradient descent, and with a period
-    of the order of the square root of the number of samples after a number of gradients that no
-    method can undercut. The projection of the adjoint onto a ball, which the theory asks for, is
-    left out.
+    of the order of the square root of the number of samples it is optimal up to constants. The
+    projection of the adjoint onto a ball, which the theory asks for, is left out.
 
     ``period`` is :math:`p \ge 1`. All other arguments are those of `soba`. A step costs two of
     `soba`'s, at both points; the memory holds two trees more of each variable.

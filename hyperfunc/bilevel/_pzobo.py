@@ -43,7 +43,7 @@ def pzobo(
         outer_lr: step size on the hparams.
         num_inner_steps: :math:`T \ge 1`.
         num_directions: :math:`J \ge 1`; one update takes ``T (J + 1)`` inner gradients.
-        smoothing: :math:`\mu > 0`.
+        smoothing: :math:`\mu > 0`, at least ten times the precision of the dtypes.
         seed: an integer >= 0; it and the step of the state alone determine what is drawn.
 
     Returns:
@@ -97,6 +97,7 @@ class _PZOBO(Method):
     ) -> State:
         point = self.enter(state)
         check_batch(self.name, "outer_batch", outer_batch)
+        self._check_precision(point)
         batches = unbind(self.name, inner_batches, self.num_inner_steps, "num_inner_steps")
         lr, mu = point.rate("inner_lr"), self.smoothing
         w = _descended(point, batches, lr)
@@ -107,6 +108,16 @@ class _PZOBO(Method):
             slope = trees.dot(response, outer_params) / (mu * self.num_directions)
             d_h = trees.axpy(slope, v, d_h)
         return point.leave(w, point.u, trees.axpy(-point.rate("outer_lr"), d_h, point.h))
+
+    def _check_precision(self, point: Point) -> None:
+        """Refuse a push that rounding would swallow."""
+        least = 10 * trees.epsilon((*point.w, *point.h))
+        if self.smoothing < least:
+            raise ValueError(
+                f"pzobo: smoothing is {self.smoothing:g}; expected at least {least:.2g}, ten times "
+                f"the precision of params and hparams. Write smoothing={2 * least:.1g}, or hand "
+                f"over both in float32"
+            )
 
     def _drawn(self, point: Point) -> list[Leaves]:
         """The directions of this step, each like hparams."""

@@ -1,6 +1,6 @@
 """The loops whose directions are averaged, corrected or drawn: steps by hand, optima, purity."""
 
-import itertools
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -229,11 +229,10 @@ def test_a_random_term_has_the_mean_of_the_series() -> None:
     [(i, j)] = draw(1)
     inputs = batches("bsa", problem, i, j)
     of_number = {}
-    for step in itertools.count():
-        if len(of_number) == Q + 1:
-            break
+    for step in range(60):
         found = loop.update(state._replace(step=torch.tensor(step)), *inputs)
         of_number.setdefault(number_drawn(step), torch.cat(vectors(found)))
+    assert len(of_number) == Q + 1
     mean = torch.stack([*of_number.values()]).mean(0)
     assert_close(mean, torch.cat(vectors(whole.update(state, *inputs))))
 
@@ -360,7 +359,7 @@ def test_an_average_is_nearer_the_hypergradient_than_a_sample() -> None:
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_updates_are_pure_and_mapped_over_tasks(name: str) -> None:
-    """Tasks one by one and together; the same result twice; nothing written; no graph kept."""
+    """Tasks alone and together, twice, from a file; nothing written to; no graph kept."""
     loop = make(name, inner_lr=decay(0.3, 0.5))
     params, hparams = optree.tree_map(lambda leaf: leaf.requires_grad_(), start())
     state = loop.init(params, hparams)
@@ -377,6 +376,11 @@ def test_updates_are_pure_and_mapped_over_tasks(name: str) -> None:
         alone, states = new, vmap(loop.update)(states, *stack(inputs))
         assert_close(states, stack(alone))
     assert not any(leaf.requires_grad for leaf in optree.tree_leaves((state, alone)))
+    buffer = io.BytesIO()
+    torch.save(alone[0], buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    assert_close(loop.update(loaded, *inputs[0]), loop.update(alone[0], *inputs[0]), 0)
 
 
 # Evaluations of the inner and of the outer loss in one update.
@@ -496,6 +500,18 @@ MISUSE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: make("pzobo", smoothing=0.0),
         ValueError,
         r"pzobo: smoothing is 0\.0; expected a finite number > 0",
+    ),
+    "smoothing below the precision": (
+        lambda: hf.bilevel.pzobo(*losses, **rates).update(
+            optree.tree_map(
+                lambda leaf: leaf.bfloat16() if leaf.is_floating_point() else leaf,
+                make("pzobo").init(*start()),
+            ),
+            quadratic().inner(torch.zeros(10).long()),
+            full[1],
+        ),
+        ValueError,
+        r"pzobo: smoothing is 0\.01; expected at least 0\.078, ten times the .*=0\.2",
     ),
     "state of another loop": (
         lambda: make("srba").update(soba.init(*start()), *full),
