@@ -16,7 +16,9 @@ that ``torch.save`` stores and from which a run continues as if it had not stopp
 ``update(state, inner_batch, outer_batch)`` makes one step. A batch is the tuple of arguments that
 follow ``(params, hparams)`` in a loss; the caller draws it, so that a step depends on its arguments
 alone. `soba` and `saba` make one step on all three variables at once; `stocbio` and `amigo` several
-on the params and on the adjoint before one on the hparams.
+on the params and on the adjoint before one on the hparams. These six take first derivatives alone:
+`f2sa`, `bome`, `pbgd` and `meha` replace the adjoint by a penalty, `sama` and `darts` by one step
+of the inner optimiser.
 
 Step sizes are numbers, functions of the step (a 0-d int64 tensor, counted from 0) such as
 `power_decay`, or schedules of `hyperfunc.optim`, which see the state's hparams and step. Non-finite
@@ -28,9 +30,12 @@ values are passed on, not looked for: the loops never wait for the device.
 
 from hyperfunc.bilevel._amigo import amigo
 from hyperfunc.bilevel._base import Loop, State, StepSize
+from hyperfunc.bilevel._one_step import darts, sama
+from hyperfunc.bilevel._penalties import bome, f2sa, meha, pbgd
 from hyperfunc.bilevel._saba import Memory, saba
 from hyperfunc.bilevel._soba import soba
-from hyperfunc.bilevel._step_sizes import power_decay
+from hyperfunc.bilevel._step_sizes import power_decay, power_growth
 from hyperfunc.bilevel._stocbio import stocbio
 
 __all__ = ["Loop", "Memory", "State", "StepSize", "amigo", "power_decay", "saba", "soba", "stocbio"]
+__all__ += ["bome", "darts", "f2sa", "meha", "pbgd", "power_growth", "sama"]
