@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.func import jacrev, vmap
+from torch.func import grad, jacrev, vmap
 
 import hyperfunc as hf
 from hyperfunc.bilevel import Loop, State
@@ -46,52 +46,86 @@ def make(name: str, losses: Any = (inner_loss, outer_loss), **keywords: Any) -> 
 # Single steps by hand ----------------------------------------------------------------------------
 
 
-def by_hand(name: str, problem: Quadratic, w: Tensor, u: Tensor, h: Tensor) -> Any:
-    """Params, second params or adjoint, and hparams after a step; u are the second params."""
-    (A, B, c), (t, s) = problem.inner(2), problem.outer(1)
+Slopes = tuple[Callable[[Tensor, Tensor], Tensor], ...]
 
-    def g_w(w: Tensor, h: Tensor = h) -> Tensor:
-        return A @ w - B @ h - c
 
-    def g_h(w: Tensor) -> Tensor:
-        return -B.T @ w
+def of_quadratic() -> Slopes:
+    """The gradients of both losses by params and hparams, and the cross term."""
+    (A, B, c), (t, s) = quadratic().inner(2), quadratic().outer(1)
+    return (
+        lambda w, h: A @ w - B @ h - c,
+        lambda w, h: -B.T @ w,
+        lambda w, h: w - t,
+        lambda w, h: 0.5 * (h - s),
+        lambda w, h: -B.T,
+    )
+
+
+def of_cubic() -> Slopes:
+    """The same by exact derivatives of losses all of whose slopes depend on where they are."""
+    inner, outer = cubed(lambda x: x**3)
+
+    def g(w: Tensor, h: Tensor) -> Tensor:
+        return inner(w, h, *quadratic().inner(2))
+
+    def F(w: Tensor, h: Tensor) -> Tensor:
+        return outer(w, h, *quadratic().outer(1))
+
+    return grad(g), grad(g, 1), grad(F), grad(F, 1), jacrev(grad(g, 1))
+
+
+def by_hand(name: str, slopes: Slopes, w: Tensor, u: Tensor, h: Tensor) -> Any:
+    """Params, second params or adjoint, and hparams after a step."""
+    g_w, g_h, F_w, F_h, cross = slopes
 
     def descend(w: Tensor, lr: float) -> Tensor:
         for _ in range(T):
-            w = w - lr * g_w(w)
+            w = w - lr * g_w(w, h)
         return w
 
-    F_w, F_h = w - t, 0.5 * (h - s)
     if name == "f2sa":
         y, z = u, descend(w, 0.4)
         for _ in range(T):
-            y = y - 0.3 * (g_w(y) + (y - t) / C)
-        return z, y, h - 0.1 * (F_h + C * (g_h(y) - g_h(z)))
-    if name in ("bome", "pbgd"):
+            y = y - 0.3 * (g_w(y, h) + F_w(y, h) / C)
+        return z, y, h - 0.1 * (F_h(y, h) + C * (g_h(y, h) - g_h(z, h)))
+    if name == "pbgd":
         z = descend(w, 0.3)
-        q = torch.cat([g_w(w), g_h(w) - g_h(z)])
-        if name == "pbgd":
-            return w - 0.4 * (g_w(w) + F_w / C), z, h - 0.1 * (F_h + C * q[4:])
-        multiplier = max(ETA - torch.cat([F_w, F_h]) @ q / (q @ q), 0)
-        return w - 0.4 * (F_w + multiplier * q[:4]), z, h - 0.1 * (F_h + multiplier * q[4:])
+        d_h = F_h(w, h) + C * (g_h(w, h) - g_h(z, h))
+        return w - 0.4 * (g_w(w, h) + F_w(w, h) / C), z, h - 0.1 * d_h
+    if name == "bome":
+        z = descend(w, 0.3)
+        q = torch.cat([g_w(w, h), g_h(w, h) - g_h(z, h)])
+        F = torch.cat([F_w(w, h), F_h(w, h)])
+        d = F + max(ETA - F @ q / (q @ q), 0) * q
+        return w - 0.4 * d[:4], z, h - 0.1 * d[4:]
     if name == "meha":
-        z = u - 0.3 * (g_w(u) + (u - w) / GAMMA)
-        h = h - 0.1 * (F_h + C * (g_h(w) - g_h(z)))
-        return w - 0.4 * (F_w / C + g_w(w, h) - (w - z) / GAMMA), z, h
+        z = u - 0.3 * (g_w(u, h) + (u - w) / GAMMA)
+        h = h - 0.1 * (F_h(w, h) + C * (g_h(w, h) - g_h(z, h)))
+        return w - 0.4 * (F_w(w, h) / C + g_w(w, h) - (w - z) / GAMMA), z, h
     if name == "darts":
-        v = 0.3 * (w - 0.3 * g_w(w) - t)
-        h = h - 0.1 * (F_h + B.T @ v)
+        ahead = w - 0.3 * g_w(w, h)
+        v = 0.3 * F_w(ahead, h)
+        h = h - 0.1 * (F_h(ahead, h) - cross(w, h) @ v)
         return w - 0.4 * g_w(w, h), v, h
-    raise KeyError(name)
+    assert name == "sama"
+    w = w - 0.4 * g_w(w, h)
+    v = 0.4 * F_w(w, h)
+    return w, v, h - 0.1 * (F_h(w, h) - cross(w, h) @ v)
 
 
-@pytest.mark.parametrize("name", ["f2sa", "bome", "pbgd", "meha", "darts"])
+@pytest.mark.parametrize("name", LOOPS)
 def test_a_step(name: str) -> None:
-    problem, loop = quadratic(), make(name)
-    state = random_state(loop)
-    new = loop.update(state, problem.inner(2), problem.outer(1))
-    assert_close(vectors(new), by_hand(name, problem, *vectors(state)), 1e-10)
-    assert_close(new.step, torch.tensor(1), 0)
+    """By hand on the quadratic, and where it matters at which point a gradient is taken."""
+    keywords = {"optimizer": hf.optim.sgd} if name == "sama" else {}
+    losses = cubed(lambda x: x**3)
+    for slopes, loop, tol in (
+        (of_quadratic(), make(name, **keywords), 1e-10),
+        (of_cubic(), make(name, losses, **keywords), 1e-7),
+    ):
+        state = random_state(loop)
+        new = loop.update(state, quadratic().inner(2), quadratic().outer(1))
+        assert_close(vectors(new), by_hand(name, slopes, *vectors(state)), tol)
+        assert_close(new.step, torch.tensor(1), 0)
 
 
 def test_the_multiplier_of_bome_is_zero_where_the_barrier_is_kept() -> None:
@@ -233,7 +267,7 @@ def cubed(cube: Callable[[Tensor], Tensor]) -> Any:
         return inner_loss(w, h, A, B, c) + 0.01 * cube(ravel(w) * ravel(h).sum()).sum()
 
     def outer(w: Any, h: Any, t: Tensor, s: Tensor) -> Tensor:
-        return outer_loss(w, h, t, s) + 0.01 * cube(ravel(w)).sum()
+        return outer_loss(w, h, t, s) + 0.01 * cube(ravel(w) * ravel(h).sum()).sum()
 
     return inner, outer
 
