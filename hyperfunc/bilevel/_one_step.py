@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from hyperfunc import optim
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable
 from hyperfunc._engine.finite_differences import Products, difference
+from hyperfunc._engine.flat import scatter
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves, Loss, TensorTree
 from hyperfunc.bilevel._base import Loop, Method, Point, State, StepSize, check_batch, check_rate
@@ -162,18 +165,28 @@ class _SAMA(_OneStep):
         check_batch(self.name, "inner_batch", inner_batch)
         check_batch(self.name, "outer_batch", outer_batch)
         optimizer = self.optimizer_at(point.rate("inner_lr"))
+        loss, n = point.loss("inner_loss", inner_batch), len(point.w)
+        found = autodiff.gradient_used(
+            lambda *w: loss(*w, *point.h), point.w, create_graph=False, used=[]
+        )
+        used = [i for i, grad in enumerate(found) if grad is not None]
 
         def step(*grads: Any) -> tuple[Leaves, Any]:
-            tree = trees.unflatten(point.params_spec, grads)
+            tree = trees.unflatten(point.params_spec, scatter(grads, used, n))
             params, memory = optimizer.update(tree, state.memory, state.params, state.hparams)
             return tuple(trees.flatten(params)[0]), memory
 
-        grads = point.gradient(inner_batch)
+        grads = tuple(grad for grad in found if grad is not None)
         w, memory = step(*grads)
         moved = dataclasses.replace(point, w=w)
         outer_params, outer_hparams = moved.outer_gradient(outer_batch)
-        scaled = autodiff.gradient(lambda *g: trees.dot(step(*g)[0], outer_params), grads)
-        u = trees.neg(scaled)
+        scaled: Leaves = ()
+        if grads:
+            scaled = autodiff.gradient(lambda *g: trees.dot(step(*g)[0], outer_params), grads)
+        u = tuple(
+            torch.zeros_like(leaf) if each is None else -each
+            for leaf, each in zip(w, scatter(scaled, used, n), strict=True)
+        )
         d_h = self.direction(moved, u, outer_hparams, inner_batch)
         h = trees.axpy(-point.rate("outer_lr"), d_h, point.h)
         return point.leave(w, u, h)._replace(memory=memory)

@@ -13,6 +13,7 @@ from torch.func import grad, jacrev, vmap
 
 import hyperfunc as hf
 from hyperfunc.bilevel import Loop, State
+from hyperfunc.optim import from_torch
 from tests.bilevel.test_bilevel import (
     Quadratic,
     assert_close,
@@ -158,6 +159,32 @@ def test_a_step_of_sama_with_adam() -> None:
     new = loop.update(first, problem.inner(2), problem.outer(1))
     assert_close(vectors(new), (w, u, h - 0.1 * (0.5 * (h - s) + B.T @ u)), 1e-9)
     assert new.memory.step == new.step == 2
+
+
+def test_params_that_the_inner_loss_does_not_use_stay_under_weight_decay() -> None:
+    """As under the optimiser itself; an optimiser whose derivative torch lacks is refused."""
+
+    def inner(w: Any, h: Tensor) -> Tensor:
+        return ((w["used"] - h) ** 2).sum()
+
+    def outer(w: Any, h: Tensor) -> Tensor:
+        return (w["used"] * w["free"]).sum()
+
+    decayed = functools.partial(hf.optim.adamw, weight_decay=0.5)
+    ones = torch.ones(2, dtype=torch.float64)
+    params = {"free": ones, "used": 3 * ones}
+    for clip in (decayed, lambda lr: hf.optim.clip_grad_norm(decayed(lr), 1.0)):
+        loop = make("sama", (inner, outer), optimizer=clip)
+        state = loop.init(params, ones)
+        for _ in range(3):
+            state = loop.update(state, (), ())
+        assert_close(state.params["free"], ones, 0)
+        assert (state.params["used"] < 2.5).all()
+        assert_close(state.adjoint["free"], 0 * ones, 0)
+        assert (state.adjoint["used"] != 0).all()
+    loop = make("sama", (inner, outer), optimizer=lambda lr: from_torch(torch.optim.ASGD, lr=lr))
+    with pytest.raises(RuntimeError, match="ASGD"):
+        loop.update(loop.init(params, ones), (), ())
 
 
 # Closed forms ------------------------------------------------------------------------------------
