@@ -25,6 +25,8 @@ A method is an estimate of the directions in a scheme of updates:
   Neumann series), `bsa` and, with one inner step, `ttsa` (by a random term of it), `vrbo` (SPIDER);
 * one step on the params and, by such an adjoint, on the hparams at once: `mrbo`, `sustain` (STORM);
 * inner steps, also at hparams moved along random directions, without products: `pzobo`.
+* first derivatives alone: `f2sa`, `bome`, `pbgd` and `meha` replace the adjoint by a penalty,
+  `sama` and `darts` by one step of the inner optimiser.
 
 Step sizes are numbers, functions of the step (a 0-d int64 tensor, counted from 0) such as
 `power_decay`, or schedules of `hyperfunc.optim`, which see the state's hparams and step. Non-finite
@@ -38,11 +40,13 @@ values are passed on, not looked for: the loops never wait for the device.
 from hyperfunc.bilevel._amigo import amigo
 from hyperfunc.bilevel._base import Loop, State, StepSize
 from hyperfunc.bilevel._one_loop import fsla, ma_soba, srba
+from hyperfunc.bilevel._one_step import darts, sama
+from hyperfunc.bilevel._penalties import bome, f2sa, meha, pbgd
 from hyperfunc.bilevel._pzobo import pzobo
 from hyperfunc.bilevel._saba import Memory, saba
 from hyperfunc.bilevel._series import bsa, mrbo, sustain, ttsa, vrbo
 from hyperfunc.bilevel._soba import soba
-from hyperfunc.bilevel._step_sizes import power_decay
+from hyperfunc.bilevel._step_sizes import power_decay, power_growth
 from hyperfunc.bilevel._stocbio import stocbio
 
 __all__ = [
@@ -51,13 +55,20 @@ __all__ = [
     "State",
     "StepSize",
     "amigo",
+    "bome",
     "bsa",
+    "darts",
+    "f2sa",
     "fsla",
     "ma_soba",
+    "meha",
     "mrbo",
+    "pbgd",
     "power_decay",
+    "power_growth",
     "pzobo",
     "saba",
+    "sama",
     "soba",
     "srba",
     "stocbio",

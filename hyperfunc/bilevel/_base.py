@@ -35,10 +35,12 @@ class State(NamedTuple):
     Attributes:
         step: int64, 0-d: the updates made so far.
         params: the inner variables.
-        adjoint: the estimate of ``u``, a tree like params.
+        adjoint: the estimate of ``u``, a tree like params; of `f2sa`, `bome`, `pbgd` and `meha`,
+            which have none, the second params.
         hparams: the outer variables.
-        memory: what the method remembers, if anything: `saba` what it saw on each batch; a method
-            with directions that are averaged or corrected those directions, and where it was.
+        memory: what the method remembers, if anything: `saba` what it saw on each batch, `sama` the
+            state of its optimiser, a method whose directions are averaged or corrected those
+            directions, and where it was.
     """
 
     step: Tensor
@@ -52,7 +54,8 @@ class Loop(NamedTuple):
     """A stochastic bilevel method as a pair of pure functions.
 
     Attributes:
-        init: ``init(params, hparams) -> State``, with an adjoint of zeros.
+        init: ``init(params, hparams) -> State``, with an adjoint of zeros, or second params that
+            are the first.
         update: ``update(state, inner_batch, outer_batch) -> State``; `saba` takes the indices of
             the batches too.
     """
@@ -144,9 +147,24 @@ class Point:
 
     def outer_gradient(self, batch: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
         """The gradient of the outer loss with respect to params and hparams."""
-        gradient = autodiff.gradient(self._loss("outer_loss", batch), (*self.w, *self.h))
-        w, h = split(gradient, len(self.w))
+        return self.gradients("outer_loss", batch)
+
+    def gradients(self, key: str, batch: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
+        """The gradient of one of the losses with respect to params and hparams."""
+        w, h = split(autodiff.gradient(self.loss(key, batch), (*self.w, *self.h)), len(self.w))
         return w, h
+
+    def loss(self, key: str, batch: tuple[Any, ...]) -> Callable[..., Tensor]:
+        """A loss on a batch as a function of the leaves of params and hparams."""
+
+        def loss(*leaves: Tensor) -> Tensor:
+            w, h = split(leaves, len(self.w))
+            params = trees.unflatten(self.params_spec, w)
+            hparams = trees.unflatten(self.hparams_spec, h)
+            value = getattr(self.method, key)(params, hparams, *batch)
+            return checks.check_scalar(value, f"{self.method.name}: {key}")
+
+        return loss
 
     def terms(self, inner_batch: tuple[Any, ...], outer_batch: tuple[Any, ...]) -> list[Leaves]:
         """The terms of the directions as `Memory` names them, with one pass for both products."""
@@ -191,31 +209,19 @@ class Point:
 
     def _linearize(self, batch: tuple[Any, ...], group: range) -> autodiff.Linearization:
         if self.method.products == "finite_difference":
-            loss, primals = self._loss("inner_loss", batch), (*self.w, *self.h)
+            loss, primals = self.loss("inner_loss", batch), (*self.w, *self.h)
             return DifferencedLinearization(loss, primals, len(self.w), (tuple(group),))
         gradient = self._inner_gradient(batch, create_graph=True)
         return autodiff.Linearization(gradient, (*self.w, *self.h), (tuple(group),))
 
     def _inner_gradient(self, batch: tuple[Any, ...], create_graph: bool) -> Callable[..., Leaves]:
-        n, loss = len(self.w), self._loss("inner_loss", batch)
+        n, loss = len(self.w), self.loss("inner_loss", batch)
 
         def gradient(*leaves: Tensor) -> Leaves:
             w, h = split(leaves, n)
             return autodiff.gradient(lambda *w: loss(*w, *h), w, create_graph=create_graph)
 
         return gradient
-
-    def _loss(self, key: str, batch: tuple[Any, ...]) -> Callable[..., Tensor]:
-        """A loss on a batch as a function of the leaves of params and hparams."""
-
-        def loss(*leaves: Tensor) -> Tensor:
-            w, h = split(leaves, len(self.w))
-            params = trees.unflatten(self.params_spec, w)
-            hparams = trees.unflatten(self.hparams_spec, h)
-            value = getattr(self.method, key)(params, hparams, *batch)
-            return checks.check_scalar(value, f"{self.method.name}: {key}")
-
-        return loss
 
 
 def directions(terms: list[Leaves]) -> tuple[Leaves, Leaves, Leaves]:

@@ -1,4 +1,4 @@
-"""Step sizes that decrease."""
+"""Step sizes that decrease, and penalties that grow."""
 
 from __future__ import annotations
 
@@ -34,6 +34,29 @@ def power_decay(initial: float, exponent: float) -> Callable[[int | Tensor], flo
     check_number("power_decay", "initial", initial, above=True)
     check_number("power_decay", "exponent", exponent)
     return functools.partial(_decayed, initial, exponent)
+
+
+def power_growth(initial: float, exponent: float) -> Callable[[int | Tensor], float | Tensor]:
+    """The penalties ``initial * (1 + step) ** exponent``.
+
+    Args:
+        initial: the first penalty, > 0.
+        exponent: how fast they grow, >= 0.
+
+    Returns:
+        A function of the step, an integer or a 0-d tensor.
+
+    Raises:
+        ValueError: a number out of its range.
+        TypeError: no number.
+
+    Example:
+        >>> hf.bilevel.power_growth(2.0, exponent=0.5)(torch.tensor(3))
+        tensor(4., dtype=torch.float64)
+    """
+    check_number("power_growth", "initial", initial, above=True)
+    check_number("power_growth", "exponent", exponent)
+    return functools.partial(_decayed, initial, -exponent)
 
 
 def _decayed(initial: float, exponent: float, step: int | Tensor) -> float | Tensor:

@@ -352,8 +352,17 @@ MADE: dict[str, list[Case]] = {
         (lambda: hf.bilevel.vrbo(inner_loss, outer_loss, period=2, **RATES), loop_of(48))
     ],
     "bilevel.pzobo": [(lambda: hf.bilevel.pzobo(inner_loss, outer_loss, **RATES), loop_of(10))],
+    "bilevel.f2sa": [(lambda: hf.bilevel.f2sa(inner_loss, outer_loss, **RATES), loop_once)],
+    "bilevel.bome": [(lambda: hf.bilevel.bome(inner_loss, outer_loss, **RATES), loop_once)],
+    "bilevel.pbgd": [(lambda: hf.bilevel.pbgd(inner_loss, outer_loss, **RATES), loop_once)],
+    "bilevel.meha": [(lambda: hf.bilevel.meha(inner_loss, outer_loss, **RATES), loop_once)],
+    "bilevel.sama": [(lambda: hf.bilevel.sama(inner_loss, outer_loss, **RATES), loop_once)],
+    "bilevel.darts": [(lambda: hf.bilevel.darts(inner_loss, outer_loss, **RATES), loop_once)],
     "bilevel.power_decay": [
         (lambda: hf.bilevel.power_decay(0.5, 0.3), lambda rate: rate(torch.tensor(3)))
+    ],
+    "bilevel.power_growth": [
+        (lambda: hf.bilevel.power_growth(0.5, 0.3), lambda rate: rate(torch.tensor(3)))
     ],
     "bilevel.Loop": [
         (
