@@ -48,7 +48,8 @@ def f2sa(
         outer_loss: ``(params, hparams, *outer_batch) -> scalar``.
         inner_lr: step size on the params, below 2 over the largest curvature of the inner loss.
         outer_lr: step size on the hparams.
-        adjoint_lr: step size on the second params; by default ``inner_lr``.
+        adjoint_lr: step size on the second params; by default ``inner_lr``, as it should be where
+            the penalty grows: what the two lag behind each other counts :math:`c` times.
         penalty: :math:`c > 0`, of the kinds that step sizes are of; by default
             ``power_growth(1.0, 1 / 3)``, as the paper has it without noise (1/7 with noise in both
             losses).
@@ -164,7 +165,8 @@ def pbgd(
     With a constant penalty the params end at a distance like :math:`1/c` from a minimum of the
     inner loss, and the hparams as far from the solution. ``T + 2`` gradients of the inner loss and
     one of the outer loss an update. The paper has one step size for both, which is
-    :math:`\gamma = \rho / c`: a large penalty asks for a small ``outer_lr``.
+    :math:`\gamma = \rho / c`: a large penalty asks for a small ``outer_lr``, and one that
+    grows for one that falls as fast.
 
     ``penalty`` is :math:`c > 0`, and ``num_inner_steps`` :math:`T \ge 1`; the inner loss may have
     many minima, if it grows away from them (the condition of Polyak and Lojasiewicz). All other
@@ -199,7 +201,7 @@ def meha(
     *,
     inner_lr: StepSize,
     outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
+    adjoint_lr: StepSize,
     penalty: StepSize | None = None,
     proximal: float = 1.0,
 ) -> Loop:
@@ -212,24 +214,28 @@ def meha(
 
     .. math::
         z &\leftarrow z - \rho_u \bigl(\nabla_w \ell(z, \lambda) + \tfrac1\gamma (z - w)\bigr), \\
-        \lambda &\leftarrow \lambda - \rho_\lambda \bigl(\nabla_\lambda E(w, \lambda)
-        + c (\nabla_\lambda \ell(w, \lambda) - \nabla_\lambda \ell(z, \lambda))\bigr), \\
+        \lambda &\leftarrow \lambda - \rho_\lambda \bigl(\tfrac1c \nabla_\lambda E(w, \lambda)
+        + \nabla_\lambda \ell(w, \lambda) - \nabla_\lambda \ell(z, \lambda)\bigr), \\
         w &\leftarrow w - \rho \bigl(\tfrac1c \nabla_w E(w, \lambda)
         + \nabla_w \ell(w, \lambda) - \tfrac1\gamma (w - z)\bigr) .
 
-    Four gradients of the inner loss and two of the outer loss an update. The paper divides the
-    direction of the hparams by :math:`c`: a large penalty asks for a small ``outer_lr``.
+    Four gradients of the inner loss and two of the outer loss an update. The direction of the
+    hparams is a hypergradient over :math:`c`, other than in the other loops.
 
-    ``proximal`` is :math:`\gamma > 0`, below 1 over the most negative curvature of the inner loss
-    (the paper asks for half of that); ``adjoint_lr`` below 2 over the largest curvature plus
-    :math:`1/\gamma`. ``penalty`` is :math:`c > 0`, by default ``power_growth(1.0, 1 / 4)``; the
-    paper has exponents below 1/2. All other arguments, what is returned and the errors are those of
-    `f2sa`.
+    ``proximal`` is :math:`\gamma > 0`, below :math:`1/m` where the inner loss has curvature of
+    :math:`-m` and more (the paper asks for half of that). ``adjoint_lr`` is below 2 over the
+    largest curvature plus :math:`1/\gamma`, and ``inner_lr`` below
+    :math:`\rho_u (1 - \gamma m) / (1 + \gamma m)`, for a convex loss below ``adjoint_lr``: where it
+    is flat, the params run away from second params that follow more slowly. ``penalty`` is
+    :math:`c > 0`, by default ``power_growth(1.0, 1 / 4)``; the paper has exponents below 1/2. All
+    other arguments, what is returned and the errors are those of `f2sa`.
 
     Example:
         >>> inner_loss = lambda w, h, x: (w - h * x) ** 2 / 2
         >>> outer_loss = lambda w, h, y: (w - y) ** 2 / 2
-        >>> loop = hf.bilevel.meha(inner_loss, outer_loss, inner_lr=0.5, outer_lr=0.05)
+        >>> loop = hf.bilevel.meha(
+        ...     inner_loss, outer_loss, inner_lr=0.3, outer_lr=0.1, adjoint_lr=0.6
+        ... )
         >>> state = loop.init(torch.tensor(0.0), torch.tensor(0.0))
         >>> for _ in range(300):
         ...     state = loop.update(state, (torch.tensor(2.0),), (torch.tensor(6.0),))
@@ -370,7 +376,7 @@ class _MEHA(_Penalised):
         z = dataclasses.replace(z, w=trees.axpy(-point.rate("adjoint_lr"), d_z, z.w))
         _, outer_hparams = point.gradients("outer_loss", outer_batch)
         _, q_h = _gap(point, z, inner_batch)
-        d_h = trees.axpy(c, q_h, outer_hparams)
+        d_h = trees.axpy(1 / c, outer_hparams, q_h)
         moved = dataclasses.replace(point, h=trees.axpy(-point.rate("outer_lr"), d_h, point.h))
         outer_params, _ = moved.gradients("outer_loss", outer_batch)
         d_w = trees.axpy(1 / c, outer_params, moved.gradient(inner_batch))

@@ -80,7 +80,7 @@ KEYWORD_ONLY: dict[Any, dict[str, Any]] = {
     bilevel.f2sa: {"adjoint_lr": None, "penalty": None, "num_inner_steps": 1},
     bilevel.bome: {"adjoint_lr": None, "barrier": 0.5, "num_inner_steps": 10},
     bilevel.pbgd: {"adjoint_lr": None, "penalty": 10.0, "num_inner_steps": 10},
-    bilevel.meha: {"adjoint_lr": None, "penalty": None, "proximal": 1.0},
+    bilevel.meha: {"penalty": None, "proximal": 1.0},
     bilevel.sama: {"optimizer": optim.adam},
     bilevel.darts: {"unroll_lr": None},
     distributed.task_parallel: {"group": None, "reduce": "mean", "chunk_size": None},

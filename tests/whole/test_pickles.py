@@ -194,6 +194,7 @@ def diagnosis() -> Any:
 
 RATES: Any = {"inner_lr": hf.bilevel.power_decay(0.3, 0.5), "outer_lr": 0.1}
 SABA: Any = {"num_inner_batches": 2, "num_outer_batches": 2, **RATES}
+MEHA: Any = {"adjoint_lr": 0.5, **RATES}
 
 # For each public function and class: what it makes, or an instance of it.
 MADE: dict[str, list[Case]] = {
@@ -355,7 +356,7 @@ MADE: dict[str, list[Case]] = {
     "bilevel.f2sa": [(lambda: hf.bilevel.f2sa(inner_loss, outer_loss, **RATES), loop_once)],
     "bilevel.bome": [(lambda: hf.bilevel.bome(inner_loss, outer_loss, **RATES), loop_once)],
     "bilevel.pbgd": [(lambda: hf.bilevel.pbgd(inner_loss, outer_loss, **RATES), loop_once)],
-    "bilevel.meha": [(lambda: hf.bilevel.meha(inner_loss, outer_loss, **RATES), loop_once)],
+    "bilevel.meha": [(lambda: hf.bilevel.meha(inner_loss, outer_loss, **MEHA), loop_once)],
     "bilevel.sama": [(lambda: hf.bilevel.sama(inner_loss, outer_loss, **RATES), loop_once)],
     "bilevel.darts": [(lambda: hf.bilevel.darts(inner_loss, outer_loss, **RATES), loop_once)],
     "bilevel.power_decay": [
