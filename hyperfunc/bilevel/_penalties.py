@@ -112,10 +112,8 @@ def bome(
     with constant step sizes the loop ends in a neighbourhood whose size grows with them. ``T + 2``
     gradients of the inner loss and one of the outer loss an update.
 
-    ``barrier`` is :math:`\eta > 0`, and ``num_inner_steps`` :math:`T \ge 1`; the inner loss need
-    have no curvature that is bounded below, if it grows away from its minima (the condition of
-    Polyak and Lojasiewicz). All other arguments, what is returned and the errors are those of
-    `f2sa`.
+    ``barrier`` is :math:`\eta > 0`, ``num_inner_steps`` :math:`T \ge 1`; the inner loss is as for
+    `pbgd`, and all other arguments, what is returned and the errors are those of `f2sa`.
 
     Example:
         >>> inner_loss = lambda w, h, x: (w - h * x) ** 2 / 2
@@ -262,8 +260,8 @@ class _SecondParams(Method):
     def start(self, state: State, inner_batch: Any, outer_batch: Any) -> Point:
         """The state in flat form, with checks of all that an update takes."""
         point = self.enter(state)
-        check_batch(self.name, "inner_batch", inner_batch)
-        check_batch(self.name, "outer_batch", outer_batch)
+        for key, batch in (("inner_batch", inner_batch), ("outer_batch", outer_batch)):
+            check_batch(self.name, key, batch)
         return point
 
 
@@ -279,8 +277,7 @@ class _Penalised(_SecondParams):
 
     def penalty_at(self, point: Point) -> Any:
         """The penalty at this step."""
-        penalty = point.rate("penalty")
-        self._check_positive("penalty(step)", penalty)
+        self._check_positive("penalty(step)", penalty := point.rate("penalty"))
         return penalty
 
     def _check_positive(self, key: str, penalty: Any) -> None:
@@ -347,13 +344,12 @@ class _BOME(_SecondParams):
         point = self.start(state, inner_batch, outer_batch)
         z = _descend(point, inner_batch, point.rate("adjoint_lr"), self.num_inner_steps)
         outer_params, outer_hparams = point.gradients("outer_loss", outer_batch)
-        q_w, q_h = _gap(point, z, inner_batch)
-        along = _dot((outer_params, outer_hparams), (q_w, q_h))
-        square = _dot((q_w, q_h), (q_w, q_h))
+        q_w, q_h = q = _gap(point, z, inner_batch)
+        along, square = _dot((outer_params, outer_hparams), q), _dot(q, q)
         c = (self.barrier - along / torch.where(square > 0, square, 1.0)).clamp(min=0)
-        d_w, d_h = trees.axpy(c, q_w, outer_params), trees.axpy(c, q_h, outer_hparams)
-        w = trees.axpy(-point.rate("inner_lr"), d_w, point.w)
-        return point.leave(w, z.w, trees.axpy(-point.rate("outer_lr"), d_h, point.h))
+        w = trees.axpy(-point.rate("inner_lr"), trees.axpy(c, q_w, outer_params), point.w)
+        h = trees.axpy(-point.rate("outer_lr"), trees.axpy(c, q_h, outer_hparams), point.h)
+        return point.leave(w, z.w, h)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -376,8 +372,8 @@ class _MEHA(_Penalised):
         z = dataclasses.replace(z, w=trees.axpy(-point.rate("adjoint_lr"), d_z, z.w))
         _, outer_hparams = point.gradients("outer_loss", outer_batch)
         _, q_h = _gap(point, z, inner_batch)
-        d_h = trees.axpy(1 / c, outer_hparams, q_h)
-        moved = dataclasses.replace(point, h=trees.axpy(-point.rate("outer_lr"), d_h, point.h))
+        h = trees.axpy(-point.rate("outer_lr"), trees.axpy(1 / c, outer_hparams, q_h), point.h)
+        moved = dataclasses.replace(point, h=h)
         outer_params, _ = moved.gradients("outer_loss", outer_batch)
         d_w = trees.axpy(1 / c, outer_params, moved.gradient(inner_batch))
         d_w = trees.axpy(-pull, trees.sub(point.w, z.w), d_w)
