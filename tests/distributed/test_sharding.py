@@ -217,7 +217,7 @@ EVERYWHERE += ("unrolled",)
             marks=([newer_dtensors] if "replayed" in m else [])
             + (
                 []
-                if layout == "all" or (m in KEPT and size == "uneven" and layout != "params")
+                if size == "uneven" and (layout == "all" or (m in KEPT and layout != "params"))
                 else [pytest.mark.slow]
             ),
         )
