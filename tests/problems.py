@@ -14,6 +14,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.func import jacrev
 
 import hyperfunc as hf
@@ -446,3 +447,23 @@ PROBLEMS = [
         symmetric=True,
     ),
 ]
+
+
+class CubeOnce(torch.autograd.Function):
+    """A cube whose gradient says of itself that it has no derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * grad * x**2

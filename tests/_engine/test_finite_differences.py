@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import grad, jacrev, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 import hyperfunc as hf
 from tests.cells import each_cell, thinned
+from tests.problems import CubeOnce
 
 F64 = torch.float64
 BY_DIFFERENCES: dict[str, Any] = {"products": "finite_difference"}
@@ -102,19 +102,6 @@ def test_derivatives_of_hypergradients() -> None:
     close(slope(**BY_DIFFERENCES)(h["decay"]), slope()(h["decay"]), 1e-4)
 
 
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * grad * x**2
-
-
 @pytest.mark.parametrize("method", ["reverse_unroll", "reverse", "cg"])
 def test_code_without_a_second_derivative(method: str) -> None:
     def fn(cube: Callable[[Tensor], Tensor], **options: Any) -> Any:
@@ -128,8 +115,8 @@ def test_code_without_a_second_derivative(method: str) -> None:
 
     h = torch.tensor(0.3, dtype=F64)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        fn(Cube.apply)(h)
-    close(fn(Cube.apply, **BY_DIFFERENCES)(h), fn(lambda x: x**3)(h), 1e-8)
+        fn(CubeOnce.apply)(h)
+    close(fn(CubeOnce.apply, **BY_DIFFERENCES)(h), fn(lambda x: x**3)(h), 1e-8)
 
 
 def test_what_the_loss_does_not_use_keeps_its_value_and_integers_go_along() -> None:

@@ -10,26 +10,9 @@ from torch.autograd.function import once_differentiable
 
 import hyperfunc as hf
 from tests.cells import each_cell
+from tests.problems import CubeOnce
 
 F64 = torch.float64
-
-
-class WithContext(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * grad * x**2
 
 
 class OfOnePiece(torch.autograd.Function):
@@ -71,7 +54,7 @@ ROUTES: dict[str, Callable[[Any, Any, Tensor], Any]] = {
 METHODS = ("reverse_unroll", "reverse", "forward", "cg")
 
 
-@pytest.mark.parametrize("operation", [WithContext, OfOnePiece])
+@pytest.mark.parametrize("operation", [CubeOnce, OfOnePiece])
 @pytest.mark.parametrize("scaled", [False, True])  # torch notices neither, for other reasons
 def test_it_is_refused_by_name(operation: Any, scaled: bool) -> None:
     def loss(w: Tensor, h: Tensor) -> Tensor:
@@ -103,13 +86,13 @@ def test_where_first_derivatives_are_enough_it_is_right() -> None:
             for route in ("alone", "vmap"):
                 if method == "forward":  # which takes its products as transposes
                     fn = hf.hypergrad(
-                        solver_of(losses(WithContext.apply)[0]), outer_loss, method=method
+                        solver_of(losses(CubeOnce.apply)[0]), outer_loss, method=method
                     )
                     with cell(method), pytest.raises(RuntimeError, match="once_differentiable"):
                         fn(h)
                     continue
                 found = []
-                for cube in (WithContext.apply, lambda x: x**3):
+                for cube in (CubeOnce.apply, lambda x: x**3):
                     inner, outer = losses(cube)
                     fn = hf.hypergrad(solver_of(inner), outer, method=method)
                     found.append(fn(h) if route == "alone" else torch.func.vmap(fn)(h.expand(2)))

@@ -8,7 +8,6 @@ import optree
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.func import grad, jacrev, vmap
 
 import hyperfunc as hf
@@ -25,7 +24,7 @@ from tests.bilevel.test_bilevel import (
     vectors,
 )
 from tests.cells import slow_but
-from tests.problems import ravel, stack
+from tests.problems import CubeOnce, ravel, stack
 
 LOOPS = ["f2sa", "bome", "pbgd", "meha", "sama", "darts"]
 C, ETA, GAMMA, T = 7.0, 0.5, 0.8, 3
@@ -284,24 +283,6 @@ def test_meha_leaves_a_point_of_negative_curvature() -> None:
 # What is asked of the losses, and what is done to them -------------------------------------------
 
 
-class _Cube(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * grad * x**2
-
-
 def cubed(cube: Callable[[Tensor], Tensor]) -> Any:
     """Losses with a cube in each, of params and of hparams."""
 
@@ -318,7 +299,7 @@ def cubed(cube: Callable[[Tensor], Tensor]) -> Any:
 def test_first_derivatives_suffice(name: str) -> None:
     """With losses that have no second ones, alone and over tasks: the numbers of those that do."""
     tasks = [quadratic(seed) for seed in range(2)]
-    once, often = make(name, cubed(_Cube.apply)), make(name, cubed(lambda x: x**3))
+    once, often = make(name, cubed(CubeOnce.apply)), make(name, cubed(lambda x: x**3))
     batches = [(task.inner(0), task.outer(1)) for task in tasks]
     results = []
     for loop in (often, once):
@@ -333,7 +314,7 @@ def test_first_derivatives_suffice(name: str) -> None:
         states = vmap(once.update)(states, *stack(batches))
     assert_close(results[1], results[0], 1e-9)
     assert_close(states, results[0], 1e-9)
-    soba = hf.bilevel.soba(*cubed(_Cube.apply), inner_lr=0.1, outer_lr=0.1)
+    soba = hf.bilevel.soba(*cubed(CubeOnce.apply), inner_lr=0.1, outer_lr=0.1)
     with pytest.raises(RuntimeError, match="once"):
         soba.update(soba.init(*start()), *batches[0])
 
