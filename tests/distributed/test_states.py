@@ -343,7 +343,7 @@ def test_a_state_of_version_0_1_0_is_loaded_with_a_warning(tmp_path: Path) -> No
 
 
 def test_one_save_at_a_time_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fcntl = pytest.importorskip("fcntl")
+    fcntl = pytest.importorskip("fcntl", reason="Windows has no file locks of this kind")
     monkeypatch.setattr("hyperfunc.distributed._folder._PATIENCE", 0.1)
     hf.distributed.save_state({"a": 1}, tmp_path, 1)
     with (tmp_path / ".lock").open() as lock:  # as another process would
