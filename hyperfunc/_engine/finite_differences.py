@@ -48,6 +48,7 @@ class DifferencedLinearization(autodiff.Linearization):
         self._params, self._groups = tuple(range(num_params)), groups
         self._tracked = tracking.is_tracked(primals)
         self._looks = True
+        self._used: dict[int, list[bool]] = {}
         self.captures_gradient = False
         self.aux: Leaves = ()
         since = tracking.now()
@@ -65,8 +66,22 @@ class DifferencedLinearization(autodiff.Linearization):
         return self._difference(self._params, cotangents, self._groups[group])
 
     def pull_used(self, cotangents: Leaves, group: int) -> tuple[Tensor | None, ...]:
-        """`pull`: what the loss does not use is not known to be so."""
-        return self.pull(cotangents, group)
+        """`pull`, with None for the primals that the loss does not use."""
+        wrt = self._groups[group]
+        if group not in self._used:
+            primals = tracking.detach(self._primals)
+            found = autodiff.gradient_used(
+                lambda *leaves: self._value(*_replaced(primals, wrt, leaves)),
+                tuple(primals[i] for i in wrt),
+                create_graph=False,
+                used=[],
+            )
+            self._used[group] = [grad is not None for grad in found]
+        used = self._used[group]
+        if not any(used):
+            return (None,) * len(used)
+        terms = zip(self.pull(cotangents, group), used, strict=True)
+        return tuple(term if is_used else None for term, is_used in terms)
 
     def push(self, tangents: Leaves, group: int = 0) -> Leaves:
         """The product with the Jacobian, for the primals of a group."""

@@ -241,3 +241,22 @@ def test_errors() -> None:
     )
     with pytest.raises(ValueError, match="inner_loss closes over"):
         captured(H)
+
+
+def test_hparams_that_nothing_uses_are_told() -> None:
+    """As with exact products: zeros that no derivative reaches are no answer."""
+    fn = hf.hypergrad(
+        start,
+        lambda w, h: errors(w).mean(),
+        inner_loss=lambda w, h: errors(w).mean(),
+        method=GMRES,
+        **BY_DIFFERENCES,
+    )
+    with pytest.raises(ValueError, match="no derivative reaches hparams"):
+        fn(H)
+    solve = hf.implicit_diff(
+        start, inner_loss=lambda w, h: errors(w).mean(), method=GMRES, throw=False, **BY_DIFFERENCES
+    )
+    tracked = tree_map(lambda leaf: leaf.clone().requires_grad_(), H)
+    with pytest.warns(UserWarning, match="no derivative reaches hparams"):
+        errors(solve(tracked)).mean().backward()
