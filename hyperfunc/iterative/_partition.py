@@ -35,6 +35,7 @@ def forward_and_backward(
     """Split ``fn(*operands) = (*outputs, *products)``: outputs and what to keep, then products."""
     with disable_proxy_modes_tracing():
         graph = make_fx(fn)(*operands)
+    graph.graph.eliminate_dead_code()  # which would have values kept, some on no device
     placeholders = graph.graph.find_nodes(op="placeholder")
     nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
     (outputs,) = graph.graph.output_node().args
