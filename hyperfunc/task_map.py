@@ -341,6 +341,10 @@ def _flat_dims(
     for leaf, dim, path in zip(leaves, dims, trees.paths(spec, "args"), strict=True):
         if dim is None:
             continue
+        if type(dim) is not int:
+            raise TypeError(
+                f"task_map: in_dims is {show(dim)} at {path}; expected an integer or None"
+            )
         if not isinstance(leaf, Tensor):
             raise ValueError(
                 f"task_map: {path} is {show(leaf)} "

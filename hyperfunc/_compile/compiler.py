@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hyperfunc._compile.comparison import difference
 from hyperfunc._engine import trees
 from hyperfunc._engine.shown import show
-from hyperfunc._torch import loops, tracking
+from hyperfunc._torch import internals, loops, tracking
 from hyperfunc._torch.captured import captured_values
 from hyperfunc._types import Leaves
 
@@ -148,15 +148,17 @@ class Compiler:
                 f"({error}), so that it cannot be told when it changes. Leave it out of args"
             ) from error
         frames: list[trees.Frame] = []
+        grad_mode = torch.is_grad_enabled()  # in which tensors that require grad are refused
 
         def flat(*operands: Tensor) -> Leaves:
-            tensors, frame = trees.partition(fn(*operands))
+            with torch.set_grad_enabled(grad_mode):
+                tensors, frame = trees.partition(fn(*operands))
             frames[:] = [frame]
             return tensors
 
-        call = _Call(self, flat, (key, variables), frames)
+        call = _Call(self, flat, (key, variables, grad_mode), frames)
         if tracking.transforms_active():
-            outputs = _Outside.apply(call, *operands)
+            outputs = _outside(call, operands)
         else:
             outputs = self.run(call, operands)
         return frames[0].fill(outputs)
@@ -304,34 +306,37 @@ class _Call:
     levels: int = 0
 
 
-class _Outside(torch.autograd.Function):
-    """Leaves the levels of vmap one by one, and runs the compiled batched function there."""
-
-    @staticmethod
-    def forward(call: _Call, *operands: Tensor) -> Leaves:
+def _outside(call: _Call, operands: Leaves) -> Leaves:
+    """Leave the levels of vmap one by one, and run the compiled batched function there."""
+    vmap: Any = internals.innermost_transform()
+    if vmap is None:
         outputs = call.compiler.run(call, operands)
         # expanded results too, which would make another signature of what follows
         return tuple(
-            leaf.clone() if leaf._is_view() or 0 in leaf.stride() else leaf for leaf in outputs
+            leaf.clone() if internals.is_view(leaf) or 0 in leaf.stride() else leaf
+            for leaf in outputs
         )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
-        ctx.mark_non_differentiable(*output)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], call: _Call, *operands: Tensor
-    ) -> tuple[Leaves, int]:
-        dims = tuple(in_dims[1:])
-        batched = dataclasses.replace(
+    level = vmap.level()
+    dims = tuple(
+        internals.batch_dim(leaf) if internals.level_of(leaf) == level else None
+        for leaf in operands
+    )
+    mapped = any(dim is not None for dim in dims)
+    if mapped:
+        pairs = zip(operands, dims, strict=True)
+        operands = tuple(leaf if dim is None else internals.unwrapped(leaf) for leaf, dim in pairs)
+        randomness = internals.vmap_randomness(vmap)
+        call = dataclasses.replace(
             call,
-            fn=torch.func.vmap(call.fn, dims, randomness=info.randomness),
-            key=(call.key, dims, info.batch_size, info.randomness),
+            fn=torch.func.vmap(call.fn, dims, randomness=randomness),
+            key=(call.key, dims, internals.vmap_size(vmap), randomness),
             levels=call.levels + 1,
         )
-        outputs: Leaves = _Outside.apply(batched, *operands)
-        return outputs, 0
+    with internals.outside_innermost():
+        outputs = _outside(call, operands)
+    if not mapped:
+        return outputs
+    return tuple(internals.with_batch_dim(leaf, 0, level) for leaf in outputs)
 
 
 def _parts(graph: torch.fx.GraphModule) -> list[torch.fx.GraphModule]:

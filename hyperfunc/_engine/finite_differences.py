@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.flat import differentiable_indices, scatter, split
+from hyperfunc._engine.shown import show
 from hyperfunc._torch import autodiff, batching, tracking
 from hyperfunc._types import Leaves
 
@@ -21,8 +22,8 @@ Value = Callable[..., Tensor]
 
 
 def check_products(products: Any) -> None:
-    if products not in ("reverse", "finite_difference"):
-        raise ValueError(f"products is {products!r}; expected 'reverse' or 'finite_difference'")
+    if not isinstance(products, str) or products not in ("reverse", "finite_difference"):
+        raise ValueError(f"products is {show(products)}; expected 'reverse' or 'finite_difference'")
 
 
 class DifferencedLinearization(autodiff.Linearization):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hyperfunc._engine.shown import show
 from hyperfunc._torch import batching
 from hyperfunc._torch.containers import loadable
 from hyperfunc._types import TensorTree
@@ -32,6 +33,14 @@ class RESULTS(enum.IntEnum):
         member._value_ = code
         member.message = message
         return member
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        codes = ", ".join(map(str, map(int, cls)))
+        raise ValueError(
+            f"RESULTS has no code {show(value)}; expected one of {codes}. Of many solves write "
+            f"[hf.RESULTS(code) for code in stats.result.tolist()]"
+        )
 
     success = 0, "the solve succeeded"
     max_steps = 1, "the step limit was reached before the tolerance; raise maxiter or rtol"

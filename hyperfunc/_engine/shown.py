@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,14 @@ def show(value: Any) -> str:
     if "tensor(" in text or "array(" in text:
         return f"{kind.__name__}(...)"
     return text if hasattr(kind, "__dataclass_fields__") else _cut(text)
+
+
+def show_fields(value: Any) -> str:
+    """The repr of a dataclass of ours whose fields may be tensors."""
+    fields = (
+        f"{each.name}={show(getattr(value, each.name))}" for each in dataclasses.fields(value)
+    )
+    return f"{type(value).__name__}({', '.join(fields)})"
 
 
 def _cut(text: str) -> str:

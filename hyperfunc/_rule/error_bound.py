@@ -12,7 +12,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc._engine.flat import split
-from hyperfunc._engine.shown import show
+from hyperfunc._engine.shown import show, show_fields
 from hyperfunc._rule.conditions import BoundCondition
 from hyperfunc._torch import autodiff
 from hyperfunc._torch.containers import loadable
@@ -84,6 +84,8 @@ class ErrorBound:
     strong_convexity: float | None = None
     sharpen: bool = True
     num_steps: int = 20
+
+    __repr__ = show_fields
 
     def __post_init__(self) -> None:
         if self.contraction is not None and not 0 <= self.contraction < 1:

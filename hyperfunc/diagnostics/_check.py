@@ -153,6 +153,8 @@ def check_hypergrad(  # noqa: D417
     if rtol is not None:
         check_number("check_hypergrad", "rtol", rtol, above=True)
     hparams, args = trees.tree_map(_detached, (hparams, args))
+    if isinstance(routes, Tensor):
+        raise TypeError(f"check_hypergrad: routes is {show(routes)}; expected a list of names")
     for route in routes or ():
         if route not in ROUTES:
             raise ValueError(

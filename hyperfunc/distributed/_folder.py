@@ -15,11 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from hyperfunc._engine.results import HypergradError
+from hyperfunc._engine.shown import show
 from hyperfunc.distributed import _files
 
 _STEP, _REPLACED = re.compile(r"step-(\d+)"), re.compile(r"\.(step-(\d+))\.replaced")
 # How long a save waits for another one in the same folder, in seconds.
 _PATIENCE = 10.0
+
+
+def path_of(caller: str, folder: Any) -> Path:
+    """A folder that a caller was given, whatever the working directory becomes."""
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"{caller}: folder is {show(folder)}; expected a path")
+    return Path(folder).absolute()
 
 
 def states(folder: Path) -> dict[int, Path]:

@@ -101,7 +101,7 @@ def save_state(
         (tensor([1., 1., 1.]), 4, 10)
     """
     ranks, named, error = Ranks(group), {}, None
-    folder = Path(folder).absolute()
+    folder = _folder.path_of("save_state", folder)
     with in_contact("save_state", group):
         try:
             check_count("save_state", "step", step, 0)
@@ -190,7 +190,7 @@ def load_state(
         >>> optimizer.state[weight]["exp_avg"]
         tensor([-0.2000, -0.2000])
     """
-    folder, ranks = Path(folder).absolute(), Ranks(group)
+    folder, ranks = _folder.path_of("load_state", folder), Ranks(group)
     if (earlier := vars(_EARLIER).get(_key(folder))) is not None:
         wait([earlier])
 

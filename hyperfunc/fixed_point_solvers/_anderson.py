@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
 from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc.fixed_point_solvers._base import AbstractFixedPointSolver, Iteration, Point, Problem
-from hyperfunc.linear_solvers._anderson import append_row, mixing_coefficients
+from hyperfunc.linear_solvers._anderson import Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +68,20 @@ class Anderson(AbstractFixedPointSolver):
 class _Mixing:
     def __init__(self, solver: Anderson) -> None:
         self._solver = solver
+        self._slot = 0
         self._previous: tuple[Tensor, Tensor] | None = None
 
     def advance(self, point: Point, active: Tensor, restart: Tensor) -> Tensor:
-        memory, step_size, ridge = self._solver.memory, self._solver.step_size, self._solver.ridge
-        z, f = point.z, point.residual
-        new = point.value if step_size == 1 else z + step_size * f
+        step_size, f = self._solver.step_size, point.residual
+        new = plain = point.value if step_size == 1 else point.z + step_size * f
         if self._previous is None:
-            self._z_steps = self._f_steps = z.new_empty(z.shape[0], 0, z.shape[1])
-            self._alive = restart.new_empty(z.shape[0], 0)
+            self._window = Window.empty(f)
         else:
-            old_z, old_f = self._previous
-            self._z_steps = append_row(self._z_steps, z - old_z, memory)
-            self._f_steps = append_row(self._f_steps, f - old_f, memory)
-            alive = torch.cat([self._alive, active[:, None]], dim=1)[:, -memory:]
-            self._alive = alive & ~restart[:, None]
-            gamma = mixing_coefficients(self._f_steps, f, ridge=ridge, alive=self._alive)
-            steps = torch.add(self._z_steps, self._f_steps, alpha=step_size)
-            new = new - (gamma[:, None] @ steps)[:, 0]
-        self._previous = z, f
+            old_f, old_plain = self._previous
+            window = self._window.put(f - old_f, plain - old_plain, self._slot, active[:, None])
+            window = window._replace(alive=window.alive & ~restart[:, None, None])
+            self._slot = (self._slot + 1) % self._solver.memory
+            new = plain - window.correction(f, self._solver.ridge)
+            self._window = window
+        self._previous = f, plain
         return new

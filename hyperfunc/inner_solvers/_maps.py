@@ -9,6 +9,7 @@ from typing import Any
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable
 from hyperfunc._engine.finite_differences import Products
+from hyperfunc._engine.shown import show_fields
 from hyperfunc._torch import tracking
 from hyperfunc._torch.tangents import in_own_dtype
 from hyperfunc._types import Loss, ParamsFunction, TensorTree
@@ -96,6 +97,8 @@ class DescentMap:
     lr: ScalarCoefficient
     prox: Callable[..., TensorTree] | None = None
     products: Products = "reverse"
+
+    __repr__ = show_fields
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> TensorTree:
         lr = in_own_dtype(self.lr(hparams)) if callable(self.lr) else self.lr

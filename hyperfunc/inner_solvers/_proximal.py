@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_number, is_number
-from hyperfunc._engine.shown import show
+from hyperfunc._engine.shown import show, show_fields
 from hyperfunc._torch.tangents import in_own_dtype
 from hyperfunc._types import Leaves, Loss, TensorTree
 from hyperfunc.optim._base import refuse_schedule
@@ -83,6 +83,8 @@ class ProximalLoss:
     loss: Callable[..., Any]
     weight: ScalarCoefficient
     center: Any
+
+    __repr__ = show_fields
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> Any:
         leaves, _, state = trees.flatten_state(params, "params")

@@ -25,7 +25,7 @@ from hyperfunc.inner_solvers._steps import DescentStep, FlatStep, MapStep, Specs
 
 # Steps that are compiled as one, at most: the time of compiling grows with them. In a loop that is
 # compiled, they pay where the vectors have few entries.
-_LONGEST_BLOCK = 4
+LONGEST_BLOCK = 4
 _FEW = 4096
 
 
@@ -401,7 +401,7 @@ class FlatSteps:
 
 def block_size(num_steps: int) -> int:
     """How many steps are compiled as one: a call of compiled code costs as much as a small step."""
-    return max(size for size in range(1, _LONGEST_BLOCK + 1) if num_steps % size == 0)
+    return max(size for size in range(1, LONGEST_BLOCK + 1) if num_steps % size == 0)
 
 
 def _compiled_block(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,8 +66,7 @@ class AndersonFixedPoint(RichardsonSolver):
         bb, rs = rhs @ rhs, r @ r
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
         first, num_steps, active = rs, no_steps(rs), bounds.open(rs)
-        x_steps = f_steps = rhs.new_empty(0, len(rhs))
-        x_previous = f_previous = x
+        window, slot, previous = Window.empty(rhs), 0, (x, x)
         for step in range(self.maxiter):
             if bounds.finished(active):
                 break
@@ -77,32 +77,68 @@ class AndersonFixedPoint(RichardsonSolver):
                 active = active & bounds.open(rs)
             f = r if precondition is None else ravel(precondition(unravel(r, b)), dtype)
             f = self.step_size * f
-            new = x + f
+            new = plain = x + f
             if step > 0:
-                x_steps = append_row(x_steps, x - x_previous, self.memory)
-                f_steps = append_row(f_steps, f - f_previous, self.memory)
-                new = new - mixing_coefficients(f_steps, f) @ (x_steps + f_steps)
-            x_previous, f_previous = x, f
+                window = window.put(f - previous[0], plain - previous[1], slot, True)
+                slot = (slot + 1) % self.memory
+                new = plain - window.correction(f)
+            previous = f, plain
             num_steps = num_steps + active
             x = torch.where(active, new, x)
         stats = report_growth(bounds.stats(num_steps, rs, active), rs, first, bb, b)
         return unravel(x, b), stats
 
 
-def append_row(rows: Tensor, row: Tensor, size: int) -> Tensor:
-    """The last rows with one more; the dimension before the last counts them."""
-    return torch.cat([rows, row.unsqueeze(-2)], dim=-2)[..., -size:, :]
+class Window(NamedTuple):
+    """The last differences in a ring: a new one takes the place of the oldest.
+
+    A step of the plain iteration leads from ``z`` to ``g = z + f``. For differences of ``f`` and
+    ``g``, ``units`` are ``df / |df|``, ``steps`` are ``dg / |df|``, in the dimension before the
+    last, ``gram`` holds products of units, and columns of ``alive`` tell which rows count.
+    """
+
+    units: Tensor
+    steps: Tensor
+    gram: Tensor
+    alive: Tensor
+
+    @staticmethod
+    def empty(like: Tensor) -> Window:
+        """A window for vectors in the last dimension, without rows."""
+        rows, square = like.unsqueeze(-2)[..., :0, :], like.new_empty(*like.shape[:-1], 0, 0)
+        return Window(rows, rows, square, square.new_empty(*square.shape[:-1], 1) > 0)
+
+    def put(self, f_step: Tensor, g_step: Tensor, slot: int, active: Tensor | bool) -> Window:
+        """The window with a row in a slot; this one, which may be overwritten, is gone then."""
+        norm = torch.linalg.vector_norm(f_step, dim=-1, keepdim=True)
+        alive = (norm > 0) & active
+        scale = torch.where(alive, 1 / torch.where(alive, norm, 1.0), 0.0)
+        unit, step, gram = f_step * scale, g_step * scale, self.gram
+        own = trees.may_overwrite(self, (unit, step, alive))
+        units = _put(self.units, unit, slot, own)
+        products = (unit.unsqueeze(-2) @ units.mT).squeeze(-2)
+        if slot == gram.shape[-1]:
+            gram = torch.nn.functional.pad(gram, (0, 1, 0, 1))
+        gram = _put(_put(gram, products, slot, own).mT, products, slot, own)
+        steps, alive = _put(self.steps, step, slot, own), _put(self.alive, alive, slot, own)
+        return Window(units, steps, gram, alive)
+
+    def correction(self, f: Tensor, ridge: float | None = None) -> Tensor:
+        """The combination of steps to subtract from ``g``, by least squares on ``f``."""
+        ridge = 10 * torch.finfo(f.dtype).eps if ridge is None else ridge
+        eye = torch.eye(self.gram.shape[-1], dtype=f.dtype, device=f.device)
+        gram = torch.where(self.alive & self.alive.mT, self.gram, eye) + ridge * eye
+        # rows times a matrix: its product with a column takes up to nine times as long in a batch
+        products = torch.where(self.alive, (f.unsqueeze(-2) @ self.units.mT).mT, 0.0)
+        coefficients: Tensor = torch.linalg.solve_ex(gram, products)[0]
+        return (coefficients.mT @ self.steps).squeeze(-2)
 
 
-def mixing_coefficients(
-    rows: Tensor, f: Tensor, *, ridge: float | None = None, alive: Tensor | None = None
-) -> Tensor:
-    """Least-squares coefficients of vectors in rows; 0 for those that are zero or not ``alive``."""
-    norms = torch.linalg.vector_norm(rows, dim=-1)
-    alive = norms > 0 if alive is None else alive & (norms > 0)
-    inverse = torch.where(alive, 1 / torch.where(alive, norms, 1.0), 0.0)
-    unit = rows * inverse.unsqueeze(-1)
-    ridge = 10 * torch.finfo(f.dtype).eps if ridge is None else ridge
-    gram = unit @ unit.mT + ridge * torch.eye(rows.shape[-2], dtype=f.dtype, device=f.device)
-    coefficients: Tensor = torch.linalg.solve_ex(gram, unit @ f.unsqueeze(-1))[0].squeeze(-1)
-    return inverse * coefficients
+def _put(rows: Tensor, row: Tensor, slot: int, own: bool) -> Tensor:
+    """Rows with one in a slot, the first free one or that of another."""
+    if slot == rows.shape[-2]:
+        return torch.cat([rows, row.unsqueeze(-2)], dim=-2)
+    if own:
+        rows.select(-2, slot).copy_(row)
+        return rows
+    return rows.select_scatter(row, -2, slot)

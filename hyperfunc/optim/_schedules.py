@@ -170,6 +170,10 @@ def piecewise(values: Sequence[Coefficient], boundaries: Sequence[int]) -> Sched
         >>> [round(float(rate(h, torch.tensor(t))), 2) for t in (0, 4, 5, 100)]
         [0.0, 0.32, 0.5, 0.5]
     """
+    lists: tuple[tuple[str, Any], ...] = (("values", values), ("boundaries", boundaries))
+    for name, given in lists:
+        if not isinstance(given, Sequence) and not (isinstance(given, Tensor) and given.ndim):
+            raise TypeError(f"piecewise: {name} is {show(given)}; expected a list")
     values, boundaries = tuple(values), tuple(boundaries)
     for bound in boundaries:
         check_count("piecewise", "each of the boundaries", bound)

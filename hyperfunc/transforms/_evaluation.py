@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperfunc._compile.compiler import Compiler
+from hyperfunc._compile.compiler import Compiler, applies
 from hyperfunc._engine import trees
 from hyperfunc._engine.finite_differences import Products, check_products
 from hyperfunc._engine.flat import split
@@ -247,8 +247,37 @@ class Hypergradient:
         self, hparams: TensorTree, args: tuple[Any, ...]
     ) -> tuple[TensorTree, Solution]:
         arguments, theta, hparams_spec = Arguments.flatten(hparams, args)
+        solver: Any = self.rule.inner_solver
+        evaluate = functools.partial(self._by_graph, arguments, hparams_spec)
+        if self.compiler is not None and applies(theta):
+            inputs, inputs_spec = trees.flatten(solver.inputs)
+
+            def compute(*operands: Tensor) -> tuple[TensorTree, Solution, Tensor]:
+                theta, inputs = split(operands, len(operands) - inputs_spec.num_leaves)
+                minibatches = trees.unflatten(inputs_spec, inputs)
+                steps = dataclasses.replace(solver, inputs=minibatches, compiler=None)
+                grads, solution = evaluate(steps, theta, False)
+                return grads, solution, _shows_soundness(grads, solution.params)
+
+            key = (arguments, hparams_spec, inputs_spec)
+            grads, solution, sound = self.compiler.call(
+                compute, key, self.compiler.read(), (*theta, *inputs)
+            )
+            if not self.rule.throw or batching.all_true(sound):
+                return grads, solution
+        return evaluate(solver, theta, self.rule.throw)
+
+    def _by_graph(
+        self,
+        arguments: Arguments,
+        hparams_spec: trees.TreeSpec,
+        inner_solver: Callable[..., Any],
+        theta: Leaves,
+        throw: bool | None,
+    ) -> tuple[TensorTree, Solution]:
+        """The hypergradient from the graph of the solver and the outer loss, and the solution."""
         wrt = tuple(range(arguments.num_hparams))
-        method, inner_solver = self.rule.method, self.rule.inner_solver
+        method = self.rule.method
         outer = OuterLoss(self.outer_loss, self.has_aux)
         layouts: list[Layout] = []
 
@@ -281,7 +310,7 @@ class Hypergradient:
         grads = linearized.pull((torch.ones_like(value),))
         sizes = params_spec.num_leaves, frame.constants.count(None)
         w, solver_aux, aux = split(linearized.aux, *sizes)
-        if self.rule.throw:
+        if throw:
             raise_unless_finite(w, params_spec)
             if not is_sound(grads):
                 raise_unless_finite(grads, hparams_spec, "hparams")
@@ -297,6 +326,12 @@ class Hypergradient:
         found = frame.fill(tracking.detach(solver_aux))
         solution = Solution(params, value, outer.unflatten_aux(aux), (), (), solver_aux=found)
         return trees.unflatten(hparams_spec, grads), solution
+
+
+def _shows_soundness(grads: TensorTree, params: TensorTree) -> Tensor:
+    """A flag that shows that all is finite and some gradient is not zero."""
+    finite = trees.sum_is_finite(tuple(filter(tracking.is_differentiable, trees.tensors(params))))
+    return finite & trees.sum_is_finite_and_nonzero(tuple(trees.tensors(grads)))
 
 
 def _flatten_start(

@@ -22,10 +22,11 @@ from hyperfunc._types import (
     ParamsFunction,
     TensorTree,
 )
-from hyperfunc.inner_solvers._solvers import IterativeSolver
+from hyperfunc.inner_solvers._solvers import LONGEST_BLOCK, IterativeSolver
+from hyperfunc.iterative import ReverseUnroll
 from hyperfunc.linear_solvers import StochasticAID
 from hyperfunc.transforms._evaluation import Hypergradient, make_rule
-from hyperfunc.transforms._methods import is_implicit, resolve_method
+from hyperfunc.transforms._methods import is_implicit, resolve_method, unrolls
 from hyperfunc.transforms._transformed_solver import Transformed
 
 if TYPE_CHECKING:
@@ -134,10 +135,11 @@ def hypergrad(
             ``torch.compile``: True, or a backend of it by name, a mode such as
             ``"reduce-overhead"`` (CUDA graphs), or a dictionary of options of its default backend.
             With an iterative method it is the inner solver's steps and their derivatives that are
-            compiled, as by the ``compile`` of `minimize`. The first call with arguments of a shape
-            takes ten to twenty seconds, all others are faster, under ``vmap`` too. With the default
-            backend on a CPU and torch 2.13 or later, loops are compiled as loops, with their
-            tolerances; an older torch warns and runs uncompiled. Other backends unroll them, for
+            compiled, as by the ``compile`` of `minimize`; of up to four steps, as in MAML, all is,
+            the outer loss too. The first call with arguments of a shape takes ten to twenty
+            seconds, all others are faster, under ``vmap`` too. With the default backend on a CPU
+            and torch 2.13 or later, loops are compiled as loops, with their tolerances; an older
+            torch warns and runs uncompiled. Other backends unroll them, for
             solvers of a fixed number of steps (``rtol=0, atol=0``). Functions must not draw random
             numbers; where derivatives of the hypergradient are asked for,
             it runs uncompiled. Compiled code takes up what changes between calls in the variables,
@@ -436,10 +438,15 @@ class _Transform:
     bound: ErrorBound | None
 
     def __call__(self, inner_solver: InnerSolver) -> Transformed:
-        solver, compiler = inner_solver, None
-        if self.backend is not None and not is_implicit(self.method):
+        solver, compiler, method = inner_solver, None, self.method
+        if self.backend is not None and not is_implicit(method):
             solver = self._compile_steps(self.backend, inner_solver)
-        options = (self.method, self.throw, None, self.solver_has_aux, self.products)
+            if 0 < solver.num_steps <= LONGEST_BLOCK and unrolls(method):
+                # few steps are compiled with all else, which takes no replay
+                parts = (solver.step, solver.init, self.outer_loss)
+                compiler = Compiler(self.backend, "the hypergradient", parts)
+                solver, method = inner_solver, ReverseUnroll()
+        options = (method, self.throw, None, self.solver_has_aux, self.products)
         rule = make_rule(solver, self.conditions, *options)
         condition = rule.condition
         if self.bound is not None and condition is not None:

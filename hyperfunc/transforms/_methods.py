@@ -56,3 +56,10 @@ def resolve_method(method: Any) -> Any:
 def is_implicit(method: Any) -> bool:
     """Whether a method is a linear solver for the implicit rule (else it differentiates steps)."""
     return isinstance(method, AbstractLinearSolver)
+
+
+def unrolls(method: Any) -> bool:
+    """Whether a method gives what differentiating all steps gives."""
+    if isinstance(method, iterative.Reverse):
+        return method.last is None
+    return isinstance(method, iterative.ReverseUnroll)

@@ -170,6 +170,69 @@ def test_minibatches(method: Any, mapped: bool) -> None:
     close(*results)
 
 
+@pytest.mark.slow
+def test_few_steps_are_compiled_with_all_else(calls: Counter[str]) -> None:
+    h, (x, y) = {**hparams(), "unused": torch.ones(2)}, data()
+    factor, tasks = [torch.tensor(2.0)], (torch.stack([x, x.sin()]), torch.stack([y, y.cos()]))
+
+    def outer(w: Any, h: Any, x: Tensor, y: Tensor) -> Any:
+        return factor[0] * outer_loss(w, h), {"params": w}
+
+    for method, optimizer, options in (
+        (hf.ReverseUnroll(), hf.optim.adam(lambda h: h["lr"]), {"inputs": torch.arange(1.0, 4.0)}),
+        (hf.Reverse("sqrt"), hf.optim.sgd(lambda h: h["lr"], 0.5), {"trace": True}),
+    ):
+        solver = hf.minimize(
+            lambda w, h, *args: loss(w, h, *args), optimizer, 3, init=init, **options
+        )
+        plain, fast = (
+            hf.hypergrad_and_solution(solver, outer, method=method, has_aux=True, compile=compile)
+            for compile in (False, BACKEND)
+        )
+        one, two = (None, 0, 0), (None, None, 0)
+        for factor[0] in (torch.tensor(2.0), torch.tensor(3.0)):
+            close(fast(h, x, y), plain(h, x, y))
+        close(vmap(fast, one)(h, *tasks), vmap(plain, one)(h, *tasks))
+        close(*(vmap(vmap(fn, two), (None, 0, None))(h, *tasks) for fn in (fast, plain)))
+        assert sum(calls.values()) == 4
+        # what is not sound is computed again, which says why
+        broken = tasks[0], tasks[1] / torch.tensor([1.0, 0.0])[:, None]
+        with pytest.raises(hf.HypergradError, match="for 1 of 2 tasks"):
+            vmap(fast, one)(h, *broken)
+        quiet = hf.hypergrad(solver, outer_loss, method=method, compile=BACKEND, throw=False)
+        finite = [leaf.isfinite().all(-1) for leaf in vmap(quiet, one)(h, *broken).values()]
+        assert [flags.tolist() for flags in finite[:1]] == [[True, False]]
+        calls.clear()
+        close(*(grad(lambda h, fn=fn: fn(h, x, y)[1].value)(h) for fn in (fast, plain)))
+        assert not calls
+    held = torch.ones((), requires_grad=True)
+    for wrong, message in (
+        (lambda w, h, *_: held * outer_loss(w, h), "outer_loss closes over"),
+        (lambda w, h, *_: outer_loss(w, h).detach(), "no derivative reaches hparams"),
+        (lambda w, h, *_: outer_loss(w, h) * torch.rand(()), "it draws random numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hf.hypergrad(solver, wrong, method=method, compile=BACKEND)(h, x, y)
+
+
+@pytest.mark.parametrize("method", [hf.ReverseUnroll(), hf.CG(1, rtol=0)], ids=repr)
+def test_one_call_of_compiled_code(method: Any, calls: Counter[str]) -> None:
+    held = torch.ones((), requires_grad=True)
+    rate = hf.optim.sgd(lambda h: h)
+    solver = hf.minimize(lambda w, h, x: (h * w - x) ** 2, rate, 1, init=lambda h, x: x)
+    fn = hf.hypergrad(solver, lambda w, h, x: w**3, method=method, compile=BACKEND)
+    h, tasks = torch.tensor(0.1), torch.tensor([1.0, 2.0])
+    expected = vmap(grad(lambda h, x: (x - h * 2 * h * (h * x - x)) ** 3), (None, 0))(h, tasks)
+    if isinstance(method, hf.ReverseUnroll):
+        close(vmap(fn, (None, 0))(h, tasks), expected)
+        assert len(calls) == 1
+    lost = hf.hypergrad(solver, lambda w, *_: held * w, method=method, compile=BACKEND)
+    with pytest.raises(ValueError, match="outer_loss closes over"):
+        lost(h, tasks[0])
+    with torch.no_grad():
+        lost(h, tasks[0])
+
+
 def test_what_was_not_foreseen_is_computed_again(calls: Counter[str]) -> None:
     solve = hf.ReverseUnroll().solution_map(compiled(by_iterate(4)))
     expected = by_iterate(4)

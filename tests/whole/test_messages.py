@@ -1,6 +1,8 @@
 """No message and no repr prints the entries of a tensor."""
 
 import functools
+import inspect
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +105,9 @@ def test_no_repr_prints_entries() -> None:
         hf.optim.per_step(SECRET),
         hf.optim.from_torch(torch.optim.NAdam, lr=SECRET[0]),
         hf.prox.l1(SECRET),
+        hf.proximal(loss, SECRET[0], center=SECRET),
+        hf.gradient_descent_map(loss, SECRET),
+        hf.ErrorBound(contraction=SECRET[0] / 1e4),
         hf.minimize(loss, hf.optim.adam(SECRET), 1, **steps),
         hf.hypergrad(hf.iterate(loss, 1, **steps), loss, method="reverse"),
         hf.bilevel.soba(loss, loss, inner_lr=SECRET[0], outer_lr=0.1),
@@ -113,3 +118,47 @@ def test_no_repr_prints_entries() -> None:
     assert show(partial) == "partial(...)"
     assert show(list(range(10_000))).endswith("...]")
     assert show("text") == "'text'"
+
+
+SPACES = (hf, hf.optim, hf.prox, hf.bilevel, hf.distributed, hf.fixed_point_solvers)
+PUBLIC = {
+    f"{space.__name__}.{name}": value
+    for space in SPACES
+    for name, value in vars(space).items()
+    if callable(value) and not name.startswith("_")
+}
+GIVEN: dict[str, Any] = {
+    **{"params": SECRET, "hparams": SECRET, "tree": {"a": SECRET}, "module": torch.nn.ReLU()},
+    **{"num_steps": 2, "size": 4, "batch_size": 2, "data": [SECRET], "lr": 0.1, "settings": {}},
+    **{"optimizer": hf.optim.sgd(), "name": "name", "value": 0},
+}
+FOLDERS = {"hyperfunc.distributed.save_state", "hyperfunc.distributed.load_state"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_tensor_in_the_place_of_any_argument(name: str) -> None:
+    function = PUBLIC[name]
+    if isinstance(function, type) and issubclass(function, BaseException | tuple | hf.prox.Prox):
+        return  # made by functions that check
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for parameter in named:
+        if name in FOLDERS and parameter.name != "folder":
+            continue  # it would be written
+        if function is hf.RESULTS and parameter.name != "value":
+            continue  # that makes another enum
+        for value in (SECRET, SECRET[0], HELD, {"a": SECRET}, (1 * SECRET).int()):
+            needed = [p.name for p in named if p.default is p.empty]
+            keywords = {key: GIVEN.get(key, loss) for key in needed} | {parameter.name: value}
+            positional = [keywords.pop(p.name) for p in named if p.kind == p.POSITIONAL_ONLY]
+            try:
+                function(*positional, **keywords)
+            except Exception as error:
+                message, made_by = str(error), traceback.extract_tb(error.__traceback__)[-1]
+                told = parameter.name, show(value), message, made_by
+                assert "1234" not in message, told
+                raised = isinstance(error, TypeError | ValueError | RuntimeError)
+                assert raised, told
+                assert "hyperfunc" in made_by.filename or made_by.filename == __file__, told
