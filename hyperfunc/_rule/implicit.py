@@ -50,7 +50,6 @@ from hyperfunc.linear_solvers import (
 )
 from hyperfunc.linear_solvers._base import parts
 from hyperfunc.linear_solvers._preconditioners import refuse_one_direction
-from hyperfunc.linear_solvers._units import solve_in_units
 
 Linearized: TypeAlias = autodiff.Linearization | MinibatchLinearization
 
@@ -333,7 +332,8 @@ class _LinearSystem:
         else:
             if isinstance(solver, StochasticAID):
                 solver = solver.without_samplers()
-            x, stats = solve_in_units(solver, self.operator(linearization, theta), b, x0)
+            solve = getattr(solver, "solve_and_tell", solver.solve)
+            x, stats = solve(self.operator(linearization, theta), b, x0)
         if self.problem.throw is not False:
             result = stats.result
             if self.problem.throw is None:

@@ -28,6 +28,7 @@ from hyperfunc.linear_solvers._preconditioners import (
     prepare,
     prepare_normal,
 )
+from hyperfunc.linear_solvers._units import in_units
 
 Linear: TypeAlias = Callable[[Leaves], Leaves]
 Stage: TypeAlias = tuple[int, Callable[[Leaves, Leaves], tuple[Tensor, Linear] | None]]
@@ -94,6 +95,7 @@ class CG(PreconditionedSolver):
                 f"expected 'raise' or 'stop'"
             )
 
+    @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         return self.run(operator, b, x0)
 
@@ -246,6 +248,7 @@ class NormalCG(PreconditionedSolver):
         Bjorck, Numerical methods for least squares problems, SIAM 1996, algorithm 7.4.1.
     """
 
+    @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         transposed = operator.T
         precondition = prepare_normal(self.preconditioner, operator, b)
@@ -390,6 +393,7 @@ class BiCGStab(PreconditionedSolver):
         van der Vorst, Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG, 1992.
     """
 
+    @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
         eps = trees.epsilon(b)
@@ -470,4 +474,4 @@ def _seems_symmetric(operator: LinearOperator, b: Leaves) -> Tensor:
     Au, Av = operator.mv(u), operator.mv(v)
     size = trees.norm(Au) * trees.norm(v) + trees.norm(u) * trees.norm(Av)
     gap = (trees.dot(Au, v) - trees.dot(u, Av)).abs()
-    return torch.le(gap, trees.epsilon(b) ** 0.75 * size)
+    return ~torch.gt(gap, trees.epsilon(b) ** 0.75 * size)  # NaN is for the iteration to find
