@@ -55,6 +55,10 @@ class ErrorBound:
     further linear solve a better adjoint, and the bound is the distance to their hypergradient plus
     the bound for that one, if this is less. The returned hypergradient stays as it is.
 
+    The error is that of the derivative of the solution itself. So :math:`A` is the Jacobian of the
+    condition also where the method solves with another operator, the Gauss-Newton matrix of
+    `composed` or one with a damping: :math:`\rho` holds what that makes of :math:`u`.
+
     The norms are estimated at :math:`w` by Krylov spaces. So the bound holds where the second
     derivatives of :math:`L` and the first ones of :math:`r` do not vary between :math:`w` and
     :math:`w^*`, and to first order in the distance (second with ``sharpen``) elsewhere. It is Inf

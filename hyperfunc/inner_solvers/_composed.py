@@ -28,9 +28,9 @@ def composed(model: Callable[..., TensorTree], loss: Callable[..., Any]) -> Comp
     :math:`f(w^*, \lambda) + J(w^*, \lambda) (w - w^*)`, which has the same solution and the cross
     term :math:`\partial_\lambda \nabla_w \ell` of the true loss. It is exact where the model is
     linear in w or the gradient of L vanishes, as where the data are fitted; elsewhere it is an
-    approximation, which `check_hypergrad` will tell from differences. The same holds for second
-    derivatives. G is singular where there are more parameters than outputs: add a regulariser by
-    `proximal`, or a damping by `Damped`.
+    approximation, which `check_hypergrad` will tell from differences, and which the bound of
+    ``error_bound=`` includes. The same holds for second derivatives. G is singular where there are
+    more parameters than outputs: add a regulariser by `proximal`, or a damping by `Damped`.
 
     Args:
         model: ``(params, hparams, *args) -> outputs``, a tree of floating-point tensors. With

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
+from hyperfunc._engine.flat import scatter
 from hyperfunc._torch import derivative_rules, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._torch.differentiable_once import refuse_once_differentiable
@@ -97,18 +98,20 @@ def _grad(
     batched: bool = False,
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    if batched and torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
-        raise RuntimeError(
-            "anomaly detection looks for NaN in each gradient, which torch cannot do where several "
-            "are taken at once, as here. Use torch.autograd.set_detect_anomaly(True, "
-            "check_nan=False), or under it method='reverse' in place of 'forward'"
+    found: list[int] = []  # the inputs that are reached
+
+    def differentiate(*cotangents: Tensor) -> Leaves:
+        grads = derivative_rules.differentiate(
+            outputs, inputs, cotangents, allow_unused=True, create_graph=create_graph
         )
-    options = {"create_graph": create_graph, "is_grads_batched": batched}
+        found[:] = [i for i, grad in enumerate(grads) if grad is not None]
+        return tuple(grads[i] for i in found)
+
+    # is_grads_batched=True would be an older vmap, which knows no rules but torch's own
+    run = torch.func.vmap(differentiate, randomness="same") if batched else differentiate
     with derivative_rules.again():
-        grads: tuple[Tensor | None, ...] = derivative_rules.differentiate(
-            outputs, inputs, cotangents, allow_unused=True, **options
-        )
-    return grads
+        grads = run(*cotangents)
+    return scatter(grads, found, len(inputs))
 
 
 def _nonzero(indices: Sequence[int], values: Sequence[Tensor | None]) -> ByIndex:

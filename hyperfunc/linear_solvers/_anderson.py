@@ -15,6 +15,7 @@ from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import Bounds, LinearOperator, Solved, no_steps
 from hyperfunc.linear_solvers._preconditioners import prepare
 from hyperfunc.linear_solvers._stationary import RichardsonSolver, report_growth
+from hyperfunc.linear_solvers._units import in_units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class AndersonFixedPoint(RichardsonSolver):
         super().__post_init__()
         check_count(self, "memory", self.memory)
 
+    @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         dtype = trees.accumulation_dtype(b)
         rhs = ravel(b, dtype)

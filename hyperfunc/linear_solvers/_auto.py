@@ -25,6 +25,7 @@ from hyperfunc.linear_solvers._dense import Dense
 from hyperfunc.linear_solvers._gmres import GMRES
 from hyperfunc.linear_solvers._krylov import CG, Linear, NormalCG, Stage
 from hyperfunc.linear_solvers._preconditioners import JacobiPreconditioner, NystromPreconditioner
+from hyperfunc.linear_solvers._units import in_units
 from hyperfunc.linear_solvers._wrappers import try_next
 
 MOST_ENTRIES = 256  # inner parameters up to which the matrix may be formed
@@ -91,6 +92,7 @@ class Auto(AbstractLinearSolver):
         x, stats = self.solve_and_tell(operator, b, x0)
         return x, SolveStats(*stats[:3])
 
+    @in_units
     def solve_and_tell(
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, ChoiceStats]:

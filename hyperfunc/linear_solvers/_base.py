@@ -165,7 +165,11 @@ class Bounds:
 
     @staticmethod
     def make(
-        rtol: float | None, atol: float, b: Leaves, rs: Tensor, growth: float | None = None
+        rtol: float | None,
+        atol: float | Tensor,
+        b: Leaves,
+        rs: Tensor,
+        growth: float | None = None,
     ) -> Bounds:
         """Bounds for a right-hand side and the squared norm of the first residual.
 
@@ -176,10 +180,11 @@ class Bounds:
         relative = eps**0.75 if rtol is None else rtol
         # below eps ||b|| a residual is rounding noise, on which recurrences divide 0 by 0
         converged = bb * max(relative, eps) ** 2
-        if atol:
+        if isinstance(atol, Tensor) or atol:
             converged = converged.clamp_min(atol**2)
         diverged = torch.maximum(rs, bb) * (1 / eps if growth is None else growth**2)
-        return Bounds(bb, converged, diverged, eps**0.25, bool(relative or atol))
+        adaptive = bool(relative) or isinstance(atol, Tensor) or bool(atol)
+        return Bounds(bb, converged, diverged, eps**0.25, adaptive)
 
     def read(self, *scalars: Tensor) -> tuple[Bounds, list[Any]]:
         """The same bounds, and scalars of the iteration, as numbers."""

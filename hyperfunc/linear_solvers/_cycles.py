@@ -48,16 +48,16 @@ class _Progress(NamedTuple):
 
 
 def begin(
-    solver: Any, operator: LinearOperator, b: Leaves, x0: Leaves | None
+    solver: Any, operator: LinearOperator, b: Leaves, x0: Leaves | None, atol: Any = None
 ) -> tuple[State, Bounds]:
-    """The better of ``x0`` and zeros, and the bounds on what starts there."""
+    """The better of ``x0`` and zeros, and the bounds on what starts there; ``atol`` may differ."""
     x, r = trees.zeros_like(b), b
     if x0 is not None:
         residual = operator.residual(x0, b)
         better = trees.dot(residual, residual) < trees.dot(b, b)
         x, r = trees.where(better, x0, x), trees.where(better, residual, b)
     rs = trees.dot(r, r)
-    bounds = Bounds.make(solver.rtol, solver.atol, b, rs)
+    bounds = Bounds.make(solver.rtol, solver.atol if atol is None else atol, b, rs)
     return State(x, r, rs, no_steps(rs), bounds.open(rs)), bounds
 
 

@@ -15,6 +15,7 @@ from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator, Solved
 from hyperfunc.linear_solvers._cycles import COARSEST, SLACK
+from hyperfunc.linear_solvers._units import in_units
 
 _AT_ONCE = 2**18  # entries of the vectors whose products are taken in one batch
 _PROBES = 6  # random vectors by which the norm of the inverse is estimated
@@ -48,6 +49,7 @@ class Dense(AbstractLinearSolver):
         Skeel, Iterative refinement implies numerical stability for Gaussian elimination, 1980.
     """
 
+    @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         dtype, eps = trees.accumulation_dtype(b), trees.epsilon(b)
         rhs = ravel(b, dtype)

@@ -26,6 +26,7 @@ from hyperfunc.linear_solvers._preconditioners import (
     prepare,
     resolve_count,
 )
+from hyperfunc.linear_solvers._units import in_units
 
 _NOISE = 10.0  # rounding errors of a product, in units of eps times the norm of the operator
 
@@ -80,6 +81,7 @@ class GMRES(AbstractLinearSolver):
             check_count(self, "restart", self.restart)
         check_preconditioner(self)
 
+    @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         restart = resolve_count(self, "restart", self.restart, 20, b)
         preconditioner = prepare(self.preconditioner, operator, b)

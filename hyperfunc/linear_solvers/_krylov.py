@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.random_vectors import random_uniform
+from hyperfunc._engine.results import RESULTS, code_where
 from hyperfunc._engine.shown import show
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import (
@@ -26,6 +28,7 @@ from hyperfunc.linear_solvers._preconditioners import (
     prepare,
     prepare_normal,
 )
+from hyperfunc.linear_solvers._units import in_units
 
 Linear: TypeAlias = Callable[[Leaves], Leaves]
 Stage: TypeAlias = tuple[int, Callable[[Leaves, Leaves], tuple[Tensor, Linear] | None]]
@@ -92,16 +95,25 @@ class CG(PreconditionedSolver):
                 f"expected 'raise' or 'stop'"
             )
 
+    @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         return self.run(operator, b, x0)
 
     def run(
-        self, operator: LinearOperator, b: Leaves, x0: Leaves | None, stages: tuple[Stage, ...] = ()
+        self,
+        operator: LinearOperator,
+        b: Leaves,
+        x0: Leaves | None,
+        stages: tuple[Stage, ...] = (),
+        atol: Any = None,
     ) -> Solved:
-        """`solve`, with stages in the order of their steps that may change its preconditioner."""
+        """`solve`, with stages in the order of their steps that may change its preconditioner.
+
+        ``atol`` may be a tensor here.
+        """
         accepts = self.negative_curvature == "stop"
         recurrence = _Conjugation(operator, prepare(self.preconditioner, operator, b), accepts)
-        start, bounds = begin(self, operator, b, x0)
+        start, bounds = begin(self, operator, b, x0, atol)
         if self.check_symmetry:
             start = start._replace(active=start.active & _seems_symmetric(operator, b))
 
@@ -236,6 +248,7 @@ class NormalCG(PreconditionedSolver):
         Bjorck, Numerical methods for least squares problems, SIAM 1996, algorithm 7.4.1.
     """
 
+    @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         transposed = operator.T
         precondition = prepare_normal(self.preconditioner, operator, b)
@@ -301,11 +314,11 @@ class NormalCG(PreconditionedSolver):
 class LeastSquares(PreconditionedSolver):
     """The least-squares solution of ``A x = b`` where there is no solution, by `CG` on ``A^T A``.
 
-    Minimises ``||b - A x||``: from zeros, the minimiser of least norm. So a singular Hessian, as
-    that of a network with symmetries, or with more parameters than data, gives the hypergradient
-    of the pseudo-inverse. Where the system is solvable, its solution is what `NormalCG` finds with
-    less rounding error. Two products a step; the rate depends on the squared condition number, over
-    the nonzero singular values.
+    Minimises ``||b - A x||``: from zeros and without a preconditioner, the minimiser of least norm.
+    So a singular Hessian, as that of a network with symmetries, or with more parameters than data,
+    gives the hypergradient of the pseudo-inverse. Where the system is solvable, its solution is
+    what `NormalCG` finds with less rounding error. Two products a step; the rate depends on the
+    squared condition number, over the nonzero singular values.
 
     Tolerances, residual norm and success are those of the normal equations: the residual is
     ``A^T (b - A x)``, and its tolerance ``max(rtol ||A^T b||, atol)``. A preconditioner
@@ -324,8 +337,31 @@ class LeastSquares(PreconditionedSolver):
     """
 
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
-        solver = CG(self.maxiter, self.rtol, self.atol, self.preconditioner)
-        return solver.solve(operator.normal(), operator.T.mv(b), x0)
+        precondition = prepare(self.preconditioner, operator.normal(), b)
+        # in units in which b and A^T b are about 1, as the squares of A^T A may overflow
+        unit = _power_of_two(_safe_norm(b), b)
+        rhs = operator.T.mv(trees.scale(1 / unit, b))
+        size = _power_of_two(_safe_norm(rhs), b)
+        rhs = trees.scale(1 / size, rhs)
+
+        def product(v: Leaves) -> Leaves:
+            image = operator.mv(trees.scale(1 / size, v))
+            return operator.T.mv(trees.scale(1 / size, image))
+
+        inner = CG(self.maxiter, self.rtol)
+        stages: tuple[Stage, ...] = ()
+        if precondition is not None:
+            root = _power_of_two(trees.dot(rhs, precondition(rhs)).abs(), b)
+            everywhere = torch.ones_like(root, dtype=torch.bool)
+            scaled = lambda r: trees.scale(1 / root, precondition(r))  # noqa: E731
+            stages = ((0, lambda x, r: (everywhere, scaled)),)
+        normal = LinearOperator(product, product, symmetric=True, spec=operator.spec)
+        start = None if x0 is None else trees.scale(size / unit, x0)
+        atol = self.atol and self.atol / (unit * size)
+        y, stats = inner.run(normal, rhs, start, stages, atol)
+        x, norm = trees.scale(unit / size, y), stats.residual_norm * unit * size
+        result = code_where(trees.all_finite(x), stats.result, RESULTS.nonfinite)
+        return x, stats._replace(residual_norm=norm, result=result)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,6 +393,7 @@ class BiCGStab(PreconditionedSolver):
         van der Vorst, Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG, 1992.
     """
 
+    @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
         eps = trees.epsilon(b)
@@ -418,8 +455,18 @@ def _power_of_two(value: Tensor, like: Leaves) -> Tensor:
     """One near a value, for exact scaling; 1 for float16, whose inner products cannot overflow."""
     if any(leaf.dtype is torch.float16 for leaf in like):
         return torch.ones_like(value)
-    power = torch.exp2(torch.log2(value).round())
-    return torch.where((power > 0) & torch.isfinite(power), power, 1.0)
+    most = math.log2(torch.finfo(value.dtype).max) - 2
+    power = torch.exp2(torch.log2(value).round().clamp(-most, most))
+    return torch.where((value > 0) & torch.isfinite(value), power, 1.0)
+
+
+def _safe_norm(x: Leaves) -> Tensor:
+    """The norm where its square may be too large or too small for a number."""
+    norm = trees.norm(x)
+    for factor in (2.0**-64, 2.0**64):
+        again = trees.norm(trees.scale(factor, x)) / factor
+        norm = torch.where((norm > 0) & torch.isfinite(norm), norm, again)
+    return norm
 
 
 def _seems_symmetric(operator: LinearOperator, b: Leaves) -> Tensor:
@@ -427,4 +474,4 @@ def _seems_symmetric(operator: LinearOperator, b: Leaves) -> Tensor:
     Au, Av = operator.mv(u), operator.mv(v)
     size = trees.norm(Au) * trees.norm(v) + trees.norm(u) * trees.norm(Av)
     gap = (trees.dot(Au, v) - trees.dot(u, Av)).abs()
-    return torch.le(gap, trees.epsilon(b) ** 0.75 * size)
+    return ~torch.gt(gap, trees.epsilon(b) ** 0.75 * size)  # NaN is for the iteration to find

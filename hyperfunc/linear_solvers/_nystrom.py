@@ -14,6 +14,7 @@ from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator, Solved
 from hyperfunc.linear_solvers._preconditioners import resolve_count
+from hyperfunc.linear_solvers._units import in_units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Nystrom(AbstractLinearSolver):
         check_number(self, "rho", self.rho, above=True)
         check_count(self, "seed", self.seed, 0)
 
+    @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         rank = resolve_count(self, "rank", self.rank, 10, b)
         dtype = trees.accumulation_dtype(b)

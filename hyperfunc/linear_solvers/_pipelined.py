@@ -14,6 +14,7 @@ from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import Bounds, LinearOperator, Solved
 from hyperfunc.linear_solvers._cycles import State, begin, run_cycles
 from hyperfunc.linear_solvers._preconditioners import PreconditionedSolver, prepare
+from hyperfunc.linear_solvers._units import in_units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ class PipelinedCG(PreconditionedSolver):
         super().__post_init__()
         check_count(self, "replace", self.replace)
 
+    @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
 

@@ -26,6 +26,7 @@ from hyperfunc.linear_solvers._preconditioners import (
     check_preconditioner,
     prepare,
 )
+from hyperfunc.linear_solvers._units import in_units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +137,7 @@ class FixedPoint(RichardsonSolver):
         Grazzi et al., On the iteration complexity of hypergradient computation, arXiv 2006.16218.
     """
 
+    @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         return self._iterate(operator, b, x0)
 
@@ -157,6 +159,7 @@ class Neumann(RichardsonSolver):
         Lorraine, Vicol and Duvenaud, arXiv 1911.02590; Grazzi et al., arXiv 2006.16218.
     """
 
+    @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         return self._iterate(operator, b, x0, series=True)
 

@@ -20,6 +20,7 @@ from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator, Solved
+from hyperfunc.linear_solvers._units import in_units
 
 Blocks = Literal["children", "leaves", "batch"]
 
@@ -93,6 +94,7 @@ class Fallback(AbstractLinearSolver):
         x, stats = self.solve_and_tell(operator, b, x0)
         return x, SolveStats(*stats[:3])
 
+    @in_units
     def solve_and_tell(
         self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None
     ) -> tuple[Leaves, ChoiceStats]:

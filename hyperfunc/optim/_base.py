@@ -129,7 +129,13 @@ def check_coefficient(name: str, key: str, coefficient: Coefficient) -> None:
 
 
 def refuse_schedule(name: str, key: str, coefficient: Any) -> None:
-    """Raise if a coefficient depends on the step, where there is none."""
+    """Raise if a coefficient depends on the step, where there is none, or on names."""
+    if isinstance(coefficient, ByName):
+        raise TypeError(
+            f"{name}: {key} is a function of names, but one value is for all of params here; "
+            f"expected a number, a 0-d tensor or a function of hparams. An optimizer of hf.optim "
+            f"in hf.minimize takes it"
+        )
     if isinstance(coefficient, Schedule):
         raise TypeError(
             f"{name}: {key} is a schedule, but no steps are counted here; expected a number, a "
@@ -171,6 +177,11 @@ def evaluate(
         )
     value = coefficient(*arguments)
     label = f"{key}(hparams, step)" if len(arguments) == 2 else f"{key}(hparams)"
+    if isinstance(value, Schedule) and step is None:
+        raise TypeError(
+            f"{name}: {label} is a schedule; expected a number, a tensor or a tree of them. Give "
+            f"the schedule itself as {key}: its values may be functions of hparams"
+        )
     _check_values(name, key, value, label)
     return trees.tree_map(in_own_dtype, value) if forward_mode_active() else value
 
@@ -311,12 +322,20 @@ def _by_leaf(
 ) -> list[Any]:
     if _is_by_name(value, spec):
         column = of_names(label, value, spec)
+        name, _, key = label.rpartition(": ")
+        for item in {id(item): item for item in column if not callable(item)}.values():
+            _check_values(name, key, item, f"{key} for a parameter")
     else:
         parts = match_prefix(label, value, params)
         column = [item for item, part in parts for _ in trees.flatten(part)[0]]
     functions = {id(item): evaluated(item) for item in column if callable(item)}
     column = [functions.get(id(item), item) for item in column]
     for path, item, leaf in zip(trees.paths(spec, "params"), column, leaves, strict=True):
+        if not isinstance(item, Tensor | int | float):
+            raise TypeError(
+                f"{label}: what stands for {path} is {describe(item)}; expected a number, a "
+                f"tensor, a function of hparams that returns one, or a schedule"
+            )
         if must_broadcast and isinstance(item, Tensor) and not _broadcasts(item.shape, leaf.shape):
             raise ValueError(
                 f"{label}: a value of shape {tuple(item.shape)} stands for {path}, of shape "

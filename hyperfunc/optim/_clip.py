@@ -12,6 +12,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._types import TensorTree
 from hyperfunc.optim._base import (
+    ByName,
     Coefficient,
     Optimizer,
     Schedule,
@@ -138,11 +139,14 @@ class _ClippedByValue(PrintsAsCall):
 
 def _step(name: str, key: str, coefficient: Coefficient, state: Any) -> Tensor | None:
     """The step that a schedule is taken at: that of the state of the optimiser."""
-    if not any(isinstance(leaf, Schedule) for leaf in trees.flatten(coefficient)[0]):
+    leaves = trees.flatten(coefficient)[0]
+    if not any(isinstance(leaf, Schedule | ByName) for leaf in leaves):
         return None
     while isinstance(state, tuple) and not isinstance(state, State) and state:
         state = state[0]  # of several optimisers, which count alike
     if not isinstance(state, State):
+        if not any(isinstance(leaf, Schedule) for leaf in leaves):
+            return None
         raise TypeError(
             f"{name}: {key} is a schedule, which needs the step, but the optimiser's state is of "
             f"type {type(state).__name__}; expected an hf.optim.State, which counts steps"

@@ -32,7 +32,8 @@ def by_name(fn: Callable[[str], Any]) -> ByName:
     ``""`` fits all.
 
     Args:
-        fn: ``name -> value``: a number, a tensor, or a function of hparams that returns one.
+        fn: ``name -> value``, pure: a number, a tensor, a function of hparams that returns one, or
+            a schedule.
 
     Raises:
         TypeError: ``fn`` is no function.
@@ -47,7 +48,7 @@ def by_name(fn: Callable[[str], Any]) -> ByName:
         >>> {name: round(leaf.item(), 4) for name, leaf in new.items()}
         {'a.weight': 0.85, 'a.bias': 0.9, 'b.weight': 0.7, 'b.bias': 0.8}
     """
-    check_callable(fn, "by_name: fn", "name -> number, tensor, or function of hparams")
+    check_callable(fn, "by_name: fn", "name -> number, tensor, function of hparams, or schedule")
     return ByName(fn)
 
 

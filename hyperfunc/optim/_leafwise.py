@@ -16,6 +16,7 @@ from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._torch.tracking import is_tracked, transforms_active
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import (
+    ByName,
     Coefficient,
     Gradients,
     Initializer,
@@ -44,9 +45,9 @@ class Leafwise(PrintsAsCall, abc.ABC):
 
     @property
     def scheduled(self) -> bool:
-        """Whether a coefficient depends on the step."""
+        """Whether a coefficient depends on the step, or may do so by a function of names."""
         leaves = trees.flatten(tuple(self.coefficients.values()))[0]
-        return any(isinstance(leaf, Schedule) for leaf in leaves)
+        return any(isinstance(leaf, Schedule | ByName) for leaf in leaves)
 
     @property
     def coefficients(self) -> dict[str, Coefficient]:

@@ -17,6 +17,7 @@ from hyperfunc._engine.checks import check_callable, check_count
 from hyperfunc._engine.shown import show
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc.optim._base import (
+    ByName,
     Coefficient,
     Schedule,
     check_coefficient,
@@ -242,7 +243,7 @@ class _PerStep(PrintsAsCall, Schedule):
                 )
             return _row(rows, step.clamp(max=len(rows) - 1))
 
-        return trees.tree_map(row, evaluate("per_step", "values", self.values, hparams, step))
+        return trees.tree_map(row, _values("per_step", "values", self.values, hparams, step))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -258,7 +259,7 @@ class _Piecewise(PrintsAsCall, Schedule):
         for index, (value, begin) in enumerate(zip(self.values, begins, strict=True)):
             now = (step - begin).clamp(min=0)
             new = trees.tree_map(
-                _as_tensor, evaluate("piecewise", f"values[{index}]", value, hparams, now)
+                _as_tensor, _values("piecewise", f"values[{index}]", value, hparams, now)
             )
             if result is None:
                 result = new
@@ -283,7 +284,7 @@ class _Named(Schedule):
     def __call__(self, hparams: Any, step: Tensor) -> Any:
         numbers = []
         for key, coefficient in self.coefficients:
-            numbers.append(evaluate(self.name, key, coefficient, hparams, step))
+            numbers.append(_values(self.name, key, coefficient, hparams, step))
             if len(numbers) > 1:
                 check_single(f"{self.name}: {key}", numbers[-1], "put them into value")
         value, *others = numbers
@@ -308,6 +309,19 @@ def _named(
     for key, coefficient in coefficients.items():
         check_coefficient(name, key, coefficient)
     return _Named(name, rule, (count, number), tuple(coefficients.items()))
+
+
+def _values(name: str, key: str, coefficient: Coefficient, hparams: Any, step: Tensor) -> Any:
+    """The value of a coefficient, which holds no function of names or for single leaves."""
+    value = evaluate(name, key, coefficient, hparams, step)
+    for leaf in trees.flatten(value)[0]:
+        if callable(leaf) or isinstance(leaf, ByName):
+            raise TypeError(
+                f"{name}: {key} holds {describe(leaf)}; expected numbers and tensors, or one "
+                f"function of hparams for all of them. For a schedule by the name of a parameter "
+                f"write hf.optim.by_name(lambda name: hf.optim.{name}(...))"
+            )
+    return value
 
 
 def _constant(t: Tensor, n: int, value: Any, factor: Any) -> Any:

@@ -18,6 +18,7 @@ from hyperfunc._engine.shown import show
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import (
+    ByName,
     Initializer,
     Optimizer,
     State,
@@ -91,6 +92,13 @@ def from_torch(
     if native is not None:
         kept = {name: value for name, value in options.items() if name not in _EXECUTION_OPTIONS}
         return native(**kept)
+    for key, value in options.items():
+        if isinstance(value, ByName):
+            raise TypeError(
+                f"from_torch: {key} is a function of names, which {class_name(optimizer_class)} "
+                f"does not take; expected a dictionary from the names of modules to values, as in "
+                f'{key}={{"encoder": 1e-4, "": 1e-3}}'
+            )
     named = split_by_names(options)
     if named is not None:
         return from_groups(make, named, options)

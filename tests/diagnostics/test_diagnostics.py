@@ -584,6 +584,42 @@ def test_the_formula_of_the_bound() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
+def test_bounds_are_on_the_derivative_of_the_solution_itself() -> None:
+    """Not on that of a problem with the operator that is solved with: Gauss-Newton, or damped."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    y = 0.5 * torch.randn(6, generator=generator, dtype=torch.float64)
+
+    def model(w: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(X @ w)
+
+    def misfit(outputs: Tensor, h: Tensor) -> Tensor:
+        return ((outputs - y - h) ** 2).sum() / 2
+
+    given = hf.proximal(hf.composed(model, misfit), 1.0, center=lambda h: torch.zeros_like(X[0]))
+    plain = lambda w, h: misfit(model(w, h), h) + (w**2).sum() / 2  # noqa: E731
+    outer = lambda w, h: (w**3).sum() + w.sum()  # noqa: E731
+    h, w = torch.tensor(0.1, dtype=torch.float64), torch.zeros_like(X[0])
+    for _ in range(8):
+        hessian = torch.func.hessian(plain)(w, h)
+        w = w - torch.linalg.solve(hessian, torch.func.grad(plain)(w, h))
+    truth = hf.hypergrad(lambda h: w, outer, inner_loss=plain, method="dense")(h)
+    for inner_loss, method in ((given, hf.CG()), (plain, hf.Damped(hf.CG(), 0.3))):
+        fn = hf.hypergrad_and_solution(
+            lambda h: w,
+            outer,
+            inner_loss=inner_loss,
+            method=method,
+            error_bound=hf.ErrorBound(num_steps=3),
+        )
+        grads, solution = fn(h)
+        error = (grads - truth).abs()
+        assert 1e-3 < error <= solution.error_bound.bound < 2 * error
+        rho = torch.func.grad(outer)(w, h) - hessian @ solution.adjoint
+        torch.testing.assert_close(solution.error_bound.linear_residual, rho.norm())
+
+
 def test_no_bound_without_a_contraction() -> None:
     A = random_matrix(4, "rotation")
     _, solution = hf.hypergrad_and_solution(

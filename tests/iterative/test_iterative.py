@@ -834,6 +834,37 @@ def layered(layer: Callable[..., Any]) -> Callable[..., Tensor]:
     return f
 
 
+def test_steps_with_operations_of_their_own() -> None:
+    """A checkpoint, a solution or a class of torch inside a step, also with several vectors."""
+    root = hf.implicit_diff(
+        lambda h: (h * h + 1).sqrt(), optimality=lambda w, h: w * w - h * h - 1, method="dense"
+    )
+
+    def plain(w: Tensor, h: Tensor) -> Tensor:
+        return ((w - h) ** 2 * h.exp()).sum() + 0.1 * (w**4).sum()
+
+    def nested(w: Tensor, h: Tensor) -> Tensor:
+        return plain(w, h) + root(w * h).sum()  # type: ignore[no-any-return]
+
+    def unnested(w: Tensor, h: Tensor) -> Tensor:
+        return plain(w, h) + ((w * h) ** 2 + 1).sqrt().sum()
+
+    sgd, nadam = hf.optim.sgd(0.05), hf.optim.from_torch(torch.optim.NAdam, lr=0.05)
+    h = torch.tensor([0.5, -0.3])
+    for given, optimizer, same in (
+        (hf.checkpoint(plain), sgd, plain),
+        (nested, sgd, unnested),
+        (plain, nadam, plain),
+    ):
+        solver = minimize(given, optimizer, 2, init=lambda h: 0.5 * h)
+        expected = jacrev(minimize(same, optimizer, 2, init=lambda h: 0.5 * h))(h)
+        for method in (Reverse(), ForwardMode()):
+            fn = hf.hypergrad(solver, lambda w, h: (w**3).sum(), method=method)
+            torch.testing.assert_close(fn(h), (3 * solver(h) ** 2) @ expected)
+            solution = method.solution_map(solver)
+            torch.testing.assert_close(jacrev(solution)(h), expected)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_checkpoint_composes(operation: str) -> None:
     def twice(fn: Callable[..., Any]) -> Any:

@@ -152,6 +152,60 @@ def test_normal_equations_neither_overflow_nor_underflow() -> None:
             torch.testing.assert_close(mapped, torch.stack([x, 0 * x]))
 
 
+def test_least_squares_neither_overflow_nor_underflow() -> None:
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(7, 3, generator=generator) @ torch.randn(3, 7, generator=generator)
+    b = torch.randn(7, generator=generator)
+    best = torch.linalg.pinv(A, rtol=1e-5) @ b
+    for size, rhs in ((1e17, 1e12), (1.0, 1.0), (1e-12, 1e-15), (1e-25, 1.0)):
+        operator = LinearOperator.from_matrix(size * A)
+        (x,), stats = hf.LeastSquares().solve(operator, (rhs * b,), (rhs / size * best / 2,))
+        assert int(stats.result) == 0
+        torch.testing.assert_close(x * (size / rhs), best, rtol=1e-3, atol=1e-4)
+        atol = 0.5 * rhs * size * float((A.mT @ b).norm())
+        (x,), early = hf.LeastSquares(rtol=0, atol=atol).solve(operator, (rhs * b,))
+        assert 0 < early.num_steps < stats.num_steps
+        assert early.residual_norm <= atol
+    (x,), stats = hf.LeastSquares().solve(LinearOperator.from_matrix(1e-25 * A), (1e15 * b,))
+    assert int(stats.result) == hf.RESULTS.nonfinite
+    for M in (JACOBI, lambda r: r / (1e24 * (A * A).sum(0))):
+        solver = hf.LeastSquares(preconditioner=M)
+        (x,), stats = solver.solve(LinearOperator.from_matrix(1e12 * A), (1e12 * b,))
+        assert int(stats.result) == 0
+        torch.testing.assert_close(A.mT @ (b - A @ x), 0 * x, rtol=0, atol=1e-3)
+
+
+def test_derivatives_of_any_size_are_solved_for() -> None:
+    """In float32 the squares of 1e-25 and 1e20 are zero and Inf, which no residual shows."""
+    A = torch.tensor([[2.0, 1.0, 0.5], [0.0, 3.0, 1.0], [1.0, 0.0, 4.0]])
+    S = A @ A.mT
+    h, scales = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([1e-25, 1.0, 1e20])
+    with each_cell() as cell:
+        for method in ("cg", "gmres", hf.CG(5, rtol=0)):
+            solution = hf.implicit_diff(
+                lambda h: torch.linalg.solve(S, h),
+                inner_loss=lambda w, h: 0.5 * w @ S @ w - h @ w,
+                method=method,
+            )
+            with cell(str(method)):
+                pull = lambda s: torch.func.vjp(solution, h)[1](s * h)[0] / s  # noqa: B023, E731
+                push = lambda s: torch.func.jvp(solution, (h,), (s * h,))[1] / s  # noqa: B023, E731
+                expected = torch.linalg.solve(S, h).expand(3, 3)
+                for product in (pull, push):
+                    for got in (
+                        torch.stack([product(s) for s in scales]),
+                        torch.func.vmap(product)(scales),
+                    ):
+                        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    fn = hf.hypergrad_and_solution(
+        lambda h: h, lambda w, h: 1e-25 * w.sum(), inner_loss=lambda w, h: ((w - h) ** 2).sum()
+    )
+    grads, solution = fn(h)
+    torch.testing.assert_close(grads / 1e-25, torch.ones(3))
+    assert int(solution.stats.result) == 0
+    assert solution.stats.residual_norm.dtype == torch.float32
+
+
 def test_gmres_keeps_what_its_basis_resolves() -> None:
     """Rows in other units, where the last step gains though rounding is said to hide it."""
     for seed in (7, 31, 43):

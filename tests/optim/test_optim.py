@@ -844,6 +844,41 @@ def check_or_refuse(objective, at, right, message):
         assert_close(derivative(at), second, 1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(TORCH_CLASSES) - UNSUPPORTED))
+@pytest.mark.parametrize("method", ["reverse_unroll", "reverse", "forward", "first_order"])
+def test_from_torch_by_every_method_is_right_or_refused(name, method):
+    start = torch_params(name)
+    start = start if isinstance(start, torch.Tensor) else start["layer"]["weight"]
+    num_steps = 7 if name == "RAdam" else 3
+    for option, value in TORCH_OPTIONS.get(name, {}).items() if name != "Muon" else [(None, 0)]:
+        if isinstance(value, tuple):
+            continue
+        pick = {} if option is None else {option: pick_c}
+        optimizer = optim.from_torch(TORCH_CLASSES[name], **{**TORCH_OPTIONS.get(name, {}), **pick})
+        solver = hf.minimize(
+            lambda w, h: ((w - h["t"]) ** 4).sum() / 4, optimizer, num_steps, init=lambda h: h["w"]
+        )
+        outer = lambda w, h: (w**3).sum()  # noqa: E731
+        h = {"w": start, "t": 0.1 * start.cos(), "c": torch.tensor(value, dtype=F64)}
+        fn = hf.hypergrad(solver, outer, method=method)
+        batch = optree.tree_map(lambda leaf: torch.stack([leaf, leaf]), h)
+        right = name in RIGHT_STEPS and (
+            option is None or option in RIGHT_COEFFICIENTS.get(name, ())
+        )
+        for derivative, at in ((fn, h), (vmap(fn), batch)):
+            if not right and (method != "first_order" or option is not None):
+                with pytest.raises(RuntimeError, match=r"cannot be|is wrong or missing in torch"):
+                    derivative(at)
+                continue
+            got = derivative(at)
+            if method != "first_order":
+                expected = grad(lambda h: outer(solver(h), h))(h)  # noqa: B023
+                stacked = optree.tree_map(lambda leaf: torch.stack([leaf, leaf]), expected)
+                like = expected if got["c"].ndim == 0 else stacked
+                assert_close(flat(got), flat(like), 1e-9)
+
+
 def test_from_torch_ignores_only_options_that_change_nothing():
     params = make_params()
     for name in ("SGD", "Adam", "NAdam"):

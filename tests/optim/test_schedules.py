@@ -209,6 +209,51 @@ OPTIMIZERS = {
 }
 
 
+def test_schedules_by_the_name_of_a_parameter():
+    params = {"a": torch.ones(2, dtype=F64), "b": torch.ones((), dtype=F64)}
+    falling = optim.linear(lambda rate: rate, 1.0, 0.5, num_steps=2)
+    named = optim.by_name(lambda name: falling if name == "a" else 0.2)
+
+    def train(optimizer, rate):
+        w, state = params, optimizer.init(params)
+        for _ in range(3):
+            w, state = optimizer.update(w, state, w, rate)
+        return w["a"].sum() + w["b"]
+
+    rate = torch.tensor(0.1, dtype=F64)
+    for make in (optim.sgd, optim.adam, lambda c: optim.clip_grad_value(optim.sgd(1.0), c)):
+        dictionary, function = make({"a": falling, "b": 0.2}), make(named)
+        assert train(function, rate) == train(dictionary, rate)
+        expected = torch.func.grad(lambda rate: train(dictionary, rate))(rate)  # noqa: B023
+        assert torch.func.grad(lambda rate: train(function, rate))(rate) == expected != 0  # noqa: B023
+    wrong = optim.by_name(lambda name: optim.by_name(lambda name: 0.1))
+    for make, error, text in (
+        (lambda: optim.sgd(wrong), TypeError, r"lr: what stands for params\['a'\] is ByName"),
+        (lambda: optim.sgd(optim.by_name(lambda name: (0.1, 0.2))), TypeError, r"lr: what stands"),
+        (
+            lambda: optim.sgd(optim.by_name(lambda name: "x")),
+            TypeError,
+            "lr for a parameter is 'x'",
+        ),
+        (
+            lambda: optim.sgd(optim.by_name(lambda name: -1)),
+            ValueError,
+            "parameter is -1; expected",
+        ),
+        (
+            lambda: optim.sgd(lambda rate: falling),
+            TypeError,
+            r"lr\(hparams\) is a schedule; .* Give",
+        ),
+        (lambda: optim.sgd(optim.linear(named)), TypeError, "linear: value holds ByName.*by_name"),
+        (lambda: optim.sgd(optim.per_step(named)), TypeError, "per_step: values holds ByName"),
+        (lambda: optim.from_torch(torch.optim.NAdam, lr=named), TypeError, "lr is a function of n"),
+        (lambda: hf.gradient_descent_map(max, named), TypeError, "lr is a function of names"),
+    ):
+        with pytest.raises(error, match=text):
+            train(make(), rate)
+
+
 def test_limits_of_clipping_by_name_and_of_grouped_optimisers():
     w = {"a.w": torch.ones(2, dtype=F64), "b.w": torch.ones(2, dtype=F64)}
     falling = optim.schedule(lambda h, step: 0.3 / (1 + step.double()))
