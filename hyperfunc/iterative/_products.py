@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._torch import derivative_rules, tracking
+from hyperfunc._torch.batching import OldVmapError
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._torch.differentiable_once import refuse_once_differentiable
 from hyperfunc._types import Leaves
@@ -103,11 +104,17 @@ def _grad(
             "are taken at once, as here. Use torch.autograd.set_detect_anomaly(True, "
             "check_nan=False), or under it method='reverse' in place of 'forward'"
         )
-    options = {"create_graph": create_graph, "is_grads_batched": batched}
+    keep = create_graph or batched
+    options = {"create_graph": create_graph, "retain_graph": keep, "allow_unused": True}
+    differentiate = functools.partial(derivative_rules.differentiate, outputs, inputs)
+    grads: tuple[Tensor | None, ...]
     with derivative_rules.again():
-        grads: tuple[Tensor | None, ...] = derivative_rules.differentiate(
-            outputs, inputs, cotangents, allow_unused=True, **options
-        )
+        try:
+            grads = differentiate(cotangents, is_grads_batched=batched, **options)
+        except OldVmapError:  # from a solve within the function, which stops by what it sees
+            rows = [differentiate(row, **options) for row in zip(*cotangents, strict=True)]
+            columns = zip(*rows, strict=True)
+            grads = tuple(None if each[0] is None else torch.stack(each) for each in columns)
     return grads
 
 
