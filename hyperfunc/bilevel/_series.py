@@ -224,15 +224,16 @@ def vrbo(
         \bigl[\, d \leftarrow d + D - D', \;\; w \leftarrow w - \rho d_w \,\bigr]
         \text{ for } T \text{ batches},
 
-    for :math:`d = (d_w, d_\lambda)`, with :math:`D'` on the same batches at the point before: in
-    the first of the inner steps that before the step on the hparams. Where
-    ``state.step % period == 0``, hand over batches of many samples: the directions begin anew
-    there. One outer batch serves a whole update.
+    for :math:`d = (d_w, d_\lambda)`, with :math:`D'` on the same batches at the point where
+    :math:`d` was taken last: for the first of the inner steps, the params before the last inner
+    step and the hparams before this update. (The paper corrects the directions once more after the
+    last inner step.) Where ``state.step % period == 0``, hand over batches of many samples: the
+    directions begin anew there. One outer batch serves a whole update.
 
     ``period`` is :math:`p \ge 1`; ``num_inner_steps`` and ``num_adjoint_steps`` are those of
     `stocbio`. All other arguments are those of `soba`. One update takes ``(2 T + 1) (Q + 2)``
-    passes through the inner loss and ``2 T + 1`` through the outer one; the memory holds one tree
-    like params and hparams.
+    passes through the inner loss and ``2 T + 1`` through the outer one; the memory holds two trees
+    like params and one like hparams.
 
     Returns:
         A `Loop`, with ``update(state, inner_batches, outer_batch)``. Each leaf of ``inner_batches``
@@ -372,6 +373,7 @@ class _VRBO(_Corrected, Series):
     period: int
 
     name = "vrbo"
+    looks_back = ("params",)
 
     def update(
         self, state: State, inner_batches: tuple[Any, ...], outer_batch: tuple[Any, ...]
@@ -382,12 +384,13 @@ class _VRBO(_Corrected, Series):
         formula = "(num_inner_steps + 1) * (num_adjoint_steps + 2)"
         batches = unbind(self.name, inner_batches, length, formula)
         groups = [batches[start : start + width] for start in range(0, length, width)]
-        d, _ = self.recall(point)
+        d, before = self.recall(point)
         begun, u = self.directions(point, groups[0], outer_batch)
         keep = kept_in_period(point, self.period)
+        taken_at = trees.axpy(keep, trees.sub(before.w, point.w), point.w)
         d = [trees.axpy(keep, trees.sub(a, b), b) for a, b in zip(d, begun, strict=True)]
         h = trees.axpy(-point.rate("outer_lr"), d[1], point.h)
-        before, now = point, dataclasses.replace(point, h=h)
+        before, now = dataclasses.replace(point, w=taken_at), dataclasses.replace(point, h=h)
         one: Tensor = torch.ones((), dtype=torch.float64)
         for group in groups[1:]:
             new, u = self.directions(now, group, outer_batch)
@@ -395,4 +398,6 @@ class _VRBO(_Corrected, Series):
             d = [corrected(one, *each) for each in zip(new, old, d, strict=True)]
             w = trees.axpy(-point.rate("inner_lr"), d[0], now.w)
             before, now = now, dataclasses.replace(now, w=w)
-        return self.remember(point, point.leave(now.w, u, h), d)
+        params = trees.unflatten(point.params_spec, before.w)
+        past = dataclasses.replace(point, state=state._replace(params=params))
+        return self.remember(past, point.leave(now.w, u, h), d)

@@ -12,6 +12,7 @@ import maml
 import meta_learning_kin
 import pytest
 import sharded_hyperparameters
+import three_levels
 import torch
 
 
@@ -126,3 +127,24 @@ def test_a_regulariser_for_each_feature_beats_a_common_one_on_any_number_of_rank
     assert two["own"] == pytest.approx(one["own"], rel=1e-3)
     assert two["curve"] == pytest.approx(one["curve"], rel=1e-3)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_top_of_three_levels_has_the_slope_of_its_loss(monkeypatch, tmp_path, capsys):
+    """Beside differences through both solvers; and the learned regularisers beat one for all."""
+    monkeypatch.setattr(three_levels, "SIZES", (40, 20, 60, 60))
+    data, _ = three_levels.load()
+    h, start = torch.full((10,), -2.0).double(), torch.zeros(40).double()
+    grads, _ = three_levels.hypergrad(h, data, start)
+    step = 0.05 * torch.eye(10).double()[int(grads.abs().argmax())]
+    ends = [
+        three_levels.top_loss(three_levels.learn_weights(at, data, start), at, data)
+        for at in (h + step, h - step)
+    ]
+    slope = (ends[0] - ends[1]).item() / 0.1
+    assert grads[step > 0].item() == pytest.approx(slope, rel=0.05)
+    rows = three_levels.main(["--steps=6", f"--out={tmp_path}"])
+    *_, best, learned = (row[1] for row in rows.values())
+    assert learned < best
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert "one a class learned" in capsys.readouterr().out
