@@ -142,6 +142,21 @@ def test_the_newest_entry_of_the_changelog_is_this_version() -> None:
     assert newest[1] == version[1]
 
 
+def test_pictures_are_small_and_drawn_by_a_script() -> None:
+    made = (FOLDER / "pictures.py").read_text()
+    for folder in (FOLDER / "pictures", ROOT / "examples" / "pictures"):
+        for picture in folder.iterdir():
+            assert picture.stat().st_size < 200_000, picture
+            script = (ROOT / "examples" / f"{picture.stem}.py").is_file()
+            assert f"- {picture.name}: " in made if folder.parent == FOLDER else script, picture
+
+
+def test_the_tree_of_methods_is_the_same_wherever_it_stands() -> None:
+    tree = re.compile(r"^```\nDoes your inner solver.*?^```", re.MULTILINE | re.DOTALL)
+    assert tree.findall(README) == tree.findall(GUIDES["methods"])
+    assert len(tree.findall(README)) == 1
+
+
 def test_every_paper_is_among_the_references() -> None:
     for folder in ("hyperfunc", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
