@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +156,13 @@ def test_the_tree_of_methods_is_the_same_wherever_it_stands() -> None:
     tree = re.compile(r"^```\nDoes your inner solver.*?^```", re.MULTILINE | re.DOTALL)
     assert tree.findall(README) == tree.findall(GUIDES["methods"])
     assert len(tree.findall(README)) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_names_are_those_of_the_package(page: Path) -> None:
+    names = set(re.findall(r"\bhf\.([A-Za-z_][\w.]*\w)", page.read_text()))
+    for name in names - {"SteepestDescent"}:  # which the guide on extending would add
+        assert attrgetter(name)(hf) is not None
 
 
 def test_every_paper_is_among_the_references() -> None:
