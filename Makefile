@@ -68,10 +68,13 @@ examples: $(DEMO_READY) ## Run every example; results in out/<name>
 docs: $(DEV_READY) ## Build the API pages and the guides in docs-html
 	$(BIN)/python .ci/docs.py docs-html
 
-dist: $(DEV_READY) ## Build and check the wheel and the source archive in dist
-	rm -rf dist
+dist: $(DEV_READY) ## Build the wheel and the source archive in dist, and try the wheel
+	rm -rf dist build
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install -qq --disable-pip-version-check "$(TORCH)" dist/*.whl
+	build/empty/bin/python .ci/try_wheel.py
 
 clean: ## Remove what the other targets made, except .venv
 	rm -rf out docs-html dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

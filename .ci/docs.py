@@ -1,5 +1,7 @@
 """Build the pages of the interface by pdoc, and those of the README and the guides beside them.
 
+The pages need no network: mathematics is MathML, and scripts and styles are part of each page.
+
 python .ci/docs.py docs-html
 """
 
@@ -10,10 +12,18 @@ import warnings
 from pathlib import Path
 
 import pdoc
+from math_core import LatexToMathML
 from pdoc.render_helpers import to_html
 
 ROOT = Path(__file__).parents[1]
-STYLES = ("resources/bootstrap-reboot.min", "theme", "syntax-highlighting", "content")
+STYLES = ("resources/bootstrap-reboot.min", "theme", "syntax-highlighting", "content", "custom")
+# What is code, and the ways to write mathematics beside it: TeX in $$ $$, in \( \), in $ $
+CODE_OR_MATH = re.compile(
+    r"^```.*?^```|^>>>.*?(?=^\s*$)|``.*?``|`[^`]*`"
+    r"|\$\$(.+?)\$\$|\\\\\((.+?)\\\\\)|(?<![\w$])\$([^$]+?)\$(?![\w$])",
+    re.DOTALL | re.MULTILINE,
+)
+TEX = LatexToMathML(fancy_error=False)
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -21,7 +31,6 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>{style} main {{max-width: 60rem; margin: 2rem auto; padding: 0 1rem}}</style>
-{math}
 </head>
 <body>
 <main class="pdoc">
@@ -35,22 +44,43 @@ PAGE = """<!doctype html>
 
 def main(folder: Path) -> None:
     """Write all pages into a folder."""
-    # pdoc cannot resolve the types of a NamedTuple's constructor, and prints them as they are
+    # pdoc cannot resolve the types of constructors that Python writes, and prints them as they are
     warnings.filterwarnings("ignore", message="Error parsing type annotation")
-    pdoc.render.configure(docformat="google", math=True)
-    pdoc.pdoc(ROOT / "hyperfunc", output_directory=folder)
+    pdoc.render.configure(
+        docformat="google", template_directory=Path(__file__).parent / "templates"
+    )
+    pdoc.render.env.filters["to_html"] = pdoc.search.to_html = rendered
+    # "hyperfunc.task_map" is the function, on the page of the package
+    pdoc.pdoc(ROOT / "hyperfunc", "!hyperfunc.task_map", output_directory=folder)
     template = pdoc.render.env.get_template
     style = "\n".join(template(f"{name}.css").render() for name in STYLES)
-    math = template("math.html.jinja2").render()
     guides = folder / "guides"
-    pictures = ROOT / "examples" / "guides" / "pictures"
-    shutil.copytree(pictures, guides / "pictures", dirs_exist_ok=True)
+    for place in ("pictures", "guides/pictures"):
+        shutil.copytree(ROOT / "examples" / place, folder / place, dirs_exist_ok=True)
     for source in [ROOT / "README.md", *sorted((ROOT / "examples" / "guides").glob("*.md"))]:
         text = re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", linked, source.read_text())
         name = "index" if source.stem == "README" else source.stem
         title = text.split("\n", 1)[0].lstrip("# ")
-        page = PAGE.format(title=title, style=style, math=math, body=to_html(text))
+        page = PAGE.format(title=title, style=style, body=rendered(text))
         (guides / f"{name}.html").write_text(page)
+
+
+def rendered(text: str) -> str:
+    """The html of Markdown, with mathematics as MathML."""
+    return to_html(CODE_OR_MATH.sub(as_mathml, text))
+
+
+def as_mathml(found: re.Match[str]) -> str:
+    """The MathML of a formula; code as it is. A command that is not known raises."""
+    block, *inline = found.groups()
+    formula = block or next(filter(None, inline), None)
+    if formula is None:
+        return found[0]
+    if r"\\" in formula and r"\begin" not in formula:  # several lines, as Sphinx has them
+        formula = rf"\begin{{aligned}}{formula}\end{{aligned}}"
+    mathml = " ".join(TEX.convert_with_local_state(formula, displaystyle=bool(block)).split())
+    # a line of Markdown that began with <math> would be a paragraph of its own
+    return mathml if block else f"<span>{mathml}</span>"
 
 
 def linked(link: re.Match[str]) -> str:
@@ -59,10 +89,11 @@ def linked(link: re.Match[str]) -> str:
     path, _, anchor = target.partition("#")
     stem = "index" if path == "../../README.md" else Path(path).stem
     places = ("", f"{stem}.md", f"examples/guides/{stem}.md", "../../README.md")
-    if target.startswith(("http", "pictures/")):
-        return link[0]
     if image:
-        return f"*{words}: see {path}*"
+        nearer = path.replace("examples/guides/", "").replace("examples/", "../")
+        return f"![{words}]({nearer})"
+    if target.startswith("http"):
+        return link[0]
     if path not in places:
         return words
     return f"[{words}]({stem + '.html' if path else ''}{'#' if anchor else ''}{anchor})"

@@ -2,20 +2,39 @@
 
 By task; the [guides](guides/index.html), in ``examples/guides`` of the repository, show each:
 
-- derivatives through an inner problem: `hypergrad`, `hypergrad_and_value`,
-  `hypergrad_and_solution`; through a solver of any kind: `implicit_diff`
-- inner solvers: `minimize` with an optimiser of `hyperfunc.optim`, `iterate`, `from_numpy`;
-  minibatches: `stack_batches`, `batch_indices`; inner losses: `proximal`, `composed`; constraints:
-  `proximal_gradient_map` with `hyperfunc.prox`
-- methods that solve for the adjoint: `CG`, `NormalCG`, `GMRES`, `BiCGStab`, `Dense`, `Auto` and
-  their kin
-- methods that differentiate steps: `ReverseUnroll`, `Reverse`, `ForwardMode`, `FirstOrder`
-- modules as functions: `functional`, `module_map`, `checkpoint`; into `.grad`: `assign_grads`
-- many tasks: `task_map`, `mean_over_successes`; many processes: `hyperfunc.distributed`
-- fixed points: `EquilibriumLayer`, `hyperfunc.fixed_point_solvers`
-- everything at once, on minibatches: `hyperfunc.bilevel`
-- is it right, and which method fits: `check_hypergrad`, `diagnose`
-- what a call reports: `Solution`, `SolveStats`, `RESULTS`, `HypergradError`, `ConvergenceWarning`
+- **Tune a training loop**: `hypergrad`, `hypergrad_and_value` and `hypergrad_and_solution`, with an
+  inner solver made by `minimize` and an optimiser of `hyperfunc.optim`, or by `iterate`; on
+  minibatches, `stack_batches` and `batch_indices`. Methods that differentiate the steps:
+  `ReverseUnroll`, `Reverse`, `ForwardMode`, `FirstOrder`
+- **Tune what any program solves**, such as SciPy or scikit-learn: `from_numpy`. Methods that solve
+  for the adjoint: `CG`, `PipelinedCG`, `NormalCG`, `LeastSquares`, `GMRES`, `BiCGStab`, `Dense`,
+  `Neumann`, `FixedPoint`, `AndersonFixedPoint`, `OneStep`, `Nystrom`, `StochasticAID`; made of
+  others: `Auto`, `Fallback`, `Damped`, `Blockwise`; to precede them: `JacobiPreconditioner`,
+  `NystromPreconditioner`
+- **Meta-learn**: `proximal` pulls towards a start, `task_map` goes over tasks,
+  `mean_over_successes` leaves out those that failed, and `hyperfunc.distributed` spreads them
+- **Make a solver differentiable**: `implicit_diff`
+- **Constrain and regularise**: `gradient_descent_map` and `proximal_gradient_map`, with the
+  operators of `hyperfunc.prox`
+- **Train equilibrium models**: `EquilibriumLayer`, `jacobian_frobenius_squared`,
+  `hyperfunc.fixed_point_solvers`
+- **Learn on minibatches**, everything at once: `hyperfunc.bilevel`
+- **Use modules of torch**: `functional`, `module_map`, `checkpoint`; losses of networks:
+  `composed`; into `.grad`: `assign_grads`
+- **Ask whether it is right, and which method fits**: `check_hypergrad` gives a `HypergradCheck`,
+  `diagnose` a `Diagnosis`, and `ErrorBound` a `HypergradBound`
+- **Read what a call reports**: `Solution`, `SolveStats`, `ChoiceStats`, `SolverAux`, `RESULTS`;
+  what it raises or warns of: `HypergradError`, `ConvergenceWarning`
+
+>>> def inner_loss(w, reg, x):  # what is solved
+...     return ((w - x) ** 2).sum() + reg * (w**2).sum()
+>>> def outer_loss(w, reg, x):  # what is to be small
+...     return ((w - 1) ** 2).sum()
+>>> @hf.hypergrad(outer_loss=outer_loss, inner_loss=inner_loss)
+... def solve(reg, x):
+...     return x / (1 + reg)
+>>> solve(torch.tensor(1.0), torch.tensor([2.0, 4.0]))
+tensor(-2.)
 """
 
 # Here: the public names. The rooms of the package and who may import whom are the table in

@@ -17,7 +17,8 @@ from hyperfunc._types import TensorTree
 class RESULTS(enum.IntEnum):
     """Outcome of a solve; the code travels as an integer tensor, ``message`` is its explanation.
 
-    Codes above ``max_steps`` are failures, which raise unless ``throw=False``.
+    In order, from 0: ``success``, ``max_steps``, ``breakdown``, ``nonfinite``, ``divergence`` and
+    ``stagnation``. Those above ``max_steps`` are failures, which raise unless ``throw=False``.
 
     Example:
         >>> hf.RESULTS(0)
@@ -80,6 +81,14 @@ class SolveStats(NamedTuple):
         num_steps: int64, the steps that were taken.
         residual_norm: Euclidean norm of the last residual, in float32 at least.
         result: int64, a code of `RESULTS`.
+
+    Example:
+        >>> gradient = hf.hypergrad_and_solution(
+        ...     lambda h: h, lambda w, h: (w**2).sum(), inner_loss=lambda w, h: ((w - h) ** 2).sum()
+        ... )
+        >>> stats = gradient(torch.ones(2))[1].stats
+        >>> stats.num_steps, hf.RESULTS(int(stats.result))
+        (tensor(1), <RESULTS.success: 0>)
     """
 
     num_steps: Tensor
@@ -97,6 +106,14 @@ class ChoiceStats(NamedTuple):
         result: as in `SolveStats`.
         choice: int64, whose answer it is: of `hyperfunc.Auto`, an index into ``Auto.CHOICES``; of
             `hyperfunc.Fallback`, 0 for ``first`` and 1 for ``then``.
+
+    Example:
+        >>> gradient = hf.hypergrad_and_solution(
+        ...     lambda h: h, lambda w, h: w**2, inner_loss=lambda w, h: (w - h) ** 2, method="auto"
+        ... )
+        >>> stats = gradient(torch.tensor(1.0))[1].stats
+        >>> hf.Auto.CHOICES[int(stats.choice)]
+        'cg'
     """
 
     num_steps: Tensor
@@ -120,6 +137,14 @@ class Solution(NamedTuple):
         error_bound: the `hyperfunc.HypergradBound` that ``error_bound=`` asked for.
         solver_aux: the second output of an inner solver with ``solver_has_aux=True``, detached,
             numbers as tensors; for `hyperfunc.minimize` a `hyperfunc.SolverAux`.
+
+    Example:
+        >>> gradient = hf.hypergrad_and_solution(
+        ...     lambda h: 2 * h, lambda w, h: w**2, inner_loss=lambda w, h: (w - 2 * h) ** 2
+        ... )
+        >>> hypergradient, solution = gradient(torch.tensor(1.0))
+        >>> hypergradient, solution.params, solution.value, solution.adjoint
+        (tensor(8.), tensor(2.), tensor(4.), tensor(2.))
     """
 
     params: TensorTree
@@ -138,7 +163,17 @@ _MOST_NAMED = 8  # tasks in a message
 
 
 class HypergradError(RuntimeError):
-    """A solve failed: non-finite values, breakdown or divergence; the message says which."""
+    """A solve failed: non-finite values, breakdown or divergence; the message says which.
+
+    Example:
+        >>> gradient = hf.hypergrad(
+        ...     lambda h: h, lambda w, h: w**2, inner_loss=lambda w, h: -((w - h) ** 2)
+        ... )
+        >>> gradient(torch.tensor(1.0))  # at a maximum, where CG breaks down
+        Traceback (most recent call last):
+            ...
+        hyperfunc.HypergradError: the linear solve with CG(...) failed: the recurrence broke down...
+    """
 
     __module__ = "hyperfunc"  # the name that users catch it by
 

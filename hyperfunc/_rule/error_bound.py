@@ -140,6 +140,16 @@ class HypergradBound(NamedTuple):
         cross_norm: ``||dr/dhparams||``.
         curvature: ``||d^2 L / dw^2||``.
         cross_curvature: ``||d^2 L / dhparams dw||``.
+
+    Example:
+        >>> gradient = hf.hypergrad_and_solution(
+        ...     lambda h: h + 0.01,  # off by 0.01
+        ...     lambda w, h: w**2 / 2,
+        ...     inner_loss=lambda w, h: (w - h) ** 2 / 2,
+        ...     error_bound=hf.ErrorBound(strong_convexity=1.0),
+        ... )
+        >>> gradient(torch.tensor(1.0))[1].error_bound.bound
+        tensor(0.0100)
     """
 
     bound: Tensor

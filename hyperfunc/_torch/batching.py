@@ -25,11 +25,6 @@ _OLD_VMAP = (
     "jacfwd, hessian or vmap instead"
 )
 
-
-class OldVmapError(RuntimeError):
-    """A value was asked for where several gradients are taken at once by the older vmap."""
-
-
 # Entries of a vector that are multiplied at a time under vmap, so that the products stay in cache.
 _PIECE = 16384
 
@@ -231,7 +226,7 @@ def count_true(flag: Tensor) -> int:
         return int(_gathered(flag).sum() if tracking.transforms_active() else flag)
     except RuntimeError as error:
         if "Batching rule not implemented" in str(error):
-            raise OldVmapError(_OLD_VMAP) from error
+            raise RuntimeError(_OLD_VMAP) from error
         raise
 
 

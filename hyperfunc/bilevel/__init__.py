@@ -28,6 +28,19 @@ A method is an estimate of the directions in a scheme of updates:
 * first derivatives alone: `f2sa`, `bome`, `pbgd` and `meha` replace the adjoint by a penalty,
   `sama` and `darts` by one step of the inner optimiser.
 
+>>> loop = hf.bilevel.soba(
+...     inner_loss=lambda w, h, x: ((w - h - x) ** 2).mean(),  # w = h + mean
+...     outer_loss=lambda w, h, x: ((w - x) ** 2).mean(),
+...     inner_lr=0.2,
+...     outer_lr=0.05,
+... )
+>>> state = loop.init(torch.tensor(0.0), torch.tensor(0.0))
+>>> for _ in range(200):
+...     inner_batch, outer_batch = 1 + torch.randn(64), 3 + torch.randn(64)
+...     state = loop.update(state, (inner_batch,), (outer_batch,))
+>>> state.params, state.hparams
+(tensor(3.0), tensor(2.0))
+
 Step sizes are numbers, functions of the step (a 0-d int64 tensor, counted from 0) such as
 `power_decay`, or schedules of `hyperfunc.optim`, which see the state's hparams and step. Non-finite
 values are passed on, not looked for: the loops never wait for the device.

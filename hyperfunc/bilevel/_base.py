@@ -41,6 +41,15 @@ class State(NamedTuple):
         memory: what the method remembers, if anything: `saba` what it saw on each batch, `sama` the
             state of its optimiser, a method whose directions are averaged or corrected those
             directions, and where it was.
+
+    Example:
+        >>> loop = hf.bilevel.soba(
+        ...     lambda w, h: (w - h) ** 2, lambda w, h: (w - 1) ** 2, inner_lr=0.1, outer_lr=0.1
+        ... )
+        >>> state = loop.init(torch.tensor(0.0), torch.tensor(2.0))
+        >>> state = loop.update(state, (), ())
+        >>> state.step, state.params, state.hparams
+        (tensor(1), tensor(0.4000), tensor(2.))
     """
 
     step: Tensor
@@ -58,6 +67,20 @@ class Loop(NamedTuple):
             are the first.
         update: ``update(state, inner_batch, outer_batch) -> State``; `saba` takes the indices of
             the batches too.
+
+    Example:
+        >>> loop = hf.bilevel.soba(
+        ...     lambda w, h, x: (w - h) ** 2,
+        ...     lambda w, h, x: (w - x) ** 2,
+        ...     inner_lr=0.2,
+        ...     outer_lr=0.1,
+        ... )
+        >>> state = loop.init(torch.tensor(0.0), torch.tensor(0.0))
+        >>> for _ in range(200):
+        ...     batch = (torch.tensor(2.0),)
+        ...     state = loop.update(state, batch, batch)
+        >>> state.params, state.hparams
+        (tensor(2.0000), tensor(2.0000))
     """
 
     init: Callable[[TensorTree, TensorTree], State]

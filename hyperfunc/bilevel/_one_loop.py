@@ -91,8 +91,9 @@ def srba(
     For each of the three directions, with :math:`D` on the batches of this step at the point of
     now, and :math:`D'` on the same batches at the point before,
 
-    .. math:: d \leftarrow D \;\text{ where } t \bmod p = 0, \qquad
-              d \leftarrow d + D - D' \;\text{ else}.
+    .. math::
+        d \leftarrow D \;\text{ where } t \bmod p = 0, \qquad
+        d \leftarrow d + D - D' \;\text{ else}.
 
     Where ``state.step % period == 0``, hand over batches that hold all data, or many samples: the
     directions begin anew there. Between, small batches do, as the corrections vanish with the

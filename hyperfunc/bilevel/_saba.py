@@ -23,6 +23,19 @@ class Memory(NamedTuple):
 
     The gradient of the inner loss, the products of its Hessian and of its cross derivative with the
     adjoint, and the gradient of the outer loss with respect to params and to hparams.
+
+    Example:
+        >>> loop = hf.bilevel.saba(
+        ...     lambda w, h, x: (w - h * x) ** 2,
+        ...     lambda w, h, x: (w - x) ** 2,
+        ...     num_inner_batches=3,
+        ...     num_outer_batches=2,
+        ...     inner_lr=0.1,
+        ...     outer_lr=0.1,
+        ... )
+        >>> memory = loop.init(torch.tensor(0.0), torch.tensor(0.0)).memory
+        >>> memory.inner_gradient.shape, memory.outer_params.shape
+        (torch.Size([3]), torch.Size([2]))
     """
 
     inner_gradient: TensorTree

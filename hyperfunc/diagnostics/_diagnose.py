@@ -74,6 +74,14 @@ class Diagnosis(NamedTuple):
         is_map: bool, whether the condition is a fixed-point map.
         size: int64, the number of inner parameters.
         num_products: int64, the products that the diagnosis took.
+
+    Example:
+        >>> A = torch.tensor([[2.0, 0.0], [0.0, -1.0]])
+        >>> facts = hf.diagnose(
+        ...     torch.zeros(2), torch.ones(2), inner_loss=lambda w, h: w @ A @ w / 2
+        ... )
+        >>> facts.eig_min.value, facts.eig_max.value, facts.curvature_signs, facts.method
+        (tensor(-1.0000), tensor(2.0000), tensor([1, 0, 1]), Dense())
     """
 
     residual: Estimate
@@ -200,9 +208,10 @@ def diagnose(
     With the residual :math:`r` of the condition and :math:`A = \partial_w r`, products with
     :math:`A` and :math:`A^\top` on random vectors tell
 
-    .. math:: \lVert r \rVert, \quad \lVert I - sA \rVert, \quad \rho(I - sA), \quad
-              \lVert A - A^\top \rVert / \lVert A \rVert, \quad
-              \lambda\big(\tfrac12 (A + A^\top)\big), \quad \sigma(A),
+    .. math::
+        \lVert r \rVert, \quad \lVert I - sA \rVert, \quad \rho(I - sA), \quad
+        \lVert A - A^\top \rVert / \lVert A \rVert, \quad
+        \lambda\big(\tfrac12 (A + A^\top)\big), \quad \sigma(A),
 
     by the methods of Lanczos, Golub and Kahan, and Arnoldi. No matrix is formed; ``num_steps``
     vectors are kept. With as many steps as inner parameters all but the asymmetry is exact.

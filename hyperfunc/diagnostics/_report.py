@@ -92,6 +92,17 @@ class HypergradCheck(NamedTuple):
         operations: a dictionary from the name of an operation that is wrong by such a route, if
             one was found, to how far it is.
         diagnosis: what `hyperfunc.diagnose` finds at the returned params.
+
+    Example:
+        >>> report = hf.check_hypergrad(
+        ...     lambda h: h,
+        ...     lambda w, h: (w**2).sum(),
+        ...     torch.ones(2),
+        ...     inner_loss=lambda w, h: ((w - h) ** 2).sum(),
+        ... )
+        >>> report.raise_if_failed()
+        >>> print(report)
+        passed...
     """
 
     hypergradient: TensorTree

@@ -9,6 +9,14 @@ Started by ``torchrun``, each rank runs the same program. There are two ways to 
 
 `save_state` and `load_state` keep the state of an outer loop on disk, whole or sharded, so that a
 run goes on after a failure, on another number of ranks if need be.
+
+Without a process group, as here, there is one rank:
+
+>>> solve, error = (lambda h, task: h * task), (lambda w, h, task: (w - 1) ** 2)
+>>> gradient = hf.hypergrad(solve, error, method="reverse_unroll")
+>>> parallel = hf.distributed.task_parallel(torch.func.vmap(gradient, in_dims=(None, 0)))
+>>> parallel(torch.tensor(1.0), hf.distributed.local_tasks(torch.tensor([0.0, 1.0, 3.0])))
+tensor(4.)
 """
 
 # Here: what is for several processes alone; that vectors may be sharded is seen to in ``_engine``

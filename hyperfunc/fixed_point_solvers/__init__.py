@@ -8,6 +8,11 @@ returns the solution and `hyperfunc.SolveStats`. It stops when
 and returns that iterate :math:`z`, or else the one with the smallest residual. The norm is over all
 leaves. With ``batch_dim`` each index of that dimension is a sample, with its own norm, stop and
 statistics, as each task is under ``torch.func.vmap``: what has converged keeps its iterate.
+
+>>> solver = hf.fixed_point_solvers.Anderson(rtol=1e-6)
+>>> z, stats = solver(lambda z, h: torch.cos(h * z), torch.tensor(0.0), torch.tensor(1.0))
+>>> z, hf.RESULTS(int(stats.result))
+(tensor(0.7391), <RESULTS.success: 0>)
 """
 
 # Here: one module a solver, and in ``_base`` the loop of all. May import the rule, the linear

@@ -23,7 +23,16 @@ _GROWTH = 10.0  # of the residual over the best one, where a method with a memor
 
 
 class AbstractFixedPointSolver(abc.ABC):
-    """What a fixed-point solver, a frozen dataclass, provides: the call, and `inner_solver`."""
+    """What a fixed-point solver, a frozen dataclass, provides: the call, and `inner_solver`.
+
+    Example:
+        >>> def cosine(z, h):
+        ...     return torch.cos(h * z)
+        >>> for solver in hf.fixed_point_solvers.Picard(), hf.fixed_point_solvers.Newton():
+        ...     solver(cosine, torch.tensor(0.0), torch.tensor(1.0))[1].num_steps
+        tensor(31)
+        tensor(4)
+    """
 
     maxiter: int
     rtol: float | None

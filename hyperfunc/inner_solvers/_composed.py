@@ -17,8 +17,9 @@ from hyperfunc._types import Leaves, TensorTree
 def composed(model: Callable[..., TensorTree], loss: Callable[..., Any]) -> ComposedLoss:
     r"""The inner loss of a model's output, whose Hessian implicit methods replace by Gauss-Newton.
 
-    .. math:: \ell(w, \lambda) = L(f(w, \lambda), \lambda), \qquad
-              G = J^\top \nabla^2_f L\; J, \quad J = \partial f / \partial w
+    .. math::
+        \ell(w, \lambda) = L(f(w, \lambda), \lambda), \qquad
+        G = J^\top \nabla^2_f L\; J, \quad J = \partial f / \partial w
 
     As an inner loss this is the same function as one written by hand. Implicit methods take
     products with :math:`G` where they would take them with the Hessian

@@ -27,8 +27,9 @@ def proximal(
 ) -> ProximalLoss:
     r"""The inner loss with a quadratic regulariser, which costs no differentiation.
 
-    .. math:: \ell(w, \lambda) = \mathrm{loss}(w, \lambda)
-              + \tfrac{\mu}{2} \lVert w - c(\lambda) \rVert^2
+    .. math::
+        \ell(w, \lambda) = \mathrm{loss}(w, \lambda)
+        + \tfrac{\mu}{2} \lVert w - c(\lambda) \rVert^2
 
     is the biased regulariser of implicit MAML, of proximal meta-learning and, with centre zero,
     plain weight decay. As an inner loss this is the same function as the sum written by hand, but

@@ -50,6 +50,19 @@ class SolverAux(NamedTuple):
         losses: with ``trace``, the inner loss before each step, of shape ``(num_steps,)`` as asked
             for, and NaN for steps that were not taken; else ``()``.
         grad_norms: the Euclidean norms of its gradients, likewise.
+
+    Example:
+        >>> solver = hf.minimize(
+        ...     lambda w, h: (w - h) ** 2,
+        ...     hf.optim.sgd(lr=0.25),
+        ...     num_steps=3,
+        ...     init=lambda h: torch.zeros_like(h),
+        ...     has_aux=True,
+        ...     trace=True,
+        ... )
+        >>> params, aux = solver(torch.tensor(1.0))
+        >>> params, aux.num_steps, aux.losses
+        (tensor(0.8750), tensor(3), tensor([1.0000, 0.2500, 0.0625]))
     """
 
     state: Any

@@ -5,6 +5,11 @@ An `Optimizer` is a pair of functions: ``init(params)`` makes a state, and
 is mutated, so a step can be differentiated, batched with ``torch.func.vmap``, replayed and
 checkpointed. Forward values are those of ``torch.optim``, option by option.
 
+>>> adam = hf.optim.adam(lr=lambda hparams: hparams["lr"])
+>>> params, hparams = torch.ones(2), {"lr": torch.tensor(0.1)}
+>>> adam.update(2 * params, adam.init(params), params, hparams)[0]
+tensor([0.9000, 0.9000])
+
 **Coefficients.** Every number of an optimiser (``lr``, ``momentum``, ``betas``, ``weight_decay``,
 ``eps``, ...) may be
 

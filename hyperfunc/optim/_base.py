@@ -76,6 +76,12 @@ class State(NamedTuple):
         step: int64, 0-d: the updates made so far.
         slots: the running averages, under the names that ``torch.optim`` gives them: a dict of
             trees like ``params``. For a class that `from_torch` runs, one dict a leaf.
+
+    Example:
+        >>> adam = hf.optim.adam(lr=0.1)
+        >>> params, state = adam.update(torch.ones(2), adam.init(torch.zeros(2)), torch.zeros(2))
+        >>> state.step, sorted(state.slots)
+        (tensor(1), ['exp_avg', 'exp_avg_sq'])
     """
 
     step: Tensor

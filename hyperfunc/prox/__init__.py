@@ -2,8 +2,9 @@ r"""Proximal operators, for inner problems with constraints and non-smooth regul
 
 The proximal operator of a function g, with step size lr, is
 
-.. math:: \mathrm{prox}_{\mathrm{lr}\, g}(w)
-          = \arg\min_z \; \tfrac{1}{2} \lVert z - w \rVert^2 + \mathrm{lr}\; g(z, \lambda).
+.. math::
+    \mathrm{prox}_{\mathrm{lr}\, g}(w)
+    = \arg\min_z \; \tfrac{1}{2} \lVert z - w \rVert^2 + \mathrm{lr}\; g(z, \lambda).
 
 Each function of this module makes one, a callable ``(params, hparams=None, lr=1.0) -> params`` for
 `hyperfunc.proximal_gradient_map`. If g is the indicator of a set (zero inside, infinite outside),

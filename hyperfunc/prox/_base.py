@@ -30,6 +30,12 @@ class Prox:
         dim: the dimensions of a leaf that the rule couples: ``()`` none, ``None`` all.
         within: the settings that may vary within a vector or matrix.
         shaped: the settings that need not broadcast to a leaf; the rule looks at their shapes.
+
+    Example:
+        >>> hf.prox.l1(0.5)
+        prox.l1(weight=0.5)
+        >>> hf.prox.l1(0.5)(torch.tensor([2.0, -0.3]))
+        tensor([1.5000, -0.0000])
     """
 
     name: str

@@ -15,8 +15,9 @@ from hyperfunc.prox._base import Prox
 def nuclear_norm(weight: Coefficient = 1.0) -> Prox:
     r"""Soft thresholding of singular values: :math:`g(W) = \mathrm{weight}\, \sum_i \sigma_i(W)`.
 
-    .. math:: Z = U\, \mathrm{diag}(\max(\sigma - \mathrm{lr}\; \mathrm{weight}, 0))\, V^\top
-              \qquad \text{for} \quad W = U\, \mathrm{diag}(\sigma)\, V^\top
+    .. math::
+        Z = U\, \mathrm{diag}(\max(\sigma - \mathrm{lr}\; \mathrm{weight}, 0))\, V^\top
+        \qquad \text{for} \quad W = U\, \mathrm{diag}(\sigma)\, V^\top
 
     The derivatives never pass through those of singular vectors, which are infinite where singular
     values are equal. They come from the equations that the singular subspace above the threshold

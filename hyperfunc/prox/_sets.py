@@ -110,8 +110,9 @@ def box_section(
 ) -> Prox:
     r"""The projection of vectors onto a box cut by a hyperplane.
 
-    .. math:: z_i = \min(\max(w_i - \tau a_i,\, l_i),\, u_i), \qquad
-              \text{with } \tau \text{ such that } a^\top z = b
+    .. math::
+        z_i = \min(\max(w_i - \tau a_i,\, l_i),\, u_i), \qquad
+        \text{with } \tau \text{ such that } a^\top z = b
 
     for :math:`\{l \le z \le u,\; a^\top z = b\}`: the dual of a support vector machine, portfolios
     with limits, the k largest entries (``offset=k``). It is found exactly, by bisection over the
@@ -148,8 +149,9 @@ def box_section(
 def transport(rows: Coefficient = 1.0, columns: Coefficient = 1.0) -> Prox:
     r"""The projection of matrices onto the transport plans with given marginals.
 
-    .. math:: Z_{ij} = \max(W_{ij} - \alpha_i - \beta_j,\, 0), \qquad \text{with } \alpha, \beta
-              \text{ such that } Z 1 = \mathrm{rows}, \; Z^\top 1 = \mathrm{columns}
+    .. math::
+        Z_{ij} = \max(W_{ij} - \alpha_i - \beta_j,\, 0), \qquad \text{with } \alpha, \beta
+        \text{ such that } Z 1 = \mathrm{rows}, \; Z^\top 1 = \mathrm{columns}
 
     Of ``W = -cost / eps`` it is the optimal transport with quadratic regularisation
     :math:`\tfrac{\mathrm{eps}}{2} \|Z\|^2`. With marginals of ones, the default, the set is

@@ -1,4 +1,7 @@
-"""The pages of the interface and the guides: links lead somewhere, names are links, no warnings."""
+"""The pages of the interface and the guides, which warn of nothing and need no network.
+
+Links lead somewhere, names are links, formulas are MathML, and noise is left out.
+"""
 
 import re
 import subprocess
@@ -14,13 +17,19 @@ VOID = {"br", "hr", "img", "input", "link", "meta", "path"}
 
 
 class Page(HTMLParser):
-    """The anchors and links of a page, and the words set as code in docstrings without a link."""
+    """The anchors and links of a page, what it loads, and its words.
+
+    Of these ``code`` are those set as code in docstrings without a link, and ``prose`` what is
+    outside of code.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.anchors: set[str] = set()
         self.links: set[str] = set()
+        self.loaded: set[str] = set()
         self.code: set[str] = set()
+        self.prose: list[str] = []
         self._open: list[tuple[str, str]] = []
         self._text: str | None = None
         self.feed(path.read_text())
@@ -28,6 +37,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = {name: value or "" for name, value in attrs}
         self.anchors.add(given.get("id", ""))
+        if tag not in {"a", "math"}:
+            sources = {given.get("src", ""), given.get("href", "")} - {""}
+            self.loaded |= {url for url in sources if not url.startswith("data:")}
         outside = {name for name, _ in self._open}
         if tag not in VOID:
             self._open.append((tag, given.get("class", "")))
@@ -48,6 +60,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._text is not None:
             self._text += data
+        if not {name for name, _ in self._open} & {"pre", "code", "script", "style"}:
+            self.prose.append(data)
 
 
 @pytest.mark.slow
@@ -62,7 +76,12 @@ def test_the_pages(tmp_path: Path) -> None:
     guides = {path.stem for path in (root / "examples" / "guides").glob("*.md")}
     assert {Path("guides", f"{name}.html") for name in guides | {"index"}} < set(pages)
     assert len(pages) > 5 + len(guides)
+    assert "<math" in (tmp_path / "hyperfunc.html").read_text()
     for path, page in pages.items():
+        for place in page.loaded:  # pictures of the folder, and nothing from the network
+            assert (tmp_path / path.parent / place).is_file(), f"{path}: {place}"
+        for data in page.prose:  # TeX, or what a NamedTuple says of its fields
+            assert not re.search(r"\$|\\[a-zA-Z(]|Alias for field", data), f"{path}: {data}"
         for link in page.links:
             target, _, anchor = link.partition("#")
             if target.startswith(("http", "mailto")):

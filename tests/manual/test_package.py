@@ -1,6 +1,7 @@
 """The package as a whole: what its import brings along, and the names that it offers."""
 
 import inspect
+import re
 import subprocess
 import sys
 from types import ModuleType
@@ -40,9 +41,22 @@ def test_names_are_there_once() -> None:
         assert hasattr(hf, name)
 
 
-@pytest.mark.parametrize("name", hf.__all__)
-def test_each_name_is_documented(name: str) -> None:
-    value = getattr(hf, name)
-    assert inspect.getdoc(value)
-    if not isinstance(value, ModuleType):
-        assert value.__module__.startswith("hyperfunc")
+PAGES = [hf, hf.bilevel, hf.distributed, hf.fixed_point_solvers, hf.optim, hf.prox]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.__name__)
+def test_each_name_is_documented_with_an_example(page: ModuleType) -> None:
+    assert ">>> " in (page.__doc__ or "")
+    for name in page.__all__:
+        value = getattr(page, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert value.__module__.startswith("hyperfunc")
+            assert ">>> " in (value.__doc__ or ""), name
+        else:  # a page of its own, or an alias of types, which has no docstring
+            assert value in PAGES or value in (hf.optim.Coefficient, hf.bilevel.StepSize)
+
+
+def test_the_index_by_task_names_everything() -> None:
+    named = set(re.findall(r"`([\w.]+)`", hf.__doc__ or ""))
+    pages = {page.__name__ for page in PAGES[1:]}
+    assert pages | {name for name in hf.__all__ if f"hyperfunc.{name}" not in pages} <= named

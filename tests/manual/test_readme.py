@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,6 +141,28 @@ def test_the_newest_entry_of_the_changelog_is_this_version() -> None:
     assert version
     assert newest
     assert newest[1] == version[1]
+
+
+def test_pictures_are_small_and_drawn_by_a_script() -> None:
+    made = (FOLDER / "pictures.py").read_text()
+    for folder in (FOLDER / "pictures", ROOT / "examples" / "pictures"):
+        for picture in folder.iterdir():
+            assert picture.stat().st_size < 200_000, picture
+            script = (ROOT / "examples" / f"{picture.stem}.py").is_file()
+            assert f"- {picture.name}: " in made if folder.parent == FOLDER else script, picture
+
+
+def test_the_tree_of_methods_is_the_same_wherever_it_stands() -> None:
+    tree = re.compile(r"^```\nDoes your inner solver.*?^```", re.MULTILINE | re.DOTALL)
+    assert tree.findall(README) == tree.findall(GUIDES["methods"])
+    assert len(tree.findall(README)) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_names_are_those_of_the_package(page: Path) -> None:
+    names = set(re.findall(r"\bhf\.([A-Za-z_][\w.]*\w)", page.read_text()))
+    for name in names - {"SteepestDescent"}:  # which the guide on extending would add
+        assert attrgetter(name)(hf) is not None
 
 
 def test_every_paper_is_among_the_references() -> None:
