@@ -60,7 +60,15 @@ class DifferencedLinearization(autodiff.Linearization):
                 self.captures_gradient = tracking.reaches_foreign_leaf((result,), leaves, since)
             return result
 
-        self.outputs = gradient(looking, primals, self._params, self._tracked)
+        w = tuple(primals[i] for i in self._params)
+        found = autodiff.gradient_used(
+            lambda *leaves: looking(*_replaced(primals, self._params, leaves)),
+            w,
+            create_graph=self._tracked,
+            used=[],
+        )
+        self.used_params = [grad is not None for grad in found]
+        self.outputs = autodiff.zeros_for_none(found, w)
 
     def pull(self, cotangents: Leaves, group: int = 0) -> Leaves:
         """The product with the transposed Jacobian, for the primals of a group."""

@@ -148,7 +148,7 @@ def gradient(
     The result is differentiable whenever the primals are tracked (or ``create_graph`` says so).
     """
     grads = gradient_used(fn, primals, create_graph=create_graph, values=values)
-    return _zeros_for_none(grads, primals)
+    return zeros_for_none(grads, primals)
 
 
 def gradient_used(
@@ -310,7 +310,7 @@ class _GraphEngine:
         self._live_outputs = [outputs[index] for index in self._live]
 
     def pull(self, cotangents: Leaves, group: int) -> Leaves:
-        return _zeros_for_none(self.pull_used(cotangents, group), self._inputs[group])
+        return zeros_for_none(self.pull_used(cotangents, group), self._inputs[group])
 
     def pull_used(self, cotangents: Leaves, group: int) -> tuple[Tensor | None, ...]:
         inputs = self._inputs[group]
@@ -410,7 +410,8 @@ def _enter(leaf: Tensor, tracked: bool) -> Tensor:
     return own
 
 
-def _zeros_for_none(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
+def zeros_for_none(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
+    """A gradient with zeros where it has None."""
     return tuple(
         [
             torch.zeros_like(leaf) if grad is None else grad

@@ -41,9 +41,17 @@ A method is an estimate of the directions in a scheme of updates:
 >>> state.params, state.hparams
 (tensor(3.0), tensor(2.0))
 
-Step sizes are numbers, functions of the step (a 0-d int64 tensor, counted from 0) such as
-`power_decay`, or schedules of `hyperfunc.optim`, which see the state's hparams and step. Non-finite
-values are passed on, not looked for: the loops never wait for the device.
+Step sizes (``inner_lr``, ``outer_lr``, ``adjoint_lr``) are numbers, functions of the step (a 0-d
+int64 tensor, counted from 0) such as `power_decay`, or schedules of `hyperfunc.optim`, which see
+the state's hparams and step. In the place of each may stand an optimiser of `hyperfunc.optim`, as
+``inner_optimizer``, ``outer_optimizer`` and ``adjoint_optimizer``: with its schedules, which count
+its own steps (each of the inner ones), its clipping, its coefficients by leaf or of the state's
+hparams. It takes the direction of the method for the gradient, and its state is part of the
+`State`. Params that no loss uses it leaves as they are. The ``adjoint_lr`` of a Neumann series is a
+step size only; second params that begin anew in every update (`bome`, `pbgd`) begin with a new
+state of their optimiser.
+
+Non-finite values are passed on, not looked for: the loops never wait for the device.
 """
 
 # Here: a module for each loop, or each kin of them. May import what stands below the transforms. A

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.finite_differences import Products
 from hyperfunc._types import Leaves, Loss
-from hyperfunc.bilevel._base import Loop, Point, StepSize, TwoLoops
+from hyperfunc.bilevel._base import AdjointSteps, Loop, Point, TwoLoops, taking
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@taking(AdjointSteps)
 def amigo(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     num_inner_steps: int = 10,
     num_adjoint_steps: int = 10,
     products: Products = "reverse",
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""AmIGO: inner steps from the last params, then steps on the adjoint from the last adjoint.
 
@@ -51,9 +53,8 @@ def amigo(
         Arbel and Mairal, Amortized implicit differentiation for stochastic bilevel optimization,
         arXiv 2111.14580.
     """
-    rates = (inner_lr, outer_lr, adjoint_lr)
     return _AmIGO(
-        inner_loss, outer_loss, *rates, num_inner_steps, num_adjoint_steps, products=products
+        inner_loss, outer_loss, steps, num_inner_steps, num_adjoint_steps, products=products
     ).loop()
 
 
@@ -62,8 +63,7 @@ class _AmIGO(TwoLoops):
     name = "amigo"
     least_adjoint_steps = 1
 
-    def solve(self, point: Point, batches: list[tuple[Any, ...]], b: Leaves, lr: Any) -> Leaves:
-        u = point.u
+    def solve(self, point: Point, batches: list[tuple[Any, ...]], b: Leaves) -> Point:
         for batch in batches:
-            u = trees.axpy(-lr, trees.sub(point.product(u, batch), b), u)
-        return u
+            point = point.step("adjoint", trees.sub(point.product(point.u, batch), b))
+        return point

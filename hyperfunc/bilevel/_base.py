@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +23,50 @@ from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.containers import loadable
 from hyperfunc._types import Leaves, Loss, TensorTree
-from hyperfunc.optim._base import Schedule
+from hyperfunc.optim._base import Optimizer, Schedule, check_optimizer, skips_unused
 
 StepSize: TypeAlias = float | Tensor | Callable[[Tensor], Any]
 """A number, a 0-d tensor, a function of the step that returns one, or an `optim.schedule`."""
+
+Variable: TypeAlias = Literal["inner", "adjoint", "outer"]
+"""What a loop steps on, as its settings call it: params, adjoint (or second params), hparams."""
+
+_PLACES = {"inner": ("w", "params"), "adjoint": ("u", "adjoint"), "outer": ("h", "hparams")}
+BOTH = ("inner_loss", "outer_loss")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Steps(TypedDict, total=False):
+    """What params and hparams are stepped on with: of each pair, one."""
+
+    inner_lr: StepSize | None
+    inner_optimizer: Optimizer | None
+    outer_lr: StepSize | None
+    outer_optimizer: Optimizer | None
+
+
+class AdjointSteps(Steps, total=False):
+    """The same, and what the adjoint is stepped on with."""
+
+    adjoint_lr: StepSize | None
+    adjoint_optimizer: Optimizer | None
+
+
+def taking(steps: Any) -> Callable[[Function], Function]:
+    """Show in a function's signature, as ``help`` does, what ``**steps`` stands for."""
+
+    def shown(function: Any) -> Any:
+        signature = inspect.signature(function)
+        named = list(signature.parameters.values())[:-1]
+        options = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+            for key, kind in steps.__annotations__.items()
+        ]
+        function.__signature__ = signature.replace(parameters=[*named, *options])
+        return function
+
+    return shown
 
 
 @loadable
@@ -38,9 +79,10 @@ class State(NamedTuple):
         adjoint: the estimate of ``u``, a tree like params; of `f2sa`, `bome`, `pbgd` and `meha`,
             which have none, the second params.
         hparams: the outer variables.
-        memory: what the method remembers, if anything: `saba` what it saw on each batch, `sama` the
-            state of its optimiser, a method whose directions are averaged or corrected those
-            directions, and where it was.
+        memory: what the method remembers, if anything: `saba` what it saw on each batch, a method
+            whose directions are averaged or corrected those directions, and where it was.
+        optimizers: the states of the optimisers, under ``"inner"``, ``"adjoint"`` and ``"outer"``;
+            nothing for a step size, nor for second params that begin anew in every update.
 
     Example:
         >>> loop = hf.bilevel.soba(
@@ -57,6 +99,7 @@ class State(NamedTuple):
     adjoint: TensorTree
     hparams: TensorTree
     memory: Any
+    optimizers: Mapping[str, Any] = {}
 
 
 class Loop(NamedTuple):
@@ -93,27 +136,34 @@ class Method(PrintsAsCall):
 
     inner_loss: Loss
     outer_loss: Loss
-    inner_lr: StepSize
-    outer_lr: StepSize
-    adjoint_lr: StepSize | None
+    steps: Mapping[str, Any]  # what the user gave, then one for each `Variable`
     products: Products = dataclasses.field(default="reverse", kw_only=True)
 
+    # what the adjoint is: the last of steps, a series, second params that are carried on or begin
+    # anew as the params in every update, or nothing
+    adjoint: ClassVar[Literal["steps", "series", "params", "restarted", ""]] = "steps"
+    shares: ClassVar[bool] = True  # whether its step size is by default that of the params
+
     def __post_init__(self) -> None:
-        if self.adjoint_lr is None:
-            object.__setattr__(self, "adjoint_lr", self.inner_lr)
         check_products(self.products)
-        for key in ("inner_loss", "outer_loss"):
+        for key in BOTH:
             signature = "(params, hparams, *batch) -> scalar"
             checks.check_callable(getattr(self, key), f"{self.name}: {key}", signature)
-        for key in ("inner_lr", "outer_lr", "adjoint_lr"):
-            rate = getattr(self, key)
-            if not callable(rate):
-                check_rate(self.name, key, rate)
+        object.__setattr__(self, "steps", _resolved(self))
 
     def loop(self) -> Loop:
         """The pair of functions that a user gets."""
         method: Any = self
         return Loop(self.init, method.update)
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The optimisers whose states are carried from update to update."""
+        return {
+            key: rule
+            for key, rule in self.steps.items()
+            if isinstance(rule, Optimizer) and (key, self.adjoint) != ("adjoint", "restarted")
+        }
 
     def init(self, params: TensorTree, hparams: TensorTree) -> State:
         """The start, cut from any graph: a loop is nothing to differentiate through."""
@@ -121,12 +171,20 @@ class Method(PrintsAsCall):
         h, hparams_spec = trees.flatten_floating(hparams, "hparams")
         # copies, as a module whose parameters these are may go on to change them in place
         w, h = (tuple(leaf.clone() for leaf in tracking.detach(leaves)) for leaves in (w, h))
-        return State(
+        second = self.adjoint in ("params", "restarted")
+        u = tuple(leaf.clone() for leaf in w) if second else trees.zeros_like(w)
+        state = State(
             step=torch.zeros((), dtype=torch.int64),
             params=trees.unflatten(params_spec, w),
-            adjoint=trees.unflatten(params_spec, trees.zeros_like(w)),
+            adjoint=trees.unflatten(params_spec, u),
             hparams=trees.unflatten(hparams_spec, h),
             memory=(),
+        )
+        return state._replace(
+            optimizers={
+                key: rule.init(getattr(state, _PLACES[key][1]))
+                for key, rule in self.optimizers.items()
+            }
         )
 
     def enter(self, state: Any) -> Point:
@@ -140,7 +198,14 @@ class Method(PrintsAsCall):
         u, adjoint_spec = trees.flatten(state.adjoint)
         trees.check_like(u, adjoint_spec, w, params_spec, "state.adjoint", "params")
         h, hparams_spec = trees.flatten_floating(state.hparams, "state.hparams")
-        return Point(self, state, w, tuple(u), h, params_spec, hparams_spec)
+        got, expected = sorted(state.optimizers), sorted(self.optimizers)
+        if got != expected:
+            raise ValueError(
+                f"{self.name}: state.optimizers has those of {got}; expected those of {expected}. "
+                f"Make the state with the init of this loop, or give it those that it makes: "
+                f"state._replace(optimizers=loop.init(state.params, state.hparams).optimizers)"
+            )
+        return Point(self, state, w, tuple(u), h, params_spec, hparams_spec, state.optimizers)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,6 +219,9 @@ class Point:
     h: Leaves
     params_spec: trees.TreeSpec
     hparams_spec: trees.TreeSpec
+    optimizers: Mapping[str, Any]
+    # for each loss, which params it was seen to use in this update; shared by all its points
+    used: dict[str, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
 
     def gradient(self, batch: tuple[Any, ...]) -> Leaves:
         """The gradient of the inner loss with respect to params."""
@@ -174,7 +242,9 @@ class Point:
 
     def gradients(self, key: str, batch: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
         """The gradient of one of the losses with respect to params and hparams."""
-        w, h = split(autodiff.gradient(self.loss(key, batch), (*self.w, *self.h)), len(self.w))
+        primals = (*self.w, *self.h)
+        found = autodiff.gradient_used(self.loss(key, batch), primals, used=self._looked_for())
+        w, h = split(self._noted(key, found, primals), len(self.w))
         return w, h
 
     def loss(self, key: str, batch: tuple[Any, ...]) -> Callable[..., Tensor]:
@@ -198,21 +268,52 @@ class Point:
         products = split(linearization.pull(self.u), n)
         return [linearization.outputs, *products, *self.outer_gradient(outer_batch)]
 
-    def moved(self, terms: list[Leaves]) -> State:
-        """The state after a step along all three directions."""
-        return self.stepped(*directions(terms))
+    def step(
+        self,
+        key: Variable,
+        direction: Leaves,
+        of: tuple[str, ...] | None = None,
+        on: str | None = None,
+    ) -> Point:
+        """The point after a step on one variable, along a direction of descent.
 
-    def stepped(self, d_w: Leaves, d_u: Leaves, d_h: Leaves) -> State:
-        """The state after a step along each direction."""
-        return self.leave(
-            trees.axpy(-self.rate("inner_lr"), d_w, self.w),
-            trees.axpy(-self.rate("adjoint_lr"), d_u, self.u),
-            trees.axpy(-self.rate("outer_lr"), d_h, self.h),
-        )
+        ``of`` are the losses that the direction is taken from: an optimiser leaves params that none
+        of them uses as they are. ``on`` is where second params stand that are handled as params.
+        """
+        rule, place = self.method.steps[key], on or _PLACES[key][0]
+        leaves: Leaves = getattr(self, place)
+        changes: dict[str, Any] = {}
+        if not isinstance(rule, Optimizer):
+            rate = self.value(f"{key}_lr", rule)
+            changes[place] = trees.axpy(-rate, direction, leaves)
+            return dataclasses.replace(self, **changes)
+        spec = self.hparams_spec if place == "h" else self.params_spec
+        grads: list[Tensor | None] = list(direction)
+        if place == "w" and skips_unused(rule.update):
+            of = ("inner_loss",) if of is None else of
+            used = [any(each) for each in zip(*(self.used[loss] for loss in of), strict=True)]
+            grads = [grad if is_used else None for grad, is_used in zip(grads, used, strict=True)]
+        tree = trees.unflatten(spec, leaves)
+        # second params that begin anew have no state yet
+        state = self.optimizers[key] if key in self.optimizers else rule.init(tree)
+        grads_tree, hparams = trees.unflatten(spec, grads), self.state.hparams
+        new_tree, state = rule.update(grads_tree, state, tree, hparams)
+        new, new_spec = trees.flatten(new_tree)
+        what = f"{self.method.name}: the result of {key}_optimizer"
+        trees.check_like(new, new_spec, leaves, spec, what, _PLACES[key][1])
+        changes |= {place: tuple(new), "optimizers": {**self.optimizers, key: state}}
+        return dataclasses.replace(self, **changes)
+
+    def stepped(self, d_w: Leaves, d_u: Leaves, d_h: Leaves) -> Point:
+        """The point after a step along each direction."""
+        return self.step("inner", d_w).step("adjoint", d_u).step("outer", d_h)
 
     def rate(self, key: str) -> Any:
+        """A setting that may depend on the step, at this step."""
+        return self.value(key, getattr(self.method, key))
+
+    def value(self, key: str, rate: Any) -> Any:
         """A step size at this step."""
-        rate = getattr(self.method, key)
         if isinstance(rate, Schedule):
             rate = rate(self.state.hparams, self.state.step)
             check_rate(self.method.name, f"{key}(hparams, step)", rate)
@@ -221,19 +322,22 @@ class Point:
             check_rate(self.method.name, f"{key}(step)", rate)
         return rate
 
-    def leave(self, w: Leaves, u: Leaves, h: Leaves) -> State:
+    def leave(self) -> State:
         """The next state."""
         return self.state._replace(
             step=self.state.step + 1,
-            params=trees.unflatten(self.params_spec, w),
-            adjoint=trees.unflatten(self.params_spec, u),
-            hparams=trees.unflatten(self.hparams_spec, h),
+            params=trees.unflatten(self.params_spec, self.w),
+            adjoint=trees.unflatten(self.params_spec, self.u),
+            hparams=trees.unflatten(self.hparams_spec, self.h),
+            optimizers={key: self.optimizers[key] for key in self.state.optimizers},
         )
 
     def _linearize(self, batch: tuple[Any, ...], group: range) -> autodiff.Linearization:
         if self.method.products == "finite_difference":
             loss, primals = self.loss("inner_loss", batch), (*self.w, *self.h)
-            return DifferencedLinearization(loss, primals, len(self.w), (tuple(group),))
+            linearization = DifferencedLinearization(loss, primals, len(self.w), (tuple(group),))
+            self._note("inner_loss", linearization.used_params)
+            return linearization
         gradient = self._inner_gradient(batch, create_graph=True)
         return autodiff.Linearization(gradient, (*self.w, *self.h), (tuple(group),))
 
@@ -242,9 +346,28 @@ class Point:
 
         def gradient(*leaves: Tensor) -> Leaves:
             w, h = split(leaves, n)
-            return autodiff.gradient(lambda *w: loss(*w, *h), w, create_graph=create_graph)
+            found = autodiff.gradient_used(
+                lambda *w: loss(*w, *h), w, create_graph=create_graph, used=self._looked_for()
+            )
+            return self._noted("inner_loss", found, w)
 
         return gradient
+
+    def _looked_for(self) -> list[bool] | None:
+        """Where the leaves that a loss uses are to be looked for under transforms too."""
+        return (
+            [] if any(isinstance(rule, Optimizer) for rule in self.method.steps.values()) else None
+        )
+
+    def _noted(self, key: str, found: tuple[Tensor | None, ...], like: Leaves) -> Leaves:
+        """A gradient with zeros for None, once it is noted where that stood."""
+        self._note(key, [grad is not None for grad in found])
+        return autodiff.zeros_for_none(found, like)
+
+    def _note(self, key: str, used: Sequence[bool]) -> None:
+        n = len(self.w)
+        before = self.used.get(key, (False,) * n)
+        self.used[key] = tuple(a or b for a, b in zip(before, used[:n], strict=True))
 
 
 def directions(terms: list[Leaves]) -> tuple[Leaves, Leaves, Leaves]:
@@ -268,8 +391,8 @@ class TwoLoops(Method, abc.ABC):
             checks.check_count(self.name, key, getattr(self, key), least)
 
     @abc.abstractmethod
-    def solve(self, point: Point, batches: list[tuple[Any, ...]], b: Leaves, lr: Any) -> Leaves:
-        """The adjoint: an approximate solution of ``Hessian u = b``, a product a batch."""
+    def solve(self, point: Point, batches: list[tuple[Any, ...]], b: Leaves) -> Point:
+        """The point with the adjoint that nearly solves ``Hessian u = b``, a product a batch."""
 
     def update(
         self, state: State, inner_batches: tuple[Any, ...], outer_batch: tuple[Any, ...]
@@ -278,15 +401,12 @@ class TwoLoops(Method, abc.ABC):
         point = self.enter(state)
         check_batch(self.name, "outer_batch", outer_batch)
         batches = unbind(self.name, inner_batches, T + Q + 1)
-        inner_lr = point.rate("inner_lr")
         for batch in batches[:T]:
-            w = trees.axpy(-inner_lr, point.gradient(batch), point.w)
-            point = dataclasses.replace(point, w=w)
+            point = point.step("inner", point.gradient(batch))
         outer_params, outer_hparams = point.outer_gradient(outer_batch)
-        u = self.solve(point, batches[T : T + Q], outer_params, point.rate("adjoint_lr"))
-        d_h = trees.sub(outer_hparams, point.cross(u, batches[-1]))
-        h = trees.axpy(-point.rate("outer_lr"), d_h, point.h)
-        return point.leave(point.w, u, h)
+        point = self.solve(point, batches[T : T + Q], outer_params)
+        d_h = trees.sub(outer_hparams, point.cross(point.u, batches[-1]))
+        return point.step("outer", d_h).leave()
 
 
 def check_batch(name: str, key: str, batch: Any) -> None:
@@ -334,7 +454,59 @@ def check_rate(name: str, key: str, rate: Any) -> None:
     elif checks.is_number(rate):
         checks.check_number(name, key, rate)
     else:
+        variable, _, kind = key.partition("_")
+        by_name = f". An optimizer goes to {variable}_optimizer" if kind == "lr" else ""
         raise TypeError(
             f"{name}: {key} is {show(rate)} of type {type(rate).__name__}; expected a number or a "
-            f"function of the step that returns one"
+            f"function of the step that returns one{by_name}"
         )
+
+
+def _resolved(method: Method) -> dict[str, Any]:
+    """The step size or the optimiser for each variable."""
+    name, given, adjoint = method.name, method.steps, method.adjoint
+    for key in given:
+        if key not in AdjointSteps.__annotations__:
+            raise TypeError(f"{name}() got an unexpected keyword argument {key!r}")
+    rules: dict[str, Any] = {}
+    for variable in _PLACES:
+        for key in (f"{variable}_lr", f"{variable}_optimizer"):
+            rule = given.get(key)
+            if rule is None:
+                continue
+            if variable in rules:
+                raise TypeError(
+                    f"{name}: got {variable}_lr and {key}; expected one of them, as an optimizer "
+                    f"has a step size of its own"
+                )
+            if key.endswith("optimizer"):
+                check_optimizer(rule, f"{name}: {key}")
+            elif not callable(rule):
+                check_rate(name, key, rule)
+            rules[variable] = rule
+    if adjoint == "" and "adjoint" in rules:
+        raise TypeError(
+            f"{name}: got a step for the adjoint, but takes none; leave out adjoint_lr and "
+            f"adjoint_optimizer"
+        )
+    if adjoint == "series" and isinstance(rules.get("adjoint"), Optimizer):
+        raise TypeError(
+            f"{name}: got adjoint_optimizer, but its adjoint is a Neumann series, no sequence of "
+            f"steps; expected adjoint_lr, the step size in the series"
+        )
+    lent = method.shares and not isinstance(rules.get("inner"), Optimizer)
+    if adjoint and lent and "adjoint" not in rules:
+        rules["adjoint"] = rules.get("inner")
+    missing = [key for key in _PLACES if rules.get(key) is None and (adjoint or key != "adjoint")]
+    if missing:
+        key, what = missing[0], _PLACES[missing[0]][1]
+        also = (
+            ""
+            if (key, adjoint) == ("adjoint", "series")
+            else (f", or {key}_optimizer=hf.optim.adam(1e-3)")
+        )
+        raise TypeError(
+            f"{name}: no step for the {what} was given; expected {key}_lr=0.1 or another step "
+            f"size{also}"
+        )
+    return rules

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.finite_differences import Products
 from hyperfunc._types import Loss
-from hyperfunc.bilevel._base import Loop, State, StepSize, check_batch, directions, unbind
+from hyperfunc.bilevel._base import (
+    AdjointSteps,
+    Loop,
+    State,
+    StepSize,
+    check_batch,
+    directions,
+    taking,
+    unbind,
+)
 from hyperfunc.bilevel._recursive import Remembering, corrected, kept, kept_in_period
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@taking(AdjointSteps)
 def ma_soba(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     outer_weight: StepSize = 0.1,
     products: Products = "reverse",
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""MA-SOBA: `soba` with a moving average of the direction of the hparams.
 
@@ -54,8 +65,7 @@ def ma_soba(
         Chen, Xiao and Balasubramanian, Optimal algorithms for stochastic bilevel optimization under
         relaxed smoothness conditions, arXiv 2306.12067.
     """
-    rates = (inner_lr, outer_lr, adjoint_lr)
-    return _MASOBA(inner_loss, outer_loss, *rates, outer_weight, products=products).loop()
+    return _MASOBA(inner_loss, outer_loss, steps, outer_weight, products=products).loop()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -73,18 +83,17 @@ class _MASOBA(Remembering):
         [average], _ = self.recall(point)
         d_w, d_u, new = directions(point.terms(inner_batch, outer_batch))
         d_h = trees.axpy(kept(point, "outer_weight"), trees.sub(average, new), new)
-        return self.remember(point, point.stepped(d_w, d_u, d_h), [d_h])
+        return self.remember(point, point.stepped(d_w, d_u, d_h).leave(), [d_h])
 
 
+@taking(AdjointSteps)
 def srba(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     period: int,
     products: Products = "reverse",
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""SRBA: `soba` with directions that are corrected from step to step, as SARAH has it.
 
@@ -128,8 +137,7 @@ def srba(
         empirical risk minimization, arXiv 2302.08766; Nguyen, Liu, Scheinberg and Takac, SARAH,
         arXiv 1703.00102.
     """
-    rates = (inner_lr, outer_lr, adjoint_lr)
-    return _SRBA(inner_loss, outer_loss, *rates, period, products=products).loop()
+    return _SRBA(inner_loss, outer_loss, steps, period, products=products).loop()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -147,18 +155,17 @@ class _SRBA(Remembering):
         new, old = (directions(where.terms(inner_batch, outer_batch)) for where in (point, before))
         keep = kept_in_period(point, self.period)
         d = [corrected(keep, *each) for each in zip(new, old, last, strict=True)]
-        return self.remember(point, point.stepped(*d), d)
+        return self.remember(point, point.stepped(*d).leave(), d)
 
 
+@taking(AdjointSteps)
 def fsla(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     outer_weight: StepSize = 0.1,
     products: Products = "reverse",
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""FSLA: one step on the params, then on the adjoint, then on the hparams with momentum.
 
@@ -195,8 +202,7 @@ def fsla(
         Li, Gu and Huang, A fully single loop algorithm for bilevel optimization without Hessian
         inverse, arXiv 2112.04660.
     """
-    rates = (inner_lr, outer_lr, adjoint_lr)
-    return _FSLA(inner_loss, outer_loss, *rates, outer_weight, products=products).loop()
+    return _FSLA(inner_loss, outer_loss, steps, outer_weight, products=products).loop()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -214,13 +220,11 @@ class _FSLA(Remembering):
         check_batch(self.name, "outer_batch", outer_batch)
         for_w, for_u, for_h = unbind(self.name, inner_batches, 3, "gradient + product + cross term")
         [last], before = self.recall(point)
-        w = trees.axpy(-point.rate("inner_lr"), point.gradient(for_w), point.w)
-        moved = dataclasses.replace(point, w=w)
+        moved = point.step("inner", point.gradient(for_w))
         outer_params, outer_hparams = moved.outer_gradient(outer_batch)
         d_u = trees.sub(moved.product(point.u, for_u), outer_params)
-        u = trees.axpy(-point.rate("adjoint_lr"), d_u, point.u)
-        new = trees.sub(outer_hparams, moved.cross(u, for_h))
+        moved = moved.step("adjoint", d_u)
+        new = trees.sub(outer_hparams, moved.cross(moved.u, for_h))
         old = trees.sub(before.outer_gradient(outer_batch)[1], before.cross(point.u, for_h))
         d_h = corrected(kept(point, "outer_weight"), new, old, last)
-        state = point.leave(w, u, trees.axpy(-point.rate("outer_lr"), d_h, point.h))
-        return self.remember(point, state, [d_h])
+        return self.remember(point, moved.step("outer", d_h).leave(), [d_h])

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count, check_number, is_number
-from hyperfunc._types import Leaves, Loss, TensorTree
-from hyperfunc.bilevel._base import Loop, Method, Point, State, StepSize, check_batch, check_rate
+from hyperfunc._types import Leaves, Loss
+from hyperfunc.bilevel._base import (
+    BOTH,
+    AdjointSteps,
+    Loop,
+    Method,
+    Point,
+    State,
+    StepSize,
+    Variable,
+    check_batch,
+    check_rate,
+    taking,
+)
 from hyperfunc.bilevel._step_sizes import power_growth
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@taking(AdjointSteps)
 def f2sa(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     penalty: StepSize | None = None,
     num_inner_steps: int = 1,
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""F2SA: two copies of the params, one of which minimises the inner loss alone.
 
@@ -46,14 +60,13 @@ def f2sa(
     Args:
         inner_loss: ``(params, hparams, *inner_batch) -> scalar``, strongly convex in the params.
         outer_loss: ``(params, hparams, *outer_batch) -> scalar``.
-        inner_lr: step size on the params, below 2 over the largest curvature of the inner loss.
-        outer_lr: step size on the hparams.
-        adjoint_lr: step size on the second params; by default ``inner_lr``, as it should be where
-            the penalty grows: what the two lag behind each other counts :math:`c` times.
         penalty: :math:`c > 0`, of the kinds that step sizes are of; by default
             ``power_growth(1.0, 1 / 3)``, as the paper has it without noise (1/7 with noise in both
             losses).
         num_inner_steps: :math:`T \ge 1`; all steps of an update see the same batch.
+        steps: ``inner_lr``, ``outer_lr`` or optimisers, as in `soba`. ``adjoint_lr`` or
+            ``adjoint_optimizer`` is for the second params; by default ``inner_lr``, as it should be
+            where the penalty grows: what the two lag behind each other counts :math:`c` times.
 
     Returns:
         A `Loop`, with ``update(state, inner_batch, outer_batch)``.
@@ -77,22 +90,20 @@ def f2sa(
         optimization, arXiv 2301.10945.
     """
     check_count("f2sa", "num_inner_steps", num_inner_steps)
-    rates = (inner_lr, outer_lr, adjoint_lr)
     penalty = power_growth(1.0, 1 / 3) if penalty is None else penalty
     return _F2SA(
-        inner_loss, outer_loss, *rates, penalty=penalty, num_inner_steps=num_inner_steps
+        inner_loss, outer_loss, steps, penalty=penalty, num_inner_steps=num_inner_steps
     ).loop()
 
 
+@taking(AdjointSteps)
 def bome(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     barrier: float = 0.5,
     num_inner_steps: int = 10,
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""BOME: descent on the outer loss while the value function of the inner one decreases.
 
@@ -133,21 +144,19 @@ def bome(
         approach, arXiv 2209.08709.
     """
     check_count("bome", "num_inner_steps", num_inner_steps)
-    rates = (inner_lr, outer_lr, adjoint_lr)
     return _BOME(
-        inner_loss, outer_loss, *rates, barrier=barrier, num_inner_steps=num_inner_steps
+        inner_loss, outer_loss, steps, barrier=barrier, num_inner_steps=num_inner_steps
     ).loop()
 
 
+@taking(AdjointSteps)
 def pbgd(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     penalty: StepSize = 10.0,
     num_inner_steps: int = 10,
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""PBGD: gradient descent on the outer loss plus a penalty times what the inner one lacks.
 
@@ -187,21 +196,19 @@ def pbgd(
         arXiv 2302.05185.
     """
     check_count("pbgd", "num_inner_steps", num_inner_steps)
-    rates = (inner_lr, outer_lr, adjoint_lr)
     return _PBGD(
-        inner_loss, outer_loss, *rates, penalty=penalty, num_inner_steps=num_inner_steps
+        inner_loss, outer_loss, steps, penalty=penalty, num_inner_steps=num_inner_steps
     ).loop()
 
 
+@taking(AdjointSteps)
 def meha(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize,
     penalty: StepSize | None = None,
     proximal: float = 1.0,
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""MEHA: a penalty with the Moreau envelope of the inner loss, which need not be convex.
 
@@ -244,18 +251,15 @@ def meha(
         Liu, Liu, Yao, Zeng and Zhang, Moreau envelope for nonconvex bi-level optimization: a
         single-loop and Hessian-free solution strategy, arXiv 2405.09927.
     """
-    rates = (inner_lr, outer_lr, adjoint_lr)
     penalty = power_growth(1.0, 1 / 4) if penalty is None else penalty
-    return _MEHA(inner_loss, outer_loss, *rates, penalty=penalty, proximal=proximal).loop()
+    return _MEHA(inner_loss, outer_loss, steps, penalty=penalty, proximal=proximal).loop()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class _SecondParams(Method):
     """What the four have in common: second params, which start where the params do."""
 
-    def init(self, params: TensorTree, hparams: TensorTree) -> State:
-        state = super().init(params, hparams)
-        return state._replace(adjoint=trees.tree_map(torch.clone, state.params))
+    adjoint: ClassVar[Any] = "params"
 
     def start(self, state: State, inner_batch: Any, outer_batch: Any) -> Point:
         """The state in flat form, with checks of all that an update takes."""
@@ -295,17 +299,16 @@ class _F2SA(_Penalised):
         self, state: State, inner_batch: tuple[Any, ...], outer_batch: tuple[Any, ...]
     ) -> State:
         point = self.start(state, inner_batch, outer_batch)
-        c, lr = self.penalty_at(point), point.rate("adjoint_lr")
-        y = dataclasses.replace(point, w=point.u)
+        c, y = self.penalty_at(point), dataclasses.replace(point, w=point.u)
         for _ in range(self.num_inner_steps):
             outer_params, _ = y.gradients("outer_loss", outer_batch)
             direction = trees.axpy(1 / c, outer_params, y.gradient(inner_batch))
-            y = dataclasses.replace(y, w=trees.axpy(-lr, direction, y.w))
-        z = _descend(point, inner_batch, point.rate("inner_lr"), self.num_inner_steps)
+            y = y.step("adjoint", direction, BOTH, on="w")
+        z = _descend("inner", _beside(point, y), inner_batch, self.num_inner_steps)
         _, outer_hparams = y.gradients("outer_loss", outer_batch)
         at_y, at_z = (each.gradients("inner_loss", inner_batch)[1] for each in (y, z))
         d_h = trees.axpy(c, trees.sub(at_y, at_z), outer_hparams)
-        return point.leave(z.w, y.w, trees.axpy(-point.rate("outer_lr"), d_h, point.h))
+        return z.step("outer", d_h).leave()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -313,18 +316,18 @@ class _PBGD(_Penalised):
     num_inner_steps: int = dataclasses.field(kw_only=True)
 
     name = "pbgd"
+    adjoint = "restarted"
 
     def update(
         self, state: State, inner_batch: tuple[Any, ...], outer_batch: tuple[Any, ...]
     ) -> State:
         point = self.start(state, inner_batch, outer_batch)
         c = self.penalty_at(point)
-        z = _descend(point, inner_batch, point.rate("adjoint_lr"), self.num_inner_steps)
+        z = _descend("adjoint", point, inner_batch, self.num_inner_steps)
         outer_params, outer_hparams = point.gradients("outer_loss", outer_batch)
         q_w, q_h = _gap(point, z, inner_batch)
-        w = trees.axpy(-point.rate("inner_lr"), trees.axpy(1 / c, outer_params, q_w), point.w)
-        h = trees.axpy(-point.rate("outer_lr"), trees.axpy(c, q_h, outer_hparams), point.h)
-        return point.leave(w, z.w, h)
+        end = _beside(point, z).step("inner", trees.axpy(1 / c, outer_params, q_w), BOTH)
+        return end.step("outer", trees.axpy(c, q_h, outer_hparams)).leave()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -333,6 +336,7 @@ class _BOME(_SecondParams):
     num_inner_steps: int = dataclasses.field(kw_only=True)
 
     name = "bome"
+    adjoint = "restarted"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -342,14 +346,13 @@ class _BOME(_SecondParams):
         self, state: State, inner_batch: tuple[Any, ...], outer_batch: tuple[Any, ...]
     ) -> State:
         point = self.start(state, inner_batch, outer_batch)
-        z = _descend(point, inner_batch, point.rate("adjoint_lr"), self.num_inner_steps)
+        z = _descend("adjoint", point, inner_batch, self.num_inner_steps)
         outer_params, outer_hparams = point.gradients("outer_loss", outer_batch)
         q_w, q_h = q = _gap(point, z, inner_batch)
         along, square = _dot((outer_params, outer_hparams), q), _dot(q, q)
         c = (self.barrier - along / torch.where(square > 0, square, 1.0)).clamp(min=0)
-        w = trees.axpy(-point.rate("inner_lr"), trees.axpy(c, q_w, outer_params), point.w)
-        h = trees.axpy(-point.rate("outer_lr"), trees.axpy(c, q_h, outer_hparams), point.h)
-        return point.leave(w, z.w, h)
+        end = _beside(point, z).step("inner", trees.axpy(c, q_w, outer_params), BOTH)
+        return end.step("outer", trees.axpy(c, q_h, outer_hparams)).leave()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -357,6 +360,7 @@ class _MEHA(_Penalised):
     proximal: float = dataclasses.field(kw_only=True)
 
     name = "meha"
+    shares = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -369,23 +373,26 @@ class _MEHA(_Penalised):
         c, pull = self.penalty_at(point), 1 / self.proximal
         z = dataclasses.replace(point, w=point.u)
         d_z = trees.axpy(pull, trees.sub(z.w, point.w), z.gradient(inner_batch))
-        z = dataclasses.replace(z, w=trees.axpy(-point.rate("adjoint_lr"), d_z, z.w))
+        z = z.step("adjoint", d_z, on="w")
         _, outer_hparams = point.gradients("outer_loss", outer_batch)
         _, q_h = _gap(point, z, inner_batch)
-        h = trees.axpy(-point.rate("outer_lr"), trees.axpy(1 / c, outer_hparams, q_h), point.h)
-        moved = dataclasses.replace(point, h=h)
+        moved = _beside(point, z).step("outer", trees.axpy(1 / c, outer_hparams, q_h))
         outer_params, _ = moved.gradients("outer_loss", outer_batch)
         d_w = trees.axpy(1 / c, outer_params, moved.gradient(inner_batch))
         d_w = trees.axpy(-pull, trees.sub(point.w, z.w), d_w)
-        return moved.leave(trees.axpy(-point.rate("inner_lr"), d_w, point.w), z.w, moved.h)
+        return moved.step("inner", d_w, BOTH).leave()
 
 
-def _descend(point: Point, batch: tuple[Any, ...], lr: Any, num_steps: int) -> Point:
-    """Steps on the inner loss."""
+def _descend(key: Variable, point: Point, batch: tuple[Any, ...], num_steps: int) -> Point:
+    """Steps on the inner loss, of the params or of second params in their place."""
     for _ in range(num_steps):
-        w = trees.axpy(-lr, point.gradient(batch), point.w)
-        point = dataclasses.replace(point, w=w)
+        point = point.step(key, point.gradient(batch), on="w")
     return point
+
+
+def _beside(point: Point, z: Point) -> Point:
+    """The point after steps on second params, which stood in the place of the params."""
+    return dataclasses.replace(z, w=point.w, u=z.w)
 
 
 def _gap(point: Point, z: Point, batch: tuple[Any, ...]) -> tuple[Leaves, Leaves]:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hyperfunc._engine import checks, trees
 from hyperfunc._types import Leaves, Loss
-from hyperfunc.bilevel._base import Loop, Method, Point, State, StepSize, check_batch, unbind
+from hyperfunc.bilevel._base import Loop, Method, Point, State, Steps, check_batch, taking, unbind
 from hyperfunc.bilevel._random import normal
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@taking(Steps)
 def pzobo(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
     num_inner_steps: int = 10,
     num_directions: int = 1,
     smoothing: float = 0.01,
     seed: int = 0,
+    **steps: Unpack[Steps],
 ) -> Loop:
     r"""PZOBO: the response of the params by differences along random directions, without products.
 
@@ -39,12 +42,11 @@ def pzobo(
     Args:
         inner_loss: ``(params, hparams, *inner_batch) -> scalar``.
         outer_loss: ``(params, hparams, *outer_batch) -> scalar``.
-        inner_lr: step size on the params, as in `soba`.
-        outer_lr: step size on the hparams.
         num_inner_steps: :math:`T \ge 1`.
         num_directions: :math:`J \ge 1`; one update takes ``T (J + 1)`` inner gradients.
         smoothing: :math:`\mu > 0`, at least ten times the precision of the dtypes.
         seed: an integer >= 0; it and the step of the state alone determine what is drawn.
+        steps: ``inner_lr``, ``outer_lr`` or optimisers, as in `soba`; there is none on an adjoint.
 
     Returns:
         A `Loop`, with ``update(state, inner_batches, outer_batch)``. Each leaf of ``inner_batches``
@@ -71,7 +73,7 @@ def pzobo(
         arXiv 2110.07004.
     """
     return _PZOBO(
-        inner_loss, outer_loss, inner_lr, outer_lr, None,
+        inner_loss, outer_loss, steps,
         num_inner_steps, num_directions, smoothing, seed,
     ).loop()  # fmt: skip
 
@@ -84,6 +86,7 @@ class _PZOBO(Method):
     seed: int
 
     name = "pzobo"
+    adjoint = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,15 +102,14 @@ class _PZOBO(Method):
         check_batch(self.name, "outer_batch", outer_batch)
         self._check_precision(point)
         batches = unbind(self.name, inner_batches, self.num_inner_steps, "num_inner_steps")
-        lr, mu = point.rate("inner_lr"), self.smoothing
-        w = _descended(point, batches, lr)
-        outer_params, d_h = dataclasses.replace(point, w=w).outer_gradient(outer_batch)
+        mu, end = self.smoothing, _descended(point, batches)
+        outer_params, d_h = end.outer_gradient(outer_batch)
         for v in self._drawn(point):
             pushed = dataclasses.replace(point, h=trees.axpy(mu, v, point.h))
-            response = trees.sub(_descended(pushed, batches, lr), w)
+            response = trees.sub(_descended(pushed, batches).w, end.w)
             slope = trees.dot(response, outer_params) / (mu * self.num_directions)
             d_h = trees.axpy(slope, v, d_h)
-        return point.leave(w, point.u, trees.axpy(-point.rate("outer_lr"), d_h, point.h))
+        return end.step("outer", d_h).leave()
 
     def _check_precision(self, point: Point) -> None:
         """Refuse a push that rounding would swallow."""
@@ -132,9 +134,8 @@ class _PZOBO(Method):
         ]
 
 
-def _descended(point: Point, batches: list[tuple[Any, ...]], lr: Any) -> Leaves:
-    """The params after a step on each batch."""
+def _descended(point: Point, batches: list[tuple[Any, ...]]) -> Point:
+    """The point after a step on each batch."""
     for batch in batches:
-        w = trees.axpy(-lr, point.gradient(batch), point.w)
-        point = dataclasses.replace(point, w=w)
-    return point.w
+        point = point.step("inner", point.gradient(batch))
+    return point

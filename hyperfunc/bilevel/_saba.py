@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ from hyperfunc._engine.finite_differences import Products
 from hyperfunc._engine.shown import show
 from hyperfunc._torch.containers import loadable
 from hyperfunc._types import Loss, TensorTree
-from hyperfunc.bilevel._base import Loop, Method, State, StepSize
+from hyperfunc.bilevel._base import AdjointSteps, Loop, Method, State, directions, taking
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @loadable
@@ -45,16 +48,15 @@ class Memory(NamedTuple):
     outer_hparams: TensorTree
 
 
+@taking(AdjointSteps)
 def saba(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
     num_inner_batches: int,
     num_outer_batches: int,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     products: Products = "reverse",
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""SABA: `soba` with variance reduction, as SAGA has it.
 
@@ -71,7 +73,6 @@ def saba(
 
     ``num_inner_batches`` is ``n`` and ``num_outer_batches`` ``m``, both >= 1. All other arguments
     are those of `soba`.
-        products: ``"reverse"`` or ``"finite_difference"``; see `hyperfunc.hypergrad`.
 
     Returns:
         A `Loop`, with ``update(state, inner_batch, outer_batch, inner_index, outer_index)``. The
@@ -103,9 +104,8 @@ def saba(
     """
     check_count("saba", "num_inner_batches", num_inner_batches)
     check_count("saba", "num_outer_batches", num_outer_batches)
-    rates = (inner_lr, outer_lr, adjoint_lr)
     return _SABA(
-        inner_loss, outer_loss, *rates, num_inner_batches, num_outer_batches, products=products
+        inner_loss, outer_loss, steps, num_inner_batches, num_outer_batches, products=products
     ).loop()
 
 
@@ -146,10 +146,10 @@ class _SABA(Method):
         for new, old, index in zip(seen, state.memory, (i, i, i, j, j), strict=True):
             table, spec = trees.flatten(old)
             pairs = [_saga(*each, index) for each in zip(new, table, strict=True)]
-            directions, tables = zip(*pairs, strict=True)
-            reduced.append(directions)
+            terms, tables = zip(*pairs, strict=True)
+            reduced.append(terms)
             memory.append(trees.unflatten(spec, tables))
-        return point.moved(reduced)._replace(memory=Memory(*memory))
+        return point.stepped(*directions(reduced)).leave()._replace(memory=Memory(*memory))
 
 
 def _saga(new: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,24 +11,36 @@ from torch import Tensor
 from hyperfunc._engine import checks, trees
 from hyperfunc._engine.finite_differences import Products
 from hyperfunc._types import Leaves, Loss
-from hyperfunc.bilevel._base import Loop, Point, State, StepSize, TwoLoops, check_batch, unbind
+from hyperfunc.bilevel._base import (
+    AdjointSteps,
+    Loop,
+    Point,
+    State,
+    StepSize,
+    TwoLoops,
+    check_batch,
+    taking,
+    unbind,
+)
 from hyperfunc.bilevel._random import uniform
 from hyperfunc.bilevel._recursive import Remembering, corrected, kept, kept_in_period
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Batches = list[tuple[Any, ...]]
 
 
+@taking(AdjointSteps)
 def bsa(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     num_inner_steps: int = 10,
     num_adjoint_steps: int = 10,
     seed: int = 0,
     products: Products = "reverse",
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""BSA: inner steps, then one random term of the Neumann series.
 
@@ -62,20 +74,19 @@ def bsa(
     References:
         Ghadimi and Wang, Approximation methods for bilevel programming, arXiv 1802.02246.
     """
-    rates, steps = (inner_lr, outer_lr, adjoint_lr), (num_inner_steps, num_adjoint_steps)
-    return _BSA(inner_loss, outer_loss, *rates, *steps, seed=seed, products=products).loop()
+    counts = (num_inner_steps, num_adjoint_steps)
+    return _BSA(inner_loss, outer_loss, steps, *counts, seed=seed, products=products).loop()
 
 
+@taking(AdjointSteps)
 def ttsa(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     num_adjoint_steps: int = 10,
     seed: int = 0,
     products: Products = "reverse",
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""TTSA: one inner step, then one step on the hparams, on two time scales.
 
@@ -101,22 +112,21 @@ def ttsa(
         Hong, Wai, Wang and Yang, A two-timescale framework for bilevel optimization: complexity
         analysis and application to actor-critic, arXiv 2007.05170.
     """
-    rates, steps = (inner_lr, outer_lr, adjoint_lr), (1, num_adjoint_steps)
-    return _TTSA(inner_loss, outer_loss, *rates, *steps, seed=seed, products=products).loop()
+    counts = (1, num_adjoint_steps)
+    return _TTSA(inner_loss, outer_loss, steps, *counts, seed=seed, products=products).loop()
 
 
+@taking(AdjointSteps)
 def sustain(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     inner_weight: StepSize = 0.1,
     outer_weight: StepSize = 0.1,
     num_adjoint_steps: int = 10,
     seed: int = 0,
     products: Products = "reverse",
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""SUSTAIN: one step on params and hparams at once, both with STORM's momentum.
 
@@ -157,24 +167,23 @@ def sustain(
         optimization via double-momentum, arXiv 2102.07367; Cutkosky and Orabona, STORM,
         arXiv 1905.10018.
     """
-    rates, steps = (inner_lr, outer_lr, adjoint_lr), (1, num_adjoint_steps)
+    counts = (1, num_adjoint_steps)
     weights: Any = {"inner_weight": inner_weight, "outer_weight": outer_weight}
     return _SUSTAIN(
-        inner_loss, outer_loss, *rates, *steps, **weights, seed=seed, products=products
+        inner_loss, outer_loss, steps, *counts, **weights, seed=seed, products=products
     ).loop()
 
 
+@taking(AdjointSteps)
 def mrbo(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     inner_weight: StepSize = 0.1,
     outer_weight: StepSize = 0.1,
     num_adjoint_steps: int = 10,
     products: Products = "reverse",
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""MRBO: `sustain` with the whole Neumann series of `stocbio` in place of one random term.
 
@@ -197,22 +206,21 @@ def mrbo(
         Yang, Ji and Liang, Provably faster algorithms for bilevel optimization, algorithm 1,
         arXiv 2106.04692.
     """
-    rates, steps = (inner_lr, outer_lr, adjoint_lr), (1, num_adjoint_steps)
+    counts = (1, num_adjoint_steps)
     weights: Any = {"inner_weight": inner_weight, "outer_weight": outer_weight}
-    return _MRBO(inner_loss, outer_loss, *rates, *steps, **weights, products=products).loop()
+    return _MRBO(inner_loss, outer_loss, steps, *counts, **weights, products=products).loop()
 
 
+@taking(AdjointSteps)
 def vrbo(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     period: int,
     num_inner_steps: int = 3,
     num_adjoint_steps: int = 10,
     products: Products = "reverse",
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""VRBO: two loops, with directions that are corrected from step to step, as SPIDER has it.
 
@@ -259,12 +267,13 @@ def vrbo(
         Yang, Ji and Liang, Provably faster algorithms for bilevel optimization, algorithm 2,
         arXiv 2106.04692; Fang, Li, Lin and Zhang, SPIDER, arXiv 1807.01695.
     """
-    rates, steps = (inner_lr, outer_lr, adjoint_lr), (num_inner_steps, num_adjoint_steps)
-    return _VRBO(inner_loss, outer_loss, *rates, *steps, period, products=products).loop()
+    counts = (num_inner_steps, num_adjoint_steps)
+    return _VRBO(inner_loss, outer_loss, steps, *counts, period, products=products).loop()
 
 
-def series(point: Point, b: Leaves, batches: Batches, lr: Any) -> Leaves:
+def series(point: Point, b: Leaves, batches: Batches) -> Leaves:
     """The truncated Neumann series, a batch a product."""
+    lr = point.value("adjoint_lr", point.method.steps["adjoint"])
     term = total = b
     for batch in batches:
         term = trees.axpy(-lr, point.product(term, batch), term)
@@ -272,8 +281,9 @@ def series(point: Point, b: Leaves, batches: Batches, lr: Any) -> Leaves:
     return trees.scale(lr, total)
 
 
-def random_term(point: Point, b: Leaves, batches: Batches, lr: Any, seed: int) -> Leaves:
+def random_term(point: Point, b: Leaves, batches: Batches, seed: int) -> Leaves:
     """One term of that series, weighed by the number of terms."""
+    lr = point.value("adjoint_lr", point.method.steps["adjoint"])
     [draw] = uniform(seed, point.state.step, 1)
     num_factors = (draw * (len(batches) + 1)).floor()
     term = b
@@ -287,10 +297,11 @@ def random_term(point: Point, b: Leaves, batches: Batches, lr: Any, seed: int) -
 class Series(TwoLoops):
     """Loops whose adjoint is the truncated Neumann series."""
 
+    adjoint = "series"
     least_adjoint_steps = 0
 
-    def solve(self, point: Point, batches: Batches, b: Leaves, lr: Any) -> Leaves:
-        return series(point, b, batches, lr)
+    def solve(self, point: Point, batches: Batches, b: Leaves) -> Point:
+        return dataclasses.replace(point, u=series(point, b, batches))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -299,14 +310,15 @@ class _RandomTerm(TwoLoops):
 
     seed: int = dataclasses.field(default=0, kw_only=True)
 
+    adjoint = "series"
     least_adjoint_steps = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.check_count(self.name, "seed", self.seed, least=0)
 
-    def solve(self, point: Point, batches: Batches, b: Leaves, lr: Any) -> Leaves:
-        return random_term(point, b, batches, lr, self.seed)
+    def solve(self, point: Point, batches: Batches, b: Leaves) -> Point:
+        return dataclasses.replace(point, u=random_term(point, b, batches, self.seed))
 
 
 class _BSA(_RandomTerm):
@@ -328,7 +340,7 @@ class _Corrected(TwoLoops, Remembering):
     ) -> tuple[list[Leaves], Leaves]:
         """Those of params and hparams, and the adjoint."""
         outer_params, outer_hparams = point.outer_gradient(outer_batch)
-        u = self.solve(point, batches[1:-1], outer_params, point.rate("adjoint_lr"))
+        u = self.solve(point, batches[1:-1], outer_params).u
         d_h = trees.sub(outer_hparams, point.cross(u, batches[-1]))
         return [point.gradient(batches[0]), d_h], u
 
@@ -353,9 +365,8 @@ class _Momentum(_Corrected):
         old, _ = self.directions(before, batches, outer_batch)
         keep = [kept(point, key) for key in self.weights]
         d = [corrected(*each) for each in zip(keep, new, old, last, strict=True)]
-        w = trees.axpy(-point.rate("inner_lr"), d[0], point.w)
-        h = trees.axpy(-point.rate("outer_lr"), d[1], point.h)
-        return self.remember(point, point.leave(w, u, h), d)
+        end = dataclasses.replace(point, u=u).step("inner", d[0]).step("outer", d[1])
+        return self.remember(point, end.leave(), d)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -389,15 +400,13 @@ class _VRBO(_Corrected, Series):
         keep = kept_in_period(point, self.period)
         taken_at = trees.axpy(keep, trees.sub(before.w, point.w), point.w)
         d = [trees.axpy(keep, trees.sub(a, b), b) for a, b in zip(d, begun, strict=True)]
-        h = trees.axpy(-point.rate("outer_lr"), d[1], point.h)
-        before, now = dataclasses.replace(point, w=taken_at), dataclasses.replace(point, h=h)
+        before, now = dataclasses.replace(point, w=taken_at), point.step("outer", d[1])
         one: Tensor = torch.ones((), dtype=torch.float64)
         for group in groups[1:]:
             new, u = self.directions(now, group, outer_batch)
             old, _ = self.directions(before, group, outer_batch)
             d = [corrected(one, *each) for each in zip(new, old, d, strict=True)]
-            w = trees.axpy(-point.rate("inner_lr"), d[0], now.w)
-            before, now = now, dataclasses.replace(now, w=w)
+            before, now = now, now.step("inner", d[0])
         params = trees.unflatten(point.params_spec, before.w)
         past = dataclasses.replace(point, state=state._replace(params=params))
-        return self.remember(past, point.leave(now.w, u, h), d)
+        return self.remember(past, dataclasses.replace(now, u=u).leave(), d)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hyperfunc._engine.finite_differences import Products
 from hyperfunc._types import Loss
-from hyperfunc.bilevel._base import Loop, Method, State, StepSize
+from hyperfunc.bilevel._base import AdjointSteps, Loop, Method, State, directions, taking
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@taking(AdjointSteps)
 def soba(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     products: Products = "reverse",
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""SOBA: one stochastic gradient step on all three variables at once.
 
@@ -33,18 +35,24 @@ def soba(
     Args:
         inner_loss: ``(params, hparams, *inner_batch) -> scalar``.
         outer_loss: ``(params, hparams, *outer_batch) -> scalar``.
+        products: ``"reverse"`` or ``"finite_difference"``; see `hyperfunc.hypergrad`.
         inner_lr: step size on the params, below 2 over the largest curvature of the inner loss.
         outer_lr: step size on the hparams.
         adjoint_lr: step size on the adjoint; by default ``inner_lr``.
-        products: ``"reverse"`` or ``"finite_difference"``; see `hyperfunc.hypergrad`.
+        inner_optimizer: in place of ``inner_lr``, an optimiser of `hyperfunc.optim`; the adjoint
+            then needs a step of its own.
+        outer_optimizer: in place of ``outer_lr``.
+        adjoint_optimizer: in place of ``adjoint_lr``. It minimises a quadratic whose solution is
+            the adjoint: weight decay would shift it.
 
     Returns:
         A `Loop`, with ``update(state, inner_batch, outer_batch)``.
 
     Raises:
         TypeError: a loss that is no function; a batch that is no tuple; a step size of no kind
-            above; a state that is no `State`.
-        ValueError: a negative step size; a loss that is not scalar.
+            above; no step for a variable, or two; a state that is no `State`.
+        ValueError: a negative step size; a loss that is not scalar; a state without the states of
+            these optimisers.
 
     Example:
         >>> inner_loss = lambda w, h, x: (w - h * x) ** 2 / 2
@@ -60,7 +68,7 @@ def soba(
         Dagreou, Ablin, Vaiter and Moreau, A framework for bilevel optimization that enables
         stochastic and global variance reduction algorithms, arXiv 2201.13409.
     """
-    return _SOBA(inner_loss, outer_loss, inner_lr, outer_lr, adjoint_lr, products=products).loop()
+    return _SOBA(inner_loss, outer_loss, steps, products=products).loop()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -71,4 +79,4 @@ class _SOBA(Method):
         self, state: State, inner_batch: tuple[Any, ...], outer_batch: tuple[Any, ...]
     ) -> State:
         point = self.enter(state)
-        return point.moved(point.terms(inner_batch, outer_batch))
+        return point.stepped(*directions(point.terms(inner_batch, outer_batch))).leave()

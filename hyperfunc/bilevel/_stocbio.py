@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hyperfunc._engine.finite_differences import Products
 from hyperfunc._types import Loss
-from hyperfunc.bilevel._base import Loop, StepSize
+from hyperfunc.bilevel._base import AdjointSteps, Loop, taking
 from hyperfunc.bilevel._series import Series
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@taking(AdjointSteps)
 def stocbio(
     inner_loss: Loss,
     outer_loss: Loss,
     *,
-    inner_lr: StepSize,
-    outer_lr: StepSize,
-    adjoint_lr: StepSize | None = None,
     num_inner_steps: int = 10,
     num_adjoint_steps: int = 10,
     products: Products = "reverse",
+    **steps: Unpack[AdjointSteps],
 ) -> Loop:
     r"""StocBiO: inner steps from the last params, then a truncated Neumann series.
 
@@ -34,7 +38,6 @@ def stocbio(
 
     ``num_inner_steps`` is :math:`T \ge 1`, ``num_adjoint_steps`` :math:`Q \ge 0`, and
     ``adjoint_lr`` the step size in the series. All other arguments are those of `soba`.
-        products: ``"reverse"`` or ``"finite_difference"``; see `hyperfunc.hypergrad`.
 
     Returns:
         A `Loop`, with ``update(state, inner_batches, outer_batch)``. Each leaf of ``inner_batches``
@@ -59,9 +62,8 @@ def stocbio(
         Ji, Yang and Liang, Bilevel optimization: convergence analysis and enhanced design,
         algorithms 2 and 3, arXiv 2010.07962.
     """
-    rates = (inner_lr, outer_lr, adjoint_lr)
     return _StocBiO(
-        inner_loss, outer_loss, *rates, num_inner_steps, num_adjoint_steps, products=products
+        inner_loss, outer_loss, steps, num_inner_steps, num_adjoint_steps, products=products
     ).loop()
 
 

@@ -81,7 +81,7 @@ KEYWORD_ONLY: dict[Any, dict[str, Any]] = {
     bilevel.bome: {"adjoint_lr": None, "barrier": 0.5, "num_inner_steps": 10},
     bilevel.pbgd: {"adjoint_lr": None, "penalty": 10.0, "num_inner_steps": 10},
     bilevel.meha: {"penalty": None, "proximal": 1.0},
-    bilevel.sama: {"optimizer": optim.adam},
+    bilevel.sama: {"inner_lr": None, "inner_optimizer": None},
     bilevel.darts: {"unroll_lr": None},
     distributed.task_parallel: {"group": None, "reduce": "mean", "chunk_size": None},
     distributed.local_tasks: {"group": None},

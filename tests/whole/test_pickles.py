@@ -528,7 +528,7 @@ def test_optimisers_and_loops_are_compared_by_what_they_are_made_from() -> None:
         assert make(0.1) == make(0.1) == pickle.loads(pickle.dumps(make(0.1))) != make(0.2)
     assert hf.optim.adam(0.1, weight_decay=0.01) != hf.optim.adamw(0.1)
     loop = hf.bilevel.soba(inner_loss, outer_loss, **RATES)
-    assert pickle.loads(pickle.dumps(loop)).update.__self__.outer_lr == 0.1
+    assert pickle.loads(pickle.dumps(loop)).update.__self__.steps["outer"] == 0.1
 
 
 def test_objects_are_read_from_files(tmp_path: Path) -> None:
