@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyperfunc._engine.checks import check_count, check_number
-from hyperfunc.fixed_point_solvers._base import AbstractFixedPointSolver, Iteration, Point, Problem
+from hyperfunc.fixed_point_solvers._base import (
+    AbstractFixedPointSolver,
+    Iteration,
+    Point,
+    Problem,
+    is_first,
+    no_rows,
+)
 from hyperfunc.linear_solvers._anderson import append_row, mixing_coefficients
 
 
@@ -63,29 +71,34 @@ class Anderson(AbstractFixedPointSolver):
             check_number(self, "ridge", self.ridge)
 
     def _iteration(self, problem: Problem) -> Iteration:
-        return Iteration(problem.apply, _Mixing(self).advance, self.memory)
+        return Iteration(problem.evaluate, self._start, self._step, self.memory)
 
+    def _start(self, point: Point) -> _Memory:
+        rows = no_rows(point.z, self.memory)
+        alive = rows.new_zeros(rows.shape[:2], dtype=torch.bool)
+        return _Memory(point.z, point.residual, rows, rows, alive)
 
-class _Mixing:
-    def __init__(self, solver: Anderson) -> None:
-        self._solver = solver
-        self._previous: tuple[Tensor, Tensor] | None = None
-
-    def advance(self, point: Point, active: Tensor, restart: Tensor) -> Tensor:
-        memory, step_size, ridge = self._solver.memory, self._solver.step_size, self._solver.ridge
+    def _step(
+        self, number: Any, point: Point, last: _Memory, active: Tensor, restart: Tensor
+    ) -> tuple[Tensor, _Memory]:
         z, f = point.z, point.residual
-        new = point.value if step_size == 1 else z + step_size * f
-        if self._previous is None:
-            self._z_steps = self._f_steps = z.new_empty(z.shape[0], 0, z.shape[1])
-            self._alive = restart.new_empty(z.shape[0], 0)
-        else:
-            old_z, old_f = self._previous
-            self._z_steps = append_row(self._z_steps, z - old_z, memory)
-            self._f_steps = append_row(self._f_steps, f - old_f, memory)
-            alive = torch.cat([self._alive, active[:, None]], dim=1)[:, -memory:]
-            self._alive = alive & ~restart[:, None]
-            gamma = mixing_coefficients(self._f_steps, f, ridge=ridge, alive=self._alive)
-            steps = torch.add(self._z_steps, self._f_steps, alpha=step_size)
-            new = new - (gamma[:, None] @ steps)[:, 0]
-        self._previous = z, f
-        return new
+        new = point.value if self.step_size == 1 else z + self.step_size * f
+        if is_first(number):
+            return new, last
+        z_steps = append_row(last.z_steps, z - last.z, self.memory)
+        f_steps = append_row(last.f_steps, f - last.f, self.memory)
+        alive = torch.cat([last.alive, active[:, None]], dim=1)[:, -self.memory :]
+        alive = alive & ~restart[:, None]
+        gamma = mixing_coefficients(f_steps, f, ridge=self.ridge, alive=alive)
+        steps = torch.add(z_steps, f_steps, alpha=self.step_size)
+        return new - (gamma[:, None] @ steps)[:, 0], _Memory(z, f, z_steps, f_steps, alive)
+
+
+class _Memory(NamedTuple):
+    """The last point, and the last differences, which count where they are alive."""
+
+    z: Tensor
+    f: Tensor
+    z_steps: Tensor
+    f_steps: Tensor
+    alive: Tensor
