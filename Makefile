@@ -19,7 +19,7 @@ BENCH_READY := .venv/.bench-ready
 MODELS_READY := .venv/.models-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench bench-memory bench-models bench-scaling bench-distributed examples docs dist clean distclean
+.PHONY: help setup demo test test-all lint format bench bench-memory bench-models bench-scaling bench-distributed gpu examples docs dist clean distclean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ bench-distributed: $(DEV_READY) ## Count and time what ranks send, and project i
 
 bench-scaling: $(DEV_READY) ## Measure how time grows with the work
 	$(BIN)/python -m tests.benchmarks.scaling
+
+gpu: ## Measure and test on a GPU in 8 minutes, with the torch that is installed
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tests.benchmarks.gpu
 
 examples: $(DEMO_READY) ## Run every example; results in out/<name>
 	@set -e; for script in $(EXAMPLES); do \

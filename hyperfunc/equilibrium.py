@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hyperfunc._compile.compiler import Compiler, check_backend
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.results import SolveStats
@@ -19,13 +21,17 @@ from hyperfunc._torch import autodiff, derivative_rules, tracking
 from hyperfunc._torch.internals import is_exporting
 from hyperfunc._types import TensorTree
 from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson, Newton
-from hyperfunc.fixed_point_solvers._base import raise_unless_solved, warn_unless_solved
+from hyperfunc.fixed_point_solvers._base import (
+    raise_unless_solved,
+    solve_compiled,
+    warn_unless_solved,
+)
 from hyperfunc.inner_solvers import iterate
 from hyperfunc.iterative import Reverse, ReverseUnroll
 from hyperfunc.iterative._segment import RngAutocastState
 from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver
 from hyperfunc.modules import FunctionalModule
-from hyperfunc.transforms._hypergrad import implicit_diff
+from hyperfunc.transforms._hypergrad import implicit_diff, make_differentiable
 from hyperfunc.transforms._methods import resolve_method
 
 
@@ -77,6 +83,10 @@ class EquilibriumLayer(nn.Module):
         throw_backward: the same for the linear solver of the backward pass, which by default raises
             for divergence too, and with True for all that `RESULTS` calls a failure.
         on_backward: called with the `SolveStats` of the backward pass, as ``history.append``.
+        compile: whether to compile the solve and the backward pass, as by the ``compile`` of
+            `hyperfunc.hypergrad`: as loops that stop by themselves. A cell that draws random
+            numbers is refused; ``return_trace``, ``at_steps``, derivatives of derivatives and
+            torch.func's run uncompiled.
 
     Example:
         >>> class Cell(torch.nn.Module):
@@ -112,8 +122,11 @@ class EquilibriumLayer(nn.Module):
         throw: bool | None = None,
         throw_backward: bool | None = None,
         on_backward: Callable[[SolveStats], object] | None = None,
+        compile: bool | str | Mapping[str, Any] = False,
     ) -> None:
         super().__init__()
+        self.backend = check_backend(compile)
+        self._compilers: dict[Any, tuple[Compiler, Compiler]] = {}
         self.solver, self.method, self.init = solver, method, init
         self.throw, self.throw_backward, self.on_backward = throw, throw_backward, on_backward
         self.cell = cell
@@ -131,6 +144,9 @@ class EquilibriumLayer(nn.Module):
             raise TypeError(f"EquilibriumLayer: {name} is {show(value)}; expected {expected}")
         if self._cell_with(name) is not None:
             setattr(self.cell, name, value)
+        elif name == "cell":
+            super().__setattr__(name, value)
+            self._compilers.clear()  # which are of the cell before
         elif name == "init":  # has no derivative, so that a module is no part of the layer
             object.__setattr__(self, name, value)
         else:
@@ -170,7 +186,7 @@ class EquilibriumLayer(nn.Module):
             self._check_exportable()
         elif torch.compiler.is_compiling():  # loops that stop by values are no graph
             run = torch.compiler.disable(run)
-        state, stats, trace, states = run(inputs, init, return_stats, at_steps)
+        state, stats, trace, states = run(inputs, init, return_stats, return_trace, at_steps)
         further: tuple[Any, ...] = (stats,) if return_stats else ()
         further += ((trace,) if return_trace else ()) + ((states,) if at_steps else ())
         return (state, *further) if further else state
@@ -184,14 +200,15 @@ class EquilibriumLayer(nn.Module):
         inputs: tuple[Any, ...],
         init: TensorTree,
         stats_are_seen: bool,
+        return_trace: bool,
         at_steps: Sequence[int],
-    ) -> tuple[TensorTree, SolveStats, Tensor, list[TensorTree]]:
+    ) -> tuple[TensorTree, SolveStats, Any, list[TensorTree]]:
         state = self._initial_state(inputs) if init is None else init
         apply, weights, buffers = _snapshot(self.cell, "batch")
         device_type, dtype = _autocast_of(state)
         recorded = torch.compiler.is_compiling()  # by torch.export, which knows no values
         rng = None
-        if not recorded:
+        if not recorded and self.backend is None:
             rng = RngAutocastState.capture(trees.flatten((state, weights, inputs))[0])
         cell = _Cell(apply, device_type, dtype, rng)
         # what the backward pass needs must not change when the buffers are updated
@@ -202,17 +219,20 @@ class EquilibriumLayer(nn.Module):
             point = (state, (weights, state), *args)
             with contextlib.nullcontext() if unroll else torch.enable_grad():
                 arguments = point if unroll else _detach(point)
-                solution, stats, trace, *rest = solver(
-                    cell, *arguments, return_trace=True, at_steps=at_steps
-                )
+                watched: dict[str, Any] = {"return_trace": return_trace, "at_steps": at_steps}
+                compilers = (None, None) if recorded else self._compilers_for(dtype)
+                if compilers[0] is None or return_trace or at_steps:
+                    solution, stats, *rest = solver(cell, *arguments, **watched)
+                else:
+                    solution, stats, *rest = solve_compiled(solver, compilers[0], cell, *arguments)
             if self.throw is not False and not recorded:
                 raise_unless_solved(self.solver, stats, finished=self.throw)
             if not stats_are_seen and not recorded:
                 warn_unless_solved(self.solver, stats)
-            states = rest[0] if rest else []
+            states = rest.pop() if at_steps else []
             if not unroll and not recorded:
                 solution, *states = (
-                    self._attach(cell, (weights, _detach(state)), args, dtype)
+                    self._attach(cell, (weights, _detach(state)), args, dtype, compilers[1])
                     for state in (solution, *states)
                 )
         if self.training and buffers and not tracking.transforms_active():
@@ -221,7 +241,19 @@ class EquilibriumLayer(nn.Module):
                 _, updated = apply(weights, solution, *inputs, buffers=buffers)
                 for name, buffer in updated.items():
                     buffers[name].copy_(buffer)
-        return solution, stats, trace, states
+        return solution, stats, rest[0] if rest else None, states
+
+    def _compilers_for(self, dtype: torch.dtype | None) -> tuple[Compiler | None, Compiler | None]:
+        """What compiles the solve and the backward pass with the present settings."""
+        if self.backend is None:
+            return None, None
+        key = (dtype, self.solver, self.method, self.throw_backward)
+        if key not in self._compilers:
+            functions = (functools.partial(self.cell), self.solver, self.method)
+            names = "the fixed-point solve", "the backward pass"
+            first, second = (Compiler(self.backend, name, functions) for name in names)
+            self._compilers[key] = first, second
+        return self._compilers[key]
 
     def _check_exportable(self) -> None:
         fixed = self.solver.rtol == 0 and self.solver.atol == 0
@@ -249,7 +281,12 @@ class EquilibriumLayer(nn.Module):
         return torch.zeros_like(inputs[0])
 
     def _attach(
-        self, cell: _Cell, hparams: TensorTree, args: tuple[Any, ...], dtype: torch.dtype | None
+        self,
+        cell: _Cell,
+        hparams: TensorTree,
+        args: tuple[Any, ...],
+        dtype: torch.dtype | None,
+        compiler: Compiler | None,
     ) -> TensorTree:
         """The solution, which is the second part of the hparams, with its derivatives."""
         method = _reachable(self.method, dtype)
@@ -257,13 +294,8 @@ class EquilibriumLayer(nn.Module):
             assert method.last is not None
             rule = implicit_diff(iterate(cell, method.last, init=_second), method=method)
         else:
-            rule = implicit_diff(
-                _second,
-                fixed_point=cell,
-                method=method,
-                throw=self.throw_backward,
-                on_backward=self.on_backward,
-            )
+            options = (method, self.throw_backward, self.on_backward)
+            rule = make_differentiable((cell, None, None), *options, _second, compiler=compiler)
         return rule(hparams, *args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

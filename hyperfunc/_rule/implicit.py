@@ -23,12 +23,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from hyperfunc._compile.compiler import Compiler
 from hyperfunc._engine import trees
 from hyperfunc._engine.contact import in_contact
 from hyperfunc._engine.convergence import warn_unless_converged
 from hyperfunc._engine.flat import differentiable_indices, scatter, split
 from hyperfunc._engine.results import (
     RESULTS,
+    UNFINISHED,
     ChoiceStats,
     HypergradError,
     SolveStats,
@@ -91,6 +93,7 @@ class ImplicitProblem:
     on_backward: Callable[[SolveStats], object] | None = None
     has_aux: bool = False
     bound: BoundCondition | None = None
+    compiler: Compiler | None = None  # of what pulls a cotangent back
     aux_frame: trees.Frame | None = None
     aux: Any = ()  # what the inner solver returned beside its params, once that is known
 
@@ -210,12 +213,55 @@ class ImplicitProblem:
     ) -> tuple[Leaves, SolveStats | ChoiceStats]:
         """`adjoint` where nobody sees its statistics, which so warns if it did not converge."""
         u, stats = self.adjoint(*args, **keywords)
+        self._tell(stats)
+        return u, stats
+
+    def pull(self, w: Leaves, theta: Leaves, wrt: Sequence[int], b: Leaves) -> Leaves:
+        """``-(dr/dtheta)^T A^{-T} b`` for the tensors of theta at wrt, whose solve nobody sees."""
+        if self.compiler is not None and self.compiler.applies((*w, *theta, *b)):
+            stats, cross = self._pull_compiled(self.compiler, w, theta, tuple(wrt), b)
+            if not batching.any_true(stats.result == UNFINISHED):
+                self.refuse_failure(stats)
+                self._tell(stats)
+                return cross
+        linearization = self.linearize(w, theta, wrt)
+        u, _ = self.unseen_adjoint(linearization, w, theta, b)
+        return cross_term(self, linearization, w, theta, wrt, u)
+
+    def _pull_compiled(
+        self, compiler: Compiler, w: Leaves, theta: Leaves, wrt: tuple[int, ...], b: Leaves
+    ) -> tuple[SolveStats, Leaves]:
+        quiet = dataclasses.replace(self, throw=False)
+
+        def compute(*operands: Tensor) -> tuple[SolveStats, Leaves]:
+            at, variables, rhs = split(operands, len(w), len(theta))
+            linearization = quiet.linearize(at, variables, wrt)
+            u, stats = quiet.adjoint(linearization, at, variables, rhs)
+            cross = cross_term(quiet, linearization, at, variables, wrt, u)
+            return SolveStats(*stats[:3]), cross
+
+        key = (self.bound and self.bound.state, self.arguments, wrt)
+        operands = (*w, *theta, *(leaf.contiguous() for leaf in b))
+        result: tuple[SolveStats, Leaves] = compiler.call(compute, key, compiler.read(), operands)
+        return result
+
+    def refuse_failure(self, stats: SolveStats | ChoiceStats) -> None:
+        """Raise if a linear solve failed, unless what it found may be returned all the same."""
+        result = stats.result
+        if self.throw is None:
+            useless = (result == int(RESULTS.nonfinite)) | (result == int(RESULTS.divergence))
+            result = torch.where(useless, result, 0)
+        if self.throw is not False:
+            raise_on_failure(SolveStats(*stats[:3])._replace(result=result), self.linear_solver)
+
+    def _tell(self, stats: SolveStats | ChoiceStats) -> None:
+        """Tell of a solve whose statistics nobody sees."""
+        found = SolveStats(*stats[:3])
         if self.on_backward is not None and not tracking.transforms_active():
-            self.on_backward(SolveStats(*tracking.detach(stats[:3])))
+            self.on_backward(SolveStats(*tracking.detach(found)))
         solver = self.linear_solver
         name = f"the linear solve with {solver!r} for a derivative"
-        warn_unless_converged(solver, SolveStats(*stats[:3]), name, lambda code: code.message)
-        return u, stats
+        warn_unless_converged(solver, found, name, lambda code: code.message)
 
     @contextlib.contextmanager
     def explained(self, theta: Leaves) -> Iterator[None]:
@@ -288,10 +334,7 @@ class _ImplicitSolution(torch.autograd.Function):
         num_theta = len(theta) - ctx.num_others
         wrt = differentiable_indices(theta[:num_theta], ctx.needs_input_grad[1:])
         with ctx.problem.explained(theta):
-            linearization = ctx.problem.linearize(w, theta, wrt)
-            cotangents = cotangents[: ctx.num_params]
-            u, _ = ctx.problem.unseen_adjoint(linearization, w, theta, cotangents)
-            cross = cross_term(ctx.problem, linearization, w, theta, wrt, u)
+            cross = ctx.problem.pull(w, theta, wrt, cotangents[: ctx.num_params])
         return (None, *scatter(cross, wrt, num_theta))
 
     @staticmethod
@@ -334,13 +377,10 @@ class _LinearSystem:
                 solver = solver.without_samplers()
             solve = getattr(solver, "solve_and_tell", solver.solve)
             x, stats = solve(self.operator(linearization, theta), b, x0)
-        if self.problem.throw is not False:
-            result = stats.result
-            if self.problem.throw is None:
-                useless = (result == int(RESULTS.nonfinite)) | (result == int(RESULTS.divergence))
-                result = torch.where(useless, result, 0)
-            raise_on_failure(stats._replace(result=result), solver)
-        else:  # what a solver returns then is its last finite iterate, zeros perhaps
+        self.problem.refuse_failure(stats)
+        if (
+            self.problem.throw is False
+        ):  # what a solver returns then is its last finite iterate, zeros perhaps
             nonfinite = stats.result == int(RESULTS.nonfinite)
             x = trees.where(nonfinite, trees.scale(torch.nan, x), x)
         return x, stats

@@ -75,6 +75,7 @@ class Linearization:
         self.aux = self._engine.aux
         self.captures_gradient = self._engine.captures_gradient
         self._pushes: dict[int, Callable[[Leaves], Leaves]] = {}
+        self._trace = internals.trace()
 
     def pull(self, cotangents: Leaves, group: int = 0) -> Leaves:
         """The product with the transposed Jacobian, for the primals of a group."""
@@ -88,7 +89,8 @@ class Linearization:
 
     def push(self, tangents: Leaves, group: int = 0) -> Leaves:
         """The product with the Jacobian, as the transpose of the transposed product."""
-        if group not in self._pushes:
+        push = self._pushes.get(group)
+        if push is None:
             zeros = tuple(torch.zeros_like(out) for out in self.outputs)
             # not through self, which would keep itself alive by what it holds
             pull = functools.partial(_pull, self._engine, self._unused, group)
@@ -99,8 +101,10 @@ class Linearization:
                 (tuple(range(len(zeros))),),
                 tracked=self._tracked,
             )
-            self._pushes[group] = transpose.pull
-        return self._pushes[group](tangents)
+            push = transpose.pull
+            if internals.trace() is self._trace:  # what is made inside a loop is of use there alone
+                self._pushes[group] = push
+        return push(tangents)
 
     def _probing(self, fn: _AuxFunction, group: int, indices: Sequence[int]) -> _AuxFunction:
         """The function, which finds out in its first call whether it uses the primals of a group.

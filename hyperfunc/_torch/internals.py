@@ -70,9 +70,14 @@ forward_mode_enabled = forward_ad._set_fwd_grad_enabled
 saved_tensors_hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 
 
+def trace() -> Any:
+    """What ``make_fx`` records into, or None; a loop that is kept has traces of its own."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+
+
 def is_traced() -> bool:
     """Whether ``make_fx`` records what is computed."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return trace() is not None
 
 
 def is_exporting() -> bool:

@@ -37,12 +37,12 @@ def supported() -> bool:
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
     """A context in which loops stay loops in what is traced."""
-    before = getattr(_LOCAL, "kept", False)
-    _LOCAL.kept = True
+    before = getattr(_LOCAL, "kept", False), getattr(_LOCAL, "made", [])
+    _LOCAL.kept, _LOCAL.made = True, []
     try:
         yield
     finally:
-        _LOCAL.kept = before
+        _LOCAL.kept, _LOCAL.made = before
 
 
 def are_kept(tensors: Sequence[Any] = ()) -> bool:
@@ -199,10 +199,12 @@ def _laid_out(leaf: Tensor, like: Tensor) -> Tensor:
 def _closed(fns: Sequence[Callable[..., Any]], example: Leaves) -> tuple[list[GraphModule], Leaves]:
     """Traced functions, with the tensors that they use besides as further operands of all."""
     with disable_proxy_modes_tracing():
-        graphs = [make_fx(fn)(*example) for fn in fns]
+        graphs = [make_fx(_noted(fn))(*example) for fn in fns]
     captured: dict[int, tuple[int, Tensor]] = {}
     for graph in graphs:
         for _, tensor in _constants(graph):
+            if any(tensor in made for made in _LOCAL.made):
+                raise AssertionError("a tensor that was made inside a loop is used outside of it")
             captured.setdefault(id(tensor), (len(captured), tensor))
     for graph in graphs:
         inputs = _add_inputs(graph, len(captured))
@@ -212,6 +214,17 @@ def _closed(fns: Sequence[Callable[..., Any]], example: Leaves) -> tuple[list[Gr
         _give_own_memory(graph)
         graph.recompile()
     return graphs, tuple(tensor for _, tensor in captured.values())
+
+
+def _noted(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A part of a loop, which leaves a note of the tensors that it made and that outlive it."""
+
+    def part(*args: Tensor) -> Any:
+        result = fn(*args)
+        _LOCAL.made.append(internals.trace().tracer.tensor_tracker)
+        return result
+
+    return part
 
 
 def _constants(graph: GraphModule) -> list[tuple[Node, Tensor]]:

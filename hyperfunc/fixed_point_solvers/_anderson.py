@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from hyperfunc._engine.checks import check_count, check_number
-from hyperfunc.fixed_point_solvers._base import AbstractFixedPointSolver, Iteration, Point, Problem
+from hyperfunc.fixed_point_solvers._base import (
+    AbstractFixedPointSolver,
+    Iteration,
+    Point,
+    Problem,
+    is_first,
+    room,
+)
 from hyperfunc.linear_solvers._anderson import Window
 
 
@@ -62,26 +70,31 @@ class Anderson(AbstractFixedPointSolver):
             check_number(self, "ridge", self.ridge)
 
     def _iteration(self, problem: Problem) -> Iteration:
-        return Iteration(problem.apply, _Mixing(self).advance, self.memory)
+        return Iteration(problem.evaluate, self._start, self._step, self.memory)
+
+    def _start(self, point: Point) -> _Memory:
+        window = Window.empty(point.residual, room(point.z, self.memory))
+        return _Memory(point.residual, self._plain(point), window)
+
+    def _step(
+        self, number: Any, point: Point, last: _Memory, active: Tensor, restart: Tensor
+    ) -> tuple[Tensor, _Memory]:
+        f, plain = point.residual, self._plain(point)
+        if is_first(number):
+            return plain, last
+        slot = (number - 1) % self.memory
+        window = last.window.put(f - last.f, plain - last.plain, slot, active[:, None])
+        window = window._replace(alive=window.alive & ~restart[:, None, None])
+        return plain - window.correction(f, self.ridge), _Memory(f, plain, window)
+
+    def _plain(self, point: Point) -> Tensor:
+        """A step of the plain iteration."""
+        return point.value if self.step_size == 1 else point.z + self.step_size * point.residual
 
 
-class _Mixing:
-    def __init__(self, solver: Anderson) -> None:
-        self._solver = solver
-        self._slot = 0
-        self._previous: tuple[Tensor, Tensor] | None = None
+class _Memory(NamedTuple):
+    """The last residual and plain step, and the last differences of both."""
 
-    def advance(self, point: Point, active: Tensor, restart: Tensor) -> Tensor:
-        step_size, f = self._solver.step_size, point.residual
-        new = plain = point.value if step_size == 1 else point.z + step_size * f
-        if self._previous is None:
-            self._window = Window.empty(f)
-        else:
-            old_f, old_plain = self._previous
-            window = self._window.put(f - old_f, plain - old_plain, self._slot, active[:, None])
-            window = window._replace(alive=window.alive & ~restart[:, None, None])
-            self._slot = (self._slot + 1) % self._solver.memory
-            new = plain - window.correction(f, self._solver.ridge)
-            self._window = window
-        self._previous = f, plain
-        return new
+    f: Tensor
+    plain: Tensor
+    window: Window

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hyperfunc._engine import trees
+from hyperfunc._compile.compiler import Compiler, check_backend
+from hyperfunc._engine import loop, trees
 from hyperfunc._engine.checks import check_callable, check_count
 from hyperfunc._engine.convergence import warn_unless_converged
 from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, code_where, find_failure
 from hyperfunc._engine.shown import show
-from hyperfunc._torch import batching, sharding
+from hyperfunc._torch import sharding
 from hyperfunc._types import InnerSolver, Leaves, ParamsFunction, TensorTree
 from hyperfunc.linear_solvers._base import check_stopping
 
@@ -88,7 +89,17 @@ class AbstractFixedPointSolver(abc.ABC):
         problem = Problem.make(fixed_point, init, hparams, args, self.batch_dim)
         for step in at_steps:
             check_count(self, "at_steps holds", step, 0)
-        rows, stats, trace, kept = _solve(self, self._iteration(problem), problem, at_steps)
+        trace: list[Tensor] = []
+        kept: dict[int, Tensor] = {}
+
+        def observe(count: int, point: Point) -> None:
+            trace.append(point.norm)
+            if count in at_steps:
+                kept[count] = point.z
+
+        watched = return_trace or at_steps
+        iteration = self._iteration(problem)
+        rows, stats = _solve(self, iteration, problem, observe if watched else None)
         if self.throw:
             raise_unless_solved(self, stats)
         if self.batch_dim is None:
@@ -104,7 +115,12 @@ class AbstractFixedPointSolver(abc.ABC):
         return (solution, stats, *further)
 
     def inner_solver(
-        self, fixed_point: ParamsFunction, *, init: InnerSolver, has_aux: bool = False
+        self,
+        fixed_point: ParamsFunction,
+        *,
+        init: InnerSolver,
+        has_aux: bool = False,
+        compile: bool | str | Mapping[str, Any] = False,
     ) -> FixedPointInnerSolver:
         """An inner solver ``(hparams, *args) -> params``, which carries its condition.
 
@@ -113,6 +129,8 @@ class AbstractFixedPointSolver(abc.ABC):
             init: ``(hparams, *args) -> params``, where the solver starts.
             has_aux: whether it returns ``(params, SolveStats)``, which the transforms know. A solve
                 that does not converge then warns no more.
+            compile: whether to compile the solve, as by the ``compile`` of `hyperfunc.iterate`: as
+                a loop that stops by itself, with the numbers, codes and statistics of plain calls.
 
         Returns:
             The inner solver, for `hyperfunc.hypergrad` and `hyperfunc.implicit_diff`.
@@ -126,7 +144,11 @@ class AbstractFixedPointSolver(abc.ABC):
         """
         check_callable(fixed_point, "fixed_point", "(params, hparams, *args) -> tree like params")
         check_callable(init, "init", "(hparams, *args) -> params")
-        return FixedPointInnerSolver(self, fixed_point, init, has_aux)
+        backend = check_backend(compile)
+        compiler = None
+        if backend is not None:
+            compiler = Compiler(backend, "the fixed-point solve", (fixed_point, self))
+        return FixedPointInnerSolver(self, fixed_point, init, has_aux, compiler)
 
     @abc.abstractmethod
     def _iteration(self, problem: Problem) -> Iteration:
@@ -141,6 +163,7 @@ class FixedPointInnerSolver:
     fixed_point: ParamsFunction
     init: InnerSolver
     has_aux: bool = False
+    compiler: Compiler | None = None
 
     @property
     def condition(self) -> tuple[str, ParamsFunction]:
@@ -150,11 +173,33 @@ class FixedPointInnerSolver:
     def __call__(self, hparams: TensorTree, /, *args: Any) -> TensorTree:
         """The solution, or with ``has_aux`` a pair of it and the `hyperfunc.SolveStats`."""
         init = self.init(hparams, *args)
-        solution, stats = self.solver(self.fixed_point, init, hparams, *args)
+        arguments = (self.fixed_point, init, hparams, *args)
+        solution, stats = solve_compiled(self.solver, self.compiler, *arguments)
         if self.has_aux:
             return solution, stats
         warn_unless_solved(self.solver, stats)
         return solution
+
+
+def solve_compiled(
+    solver: AbstractFixedPointSolver,
+    compiler: Compiler | None,
+    fixed_point: ParamsFunction,
+    *arguments: Any,
+) -> tuple[TensorTree, SolveStats]:
+    """A call of a solver, compiled where that may stand in for it."""
+    tensors, frame = trees.partition(arguments)
+    if compiler is None or not compiler.applies(tensors):
+        return solver(fixed_point, *arguments)  # type: ignore[no-any-return]
+    quiet: Any = dataclasses.replace(solver, throw=False)  # type: ignore[type-var]
+
+    def compute(*operands: Tensor) -> Any:
+        return quiet(fixed_point, *frame.fill(operands))
+
+    solution, stats = compiler.call(compute, frame, compiler.read(), tensors)
+    if solver.throw:
+        raise_unless_solved(solver, stats)
+    return solution, stats
 
 
 def raise_unless_solved(
@@ -208,14 +253,16 @@ class Point(NamedTuple):
 
 
 class Iteration(NamedTuple):
-    """The steps of one solve.
+    """A method for one problem, by what drives all of them.
 
-    ``advance`` gives the next iterates from a point, the active samples, and those that are to
-    forget their memory, which they may have to after ``memory`` steps.
+    ``start`` gives what the method remembers, at first, of a point; ``step`` the next iterates and
+    what it remembers then, from the number of the step, a point, what it remembers, the active
+    samples, and those that are to forget it, which they may have to after ``memory`` steps.
     """
 
-    apply: Callable[[Leaves], Leaves]
-    advance: Callable[[Point, Tensor, Tensor], Tensor]
+    evaluate: Callable[[Tensor], Tensor]
+    start: Callable[[Point], Any]
+    step: Callable[[Any, Point, Any, Tensor, Tensor], tuple[Tensor, Any]]
     memory: int | None = None
 
 
@@ -262,6 +309,10 @@ class Problem:
         dtype = trees.accumulation_dtype(leaves)
         return Problem(fixed_point, leaves, spec, hparams, args, batch_dim, num_rows, dtype)
 
+    def evaluate(self, z: Tensor) -> Tensor:
+        """The map on rows."""
+        return self.pack(self.apply(self.unpack(z)))
+
     def apply(self, leaves: Leaves) -> Leaves:
         """The map on flat trees."""
         output = self.fixed_point(trees.unflatten(self.spec, leaves), self.hparams, *self.args)
@@ -304,62 +355,103 @@ class Problem:
         return [(shape if self.batch_dim is None else shape[1:]).numel() for shape in shapes]
 
 
+def is_first(number: Any) -> bool:
+    """Whether a step is the first one, where that is told; steps of a kept loop are all alike."""
+    return isinstance(number, int) and number == 0
+
+
+def room(z: Tensor, most: int) -> int:
+    """Vectors to begin with where no step may add one: all, of zeros, in a kept loop, else none."""
+    return most if loop.is_kept(z) else 0
+
+
+class _Progress(NamedTuple):
+    """Where a solve is: what is known of each sample, and what the method remembers."""
+
+    point: Point
+    best: Any  # a point, or None where nothing asks for it
+    active: Tensor
+    done: Tensor
+    num_steps: Tensor
+    age: Tensor  # steps since it started anew
+    memory: Any
+
+
 def _solve(
     solver: AbstractFixedPointSolver,
     iteration: Iteration,
     problem: Problem,
-    at_steps: Sequence[int],
-) -> tuple[Tensor, SolveStats, list[Tensor], dict[int, Tensor]]:
+    observe: Callable[[int, Point], None] | None,
+) -> tuple[Tensor, SolveStats]:
     eps = trees.epsilon(problem.init)
     adaptive = solver.rtol != 0 or solver.atol != 0
     rtol = max(eps**0.75 if solver.rtol is None else solver.rtol, eps)
-
-    def measure(z: Tensor) -> tuple[Point, Tensor]:
-        value = problem.pack(iteration.apply(problem.unpack(z)))
-        return Point(z, value, _norms(value - z)), _norms(value)
-
     z = problem.pack(problem.init)
-    point, size = measure(z)
-    best, first, largest = point, point.norm, torch.maximum(point.norm, size)
-    trace = [point.norm]
-    active = torch.ones(problem.num_rows, dtype=torch.bool, device=z.device)
-    done = ~active
-    num_steps = age = torch.zeros_like(active, dtype=torch.int64)
-    kept: dict[int, Tensor] = {}
-    for step in range(solver.maxiter + adaptive):
-        if step in at_steps:
-            kept[step] = z
-        if step > 0:
-            new, size = measure(z)
-            point = new._replace(norm=torch.where(active, new.norm, point.norm))
-            trace.append(point.norm)
+    nobody = torch.zeros(problem.num_rows, dtype=torch.bool, device=z.device)
+
+    def move(number: Any, s: _Progress) -> tuple[Tensor, Tensor, Any]:
+        """The next iterates, and the age of what the method remembers and that itself."""
+        start, restart, age = s.point, nobody, s.age
+        if iteration.memory is not None:
+            grown = start.norm > _GROWTH * s.best.norm
+            restart = s.active & (age > iteration.memory) & grown
+            start = _select(restart, s.best, start)
+            age = torch.where(restart, 0, age + 1)
+        z, memory = iteration.step(number, start, s.memory, s.active, restart)
+        z = problem.round(z)
+        return torch.where(s.active[:, None], z, s.point.z) if adaptive else z, age, memory
+
+    def judge(
+        point: Point, best: Any, active: Tensor, done: Tensor, num_steps: Tensor, *rest: Any
+    ) -> _Progress:
+        """What there is at a point, which may be the best one, or good enough."""
         if adaptive:
+            size = _norms(point.value)
             met = active & (point.norm <= (rtol * size).clamp_min(solver.atol))
             best = _select(active & (met | (point.norm < best.norm)), point, best)
-            done = done | met
-            active = active & ~met & (point.norm < largest / eps)
-            if step == solver.maxiter or not batching.any_true(active.any()):
-                break
-        elif iteration.memory is not None:
+            active, done = active & ~met & (point.norm < most), done | met
+        elif best is not None:
             best = _select(point.norm < best.norm, point, best)
-        start, restart = point, torch.zeros_like(active)
-        if iteration.memory is not None:
-            restart = active & (age > iteration.memory) & (point.norm > _GROWTH * best.norm)
-            start = _select(restart, best, point)
-            age = torch.where(restart, 0, age + 1)
-        following = problem.round(iteration.advance(start, active, restart))
-        z = torch.where(active[:, None], following, z) if adaptive else following
-        num_steps = num_steps + active
-    if not adaptive:
-        finite = torch.isfinite(point.norm) & torch.isfinite(z.detach()).all(dim=1)
+        return _Progress(point, best, active, done, num_steps, *rest)
+
+    def step(number: Any, s: _Progress) -> _Progress:
+        z, age, memory = move(number, s)
+        value, norm, num_steps = iteration.evaluate(z), s.point.norm, s.num_steps
+        if adaptive:
+            num_steps = num_steps + s.active
+            norm = torch.where(s.active, _norms(value - z), norm)
+        elif s.best is not None or observe is not None:
+            norm = _norms(value - z)
+        point = Point(z, value, norm)
+        if observe is not None:
+            observe(number + 1, point)
+        return judge(point, s.best, s.active, s.done, num_steps, age, memory)
+
+    value = iteration.evaluate(z)
+    point = Point(z, value, _norms(value - z))
+    first, largest = point.norm, torch.maximum(point.norm, _norms(value))
+    most = largest / eps
+    if observe is not None:
+        observe(0, point)
+    none = torch.zeros_like(nobody, dtype=torch.int64)
+    best = point if adaptive or iteration.memory is not None else None
+    s = judge(point, best, ~nobody, nobody, none, none, iteration.start(point))
+    if not adaptive:  # the last step is not measured
+        if solver.maxiter:
+            s, count = loop.repeat(step, s, solver.maxiter - 1)
+            z, _, _ = move(count, s)
+        norm = _norms(s.point.value - s.point.z)
+        finite = torch.isfinite(norm) & torch.isfinite(z.detach()).all(dim=1)
         result = code_where(finite, RESULTS.success, RESULTS.nonfinite)
-        return z, SolveStats(num_steps, point.norm, result), trace, kept
+        return z, SolveStats(none + solver.maxiter, norm, result)
+    s, _ = loop.repeat(step, s, solver.maxiter, lambda s: s.active.any())
+    norm = s.point.norm
     # rounding noise around a start that is the solution may grow
-    grown = ~active | (point.norm > 1.001 * torch.maximum(first, eps * largest))
+    grown = ~s.active | (norm > 1.001 * torch.maximum(first, eps * largest))
     result = code_where(grown, RESULTS.divergence, RESULTS.max_steps)
-    result = code_where(torch.isfinite(point.norm), result, RESULTS.nonfinite)
-    result = code_where(done, RESULTS.success, result)
-    return best.z, SolveStats(num_steps, best.norm, result), trace, kept
+    result = code_where(torch.isfinite(norm), result, RESULTS.nonfinite)
+    result = code_where(s.done, RESULTS.success, result)
+    return s.best.z, SolveStats(s.num_steps, s.best.norm, result)
 
 
 def _norms(rows: Tensor) -> Tensor:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyperfunc._engine.checks import check_count
-from hyperfunc.fixed_point_solvers._base import AbstractFixedPointSolver, Iteration, Point, Problem
+from hyperfunc.fixed_point_solvers._base import (
+    AbstractFixedPointSolver,
+    Iteration,
+    Point,
+    Problem,
+    is_first,
+    room,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,40 +61,50 @@ class Broyden(AbstractFixedPointSolver):
         check_count(self, "memory", self.memory)
 
     def _iteration(self, problem: Problem) -> Iteration:
-        return Iteration(problem.apply, _InverseJacobian(self.memory).advance, self.memory)
+        return Iteration(problem.evaluate, self._start, self._step, self.memory)
 
+    def _start(self, point: Point) -> _Memory:
+        rows = point.z.new_zeros(len(point.z), room(point.z, self.memory), point.z.shape[1])
+        return _Memory(point.z, point.residual, rows, rows)
 
-class _InverseJacobian:
-    """``H = -I + sum_i u_i v_i^T``."""
-
-    def __init__(self, memory: int) -> None:
-        self._memory = memory
-        self._previous: tuple[Tensor, Tensor] | None = None
-
-    def advance(self, point: Point, active: Tensor, restart: Tensor) -> Tensor:
+    def _step(
+        self, number: Any, point: Point, last: _Memory, active: Tensor, restart: Tensor
+    ) -> tuple[Tensor, _Memory]:
         z, g = point.z, point.residual
-        if self._previous is None:
-            self._u = self._v = z.new_empty(z.shape[0], 0, z.shape[1])
-        else:
-            if self._u.shape[1] == self._memory:
-                self._u = self._v = self._u[:, :0]
-            z_step, g_step = z - self._previous[0], g - self._previous[1]
-            row = _combine(z_step, self._u, self._v) - z_step
-            error = z_step + g_step - _combine(g_step, self._v, self._u)
-            denominator = (row * g_step).sum(dim=1)
-            row_size, g_size = (torch.linalg.vector_norm(v.detach(), dim=1) for v in (row, g_step))
-            noise = torch.finfo(z.dtype).eps * row_size * g_size
-            sound = active & (denominator.abs() > noise)
-            column = error / torch.where(sound, denominator, 1.0)[:, None]
-            self._u = _append(self._u, torch.where(sound[:, None], column, 0.0))
-            self._v = _append(self._v, row)
-            self._u = torch.where(restart[:, None, None], 0.0, self._u)
-        self._previous = z, g
-        return point.value - _combine(g, self._v, self._u)
+        if is_first(number):
+            return point.value, last
+        u, v = last.u, last.v
+        full = (number - 1) % self.memory == 0
+        if isinstance(full, Tensor):
+            u, v = (torch.where(full, 0.0, rows) for rows in (u, v))
+        elif full:
+            u = v = u[:, :0]
+        z_step, g_step = z - last.z, g - last.g
+        row = _combine(z_step, u, v) - z_step
+        error = z_step + g_step - _combine(g_step, v, u)
+        denominator = (row * g_step).sum(dim=1)
+        row_size, g_size = (torch.linalg.vector_norm(v.detach(), dim=1) for v in (row, g_step))
+        noise = torch.finfo(z.dtype).eps * row_size * g_size
+        sound = active & (denominator.abs() > noise)
+        column = error / torch.where(sound, denominator, 1.0)[:, None]
+        u = _append(u, torch.where(sound[:, None], column, 0.0), self.memory)
+        v = _append(v, row, self.memory)
+        u = torch.where(restart[:, None, None], 0.0, u)
+        return point.value - _combine(g, v, u), _Memory(z, g, u, v)
 
 
-def _append(rows: Tensor, row: Tensor) -> Tensor:
-    return torch.cat([rows, row.unsqueeze(-2)], dim=-2)
+class _Memory(NamedTuple):
+    """The last point, and the inverse Jacobian ``H = -I + sum_i u_i v_i^T``."""
+
+    z: Tensor
+    g: Tensor
+    u: Tensor
+    v: Tensor
+
+
+def _append(rows: Tensor, row: Tensor, most: int) -> Tensor:
+    """Rows with one more, without the first if they would be too many."""
+    return torch.cat([rows, row.unsqueeze(-2)], dim=-2)[:, -most:]
 
 
 def _combine(vectors: Tensor, by: Tensor, rows: Tensor) -> Tensor:

@@ -66,20 +66,26 @@ class Newton(AbstractFixedPointSolver):
                 "hf.implicit_diff(solver.inner_solver(fixed_point, init=...)) for the derivatives "
                 "of the solution, detach the tensors, or take Anderson or Broyden"
             )
-        linearization: Any = None
+        found: tuple[Tensor, Any] | None = None
 
-        def apply(leaves: Leaves) -> Leaves:
-            nonlocal linearization
-            inputs = tracking.detach(leaves)
+        def evaluate(z: Tensor) -> Tensor:
+            nonlocal found
+            inputs = tracking.detach(problem.unpack(z))
             linearization = autodiff.Linearization(
                 lambda *z: problem.apply(z), inputs, (tuple(range(len(inputs))),)
             )
             if linearization.captures_gradient and torch.is_grad_enabled():
                 raise ValueError(captured_message("fixed_point"))
-            return tracking.detach(linearization.outputs)
+            found = z, linearization
+            return problem.pack(tracking.detach(linearization.outputs))
 
-        def advance(point: Point, active: Tensor, restart: Tensor) -> Tensor:
-            column = active[:, None]
+        def step(
+            number: Any, point: Point, memory: Any, active: Tensor, restart: Tensor
+        ) -> tuple[Tensor, Any]:
+            if found is None or found[0] is not point.z:  # of what came before a kept loop
+                evaluate(point.z)
+            assert found is not None
+            linearization, column = found[1], active[:, None]
 
             def masked(product: Callable[[Leaves], Leaves]) -> Callable[[Leaves], Leaves]:
                 # a sample that is NaN must not reach the others by the solver's inner products
@@ -90,7 +96,7 @@ class Newton(AbstractFixedPointSolver):
             push, pull = masked(linearization.push), masked(linearization.pull)
             operator = LinearOperator(push, pull, shift=1.0, scale=-1.0, spec=problem.spec)
             rhs = problem.unpack(torch.where(column, point.residual, 0.0))
-            step, _ = self.linear_solver.solve(operator, rhs)
-            return point.z + problem.pack(step).detach()
+            change, _ = self.linear_solver.solve(operator, rhs)
+            return point.z + problem.pack(change).detach(), memory
 
-        return Iteration(apply, advance)
+        return Iteration(evaluate, lambda point: (), step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,9 +53,11 @@ class Picard(AbstractFixedPointSolver):
         check_number(self, "step_size", self.step_size, above=True)
 
     def _iteration(self, problem: Problem) -> Iteration:
-        def advance(point: Point, active: Tensor, restart: Tensor) -> Tensor:
-            if self.step_size == 1:
-                return point.value
-            return torch.lerp(point.z, point.value, self.step_size)
+        return Iteration(problem.evaluate, lambda point: (), self._step)
 
-        return Iteration(problem.apply, advance)
+    def _step(
+        self, number: Any, point: Point, memory: Any, active: Tensor, restart: Tensor
+    ) -> tuple[Tensor, Any]:
+        if self.step_size == 1:
+            return point.value, memory
+        return torch.lerp(point.z, point.value, self.step_size), memory

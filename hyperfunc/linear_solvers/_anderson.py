@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,21 +105,22 @@ class Window(NamedTuple):
     alive: Tensor
 
     @staticmethod
-    def empty(like: Tensor) -> Window:
-        """A window for vectors in the last dimension, without rows."""
-        rows, square = like.unsqueeze(-2)[..., :0, :], like.new_empty(*like.shape[:-1], 0, 0)
-        return Window(rows, rows, square, square.new_empty(*square.shape[:-1], 1) > 0)
+    def empty(like: Tensor, room: int = 0) -> Window:
+        """A window for vectors in the last dimension, with room for so many rows."""
+        *lead, size = like.shape
+        rows, square = like.new_zeros(*lead, room, size), like.new_zeros(*lead, room, room)
+        return Window(rows, rows, square, square.new_zeros(*lead, room, 1) > 0)
 
-    def put(self, f_step: Tensor, g_step: Tensor, slot: int, active: Tensor | bool) -> Window:
+    def put(self, f_step: Tensor, g_step: Tensor, slot: Any, active: Tensor | bool) -> Window:
         """The window with a row in a slot; this one, which may be overwritten, is gone then."""
         norm = torch.linalg.vector_norm(f_step, dim=-1, keepdim=True)
         alive = (norm > 0) & active
         scale = torch.where(alive, 1 / torch.where(alive, norm, 1.0), 0.0)
         unit, step, gram = f_step * scale, g_step * scale, self.gram
-        own = trees.may_overwrite(self, (unit, step, alive))
+        own = isinstance(slot, int) and trees.may_overwrite(self, (unit, step, alive))
         units = _put(self.units, unit, slot, own)
         products = (unit.unsqueeze(-2) @ units.mT).squeeze(-2)
-        if slot == gram.shape[-1]:
+        if isinstance(slot, int) and slot == gram.shape[-1]:
             gram = torch.nn.functional.pad(gram, (0, 1, 0, 1))
         gram = _put(_put(gram, products, slot, own).mT, products, slot, own)
         steps, alive = _put(self.steps, step, slot, own), _put(self.alive, alive, slot, own)
@@ -136,8 +137,11 @@ class Window(NamedTuple):
         return (coefficients.mT @ self.steps).squeeze(-2)
 
 
-def _put(rows: Tensor, row: Tensor, slot: int, own: bool) -> Tensor:
+def _put(rows: Tensor, row: Tensor, slot: Any, own: bool) -> Tensor:
     """Rows with one in a slot, the first free one or that of another."""
+    if isinstance(slot, Tensor):
+        here = torch.arange(rows.shape[-2], device=rows.device) == slot
+        return torch.where(here[:, None], row.unsqueeze(-2), rows)
     if slot == rows.shape[-2]:
         return torch.cat([rows, row.unsqueeze(-2)], dim=-2)
     if own:

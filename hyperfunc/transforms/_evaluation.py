@@ -55,6 +55,7 @@ class Rule:
     throw: bool | None
     on_backward: Callable[[SolveStats], object] | None = None
     has_aux: bool = False  # of the inner solver
+    compiler: Compiler | None = None  # of its derivative, as an implicit method takes it
 
     def make_problem(self, arguments: Arguments) -> ImplicitProblem:
         assert self.condition is not None
@@ -66,6 +67,7 @@ class Rule:
             self.throw,
             self.on_backward,
             self.has_aux,
+            compiler=self.compiler,
         )
 
     def solution_map(self, hparams: TensorTree, *args: Any) -> TensorTree:

@@ -365,8 +365,8 @@ def implicit_diff(
             "take minibatches of. Leave outer_sampler and num_outer_batches out"
         )
     conditions = (fixed_point, inner_loss, optimality)
-    options = (method, throw, on_backward, has_aux, products)
-    transform = functools.partial(_make_differentiable, conditions, *options)
+    options = (conditions, method, throw, on_backward)
+    transform = functools.partial(make_differentiable, *options, has_aux=has_aux, products=products)
     return transform if inner_solver is None else transform(inner_solver)
 
 
@@ -474,16 +474,19 @@ class _Transform:
         return inner_solver.compiled(backend)
 
 
-def _make_differentiable(
+def make_differentiable(
     conditions: tuple[Any, Any, Any],
     method: Any,
     throw: bool | None,
     on_backward: Callable[[SolveStats], object] | None,
-    has_aux: bool,
-    products: Products,
     inner_solver: InnerSolver,
+    has_aux: bool = False,
+    products: Products = "reverse",
+    compiler: Compiler | None = None,
 ) -> Transformed:
+    """What `implicit_diff` returns, with its backward pass compiled if a compiler is given."""
     rule = make_rule(inner_solver, conditions, method, throw, on_backward, has_aux, products)
+    rule = dataclasses.replace(rule, compiler=compiler)
     return Transformed("implicit_diff", inner_solver, method, rule.solution_map)
 
 

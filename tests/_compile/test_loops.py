@@ -1,5 +1,8 @@
 """Loops that stay loops in compiled code: numbers, codes and statistics of plain calls."""
 
+import copy
+import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from hyperfunc._compile.compiler import Compiler
 from hyperfunc._engine import loop
 from hyperfunc._engine.results import UNFINISHED
 from hyperfunc._torch import loops
+from hyperfunc._torch.autodiff import Linearization
 from hyperfunc.linear_solvers import _cycles
 from tests.cells import slow_but
 
@@ -102,6 +106,158 @@ def test_where_another_cycle_is_called_for_python_takes_it(monkeypatch: pytest.M
         cycles.clear()
         close(compiled(h, A[2], b[2]), expected)
     assert len(cycles) == 2
+
+
+SOLVERS: dict[str, Any] = {
+    "picard": hf.fixed_point_solvers.Picard(step_size=0.7),
+    "fixed": hf.fixed_point_solvers.Picard(maxiter=7, rtol=0),
+    "anderson": hf.fixed_point_solvers.Anderson(memory=3),
+    "fixed anderson": hf.fixed_point_solvers.Anderson(maxiter=9, rtol=0),
+    "one step": hf.fixed_point_solvers.Anderson(maxiter=1, rtol=0),
+    "few steps": hf.fixed_point_solvers.Broyden(maxiter=3),
+    "no step": hf.fixed_point_solvers.Broyden(maxiter=0),
+    "broyden": hf.fixed_point_solvers.Broyden(memory=3),
+    "memory of one": hf.fixed_point_solvers.Broyden(memory=1),
+    "newton": hf.fixed_point_solvers.Newton(linear_solver=hf.BiCGStab()),
+}
+
+
+def cell(z: Tensor, W: Tensor, x: Tensor) -> Tensor:
+    return torch.tanh(z @ W.T) + x
+
+
+def samples(gain: float) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    W = gain * torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=F64))[0]
+    sizes = torch.tensor([[0.01], [1.0], [3.0], [0.0]], dtype=F64)
+    return W, sizes * torch.randn(4, 6, generator=generator, dtype=F64)
+
+
+def fixed_points(solver: Any, compile: Any, **options: Any) -> Any:
+    solver = dataclasses.replace(solver, throw=False, **options)
+    init = lambda W, x: torch.zeros_like(x)  # noqa: E731
+    return solver.inner_solver(cell, init=init, has_aux=True, compile=compile)
+
+
+@pytest.mark.parametrize("name", slow_but("anderson", of=SOLVERS))
+def test_fixed_points_of_samples_and_tasks(name: str) -> None:
+    plain, compiled = (fixed_points(SOLVERS[name], c, batch_dim=0) for c in (False, BACKEND))
+    W, x = samples(0.6)
+    for scale in (1.0, 0.7):  # by the code that was compiled for the first one
+        expected = plain(scale * W, x + 1 - scale)
+        close(compiled(scale * W, x + 1 - scale), expected)
+    if name == "anderson":
+        assert expected[1].num_steps.unique().numel() > 1
+        assert len(compiled.compiler.entries) == 1
+        return
+    close(compiled(*samples(3.0)), plain(*samples(3.0)))  # some diverge
+    plain, compiled = (fixed_points(SOLVERS[name], c) for c in (False, BACKEND))
+    close(*(torch.func.vmap(solver, (None, 0))(W, x) for solver in (compiled, plain)))
+
+
+def test_a_product_that_is_first_taken_inside_a_loop() -> None:
+    """What it makes there is of use there alone."""
+
+    def both(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        linearization = Linearization(lambda x: (x.tanh() * x[0],), (x,), ((0,),))
+        (v, *_), _ = loop.repeat(lambda _, v: linearization.push(v), (v,), 2)
+        (w, *_), _ = loop.repeat(lambda _, v: linearization.push(v), (v,), 2)
+        return v, w
+
+    x, v = torch.tensor([0.3, 0.5], dtype=F64), torch.tensor([1.0, 2.0], dtype=F64)
+    with loops.kept():
+        graph = make_fx(both)(x, v)
+    close(tuple(graph(2 * x, v)), both(2 * x, v))
+
+
+def test_what_a_loop_made_is_refused_outside_of_it() -> None:
+    kept: list[Tensor] = []
+
+    def leaking(x: Tensor) -> Any:
+        def step(_: Any, state: tuple[Tensor]) -> tuple[Tensor]:
+            kept.append(kept[0] if kept else x.exp())
+            return (state[0] * kept[-1],)
+
+        loop.repeat(step, (x,), 3)
+        return loop.repeat(step, (x,), 3)[0]
+
+    with loops.kept(), pytest.raises(AssertionError, match="made inside a loop"):
+        make_fx(leaking)(torch.ones(2))
+
+
+class Cell(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.gain = torch.nn.Linear(3, 3).double(), 0.3
+        self.drop = torch.nn.Dropout(0.5).eval()
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.drop(torch.tanh(self.gain * self.linear(z) + x))
+
+
+def layers(method: Any, **options: Any) -> list[hf.EquilibriumLayer]:
+    solver = hf.fixed_point_solvers.Picard(batch_dim=0)
+    cell, make = Cell(), hf.EquilibriumLayer
+    return [make(cell, solver, method, compile=c, **options) for c in (False, BACKEND)]
+
+
+def outputs(layer: hf.EquilibriumLayer, x: Tensor) -> Any:
+    x = x.clone().requires_grad_()
+    z, stats = layer(x, return_stats=True)
+    leaves = [x, *layer.cell.parameters()]
+    return z.detach(), stats, torch.autograd.grad(z.square().sum(), leaves)
+
+
+def test_equilibrium_layers_forward_and_backward() -> None:
+    plain, compiled = layers(hf.FixedPoint(maxiter=20))
+    seen: list[Any] = []
+    compiled.on_backward = seen.append
+    x = torch.linspace(-1, 1, 12, dtype=F64).reshape(4, 3)
+    for scale in (1.0, 0.5):
+        close(outputs(compiled, scale * x), outputs(plain, scale * x))
+    (pair,) = compiled._compilers.values()
+    assert [len(compiler.entries) for compiler in pair] == [1, 1]
+    assert [stats.result.item() for stats in seen] == [0, 0]
+    with torch.no_grad():
+        compiled.cell.linear.weight.mul_(0.5)
+    close(outputs(compiled, x), outputs(plain, x))
+    assert [len(compiler.entries) for compiler in pair] == [1, 1]
+    # both keep what was compiled, so these are the uncompiled ways
+    results = []
+    for layer in (compiled, plain):
+        z, trace, states = layer(x, return_trace=True, at_steps=(2,))
+        a = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(layer(a).sum(), a, create_graph=True)
+        results.append((z, trace, states, torch.autograd.grad(first.square().sum(), a)))
+    close(*results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [hf.BiCGStab(), hf.CG(maxiter=2, rtol=0), hf.GMRES()])
+def test_equilibrium_layers_change(method: Any) -> None:
+    plain, compiled = layers(method, throw_backward=False)
+    x = torch.linspace(-1, 1, 12, dtype=F64).reshape(4, 3)
+    for layer in (plain, compiled):
+        layer.cell.gain = 0.3
+    close(outputs(compiled, x), outputs(plain, x))
+    compiled.cell.gain = 0.7  # of both layers
+    close(outputs(compiled, x), outputs(plain, x))
+    for copied in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
+        close(outputs(copied, x), outputs(plain, x))
+    batch = torch.stack([x, 2 * x])
+    close(*(torch.func.vmap(layer)(batch) for layer in (compiled, plain)))
+    plain.cell = compiled.cell = Cell()
+    close(outputs(compiled, x), outputs(plain, x))
+    compiled.cell.drop.train()
+    with pytest.raises(ValueError, match="the fixed-point solve cannot be compiled, as it draws"):
+        compiled(x)
+
+
+def test_a_compiled_backward_pass_fails_as_others_do() -> None:
+    plain, compiled = layers(hf.FixedPoint(step_size=5.0))
+    for layer in (plain, compiled):
+        with pytest.raises(hf.HypergradError, match="the linear solve with FixedPoint"):
+            outputs(layer, torch.ones(2, 3, dtype=F64))
 
 
 @pytest.mark.parametrize("batched", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.benchmarks.harness import FLOOR, OURS, PEER, RAW, Entry, Problem
 UNITS, BATCH, STEPS = 64, 256, 30
 
 
-def p7() -> Problem:
+def p7(device: Any = "cpu") -> Problem:
     """``z = tanh(x U^T + z W^T + b)`` by 30 iterations, and the adjoint by 30 more."""
     generator = torch.Generator().manual_seed(0)
     weights = [
@@ -22,7 +23,8 @@ def p7() -> Problem:
         torch.randn(UNITS, UNITS, generator=generator) / 8,
         torch.zeros(UNITS),
     ]
-    x = torch.randn(BATCH, UNITS, generator=generator)
+    x = torch.randn(BATCH, UNITS, generator=generator).to(device)
+    weights = [leaf.to(device) for leaf in weights]
 
     def entry(name: str, group: str, build: Callable[..., Callable[[], Any]]) -> Entry:
         return Entry(name, group, lambda: build(weights, x))
@@ -35,6 +37,7 @@ def p7() -> Problem:
         entry("by hand", RAW, by_hand),
         entry("hyperfunc, hypergrad", OURS, hyperfunc),
         entry("hyperfunc, implicit_diff and backward", OURS, hyperfunc_backward),
+        entry("hyperfunc, hypergrad, compiled", OURS, functools.partial(hyperfunc, compile=True)),
         entry("torchdeq", PEER, torchdeq),
     ]
     return Problem("P7", f"equilibrium layer, {UNITS} units, batch {BATCH}", entries, reference)
@@ -87,9 +90,9 @@ def _method() -> Any:
     return hf.FixedPoint(maxiter=STEPS, rtol=0, atol=0)
 
 
-def hyperfunc(weights: list[Tensor], x: Tensor) -> Callable[[], list[Tensor]]:
-    solver = hf.iterate(cell, STEPS, init=lambda weights, x: torch.zeros_like(x))
-    transformed = hf.hypergrad(solver, outer_loss, method=_method())
+def hyperfunc(weights: list[Tensor], x: Tensor, compile: Any = False) -> Callable[[], list[Tensor]]:
+    solver = hf.iterate(cell, STEPS, init=lambda weights, x: torch.zeros_like(x), compile=compile)
+    transformed = hf.hypergrad(solver, outer_loss, method=_method(), compile=compile)
     return lambda: transformed(weights, x)
 
 

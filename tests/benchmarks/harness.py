@@ -6,9 +6,11 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Work = TypeVar("Work", bound=Any)
 
 FLOOR, RAW, OURS, PEER = "floor", "raw torch", "hyperfunc", "peer"
 
@@ -45,6 +47,35 @@ class Problem:
     entries: Sequence[Entry]
     reference: Callable[[], Sequence[torch.Tensor]]
     tolerance: float = 1e-3
+
+
+def converted(work: Work, convert: Callable[[torch.Tensor], torch.Tensor]) -> Work:
+    """A piece of work, a dataclass, with the tensors in its lists and tuples converted."""
+    changes = {
+        name: type(value)(map(convert, value))
+        for name, value in vars(work).items()
+        if isinstance(value, list | tuple) and all(isinstance(v, torch.Tensor) for v in value)
+    }
+    return dataclasses.replace(work, **changes)
+
+
+def in_double(work: Work) -> Work:
+    """A piece of work in float64."""
+    return converted(work, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf)
+
+
+def array(leaf: torch.Tensor) -> Any:
+    """A tensor as an array of NumPy, wherever it is."""
+    return leaf.cpu().numpy()
+
+
+def as_tensor(leaf: Any) -> torch.Tensor:
+    """A tensor or array of any library, in float64 on the CPU."""
+    if not isinstance(leaf, torch.Tensor):
+        import numpy as np
+
+        leaf = torch.from_numpy(np.array(leaf))
+    return leaf.detach().cpu().double()
 
 
 def measure(
@@ -117,11 +148,4 @@ def _time(function: Callable[[], Any], count: int) -> float:
 
 
 def _flat(leaves: Sequence[Any]) -> torch.Tensor:
-    tensors = (leaf if isinstance(leaf, torch.Tensor) else _from_array(leaf) for leaf in leaves)
-    return torch.cat([leaf.detach().double().reshape(-1) for leaf in tensors])
-
-
-def _from_array(array: Any) -> torch.Tensor:
-    import numpy as np
-
-    return torch.from_numpy(np.array(array))
+    return torch.cat([as_tensor(leaf).reshape(-1) for leaf in leaves])

@@ -15,7 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hyperfunc as hf
-from tests.benchmarks.harness import FLOOR, OURS, PEER, RAW, Entry, NotRun, Problem
+from tests.benchmarks.harness import (
+    FLOOR,
+    OURS,
+    PEER,
+    RAW,
+    Entry,
+    NotRun,
+    Problem,
+    array,
+    in_double,
+)
 
 Vector = list[Tensor]
 Task = tuple[Tensor, ...]
@@ -64,32 +74,21 @@ class Work:
     def start(self) -> Vector:
         return self.hparams if self.initial is None else self.initial
 
-    def in_double(self) -> Work:
-        def double(leaves: Any) -> Any:
-            return [t.double() if t.is_floating_point() else t for t in leaves]
-
-        return dataclasses.replace(
-            self,
-            hparams=double(self.hparams),
-            tasks=tuple(double(self.tasks)),
-            initial=None if self.initial is None else double(self.initial),
-        )
-
 
 def p1() -> Problem:
-    return _problem("P1", "logistic regression, 500 x 20, CG 20", _logistic("cg", 20))
+    return _problem("P1", "logistic regression, 500 x 20, CG 20", logistic("cg", 20))
 
 
 def p2() -> Problem:
-    return _problem("P2", "logistic regression, 500 x 20, Neumann 50", _logistic("neumann", 50))
+    return _problem("P2", "logistic regression, 500 x 20, Neumann 50", logistic("neumann", 50))
 
 
 def p3a() -> Problem:
-    return _problem("P3a", "iMAML, 16 tasks, MLP 784-256-64-5", _fewshot_mlp(16))
+    return _problem("P3a", "iMAML, 16 tasks, MLP 784-256-64-5", fewshot_mlp(16))
 
 
 def p3b() -> Problem:
-    return _problem("P3b", "iMAML, 4 tasks, 4 x 64 convolutions", _fewshot_conv(4))
+    return _problem("P3b", "iMAML, 4 tasks, 4 x 64 convolutions", fewshot_conv(4))
 
 
 def p6() -> Problem:
@@ -99,7 +98,7 @@ def p6() -> Problem:
 
 def p5(num_tasks: int) -> Problem:
     title = f"iMAML, {num_tasks} tasks, MLP 784-256-64-5"
-    return _problem(f"P5-{num_tasks}", title, _fewshot_mlp(num_tasks))
+    return _problem(f"P5-{num_tasks}", title, fewshot_mlp(num_tasks))
 
 
 def _problem(key: str, title: str, work: Work) -> Problem:
@@ -138,10 +137,10 @@ def _problem(key: str, title: str, work: Work) -> Problem:
         ]
     # among many tasks there are some with an ill-conditioned Hessian
     tolerance = 1e-3 if work.num_tasks <= 16 else 3e-2
-    return Problem(key, title, entries, lambda: by_hand(work.in_double())(), tolerance)
+    return Problem(key, title, entries, lambda: by_hand(in_double(work))(), tolerance)
 
 
-def _logistic(method: str, products: int) -> Work:
+def logistic(method: str, products: int) -> Work:
     """2000 + 2000 examples of 500 features in 20 classes, with exp(h) the L2 of a feature."""
     generator = torch.Generator().manual_seed(0)
     features, classes, n = 500, 20, 2000
@@ -243,8 +242,7 @@ def few_shot_tasks(num_tasks: int, shape: tuple[int, ...]) -> Task:
     return tuple(parts)
 
 
-def _fewshot_mlp(num_tasks: int) -> Work:
-    sizes = (784, 256, 64, 5)
+def fewshot_mlp(num_tasks: int, sizes: tuple[int, ...] = (784, 256, 64, 5)) -> Work:
     generator = torch.Generator().manual_seed(1)
     meta = []
     for fan_in, fan_out in itertools.pairwise(sizes):
@@ -252,31 +250,34 @@ def _fewshot_mlp(num_tasks: int) -> Work:
         meta += [torch.zeros(fan_out)]
 
     def net(w: Vector, x: Tensor) -> Tensor:
-        x = F.linear(x, w[0], w[1]).relu()
-        return F.linear(F.linear(x, w[2], w[3]).relu(), w[4], w[5])
+        for layer in range(0, len(w) - 2, 2):
+            x = F.linear(x, w[layer], w[layer + 1]).relu()
+        return F.linear(x, w[-2], w[-1])
 
     def batched_net(w: Vector, x: Tensor) -> Tensor:
-        x = torch.baddbmm(w[1][:, None], x, w[0].mT).relu()
-        x = torch.baddbmm(w[3][:, None], x, w[2].mT).relu()
-        return torch.baddbmm(w[5][:, None], x, w[4].mT)
+        for layer in range(0, len(w) - 2, 2):
+            x = torch.baddbmm(w[layer + 1][:, None], x, w[layer].mT).relu()
+        return torch.baddbmm(w[-1][:, None], x, w[-2].mT)
 
     def jax_net(w: Any, x: Any) -> Any:
         import jax
 
-        x = jax.nn.relu(x @ w[0].T + w[1])
-        return jax.nn.relu(x @ w[2].T + w[3]) @ w[4].T + w[5]
+        for layer in range(0, len(w) - 2, 2):
+            x = jax.nn.relu(x @ w[layer].T + w[layer + 1])
+        return x @ w[-2].T + w[-1]
 
     tasks = few_shot_tasks(num_tasks, (784,))
     return few_shot(net, jax_net, meta, tasks, batched_net)
 
 
-def _fewshot_conv(num_tasks: int) -> Work:
+def fewshot_conv(num_tasks: int, width: int = 64) -> Work:
     generator = torch.Generator().manual_seed(1)
     meta = []
-    for channels in (1, 64, 64, 64):
+    for channels in (1, width, width, width):
         scale = (1 / (9 * channels)) ** 0.5
-        meta += [torch.randn(64, channels, 3, 3, generator=generator) * scale, torch.zeros(64)]
-    meta += [torch.randn(5, 64, generator=generator) / 8, torch.zeros(5)]
+        kernel = torch.randn(width, channels, 3, 3, generator=generator)
+        meta += [kernel * scale, torch.zeros(width)]
+    meta += [torch.randn(5, width, generator=generator) / width**0.5, torch.zeros(5)]
 
     # Smooth: rounding that turns a kink of relu or max_pool changes a gradient by a hundredth, and
     # the steps after it amplify that, so that no two implementations agree in float32.
@@ -377,8 +378,7 @@ def _exact_logistic_floor(work: Work) -> Callable[[], None]:
 
 
 def batched_floor(work: Work) -> Callable[[], None]:
-    assert work.batched_losses is not None
-    loss, outer_loss = work.batched_losses
+    loss, outer_loss = work.batched_losses or map(_of_all_tasks, (work.data_loss, work.outer_loss))
 
     def run() -> None:
         expanded = [leaf.expand(work.num_tasks, *leaf.shape).clone() for leaf in work.start()]
@@ -391,6 +391,10 @@ def batched_floor(work: Work) -> Callable[[], None]:
             torch.autograd.grad(grads, w, v, retain_graph=True)
 
     return run
+
+
+def _of_all_tasks(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *operands: torch.func.vmap(lambda w, *task: loss(w, [], *task))(*operands).sum()
 
 
 def by_hand(work: Work) -> Callable[[], Vector]:
@@ -463,7 +467,7 @@ def functional_by_hand(work: Work) -> Callable[[], Vector]:
 # This library.
 
 
-def _adapt(work: Work, compile: bool = False) -> Any:
+def _adapt(work: Work, compile: Any = False) -> Any:
     method: Any = hf.CG(maxiter=work.products, rtol=0, atol=0)
     if work.method == "neumann":
         method = hf.Neumann(maxiter=work.products, rtol=0, atol=0, step_size=work.lr)
@@ -488,7 +492,7 @@ class _Start:
         return h if self.initial is None else self.initial
 
 
-def hyperfunc_loop(work: Work, compile: bool = False) -> Callable[[], Vector]:
+def hyperfunc_loop(work: Work, compile: Any = False) -> Callable[[], Vector]:
     adapt = _adapt(work, compile)
     return lambda: _stack([adapt(work.hparams, *work.task(i)) for i in range(work.num_tasks)])
 
@@ -518,8 +522,8 @@ def hyperfunc_threads(work: Work) -> Callable[[], Vector]:
     return run
 
 
-def hyperfunc_vmap(work: Work) -> Callable[[], Vector]:
-    adapt = torch.func.vmap(_adapt(work), (None, *[0] * len(work.tasks)))
+def hyperfunc_vmap(work: Work, compile: Any = False) -> Callable[[], Vector]:
+    adapt = torch.func.vmap(_adapt(work, compile), (None, *[0] * len(work.tasks)))
     return lambda: adapt(work.hparams, *work.tasks)
 
 
@@ -651,9 +655,9 @@ def jaxopt(work: Work, over: str) -> Callable[[], Any]:
         compiled = jax.jit(jax.vmap(one, dims))
     else:
         compiled = jax.jit(lambda h, w, *tasks: jax.lax.map(lambda task: one(h, w, *task), tasks))
-    h = [jnp.asarray(leaf.numpy()) for leaf in work.hparams]
-    w = [jnp.asarray(leaf.numpy()) for leaf in work.start()]
-    tasks = [jnp.asarray(leaf.numpy()) for leaf in work.tasks]
+    h = [jnp.asarray(array(leaf)) for leaf in work.hparams]
+    w = [jnp.asarray(array(leaf)) for leaf in work.start()]
+    tasks = [jnp.asarray(array(leaf)) for leaf in work.tasks]
     return lambda: jax.block_until_ready(compiled(h, w, *tasks))
 
 

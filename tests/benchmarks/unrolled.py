@@ -13,7 +13,17 @@ from torch import Tensor
 
 import hyperfunc as hf
 from tests.benchmarks import implicit
-from tests.benchmarks.harness import FLOOR, OURS, PEER, RAW, Entry, NotRun, Problem
+from tests.benchmarks.harness import (
+    FLOOR,
+    OURS,
+    PEER,
+    RAW,
+    Entry,
+    NotRun,
+    Problem,
+    array,
+    in_double,
+)
 
 Vector = list[Tensor]
 
@@ -32,20 +42,9 @@ class Work:
     momentum: float
     jax_losses: Callable[[], tuple[Any, Any]]
 
-    def in_double(self) -> Work:
-        def double(leaves: Any) -> Any:
-            return [leaf.double() if leaf.is_floating_point() else leaf for leaf in leaves]
-
-        return dataclasses.replace(
-            self,
-            **{
-                name: double(getattr(self, name)) for name in ("hparams", "initial", "train", "val")
-            },
-        )
-
 
 def p4() -> Problem:
-    return _problem("P4", "MLP 784-128-10, 100 momentum steps, unrolled", mlp(100))
+    return problem_of("P4", "MLP 784-128-10, 100 momentum steps, unrolled", mlp(100))
 
 
 def mlp(steps: int) -> Work:
@@ -100,6 +99,11 @@ def mlp(steps: int) -> Work:
 
 
 def p6() -> Problem:
+    title = "logistic regression, d = 20, 100 steps, unrolled"
+    return problem_of("P6-reverse", title, tiny_logistic())
+
+
+def tiny_logistic() -> Work:
     """The tiny problem of `implicit.tiny_logistic`, for the rate and an L2 weight a feature."""
     tiny = implicit.tiny_logistic()
     x, y, xv, yv = tiny.task(0)
@@ -115,7 +119,7 @@ def p6() -> Problem:
             lambda w, h, x, y: outer_loss(w, shift(h), x, y, x, y),
         )
 
-    work = Work(
+    return Work(
         lambda w, h, x, y: tiny.data_loss(w, shift(h), x, y),
         lambda w, h, x, y: tiny.outer_loss(w, shift(h), x, y, x, y),
         [torch.tensor(math.log(0.05)), *tiny.hparams],
@@ -126,10 +130,9 @@ def p6() -> Problem:
         momentum=0.9,
         jax_losses=jax_losses,
     )
-    return _problem("P6-reverse", "logistic regression, d = 20, 100 steps, unrolled", work)
 
 
-def _problem(key: str, title: str, work: Work) -> Problem:
+def problem_of(key: str, title: str, work: Work) -> Problem:
     def entry(name: str, group: str, build: Callable[[Work], Callable[[], Any]]) -> Entry:
         return Entry(name, group, lambda: build(work))
 
@@ -148,7 +151,7 @@ def _problem(key: str, title: str, work: Work) -> Problem:
         entry("TorchOpt", PEER, torchopt),
         entry("JAX, grad of lax.scan, jit", PEER, jax_scan),
     ]
-    return Problem(key, title, entries, lambda: by_hand(work.in_double())())
+    return Problem(key, title, entries, lambda: by_hand(in_double(work))())
 
 
 def floor(work: Work) -> Callable[[], None]:
@@ -195,7 +198,7 @@ def nested_by_hand(work: Work) -> Callable[[], Vector]:
     return lambda: torch.func.grad(objective)(work.hparams)
 
 
-def hyperfunc(work: Work, method: Any, compile: bool) -> Callable[[], Vector]:
+def hyperfunc(work: Work, method: Any, compile: Any) -> Callable[[], Vector]:
     def loss(w: Vector, h: Vector, x: Tensor, y: Tensor, *val: Tensor) -> Tensor:
         return work.loss(w, h, x, y)
 
@@ -290,7 +293,7 @@ def jax_scan(work: Work) -> Callable[[], Any]:
         return outer_loss(w, h, xv, yv)
 
     compiled = jax.jit(jax.grad(objective))
-    arrays = [jnp.asarray(leaf.numpy()) for leaf in (*work.train, *work.val)]
-    h = [jnp.asarray(leaf.numpy()) for leaf in work.hparams]
-    w = [jnp.asarray(leaf.numpy()) for leaf in work.initial]
+    arrays = [jnp.asarray(array(leaf)) for leaf in (*work.train, *work.val)]
+    h = [jnp.asarray(array(leaf)) for leaf in work.hparams]
+    w = [jnp.asarray(array(leaf)) for leaf in work.initial]
     return lambda: jax.block_until_ready(compiled(h, w, *arrays))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks import harness, memory, run, unrolled
+from tests.benchmarks import gpu, harness, memory, run, unrolled
 
 Measured = list[tuple[str, int]]
 
@@ -206,3 +206,69 @@ def test_rows_of_memory_are_one_computation(name: str) -> None:
     got = memory.BUILD[name](work)()
     if name != "gradients and products":
         torch.testing.assert_close(got, unrolled.by_hand(work)(), rtol=1e-3, atol=1e-5)
+
+
+def test_on_a_gpu_what_fails_leaves_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing() -> Any:
+        raise RuntimeError("no\nmore")
+
+    def hanging() -> Any:
+        while True:
+            pass
+
+    calls = {
+        "right": lambda: [torch.ones(5, 2), torch.ones(())],  # of five tasks, the first two count
+        "wrong": lambda: [torch.tensor([[1.0, 1.1], [1.0, 1.0]]), torch.ones(())],
+        "right, TF32": lambda: [torch.full((2, 2), 1.1), torch.ones(())],
+        "failing": failing,
+        "hanging": hanging,
+        "compiled": failing,
+    }
+    entries = [gpu.entry(name, harness.OURS, lambda call: call, f) for name, f in calls.items()]
+    reference = [torch.ones(2, 2).double(), torch.ones(()).double()]
+    problem = harness.Problem("P7", "p", entries, lambda: reference)
+    monkeypatch.setattr(gpu, "make", lambda *_: problem)
+    monkeypatch.setattr(gpu, "SECONDS", 0.0)
+    monkeypatch.setitem(gpu.JOBS, "P7", (40, 1))
+    gpu.child("P7", "cpu")
+    planned, *rows = map(json.loads, capsys.readouterr().out.splitlines())
+    assert planned["entries"] == [row["name"] for row in rows] == list(calls)[:5]
+    assert [row.get("wrong") for row in rows] == [False, True, False, None, None]
+    assert rows[1]["error"] == pytest.approx(0.1 / 5**0.5)
+    notes = ["failed: RuntimeError: no more", "failed: TimeoutError: more than 1 s"]
+    assert [row.get("note") for row in rows[3:]] == notes
+
+
+def test_on_a_gpu_what_hangs_or_dies_keeps_what_it_had(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    row = {"name": "a", "group": "floor", "seconds": 2.0, "first_call": 3.0, "error": 0.0}
+    start = (
+        f"print({json.dumps({'entries': ['a', 'b']})!r}); print({json.dumps(row)!r}, flush=True)"
+    )
+    ends = {"P1": "import time; time.sleep(99)", "P7": "raise SystemExit('no driver')"}
+    found = {}
+    for job, end in ends.items():
+        monkeypatch.setattr(gpu, "COMMAND", [sys.executable, "-c", f"{start}; {end}"])
+        found[job] = gpu.run_child(job, "cpu", 0.5 if job == "P1" else 30.0)
+        assert found[job][0] == {"job": job, **row}
+    assert found["P1"][1] == {"job": "P1", "name": "b", "note": "stopped after 0 s"}
+    assert found["P7"][1]["note"] == "failed: the process returned 1: no driver"
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu, "run_child", lambda job, *_: found.get(job, []))
+    gpu.main()
+    table = (tmp_path / "gpu.md").read_text()
+    assert "| P1 | a | 2000.00 | 1.00 | 3.0 | 0e+00 |  |  |" in table
+    assert "| P1 | b |  |  |  |  |  | stopped after 0 s |" in table
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 4
+
+
+@pytest.mark.slow
+def test_the_check_of_a_gpu_on_a_cpu(tmp_path: Path) -> None:
+    command = [*gpu.COMMAND, "--device", "cpu", "--out", str(tmp_path), "--only", "P7", "sync"]
+    subprocess.run(command, check=True)
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert not [row for row in rows if row.get("wrong") or "failed" in row.get("note", "")]
+    assert {row["name"] for row in rows} >= {"cg", "hyperfunc, hypergrad", "by hand"}
