@@ -357,6 +357,14 @@ CASES = [
     Case("cdist, many rows", lambda x, w: torch.cdist(x @ w, x), (27, 2), ((2, 2),)),
     Case("cdist, p", lambda x, w: torch.cdist(x @ w, x, 3.0), (4, 3), ((3, 3),)),
     Case("pdist", lambda x, w: F.pdist(x @ w), (4, 3), ((3, 3),)),
+    Case("select_scatter", lambda x, w: torch.select_scatter(x, w, 0, -1), (3, 2), ((2,),)),
+    Case("its method", lambda x, w: w.square().select_scatter(x, -2, 1), (3,), ((3, 3),)),
+    Case(
+        "as_strided_scatter",
+        lambda x, w: torch.as_strided_scatter(x.square(), w, (2, 2), (3, 1), 1),
+        (3, 3),
+        ((2, 2),),
+    ),
     *map(
         recurrent,
         range(11),

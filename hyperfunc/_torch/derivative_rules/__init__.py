@@ -20,6 +20,7 @@ from hyperfunc._torch.derivative_rules import (
     losses,
     normalisation,
     recurrence,
+    scattering,
     variables,
 )
 from hyperfunc._torch.derivative_rules._mode import (
@@ -58,5 +59,6 @@ __all__ = [
     "normalisation",
     "recurrence",
     "rules",
+    "scattering",
     "variables",
 ]
