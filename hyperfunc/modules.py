@@ -437,7 +437,8 @@ def _check_module(module: Any) -> None:
                 f"with. Pass the module before it was sharded, and shard its parameters: "
                 f"params = {{name: torch.distributed.tensor.distribute_tensor(p, mesh, [Shard(0)]) "
                 f"for name, p in params.items()}}. Modules whose parameters are DTensors, such as "
-                f"made by parallelize_module, can be passed as they are"
+                f"made by parallelize_module, can be passed as they are. First-order loops call "
+                f"the module itself: hf.bilevel.module_loop"
             )
         if is_compiled(layer):
             raise TypeError(

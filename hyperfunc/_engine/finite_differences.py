@@ -102,7 +102,11 @@ class DifferencedLinearization(autodiff.Linearization):
         tracked = self._tracked or tracking.is_tracked(v)
         base = self.outputs if self._looks and wrt[0] == 0 else None
         self._looks = self._looks and base is None
-        return difference(self._value, self._primals, along, v, wrt, tracked, base)
+
+        def gradient_at(x: Leaves) -> Leaves:
+            return gradient(self._value, _replaced(self._primals, along, x), wrt, tracked)
+
+        return difference(gradient_at, tuple(self._primals[i] for i in along), v, base)
 
 
 def gradient(value: Value, primals: Leaves, wrt: Sequence[int], tracked: bool) -> Leaves:
@@ -115,31 +119,21 @@ def gradient(value: Value, primals: Leaves, wrt: Sequence[int], tracked: bool) -
 
 
 def difference(
-    value: Value,
-    primals: Leaves,
-    along: Sequence[int],
-    v: Leaves,
-    wrt: Sequence[int],
-    tracked: bool,
-    base: Leaves | None = None,
+    gradient_at: Callable[[Leaves], Leaves], x: Leaves, v: Leaves, base: Leaves | None = None
 ) -> Leaves:
-    """The derivative along v, of the primals at ``along``, of the gradient by those at ``wrt``.
+    """The derivative along v, from x, of a gradient that is a function of it.
 
-    The step is ``c eps^(1/3) (1 + ||x||) / ||v||`` for primals x of precision ``eps``, best where
-    the loss changes its shape within the part c of the params: a tenth, or in half precision all.
-    With ``base``, the gradient by the first of ``wrt`` at the point itself, the error is estimated,
-    and told where it is large.
+    The step is ``c eps^(1/3) (1 + ||x||) / ||v||`` for leaves of precision ``eps``, best where the
+    loss changes its shape within the part c of the params: a tenth, or in half precision all. With
+    ``base``, the first leaves of the gradient at x itself, the error is estimated, and told where
+    it is large.
     """
-    x = tuple(primals[i] for i in along)
     eps = trees.epsilon(x)
     size = trees.norm(tracking.detach(v))
     part = 0.1 if eps < 1e-5 else 1.0
     step = part * eps ** (1 / 3) * (1 + trees.norm(tracking.detach(x)))
     step = step / torch.where(size > 0, size, 1.0)
-    ends = [
-        gradient(value, _replaced(primals, along, _moved(sign * step, v, x)), wrt, tracked)
-        for sign in (1.0, -1.0)
-    ]
+    ends = [gradient_at(_moved(sign * step, v, x)) for sign in (1.0, -1.0)]
     halves = [trees.scale(sign / (2 * step), end) for sign, end in zip((1, -1), ends, strict=True)]
     if base is not None:
         _tell_of_errors([tracking.detach(end) for end in ends], tracking.detach(base), eps)
@@ -205,7 +199,11 @@ class _Gradient(torch.autograd.Function):
         wrt = differentiable_indices(primals, ctx.needs_input_grad[1:])
         tracked = torch.is_grad_enabled() and tracking.is_tracked((*primals, *cotangents[:n]))
         first = base if wrt[:n] == tuple(range(n)) else None
-        found = difference(ctx.call.value, primals, range(n), cotangents[:n], wrt, tracked, first)
+
+        def gradient_at(x: Leaves) -> Leaves:
+            return gradient(ctx.call.value, (*x, *primals[n:]), wrt, tracked)
+
+        found = difference(gradient_at, primals[:n], cotangents[:n], first)
         return (None, *scatter(found, wrt, len(primals)))
 
 

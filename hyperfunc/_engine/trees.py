@@ -401,7 +401,10 @@ def _dot(a: Leaves, b: Leaves) -> Tensor:
     for x, y in zip(a, b, strict=True):
         if x.dtype is not dtype or y.dtype is not dtype:
             x, y = x.to(dtype), y.to(dtype)
-        term = batching.dot(x, y) if x.ndim == 1 else batching.dot(x.reshape(-1), y.reshape(-1))
+        if sharding.is_dtensor(x):  # that autograd follows: uneven shards cannot be flattened
+            term = (x * y).sum()
+        else:
+            term = batching.dot(x, y) if x.ndim == 1 else batching.dot(x.reshape(-1), y.reshape(-1))
         if term.device != device:
             term = term.to(device)
         total = term if total is None else total + term

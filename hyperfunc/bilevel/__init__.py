@@ -51,7 +51,9 @@ hparams. It takes the direction of the method for the gradient, and its state is
 step size only; second params that begin anew in every update (`bome`, `pbgd`) begin with a new
 state of their optimiser.
 
-Non-finite values are passed on, not looked for: the loops never wait for the device.
+Every variable and batch may hold DTensors; `module_loop` calls a module with its hooks, as
+``fully_shard`` needs it. Non-finite values are passed on, not looked for: the loops never wait for
+the device.
 """
 
 # Here: a module for each loop, or each kin of them. May import what stands below the transforms. A
@@ -60,6 +62,7 @@ Non-finite values are passed on, not looked for: the loops never wait for the de
 
 from hyperfunc.bilevel._amigo import amigo
 from hyperfunc.bilevel._base import Loop, State, StepSize
+from hyperfunc.bilevel._module import module_loop
 from hyperfunc.bilevel._one_loop import fsla, ma_soba, srba
 from hyperfunc.bilevel._one_step import darts, sama
 from hyperfunc.bilevel._penalties import bome, f2sa, meha, pbgd
@@ -83,6 +86,7 @@ __all__ = [
     "fsla",
     "ma_soba",
     "meha",
+    "module_loop",
     "mrbo",
     "pbgd",
     "power_decay",

@@ -6,7 +6,15 @@ import abc
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypedDict, TypeVar
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+)
 
 import torch
 from torch import Tensor
@@ -143,6 +151,7 @@ class Method(PrintsAsCall):
     # anew as the params in every update, or nothing
     adjoint: ClassVar[Literal["steps", "series", "params", "restarted", ""]] = "steps"
     shares: ClassVar[bool] = True  # whether its step size is by default that of the params
+    first_order: ClassVar[bool] = False  # whether first derivatives of the losses suffice
 
     def __post_init__(self) -> None:
         check_products(self.products)
@@ -208,6 +217,16 @@ class Method(PrintsAsCall):
         return Point(self, state, w, tuple(u), h, params_spec, hparams_spec, state.optimizers)
 
 
+class TakesOwnGradient(abc.ABC):
+    """A loss with a way of its own to its gradient."""
+
+    @abc.abstractmethod
+    def gradient_used(
+        self, point: Point, key: str, batch: tuple[Any, ...], chosen: slice
+    ) -> tuple[Tensor | None, ...]:
+        """That by some of the params and hparams, None for those that it does not use."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Point:
     """The variables of a state as leaves, and what the losses give there."""
@@ -225,7 +244,7 @@ class Point:
 
     def gradient(self, batch: tuple[Any, ...]) -> Leaves:
         """The gradient of the inner loss with respect to params."""
-        return self._inner_gradient(batch, create_graph=False)(*self.w, *self.h)
+        return self.gradients("inner_loss", batch, by="w")[0]
 
     def product(self, v: Leaves, batch: tuple[Any, ...]) -> Leaves:
         """The product of the Hessian of the inner loss with a vector."""
@@ -240,11 +259,27 @@ class Point:
         """The gradient of the outer loss with respect to params and hparams."""
         return self.gradients("outer_loss", batch)
 
-    def gradients(self, key: str, batch: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
-        """The gradient of one of the losses with respect to params and hparams."""
+    def gradients(
+        self, key: str, batch: tuple[Any, ...], by: Literal["wh", "w", "h"] = "wh"
+    ) -> tuple[Leaves, Leaves]:
+        """The gradient of a loss with respect to params and hparams, or one of them and nothing."""
+        n, loss = len(self.w), getattr(self.method, key)
         primals = (*self.w, *self.h)
-        found = autodiff.gradient_used(self.loss(key, batch), primals, used=self._looked_for())
-        w, h = split(self._noted(key, found, primals), len(self.w))
+        chosen = slice(0 if "w" in by else n, None if "h" in by else n)
+        if isinstance(loss, TakesOwnGradient):
+            found = loss.gradient_used(self, key, batch, chosen)
+        else:
+            value, before, after = self.loss(key, batch), primals[: chosen.start], self.h
+            after = () if "h" in by else after
+            found = autodiff.gradient_used(
+                lambda *leaves: value(*before, *leaves, *after),
+                primals[chosen],
+                create_graph=False,
+                used=self._looked_for(),
+            )
+        if "w" in by:
+            self._note(key, [grad is not None for grad in found])
+        w, h = split(autodiff.zeros_for_none(found, primals[chosen]), n if "w" in by else 0)
         return w, h
 
     def loss(self, key: str, batch: tuple[Any, ...]) -> Callable[..., Tensor]:
@@ -333,36 +368,28 @@ class Point:
         )
 
     def _linearize(self, batch: tuple[Any, ...], group: range) -> autodiff.Linearization:
+        n, loss = len(self.w), self.loss("inner_loss", batch)
+        primals = (*self.w, *self.h)
         if self.method.products == "finite_difference":
-            loss, primals = self.loss("inner_loss", batch), (*self.w, *self.h)
-            linearization = DifferencedLinearization(loss, primals, len(self.w), (tuple(group),))
+            linearization = DifferencedLinearization(loss, primals, n, (tuple(group),))
             self._note("inner_loss", linearization.used_params)
             return linearization
-        gradient = self._inner_gradient(batch, create_graph=True)
-        return autodiff.Linearization(gradient, (*self.w, *self.h), (tuple(group),))
-
-    def _inner_gradient(self, batch: tuple[Any, ...], create_graph: bool) -> Callable[..., Leaves]:
-        n, loss = len(self.w), self.loss("inner_loss", batch)
 
         def gradient(*leaves: Tensor) -> Leaves:
             w, h = split(leaves, n)
             found = autodiff.gradient_used(
-                lambda *w: loss(*w, *h), w, create_graph=create_graph, used=self._looked_for()
+                lambda *w: loss(*w, *h), w, create_graph=True, used=self._looked_for()
             )
-            return self._noted("inner_loss", found, w)
+            self._note("inner_loss", [grad is not None for grad in found])
+            return autodiff.zeros_for_none(found, w)
 
-        return gradient
+        return autodiff.Linearization(gradient, primals, (tuple(group),))
 
     def _looked_for(self) -> list[bool] | None:
         """Where the leaves that a loss uses are to be looked for under transforms too."""
         return (
             [] if any(isinstance(rule, Optimizer) for rule in self.method.steps.values()) else None
         )
-
-    def _noted(self, key: str, found: tuple[Tensor | None, ...], like: Leaves) -> Leaves:
-        """A gradient with zeros for None, once it is noted where that stood."""
-        self._note(key, [grad is not None for grad in found])
-        return autodiff.zeros_for_none(found, like)
 
     def _note(self, key: str, used: Sequence[bool]) -> None:
         n = len(self.w)

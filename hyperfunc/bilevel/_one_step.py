@@ -119,15 +119,18 @@ class _OneStep(Method):
     products: Products = dataclasses.field(default="finite_difference", kw_only=True)
 
     adjoint: ClassVar[Any] = ""
+    first_order = True
 
     def direction(
         self, point: Point, u: Leaves, outer_hparams: Leaves, batch: tuple[Any, ...]
     ) -> Leaves:
         """The direction of the hparams, with the cross term at the point."""
-        n = len(point.w)
-        primals = (*point.w, *point.h)
-        value = point.loss("inner_loss", batch)
-        cross = difference(value, primals, range(n), u, range(n, len(primals)), tracked=False)
+
+        def gradient_at(w: Leaves) -> Leaves:
+            moved = dataclasses.replace(point, w=w)
+            return moved.gradients("inner_loss", batch, by="h")[1]
+
+        cross = difference(gradient_at, point.w, u)
         return trees.sub(outer_hparams, cross)
 
 

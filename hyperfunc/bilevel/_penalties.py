@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -260,6 +260,7 @@ class _SecondParams(Method):
     """What the four have in common: second params, which start where the params do."""
 
     adjoint: ClassVar[Any] = "params"
+    first_order = True
 
     def start(self, state: State, inner_batch: Any, outer_batch: Any) -> Point:
         """The state in flat form, with checks of all that an update takes."""
@@ -301,12 +302,12 @@ class _F2SA(_Penalised):
         point = self.start(state, inner_batch, outer_batch)
         c, y = self.penalty_at(point), dataclasses.replace(point, w=point.u)
         for _ in range(self.num_inner_steps):
-            outer_params, _ = y.gradients("outer_loss", outer_batch)
+            outer_params, _ = y.gradients("outer_loss", outer_batch, by="w")
             direction = trees.axpy(1 / c, outer_params, y.gradient(inner_batch))
             y = y.step("adjoint", direction, BOTH, on="w")
         z = _descend("inner", _beside(point, y), inner_batch, self.num_inner_steps)
-        _, outer_hparams = y.gradients("outer_loss", outer_batch)
-        at_y, at_z = (each.gradients("inner_loss", inner_batch)[1] for each in (y, z))
+        _, outer_hparams = y.gradients("outer_loss", outer_batch, by="h")
+        at_y, at_z = (each.gradients("inner_loss", inner_batch, by="h")[1] for each in (y, z))
         d_h = trees.axpy(c, trees.sub(at_y, at_z), outer_hparams)
         return z.step("outer", d_h).leave()
 
@@ -374,10 +375,10 @@ class _MEHA(_Penalised):
         z = dataclasses.replace(point, w=point.u)
         d_z = trees.axpy(pull, trees.sub(z.w, point.w), z.gradient(inner_batch))
         z = z.step("adjoint", d_z, on="w")
-        _, outer_hparams = point.gradients("outer_loss", outer_batch)
-        _, q_h = _gap(point, z, inner_batch)
+        _, outer_hparams = point.gradients("outer_loss", outer_batch, by="h")
+        _, q_h = _gap(point, z, inner_batch, by="h")
         moved = _beside(point, z).step("outer", trees.axpy(1 / c, outer_hparams, q_h))
-        outer_params, _ = moved.gradients("outer_loss", outer_batch)
+        outer_params, _ = moved.gradients("outer_loss", outer_batch, by="w")
         d_w = trees.axpy(1 / c, outer_params, moved.gradient(inner_batch))
         d_w = trees.axpy(-pull, trees.sub(point.w, z.w), d_w)
         return moved.step("inner", d_w, BOTH).leave()
@@ -395,10 +396,12 @@ def _beside(point: Point, z: Point) -> Point:
     return dataclasses.replace(z, w=point.w, u=z.w)
 
 
-def _gap(point: Point, z: Point, batch: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
+def _gap(
+    point: Point, z: Point, batch: tuple[Any, ...], by: Literal["wh", "h"] = "wh"
+) -> tuple[Leaves, Leaves]:
     """The gradient of ``inner_loss(w, h) - inner_loss(z, h)``, with z held fixed."""
-    at_w, at_h = point.gradients("inner_loss", batch)
-    return at_w, trees.sub(at_h, z.gradients("inner_loss", batch)[1])
+    at_w, at_h = point.gradients("inner_loss", batch, by)
+    return at_w, trees.sub(at_h, z.gradients("inner_loss", batch, by="h")[1])
 
 
 def _dot(a: tuple[Leaves, Leaves], b: tuple[Leaves, Leaves]) -> Tensor:

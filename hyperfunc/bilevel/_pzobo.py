@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from hyperfunc._engine import checks, trees
+from hyperfunc._torch import sharding
 from hyperfunc._types import Leaves, Loss
 from hyperfunc.bilevel._base import Loop, Method, Point, State, Steps, check_batch, taking, unbind
 from hyperfunc.bilevel._random import normal
@@ -122,16 +123,15 @@ class _PZOBO(Method):
             )
 
     def _drawn(self, point: Point) -> list[Leaves]:
-        """The directions of this step, each like hparams."""
+        """The directions of this step, each like hparams: where these are sharded, too."""
         sizes = [leaf.numel() for leaf in point.h]
         numbers = normal(self.seed, point.state.step, self.num_directions * sum(sizes))
-        return [
-            tuple(
-                part.reshape(leaf.shape).to(leaf)
-                for part, leaf in zip(row.split(sizes), point.h, strict=True)
-            )
-            for row in numbers.reshape(self.num_directions, sum(sizes)).unbind(0)
-        ]
+        drawn = []
+        for row in numbers.reshape(self.num_directions, sum(sizes)).unbind(0):
+            pairs = zip(row.split(sizes), point.h, strict=True)
+            v = [sharding.spread_like(part.reshape(h.shape).to(h), h) for part, h in pairs]
+            drawn.append(sharding.align(tuple(v), point.h))
+        return drawn
 
 
 def _descended(point: Point, batches: list[tuple[Any, ...]]) -> Point:

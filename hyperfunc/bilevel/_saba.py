@@ -12,6 +12,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.finite_differences import Products
 from hyperfunc._engine.shown import show
+from hyperfunc._torch import sharding
 from hyperfunc._torch.containers import loadable
 from hyperfunc._types import Loss, TensorTree
 from hyperfunc.bilevel._base import AdjointSteps, Loop, Method, State, directions, taking
@@ -120,7 +121,8 @@ class _SABA(Method):
         state = super().init(params, hparams)
 
         def table(tree: TensorTree, size: int) -> TensorTree:
-            return trees.tree_map(lambda leaf: leaf.new_zeros(size, *leaf.shape), tree)
+            # a stack of DTensors lies on the ranks as they do
+            return trees.tree_map(lambda leaf: torch.stack([torch.zeros_like(leaf)] * size), tree)
 
         w, h, n, m = state.params, state.hparams, self.num_inner_batches, self.num_outer_batches
         tables = (table(w, n), table(w, n), table(h, n), table(w, m), table(h, m))
@@ -155,9 +157,9 @@ class _SABA(Method):
 def _saga(new: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """The direction of reduced variance, and the table with the new row."""
     index = index.to(table.device)
-    old = table.index_select(0, index.reshape(1))[0]
     rows = torch.arange(table.shape[0], device=table.device) == index
-    mask = rows.reshape(-1, *[1] * new.ndim)
+    mask = sharding.spread_like(rows.reshape(-1, *[1] * new.ndim), table)
+    old = table.index_select(0, sharding.spread_like(index.reshape(1), table))[0]
     # the mean is taken anew, as a running one gathers rounding errors
     return new - old + table.mean(0), torch.where(mask, new, table)
 

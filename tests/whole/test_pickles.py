@@ -131,6 +131,15 @@ def loop_of(width: int) -> Callable[[Any], Any]:
 loop_in_two = loop_of(21)
 
 
+def cell_loss(cell: Any, h: Tensor, x: Tensor) -> Tensor:
+    return ((cell.linear(x) - h) ** 2).mean()
+
+
+def loop_of_module(loop: Any) -> Any:
+    params = {"linear.weight": A[:3, :3].clone(), "linear.bias": H[:3].clone()}
+    return loop.update(loop.init(params, H[:3]), (A[:3, :3],), (A[:3, :3],))
+
+
 def run_layer(layer: Any) -> Any:
     grads = torch.autograd.grad(layer(TASKS).square().sum(), [*layer.parameters()])
     return layer.state_dict(), grads
@@ -359,6 +368,12 @@ MADE: dict[str, list[Case]] = {
     "bilevel.meha": [(lambda: hf.bilevel.meha(inner_loss, outer_loss, **MEHA), loop_once)],
     "bilevel.sama": [(lambda: hf.bilevel.sama(inner_loss, outer_loss, **RATES), loop_once)],
     "bilevel.darts": [(lambda: hf.bilevel.darts(inner_loss, outer_loss, **RATES), loop_once)],
+    "bilevel.module_loop": [
+        (
+            lambda: hf.bilevel.module_loop(hf.bilevel.darts, Cell(), cell_loss, cell_loss, **RATES),
+            loop_of_module,
+        )
+    ],
     "bilevel.power_decay": [
         (lambda: hf.bilevel.power_decay(0.5, 0.3), lambda rate: rate(torch.tensor(3)))
     ],
