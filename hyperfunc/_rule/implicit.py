@@ -298,6 +298,30 @@ class ImplicitProblem:
                 return
         raise ValueError(captured_message("the inner solver"))
 
+    def warn_of_unused_hparams(self) -> None:
+        message = self.condition.unused
+        if message is None:
+            message = UNUSED.format(kind=self.condition.kind)
+        if message:
+            warnings.warn(message, stacklevel=3)
+
+    def warn_of_zero_push(self, w: Leaves, theta: Leaves, wrt: Sequence[int], b: Leaves) -> None:
+        """Warn if a tangent of hparams has become zero as the condition does not use them."""
+        n, size = len(w), self.arguments.num_hparams
+        if not any(i < size for i in wrt) or not batching.can_look(b[0]):
+            return
+        if batching.any_true(trees.norm(b) != 0):
+            return
+        bound = self.bound
+        assert bound is not None
+
+        def residual(*leaves: Tensor) -> Leaves:
+            return bound.residual_at(leaves[:n], leaves[n:])
+
+        point = tracking.detach((*w, *theta))
+        if not autodiff.uses(residual, point, range(n, n + size)):
+            self.warn_of_unused_hparams()
+
     def refuse_captured(self, w: Leaves, theta: Leaves) -> None:
         """Raise if the condition uses a tensor that carries a derivative and is no argument."""
         assert self.bound is not None
@@ -346,6 +370,7 @@ class _ImplicitSolution(torch.autograd.Function):
             b = trees.scale(-ctx.problem.condition.scale, linearization.push(directions, 1))
             if (regulariser := ctx.problem.bound.regulariser(w, theta, wrt)) is not None:
                 b = trees.sub(b, regulariser.push(directions))
+            ctx.problem.warn_of_zero_push(w, theta, wrt, b)
             w_dot, _ = ctx.problem.unseen_adjoint(linearization, w, theta, b, transposed=False)
             return (*w_dot, *[None] * ctx.num_rest)
 
@@ -502,12 +527,7 @@ def cross_term(
     size = problem.arguments.num_hparams
     of_hparams = [term for i, term in zip(wrt, total, strict=True) if i < size]
     if of_hparams and all(term is None for term in of_hparams):  # never so with a start
-        condition = problem.condition
-        message = condition.unused
-        if message is None:
-            message = UNUSED.format(kind=condition.kind)
-        if message:
-            warnings.warn(message, stacklevel=2)
+        problem.warn_of_unused_hparams()
     return tuple(
         torch.zeros_like(theta[i]) if term is None else term
         for i, term in zip(wrt, total, strict=True)

@@ -111,7 +111,7 @@ def _grad(
     run = torch.func.vmap(differentiate, randomness="same") if batched else differentiate
     with derivative_rules.again():
         grads = run(*cotangents)
-    return scatter(grads, found, len(inputs))
+    return tuple(scatter(grads, found, len(inputs)))
 
 
 def _nonzero(indices: Sequence[int], values: Sequence[Tensor | None]) -> ByIndex:

@@ -358,6 +358,7 @@ def test_schedules_keep_what_they_say(
     assert result[2] <= most + 1  # and the one in hand
     if method == Reverse("sqrt"):
         assert result[1] <= 3 * num_steps
+        assert result[2] >= math.sqrt(num_steps / 2)
 
 
 def test_early_stopping_fits_a_schedule_made_for_more_steps() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 import hyperfunc as hf
 from hyperfunc.diagnostics._diagnose import MOST_STEPS
 from hyperfunc.linear_solvers import LinearOperator
+from hyperfunc.linear_solvers._cycles import rounding
 from tests.cells import each_cell
 from tests.linear_solvers import auto_table
 
@@ -229,9 +230,19 @@ def test_gmres_keeps_what_its_basis_resolves() -> None:
 def test_gmres_reports_rounding_in_units_of_the_operator() -> None:
     A = 1e-8 * _random(6, torch.arange(1.0, 7, dtype=F64))
     b = A @ torch.ones(6, dtype=F64)
-    _, stats = hf.GMRES(12, rtol=0).solve(LinearOperator.from_matrix(A), (b,))
     eps = torch.finfo(F64).eps
-    assert eps * b.norm() <= stats.residual_norm <= 10 * eps * b.norm()
+    for preconditioner in (None, JACOBI):
+        solver = hf.GMRES(12, rtol=0, preconditioner=preconditioner)
+        _, stats = solver.solve(LinearOperator.from_matrix(A), (b,))
+        assert eps * b.norm() <= stats.residual_norm <= 10 * eps * b.norm()
+
+
+def test_rounding_excuses_no_residual_of_the_size_of_the_right_hand_side() -> None:
+    A = torch.diag(torch.tensor([1.0, 1e20], dtype=F64))
+    for size in (100.0, 0.01):
+        b, x = torch.tensor([size, 0.0], dtype=F64), torch.ones(2, dtype=F64)
+        squared = rounding(LinearOperator.from_matrix(A), (x,), (b - A @ x,), (b,), b @ b)
+        torch.testing.assert_close(squared, torch.finfo(F64).eps ** 0.5 * size**2 + 0 * squared)
 
 
 def test_gmres_does_not_return_a_large_vector_for_nothing() -> None:
@@ -399,6 +410,12 @@ def test_dense_solves_what_has_a_solution() -> None:
     for A, b in ((X.T @ X, torch.ones(7, dtype=F64)), (flat, nearly)):
         _, stats = hf.Dense().solve(LinearOperator.from_matrix(A), (b,))
         assert int(stats.result) == hf.RESULTS.breakdown
+    # products in bfloat16 hide a residual of 0.004, but not from the matrix
+    coarse = lambda v: (flat.float() @ v[0].bfloat16().float(),)  # noqa: E731
+    for last, code in ((0.004, hf.RESULTS.breakdown), (0.0, hf.RESULTS.success)):
+        b = torch.tensor([1.2383, 0.777, last])
+        _, stats = hf.Dense().solve(LinearOperator(coarse, coarse, symmetric=True), (b,))
+        assert int(stats.result) == code
 
 
 def test_dense_takes_products_in_batches_where_it_can() -> None:

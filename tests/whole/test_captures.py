@@ -1,6 +1,7 @@
 """What functions use without taking it as an argument, decided by what the graph reaches."""
 
 import collections
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -312,3 +313,16 @@ def test_a_solution_that_hparams_do_not_reach_warns() -> None:
         solver(h).sum().backward()
     with pytest.warns(UserWarning, match="no derivative reaches hparams: inner_loss computes"):
         grad(lambda h: solver(h).sum())(h.detach())
+
+
+def test_forward_mode_says_so_too() -> None:
+    h = torch.tensor([0.5, -0.3], dtype=torch.float64)
+    unused = lambda w, h: ((w - 1) ** 2).sum()  # noqa: E731
+    used = lambda w, h: ((w - h) ** 2).sum()  # noqa: E731
+    for products in ("reverse", "finite_difference"):
+        for inner_loss in (unused, used, hf.proximal(unused, 1.0)):
+            fn = hf.implicit_diff(lambda h: 1.0 * h, inner_loss=inner_loss, products=products)
+            for tangent in (h, 0 * h):
+                warns = pytest.warns(UserWarning, match="no derivative reaches hparams: inner_loss")
+                with warns if inner_loss is unused else contextlib.nullcontext():
+                    torch.func.jvp(fn, (h,), (tangent,))
