@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import resource
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+MAC = sys.platform == "darwin"  # where sizes are told in bytes
 
 
 def options(
@@ -130,7 +134,9 @@ def save(args: argparse.Namespace, figure: Figure, **results: Any) -> None:
     results["settings"] = vars(args)
     (args.out / "results.json").write_text(json.dumps(results, default=str, indent=1) + "\n")
     figure.savefig(args.out / "picture.png", dpi=100)
-    print(f"numbers and picture are in {args.out}")
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if MAC else 1024) / 2**20
+    spent = f"{time.process_time():.0f} s of CPU time and {held:.0f} MiB of memory"
+    print(f"numbers and picture are in {args.out}; the process took {spent}")
 
 
 class Meter(TorchDispatchMode):

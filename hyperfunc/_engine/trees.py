@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine.shown import show
-from hyperfunc._torch import batching, containers, sharding, tensordicts, tracking
+from hyperfunc._torch import batching, containers, derivative_rules, sharding, tensordicts, tracking
 from hyperfunc._types import Leaves, TensorTree
 
 TreeSpec = optree.PyTreeSpec
@@ -110,7 +110,8 @@ class StateSpec:
     @staticmethod
     def of(full: TreeSpec, leaves: Sequence[Tensor]) -> StateSpec:
         """The structure of a flattened tree."""
-        floating = tuple(leaf.is_floating_point() for leaf in leaves)
+        with derivative_rules.inactive():  # as in `flatten_floating`
+            floating = tuple(leaf.is_floating_point() for leaf in leaves)
         if all(floating):
             return StateSpec(full, full, floating)
         kept = (leaf if flag else () for leaf, flag in zip(leaves, floating, strict=True))
@@ -155,6 +156,9 @@ def flatten_floating(
     These others are tensors of integers and bools.
     """
     leaves, spec = flatten(tree)
+    with derivative_rules.inactive():  # they look at each attribute that is read
+        if leaves and all(map(_is_dense_floating, leaves)):
+            return tuple(leaves), spec
     if others and any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
         rest = [leaf for leaf in leaves if not _is_integral(leaf)]
     else:
@@ -169,7 +173,7 @@ def flatten_floating(
         expected = "expected at least one floating-point tensor"
         raise ValueError(f"{root} is an empty tree ({show(tree)}); {expected}{advice}")
     for leaf in rest:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and tracking.is_dense(leaf):
+        if _is_dense_floating(leaf):
             continue
         path = paths(spec, root)[next(i for i, each in enumerate(leaves) if each is leaf)]
         if not isinstance(leaf, Tensor):
@@ -381,6 +385,10 @@ def _total(x: Leaves) -> Tensor:
     for leaf in x[1:]:
         total = total + leaf.sum().to(total.device)
     return total
+
+
+def _is_dense_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and tracking.is_dense(leaf)
 
 
 def _is_integral(leaf: Any) -> bool:

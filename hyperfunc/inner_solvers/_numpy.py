@@ -78,5 +78,11 @@ def _as_tensor(leaf: Any, dtype: torch.dtype | None, device: torch.device | None
 
     if not isinstance(leaf, numpy.ndarray | numpy.generic | bool | int | float):
         return leaf
-    tensor = torch.tensor(numpy.asarray(leaf).copy())
+    array = numpy.asarray(leaf)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(
+            f"from_numpy: the solver returned an array of dtype {array.dtype}; expected numbers. "
+            f"Write numpy.asarray(result, dtype=float)"
+        )
+    tensor = torch.tensor(array.copy())
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)

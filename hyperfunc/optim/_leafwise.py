@@ -13,6 +13,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.flat import split
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
+from hyperfunc._torch import derivative_rules
 from hyperfunc._torch.tracking import is_tracked, transforms_active
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import (
@@ -104,7 +105,10 @@ class Leafwise(PrintsAsCall, abc.ABC):
         """
         counts = counts or self.timed or self.scheduled
         params = trees.unflatten(spec, like)
-        dtypes = [torch.promote_types(leaf.dtype, torch.float32) for leaf in like]
+        with derivative_rules.inactive():  # they look at each attribute that is read
+            devices = [leaf.device for leaf in like]
+            own_dtypes = [leaf.dtype for leaf in like]
+            dtypes = [torch.promote_types(dtype, torch.float32) for dtype in own_dtypes]
         places = [1 + sorted(self.slots).index(slot) * len(like) for slot in self.slots]
 
         def evaluate(step: Tensor | None) -> list[tuple[Any, ...]]:
@@ -112,8 +116,8 @@ class Leafwise(PrintsAsCall, abc.ABC):
             return values_by_leaf(self.name, coefficients, hparams, params, like, spec, (), step)
 
         def prepared(t: Any, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-            parts = zip(rows, dtypes, like, strict=True)
-            keys = [(id(row), dtype, leaf.device) for row, dtype, leaf in parts]
+            parts = zip(rows, dtypes, devices, strict=True)
+            keys = [(id(row), dtype, device) for row, dtype, device in parts]
             distinct = dict(zip(keys, rows, strict=True))
             values = {key: cast(self.prepare(t, *row), *key[1:]) for key, row in distinct.items()}
             return [values[key] for key in keys]
@@ -128,13 +132,13 @@ class Leafwise(PrintsAsCall, abc.ABC):
                 values = prepared(t, evaluate(state[0]) if fixed is None else fixed)
             new_leaves = []
             new_state = [state[0] + 1 if counts else state[0], *state[1:]]
-            leafwise = zip(leaves, grads, values, dtypes, strict=True)
-            for index, (leaf, grad, c, dtype) in enumerate(leafwise):
+            leafwise = zip(leaves, grads, values, dtypes, own_dtypes, strict=True)
+            for index, (leaf, grad, c, dtype, own_dtype) in enumerate(leafwise):
                 if grad is None:
                     new_leaves.append(leaf)
                     continue
                 before = tuple([state[place + index] for place in places])
-                if dtype is leaf.dtype:
+                if dtype is own_dtype:
                     new, after = self.step(leaf, grad, before, c)
                 else:
                     raised = tuple(slot.to(dtype) for slot in before)

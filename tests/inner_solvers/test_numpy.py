@@ -123,6 +123,8 @@ def test_it_is_pure_and_differentiable():
 def test_errors():
     with pytest.raises(TypeError, match="from_numpy: solver is 3 of type int; expected a function"):
         hf.from_numpy(3)
+    with pytest.raises(TypeError, match=r"the solver returned an array of dtype object; expected"):
+        hf.from_numpy(lambda h: np.array([None, 1.0]))(torch.ones(2))
     with pytest.raises(TypeError, match=r"layout torch.sparse_coo; expected dense ones"):
         hf.from_numpy(lambda h, x: h)(torch.ones(2), torch.ones(2).to_sparse())
     fn = hf.hypergrad(ridge, outer_loss, method="reverse_unroll")

@@ -229,7 +229,7 @@ class inactive:
     __slots__ = ("_left",)
 
     def __enter__(self) -> None:
-        self._left = _is_on_top()
+        self._left = not _is_compiling() and _is_on_top()
         if self._left:
             torch._C._pop_torch_function_stack()
 
