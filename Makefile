@@ -19,7 +19,7 @@ BENCH_READY := .venv/.bench-ready
 MODELS_READY := .venv/.models-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench bench-memory bench-models bench-scaling bench-distributed gpu examples docs dist clean distclean
+.PHONY: help setup demo test test-all lint format bench bench-bilevel bench-memory bench-models bench-scaling bench-distributed gpu examples docs dist clean distclean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench: $(BENCH_READY) ## Compare speed with other libraries
 
 bench-models: $(MODELS_READY) ## Measure published models beside plain torch
 	$(BIN)/python -m tests.benchmarks.published_models
+
+bench-bilevel: $(DEV_READY) ## Compare the loops of hf.bilevel on three problems
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bilevel --plot out/bench-bilevel
 
 bench-memory: $(DEV_READY) ## Measure peak memory
 	$(BIN)/python -m tests.benchmarks.memory

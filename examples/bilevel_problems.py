@@ -47,18 +47,19 @@ class Problem:
         return self.passes * self.num_samples
 
 
-def least_squares() -> tuple[Problem, float]:
+def least_squares(
+    n: int = 1000, n_val: int = 1000, dim: int = 20, hdim: int = 10
+) -> tuple[Problem, float]:
     """The hparams shift the targets; the value function is a quadratic, minimised exactly."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    n, dim, hdim = 1000, 20, 10
     scales = torch.linspace(1, 0.5, dim, dtype=torch.float64)
-    X, Z, X_val = scales * randn(n, dim), randn(n, hdim), scales * randn(n, dim)
+    X, Z, X_val = scales * randn(n, dim), randn(n, hdim), scales * randn(n_val, dim)
     Z = Z + X[:, :hdim]
-    y, y_val = randn(n), X_val @ randn(dim) + randn(n)
+    y, y_val = randn(n), X_val @ randn(dim) + randn(n_val)
 
     def inner_loss(w: Tensor, h: Tensor, X: Tensor, Z: Tensor, y: Tensor) -> Tensor:
         return 0.5 * ((X @ w - Z @ h - y) ** 2).mean() + 0.1 * (w**2).sum()
@@ -68,9 +69,9 @@ def least_squares() -> tuple[Problem, float]:
 
     A = X.T @ X / n + 0.2 * torch.eye(dim, dtype=torch.float64)
     G, offset = torch.linalg.solve(A, X.T @ Z / n), torch.linalg.solve(A, X.T @ y / n)
-    C = X_val.T @ X_val / n
+    C = X_val.T @ X_val / n_val
     hessian = G.T @ C @ G + 0.1 * torch.eye(hdim, dtype=torch.float64)
-    best = torch.linalg.solve(hessian, G.T @ (X_val.T @ y_val / n - C @ offset))
+    best = torch.linalg.solve(hessian, G.T @ (X_val.T @ y_val / n_val - C @ offset))
 
     problem = Problem(
         title="least squares",
@@ -163,14 +164,16 @@ def cleaning() -> tuple[Problem, float]:
 class Minimizer:
     """The inner problem solved by L-BFGS on all data, each time from the last solution."""
 
-    def __init__(self, inner_loss: Callable[..., Tensor], data: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, inner_loss: Callable[..., Tensor], data: tuple[Tensor, ...], *shape: int
+    ) -> None:
         self.inner_loss, self.data = inner_loss, data
-        self.last = torch.zeros(64, 10, dtype=data[0].dtype)
+        self.last = torch.zeros(shape or (64, 10), dtype=data[0].dtype)
 
     def __call__(self, hparams: Tensor) -> Tensor:
         self.last = lbfgs(
             lambda W: self.inner_loss(W, hparams, *self.data),
-            self.last,
+            self.last.nan_to_num(),
             max_iter=200,
             tolerance_grad=1e-7,
             tolerance_change=1e-12,

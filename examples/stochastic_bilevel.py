@@ -66,7 +66,7 @@ def run_loop(name: str, problem: Problem) -> Iterator[tuple[int, Tensor]]:
 def run_full_batch(problem: Problem) -> Iterator[tuple[int, Tensor]]:
     """AID on all data with warm starts: some inner steps, conjugate gradients, an outer step."""
     step = hf.optim.sgd(lr=problem.inner_lr, momentum=0.9, nesterov=True)
-    n = problem.num_samples
+    n, n_val = problem.num_samples, len(problem.outer_data[0])
 
     def inner_solver(hparams: Tensor, start: Tensor, *data: Tensor) -> Tensor:
         params, memory = start, step.init(start)
@@ -89,7 +89,7 @@ def run_full_batch(problem: Problem) -> Iterator[tuple[int, Tensor]]:
         params, warm = solution.params, adjoint is not None
         adjoint = solution.adjoint
         # steps, products, the residual at a warm start, the cross product, the outer gradient
-        calls += n * (FULL_STEPS + int(solution.stats.num_steps) + warm + 1 + 1)
+        calls += n * (FULL_STEPS + int(solution.stats.num_steps) + warm + 1) + n_val
 
 
 def measure(

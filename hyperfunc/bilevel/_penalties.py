@@ -170,10 +170,11 @@ def pbgd(
         + c (\nabla_\lambda \ell(w, \lambda) - \nabla_\lambda \ell(z_T, \lambda))\bigr) .
 
     With a constant penalty the params end at a distance like :math:`1/c` from a minimum of the
-    inner loss, and the hparams as far from the solution. ``T + 2`` gradients of the inner loss and
-    one of the outer loss an update. The paper has one step size for both, which is
-    :math:`\gamma = \rho / c`: a large penalty asks for a small ``outer_lr``, and one that
-    grows for one that falls as fast.
+    inner loss, and the hparams as far from the solution if :math:`T` is of the order of
+    :math:`\log c` or more, as :math:`z_T` is to be as near that minimum. ``T + 2``
+    gradients of the inner loss and one of the outer loss an update. The paper has one step size for
+    both, which is :math:`\gamma = \rho / c`: a large penalty asks for a small ``outer_lr``, and one
+    that grows for one that falls as fast.
 
     ``penalty`` is :math:`c > 0`, and ``num_inner_steps`` :math:`T \ge 1`; the inner loss may have
     many minima, if it grows away from them (the condition of Polyak and Lojasiewicz). All other
