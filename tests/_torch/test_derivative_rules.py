@@ -357,6 +357,19 @@ CASES = [
     Case("cdist, many rows", lambda x, w: torch.cdist(x @ w, x), (27, 2), ((2, 2),)),
     Case("cdist, p", lambda x, w: torch.cdist(x @ w, x, 3.0), (4, 3), ((3, 3),)),
     Case("pdist", lambda x, w: F.pdist(x @ w), (4, 3), ((3, 3),)),
+    *(
+        Case(
+            f"native_{name}_norm",
+            lambda x, w, b, norm=norm: torch.cat([t.flatten() for t in norm(x * w.sin(), w, b)]),
+            (4, 2),
+            ((2,), (2,)),
+        )
+        for name, norm in {
+            "layer": lambda x, w, b: torch.native_layer_norm(x.T, (4,), w.repeat(2), None, 1e-5),
+            "group": lambda x, w, b: torch.native_group_norm(x, w, b, 4, 2, 1, 1, 1e-5),
+            "batch": lambda x, w, b: torch.native_batch_norm(x, w, b, None, None, True, 0.1, 1e-5),
+        }.items()
+    ),
     Case("select_scatter", lambda x, w: torch.select_scatter(x, w, 0, -1), (3, 2), ((2,),)),
     Case("its method", lambda x, w: w.square().select_scatter(x, -2, 1), (3,), ((3, 3),)),
     Case(

@@ -114,6 +114,60 @@ def instance_norm(
     return narrowed(_affine_channels(y, weight, bias), input)
 
 
+# Those that return statistics too, of which torch takes no derivative.
+
+
+@in_place_of(torch.native_layer_norm, right_up_to=0)
+def native_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...] | Tensor:
+    y = layer_norm(input, normalized_shape, weight, bias, eps)
+    if y is TORCHS_OWN:
+        return y
+    kind = (input if weight is None else weight).dtype
+    return y, *_moments(input, tuple(range(-len(normalized_shape), 0)), eps, kind)
+
+
+@in_place_of(torch.native_group_norm, right_up_to=0)
+def native_group_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    C: int,
+    HxW: int,
+    group: int,
+    eps: float,
+) -> tuple[Tensor, ...] | Tensor:
+    if C % group or input.numel() != N * C * HxW:
+        return TORCHS_OWN
+    y = group_norm(input.reshape(N, C, HxW), group, weight, bias, eps).reshape(input.shape)
+    mean, rstd = _moments(input.reshape(N, group, -1), (-1,), eps, input.dtype)
+    return y, mean.squeeze(-1), rstd.squeeze(-1)
+
+
+@in_place_of(torch.native_batch_norm, right_up_to=0, state=(3, 4))
+def native_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    y = batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    if not training:
+        return y, input.new_empty(0), input.new_empty(0)
+    mean, rstd = _moments(input, (0, *range(2, input.ndim)), eps, input.dtype)
+    return y, mean.flatten(), rstd.flatten()
+
+
 @in_place_of(torch._weight_norm)
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     wide = widened(v)
@@ -153,6 +207,15 @@ def _standardised(
     if statistics is not None:
         statistics.update(mean, var, math.prod([x.shape[i] for i in dims]))
     return centred * (var + eps).rsqrt()
+
+
+def _moments(
+    input: Tensor, dims: tuple[int, ...], eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    x = widened(input)
+    mean = x.mean(dims, keepdim=True)
+    rstd = ((x - mean).square().mean(dims, keepdim=True) + eps).rsqrt()
+    return mean.to(dtype), rstd.to(dtype)
 
 
 def _by_running_statistics(
