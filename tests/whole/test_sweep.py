@@ -95,3 +95,13 @@ def test_all_of_it(layer: str) -> None:
 def test_compiled(case: sweep_cases.Case) -> None:
     """By one method and with default options, for it takes seconds to compile."""
     check(list(sweep.run(case, ["reverse"], ["compile"])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(8))
+def test_operations(part: int) -> None:
+    from tests.whole import sweep_operations  # takes seconds to import
+
+    cells = list(sweep_operations.run(sweep_operations.names()[part::8]))
+    assert not [str(cell) for cell in cells if cell.kind == WRONG]
+    assert sum(cell.kind == RIGHT for cell in cells) > 200
