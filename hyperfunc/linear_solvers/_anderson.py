@@ -139,12 +139,11 @@ class Window(NamedTuple):
 
 def _put(rows: Tensor, row: Tensor, slot: Any, own: bool) -> Tensor:
     """Rows with one in a slot, the first free one or that of another."""
-    if isinstance(slot, Tensor):
-        here = torch.arange(rows.shape[-2], device=rows.device) == slot
-        return torch.where(here[:, None], row.unsqueeze(-2), rows)
-    if slot == rows.shape[-2]:
+    if isinstance(slot, int) and slot == rows.shape[-2]:
         return torch.cat([rows, row.unsqueeze(-2)], dim=-2)
     if own:
         rows.select(-2, slot).copy_(row)
         return rows
-    return rows.select_scatter(row, -2, slot)
+    # not by select_scatter, whose gradient in a vmap is torch's mistake
+    here = torch.arange(rows.shape[-2], device=rows.device) == slot
+    return torch.where(here[:, None], row.unsqueeze(-2), rows)

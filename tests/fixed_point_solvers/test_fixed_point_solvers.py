@@ -580,3 +580,19 @@ def test_errors(name: str) -> None:
     call, kind, text = ERRORS[name]
     with pytest.raises(kind, match=text):
         call()
+
+
+@pytest.mark.parametrize("solver", [Anderson(8, rtol=0, memory=2), Broyden(8, rtol=0, memory=2)])
+def test_a_full_memory_has_the_gradient_of_each_task(solver: Any) -> None:
+    def total(solve: Any, W: Tensor) -> Tensor:
+        return (solve(torch.arange(12.0).double().sin().reshape(3, 4), W) ** 2).sum()
+
+    def solve(x: Tensor, W: Tensor) -> Tensor:
+        return solver(lambda z, W: torch.tanh(W @ z + x), torch.zeros(4).double(), W)[0]
+
+    W = (torch.arange(16.0).double().cos() / 3).reshape(4, 4).requires_grad_()
+    mapped = torch.autograd.grad(total(torch.func.vmap(solve, (0, None)), W), W)
+    one_by_one = torch.autograd.grad(
+        total(lambda X, W: torch.stack([solve(x, W) for x in X]), W), W
+    )
+    torch.testing.assert_close(mapped, one_by_one, rtol=1e-10, atol=1e-12)
