@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import hyperfunc as hf
 
+torch.manual_seed(0)  # of the weights
 NET = torch.nn.Sequential(
     *(torch.nn.Linear(1, 40), torch.nn.ReLU(), torch.nn.Linear(40, 40), torch.nn.ReLU()),
     torch.nn.Linear(40, 1),
