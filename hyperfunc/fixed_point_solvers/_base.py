@@ -66,7 +66,8 @@ class AbstractFixedPointSolver(abc.ABC):
 
         Args:
             fixed_point: ``(params, hparams, *args) -> tree like params``.
-            init: where to start: the solution for similar ``hparams`` saves steps.
+            init: where to start: the solution for similar ``hparams`` saves steps. Integers and
+                bools in it, such as masks, stay as they are.
             hparams: passed on to ``fixed_point``.
             args: passed on to ``fixed_point``.
             return_trace: whether to return the residual norms on the way too.
@@ -82,7 +83,7 @@ class AbstractFixedPointSolver(abc.ABC):
 
         Raises:
             HypergradError: for non-finite values and divergence, with ``throw``.
-            TypeError: if a leaf of ``init`` is not a floating-point tensor.
+            TypeError: if no leaf of ``init`` is a floating-point tensor, or one is no tensor.
             ValueError: if the map changes structure, shape, dtype or device, or leaves have no
                 common batch dimension.
         """
@@ -104,14 +105,14 @@ class AbstractFixedPointSolver(abc.ABC):
             raise_unless_solved(self, stats)
         if self.batch_dim is None:
             stats = SolveStats(*(field[0] for field in stats))
-        solution = trees.unflatten(problem.spec, problem.unpack(rows))
+        solution = problem.tree(problem.unpack(rows))
         further: list[Any] = []
         if return_trace:
             norms = torch.stack(trace).detach()
             further.append(norms[:, 0] if self.batch_dim is None else norms)
         if at_steps:
             states = (problem.unpack(kept.get(step, rows)) for step in at_steps)
-            further.append([trees.unflatten(problem.spec, state) for state in states])
+            further.append(list(map(problem.tree, states)))
         return (solution, stats, *further)
 
     def inner_solver(
@@ -268,11 +269,15 @@ class Iteration(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    """The map on flat trees, and how these are laid out as a matrix with one row a sample."""
+    """The map on flat trees, and how these are laid out as a matrix with one row a sample.
+
+    Integers and bools in the state are constants.
+    """
 
     fixed_point: ParamsFunction
     init: Leaves
-    spec: trees.TreeSpec
+    constants: Leaves
+    state: trees.StateSpec
     hparams: TensorTree
     args: tuple[Any, ...]
     batch_dim: int | None
@@ -283,8 +288,8 @@ class Problem:
     def make(
         fixed_point: ParamsFunction, init: Any, hparams: Any, args: Any, batch_dim: int | None
     ) -> Problem:
-        leaves, spec = trees.flatten_floating(init, "init")
-        paths = trees.paths(spec, "init")
+        leaves, constants, state = trees.flatten_state(init, "init")
+        paths, _ = state.split(trees.paths(state.full, "init"))
         for leaf, path in zip(leaves, paths, strict=True):
             if sharding.is_sharded(leaf):
                 raise ValueError(
@@ -307,7 +312,18 @@ class Problem:
                 )
         num_rows = 1 if batch_dim is None else leaves[0].shape[batch_dim]
         dtype = trees.accumulation_dtype(leaves)
-        return Problem(fixed_point, leaves, spec, hparams, args, batch_dim, num_rows, dtype)
+        return Problem(
+            *(fixed_point, leaves, constants, state, hparams, args, batch_dim, num_rows, dtype)
+        )
+
+    @property
+    def spec(self) -> trees.TreeSpec:
+        """The structure without the constants."""
+        return self.state.spec
+
+    def tree(self, leaves: Leaves) -> TensorTree:
+        """The state of these leaves, and the constants."""
+        return self.state.fill(leaves, self.constants)
 
     def evaluate(self, z: Tensor) -> Tensor:
         """The map on rows."""
@@ -315,10 +331,11 @@ class Problem:
 
     def apply(self, leaves: Leaves) -> Leaves:
         """The map on flat trees."""
-        output = self.fixed_point(trees.unflatten(self.spec, leaves), self.hparams, *self.args)
+        output = self.fixed_point(self.tree(leaves), self.hparams, *self.args)
         values, spec = trees.flatten(output)
-        trees.check_like(values, spec, leaves, self.spec, "the output of fixed_point", "params")
-        return tuple(values)
+        like, name = self.state.merge(leaves, self.constants), "the output of fixed_point"
+        trees.check_like(values, spec, like, self.state.full, name, "params")
+        return self.state.split(values)[0]
 
     def pack(self, leaves: Leaves) -> Tensor:
         """The leaves as rows, in the accumulation dtype."""

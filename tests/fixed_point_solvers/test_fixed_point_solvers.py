@@ -596,3 +596,22 @@ def test_a_full_memory_has_the_gradient_of_each_task(solver: Any) -> None:
         total(lambda X, W: torch.stack([solve(x, W) for x in X]), W), W
     )
     torch.testing.assert_close(mapped, one_by_one, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden(), Newton()], ids=repr)
+def test_integers_in_the_state_are_constants(solver: Any) -> None:
+    def f(z: Any, h: Tensor) -> Any:
+        moved = torch.where(z["mask"], torch.cos(h * z["z"]), 0.3 * z["z"])
+        return {"z": moved, "mask": z["mask"], "count": z["count"] + 1}
+
+    init = {"z": torch.ones(2).double(), "mask": torch.tensor([True, False])}
+    init["count"] = torch.tensor(2)
+    solve = solver.inner_solver(f, init=lambda h: init)
+    h = torch.tensor(0.7).double()
+    z = solve(h)
+    assert (z["mask"].tolist(), z["count"].item()) == ([True, False], 2)
+    alone, _ = solver(lambda z, h: torch.cos(h * z), torch.ones(()).double(), h)
+    torch.testing.assert_close(z["z"], torch.stack([alone, 0 * alone]), rtol=1e-9, atol=1e-9)
+    slope = vmap(grad(lambda h: hf.implicit_diff(solve, method="gmres")(h)["z"].sum()))(h[None])
+    sine = torch.sin(h * alone)
+    torch.testing.assert_close(slope[0], -sine * alone / (1 + h * sine), rtol=1e-6, atol=1e-6)
