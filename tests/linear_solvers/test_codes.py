@@ -237,6 +237,14 @@ def test_gmres_reports_rounding_in_units_of_the_operator() -> None:
         assert eps * b.norm() <= stats.residual_norm <= 10 * eps * b.norm()
 
 
+def test_a_cycle_of_gmres_that_gains_next_to_nothing_is_the_last() -> None:
+    shift = torch.eye(6, dtype=F64).roll(1, 0)
+    for gain, steps in ((1e-5, 2), (1e-3, 4)):  # the squared residual's is that squared
+        operator = LinearOperator.from_matrix(shift + gain * torch.eye(6))
+        _, stats = hf.GMRES(restart=2).solve(operator, (torch.eye(6, dtype=F64)[0],))
+        assert (int(stats.result), int(stats.num_steps)) == (hf.RESULTS.stagnation, steps)
+
+
 def test_rounding_excuses_no_residual_of_the_size_of_the_right_hand_side() -> None:
     A = torch.diag(torch.tensor([1.0, 1e20], dtype=F64))
     for size in (100.0, 0.01):
