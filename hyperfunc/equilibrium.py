@@ -60,9 +60,10 @@ class EquilibriumLayer(nn.Module):
     solution. Under autocast the cell runs in the lower precision, and the state and the solvers in
     the state's own; tolerances below the lower precision count as that precision.
 
-    ``torch.export`` takes a layer, under ``torch.no_grad()``, whose solver makes a fixed number of
-    steps, ``rtol=0, atol=0``: `Picard`, `Anderson` or `Broyden`; with a ``batch_dim`` for batches
-    of any size too.
+    ``torch.export``, with ``strict=False`` and under ``torch.no_grad()``, takes a layer whose
+    solver makes a fixed number of steps, ``rtol=0, atol=0``: `Picard`, `Anderson` or `Broyden`;
+    with a ``batch_dim`` for batches of any size too. With ``strict=True`` torch reads the code of
+    the solvers in place of running it, and stops there with an error of its own.
 
     Args:
         cell: a module whose ``forward(state, *inputs)`` returns a tree like ``state``; not copied.

@@ -133,7 +133,8 @@ def _check(
     missed = kept & (rs > bounds.converged) & torch.isfinite(rs)
     unsure = missed & (said_solved | end.active)
     # GMRES may gain little in many cycles; a recurrence that has drifted must not do so for long
-    gained = rs < start.rs * torch.where(end.active, 1 - trees.epsilon(b) ** 0.5, 0.25)
+    little = start.rs * (1 - trees.epsilon(b) ** 0.5)
+    gained = rs < torch.where(end.active, little, start.rs / 4)
     wanted = unsure | (missed & (left > 0)) if retry else unsure
     again = wanted & (gained | (end.active & (left == 0)))
     doubtful = missed & ~(again & end.active)

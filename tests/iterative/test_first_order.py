@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import optree
 import pytest
 import torch
 from torch import Tensor
@@ -188,6 +189,43 @@ def test_counters_and_minibatches_go_along() -> None:
     found, solution = fn(meta["w"])
     assert solution.params["count"] == 3
     torch.testing.assert_close(found, 2 * solution.params["w"])
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_windows_whose_state_goes_on(trace: bool) -> None:
+    """The steps go on from a state that is given, and hand on theirs."""
+    optimizer = hf.optim.sgd(lambda h: h["lr"], momentum=0.9)
+    loss = lambda w, h, state: (w**4).sum() / 4  # noqa: E731
+    window = hf.minimize(
+        loss,
+        optimizer,
+        2,
+        init=lambda h, state: 2.0 * h["w"],
+        init_state=lambda h, state: state,
+        has_aux=True,
+        trace=trace,
+    )
+    outer = lambda w, h, state: (w**2).sum() / 2  # noqa: E731
+    h = {"w": torch.tensor([0.4, -0.7]), "lr": torch.tensor(0.1)}
+    _, state = optimizer.update(h["w"], optimizer.init(h["w"]), h["w"], h)
+    w, buffer, moved = 2.0 * h["w"], h["w"], 0.0 * h["w"]
+    for _ in range(2):
+        buffer = 0.9 * buffer + w**3
+        w, moved = w - h["lr"] * buffer, moved + buffer
+    fn = hf.hypergrad_and_solution(window, outer, method="first_order")
+    batch = {name: torch.stack([leaf, leaf]) for name, leaf in h.items()}
+    for found, solution in (
+        fn(h, state),
+        map_first(vmap(fn, in_dims=(0, None))(batch, state)),
+    ):
+        torch.testing.assert_close(found, {"w": 2.0 * w, "lr": -(w @ moved)})
+        torch.testing.assert_close(solution.params, w)
+        torch.testing.assert_close(solution.solver_aux.state.slots["momentum_buffer"], buffer)
+        assert solution.solver_aux.state.step == 3
+
+
+def map_first(tree: Any) -> Any:
+    return optree.tree_map(lambda leaf: leaf[0], tree)
 
 
 def test_a_solver_that_tells_no_start_starts_from_hparams_or_is_refused() -> None:

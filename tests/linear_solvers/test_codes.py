@@ -53,6 +53,18 @@ def _huge(A: Tensor) -> Tensor:
     return A
 
 
+def _complex(A: Tensor) -> Tensor:
+    """The real form of a complex matrix."""
+    B = A.flip(0)
+    return torch.cat([torch.cat([A, -B], 1), torch.cat([B, A], 1)])
+
+
+def _rescaled(A: Tensor) -> Tensor:
+    """Rows in units from 1e-12 to 1e12, in no order."""
+    powers = torch.linspace(-12, 12, len(A), dtype=F64).roll(len(A) // 2)
+    return 10 ** powers[:, None] * A
+
+
 FAMILIES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "singular": lambda A, n: A[:, 1:] @ A[1:],
     "singular, symmetric": lambda A, n: A[:, 1:] @ A[:, 1:].T,
@@ -65,6 +77,12 @@ FAMILIES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "indefinite": lambda A, n: A + A.T,
     "negative definite": lambda A, n: -A @ A.T - torch.eye(n),
     "positive definite": lambda A, n: A @ A.T + torch.eye(n),
+    "rank one": lambda A, n: A[:, :1] @ A[:1],
+    "nilpotent": lambda A, n: A.triu(1),
+    "skew": lambda A, n: A - A.T,
+    "complex": lambda A, n: _complex(A),
+    "rows far apart": lambda A, n: _rescaled(A + 3 * torch.eye(n)),
+    "diagonal far apart": lambda A, n: _rescaled(torch.eye(n, dtype=F64)),
     "non-normal": lambda A, n: torch.eye(n) + 3 * torch.eye(n).roll(1, 1).triu() + 0.1 * A,
 }
 ORACLES = ("cg", "normal_cg", "gmres", "bicgstab", "pipelined", "anderson")
@@ -103,7 +121,7 @@ def _false_or_unfair(seeds: range, every: int = 1) -> list[Any]:
             n, dtype = (3, 8, 20)[seed % 3], (F64, torch.float32)[seed // 3 % 2]
             eps = torch.finfo(dtype).eps
             A = make(torch.randn(n, n, generator=generator, dtype=F64), n).to(dtype)
-            b = torch.randn(n, generator=generator, dtype=F64).to(dtype)
+            b = torch.randn(len(A), generator=generator, dtype=F64).to(dtype)
             b = A @ b if seed % 2 else b
             codes, solutions = {}, {}
             for solver, settings in SOLVERS.items():
@@ -235,6 +253,14 @@ def test_gmres_reports_rounding_in_units_of_the_operator() -> None:
         solver = hf.GMRES(12, rtol=0, preconditioner=preconditioner)
         _, stats = solver.solve(LinearOperator.from_matrix(A), (b,))
         assert eps * b.norm() <= stats.residual_norm <= 10 * eps * b.norm()
+
+
+def test_a_cycle_of_gmres_that_gains_next_to_nothing_is_the_last() -> None:
+    shift = torch.eye(6, dtype=F64).roll(1, 0)
+    for gain, steps in ((1e-5, 2), (1e-3, 4)):  # the squared residual's is that squared
+        operator = LinearOperator.from_matrix(shift + gain * torch.eye(6))
+        _, stats = hf.GMRES(restart=2).solve(operator, (torch.eye(6, dtype=F64)[0],))
+        assert (int(stats.result), int(stats.num_steps)) == (hf.RESULTS.stagnation, steps)
 
 
 def test_rounding_excuses_no_residual_of_the_size_of_the_right_hand_side() -> None:

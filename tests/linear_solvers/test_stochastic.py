@@ -648,6 +648,12 @@ def test_derivatives_with_respect_to_arguments_go_through_a_function_but_not_a_t
         grad(functools.partial(value, tree))(y)
     with lost:
         jvp(functools.partial(value, tree), (y,), (y,))
+    with lost:  # the first of all arguments
+        grad(
+            lambda X: (
+                hf.implicit_diff(solver, inner_loss=inner_loss, method=tree)(reg, X, y)
+            ).sum()
+        )(X)
     # those with respect to hparams are not
     solve, whole = (
         hf.implicit_diff(solver, inner_loss=inner_loss, method=method)

@@ -149,6 +149,9 @@ def test_names_that_fit_nothing_and_parameters_without_a_name() -> None:
     partly = hf.optim.from_torch(torch.optim.NAdam, lr={"": 0.1}, eps={"encoder": 1e-3})
     with pytest.raises(ValueError, match=r"no name fits the parameter 'encoder2\.bias'"):
         partly.init(params)
+    numbered = hf.optim.sgd(lr={0: 0.1})
+    with pytest.raises(ValueError, match="another structure than params"):
+        numbered.update(params, numbered.init(params), params)
     negative = hf.optim.sgd(lr=lambda h: {"": -1.0})
     with pytest.raises(ValueError, match="number of at least 0"):
         negative.update(params, negative.init(params), params, 0.0)
