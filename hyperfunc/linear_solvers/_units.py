@@ -48,11 +48,7 @@ def _unit(solver: AbstractLinearSolver, b: Leaves) -> Tensor | None:
     if any(getattr(part, "atol", 0) for part in parts(solver)):
         return None
     bb = trees.dot(b, b)
-    if trees.can_read(b):
-        fine = _LEAST <= bb.item() <= _MOST
-    else:
-        within = (bb >= _LEAST) & (bb <= _MOST)
-        fine = bb.device.type == "cpu" and batching.can_look(bb) and batching.all_true(within)
-    if fine:
+    looked_at = trees.can_read(b) or (bb.device.type == "cpu" and batching.can_look(bb))
+    if looked_at and batching.all_true((bb >= _LEAST) & (bb <= _MOST)):
         return None
     return torch.where(bb < _LEAST, _SMALL, torch.where(bb > _MOST, _LARGE, 1.0)).to(bb.dtype)
