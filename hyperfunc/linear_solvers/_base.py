@@ -235,12 +235,14 @@ class Bounds:
         *,
         numbers: bool = True,
         sure: bool = True,
+        seen: bool = False,
         last: Callable[[State, Bounds], State] | None = None,
     ) -> tuple[State, Any]:
         """Take steps while a task is ``active``, ``most`` at most; the last state and how many.
 
-        ``sure``: one is active to begin with, so that nothing waits for that value. ``last``: what
-        does where no step follows.
+        ``sure``: one is active to begin with, so that nothing waits for that value. ``seen``: its
+        vectors have been through the operator, and so carry what derivatives are to follow; else
+        no number is read before the first step. ``last``: what does where no step follows.
         """
         if loop.is_kept(state):
             go_on = (lambda state: state.active) if self.adaptive else None
@@ -248,11 +250,13 @@ class Bounds:
             state, taken = loop.repeat(lambda _, s: step(s, self), state, before, go_on)
             return (state, taken) if last is None else (last(state, self), taken + 1)
         taken = 0
-        bounds, state = self.as_numbers(state) if numbers else (self, state)
+        bounds, state = self.as_numbers(state) if numbers and seen else (self, state)
         while taken < most and ((sure and not taken) or not bounds.finished(state.active)):
             state = (step if last is None or taken < most - 1 else last)(state, bounds)
             taken += 1
             if taken == 1 < most:  # the first vectors may be those of the caller
+                if numbers and not seen:
+                    bounds, state = self.as_numbers(state)
                 vectors = (field for field in state if isinstance(field, tuple))
                 bounds = dataclasses.replace(bounds, own=trees.may_overwrite(*vectors))
         return state, taken

@@ -308,7 +308,7 @@ class NormalCG(PreconditionedSolver):
             return s._replace(x=x, r=r, rs=rs, num_steps=num_steps, active=go_on)
 
         def cycle(start: State, bounds: Bounds, most: Any) -> tuple[State, Any]:
-            s, taken = bounds.steps(step, begin_cycle(start), most, last=last)
+            s, taken = bounds.steps(step, begin_cycle(start), most, seen=True, last=last)
             return State(s.x, s.r, s.rs, s.num_steps, s.active), taken
 
         return run_cycles(self, operator, b, *begin(self, operator, b, x0), cycle)
