@@ -85,9 +85,10 @@ class EquilibriumLayer(nn.Module):
             for divergence too, and with True for all that `RESULTS` calls a failure.
         on_backward: called with the `SolveStats` of the backward pass, as ``history.append``.
         compile: whether to compile the solve and the backward pass, as by the ``compile`` of
-            `hyperfunc.hypergrad`: as loops that stop by themselves. A cell that draws random
-            numbers is refused; ``return_trace``, ``at_steps``, derivatives of derivatives and
-            torch.func's run uncompiled.
+            `hyperfunc.hypergrad`: as loops that stop by themselves. Takes a ``method`` that
+            compiles, such as ``hf.BiCGStab()`` or ``hf.FixedPoint()``, not `GMRES`, and a cell that
+            draws no random numbers. ``return_trace``, ``at_steps``, second derivatives and those of
+            torch.func run uncompiled.
 
     Example:
         >>> class Cell(torch.nn.Module):

@@ -192,16 +192,14 @@ class Bounds:
         numbers = dataclasses.replace(self, converged=converged, diverged=diverged)
         return numbers, [scalar.item() for scalar in scalars]
 
-    def in_hand(self, state: State, numbers: bool) -> tuple[Bounds, State]:
-        """The bounds for a state that its iteration alone holds, and the state with numbers."""
-        vectors = [field for field in state if isinstance(field, tuple)]
-        own = trees.may_overwrite(*vectors)
-        if not (own and numbers and trees.can_read(*vectors)):
-            return dataclasses.replace(self, own=own), state
+    def as_numbers(self, state: State) -> tuple[Bounds, State]:
+        """The bounds and a state with numbers in place of 0-d tensors, where these can be read."""
+        if not trees.can_read(*(field for field in state if isinstance(field, tuple))):
+            return self, state
         bounds, scalars = self.read(*(each for each in state if isinstance(each, Tensor)))
         rest = iter(scalars)
         fields = (next(rest) if isinstance(each, Tensor) else each for each in state)
-        return dataclasses.replace(bounds, own=own), type(state)(*fields)
+        return bounds, type(state)(*fields)
 
     def as_tensors(self, state: State) -> State:
         """A state with 0-d tensors in place of numbers."""
@@ -237,20 +235,30 @@ class Bounds:
         *,
         numbers: bool = True,
         sure: bool = True,
+        seen: bool = False,
+        last: Callable[[State, Bounds], State] | None = None,
     ) -> tuple[State, Any]:
         """Take steps while a task is ``active``, ``most`` at most; the last state and how many.
 
-        ``sure``: one is active to begin with, so that nothing waits for that value.
+        ``sure``: one is active to begin with, so that nothing waits for that value. ``seen``: its
+        vectors have been through the operator, and so carry what derivatives are to follow; else
+        no number is read before the first step. ``last``: what does where no step follows.
         """
         if loop.is_kept(state):
             go_on = (lambda state: state.active) if self.adaptive else None
-            return loop.repeat(lambda _, state: step(state, self), state, most, go_on)
-        taken, bounds = 0, self
+            before = most if last is None else most - 1
+            state, taken = loop.repeat(lambda _, s: step(s, self), state, before, go_on)
+            return (state, taken) if last is None else (last(state, self), taken + 1)
+        taken = 0
+        bounds, state = self.as_numbers(state) if numbers and seen else (self, state)
         while taken < most and ((sure and not taken) or not bounds.finished(state.active)):
-            state = step(state, bounds)
+            state = (step if last is None or taken < most - 1 else last)(state, bounds)
             taken += 1
-            if taken == 1:
-                bounds, state = bounds.in_hand(state, numbers)
+            if taken == 1 < most:  # the first vectors may be those of the caller
+                if numbers and not seen:
+                    bounds, state = self.as_numbers(state)
+                vectors = (field for field in state if isinstance(field, tuple))
+                bounds = dataclasses.replace(bounds, own=trees.may_overwrite(*vectors))
         return state, taken
 
     def tensor(self, value: Any, dtype: torch.dtype | None = None) -> Tensor:

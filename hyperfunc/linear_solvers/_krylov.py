@@ -254,60 +254,78 @@ class NormalCG(PreconditionedSolver):
         precondition = prepare_normal(self.preconditioner, operator, b)
         noise = (10 * trees.epsilon(b)) ** 2
 
-        def cycle(start: State, limits: Bounds, most: int) -> tuple[State, int]:
+        def begin_cycle(start: State) -> _NormalConjugate:
             x, r, rs, num_steps, active, _ = start
             # in a unit in which gamma is about 1, as the norm of A A^T r may overflow or underflow
-            unit: Any = _power_of_two(rs.sqrt(), r)
+            unit = _power_of_two(rs.sqrt(), r)
             s = transposed.mv(trees.scale(1 / unit, r))
             norm = trees.norm(s)
-            least: Any = noise * norm**2
+            least = noise * norm**2
             norm = _power_of_two(norm, r)
             s = trees.scale(1 / norm, s)
             p = s if precondition is None else precondition(s)
-            gamma: Any = trees.dot(s, p)
+            gamma = trees.dot(s, p)
             if precondition is not None:
                 root = _power_of_two(gamma.abs().sqrt(), r)
                 norm, p, gamma = norm * root, trees.scale(1 / root, p), gamma / root**2
             unit, r = unit * norm, trees.scale(1 / norm, trees.scale(1 / unit, r))
-            own = False  # the first vectors are those of the caller
-            step = 0
-            while step < most and not (step and limits.finished(active)):
-                q = operator.mv(p)
-                if step == 0 and trees.can_read(x, r, p, q):
-                    limits, (rs, gamma, least, unit, num_steps, active) = limits.read(
-                        rs, gamma, least, unit, num_steps, active
-                    )
-                alpha = ratio(gamma, *limits.dots((q, q)))
-                active = active & (alpha > 0) & (alpha < torch.inf)
-                alpha = where(active, alpha, 0.0)
-                x = trees.axpy(alpha * unit, p, x, out=x if own else None)
-                r = trees.axpy(-alpha, q, r, out=r if own else None)
-                num_steps = num_steps + active
-                step += 1
-                if step == most:
-                    (rr,) = limits.dots((r, r))
-                    rs = (rr**0.5 * unit) ** 2
-                    active = active & limits.open(rs)
-                    break
-                s = transposed.mv(r)
-                gamma_previous = gamma
-                if precondition is None:
-                    z = s
-                    rr, ss = limits.dots((r, r), (s, s))
-                    gamma = ss
-                else:
-                    z = precondition(s)
-                    rr, ss, gamma = limits.dots((r, r), (s, s), (s, z))
-                rs = (rr**0.5 * unit) ** 2
-                active = active & limits.open(rs)
-                if limits.adaptive:  # A^T r is noise: there is no solution, or not in this dtype
-                    active = active & (ss > least * rr)
-                beta = where(active, ratio(gamma, gamma_previous), 0.0)
-                p = trees.axpy(beta, p, z, out=p if own else None)
-                own = own or (step == 1 and trees.may_overwrite(x, r, p))
-            return State(x, r, rs, num_steps, active), step
+            return _NormalConjugate(x, r, p, rs, gamma, least, unit, num_steps, active)
+
+        def descend(s: _NormalConjugate, by: Bounds) -> tuple[Leaves, Leaves, Any]:
+            """The next iterate and its residual, and whether that is another one."""
+            q = operator.mv(s.p)
+            alpha = ratio(s.gamma, *by.dots((q, q)))
+            active = s.active & (alpha > 0) & (alpha < torch.inf)
+            alpha = where(active, alpha, 0.0)
+            x = by.add(alpha * s.unit, s.p, s.x, over=s.x)
+            r = by.add(-alpha, q, s.r, over=s.r)
+            return x, r, active
+
+        def step(s: _NormalConjugate, by: Bounds) -> _NormalConjugate:
+            x, r, active = descend(s, by)
+            num_steps = s.num_steps + active
+            Ar = transposed.mv(r)
+            if precondition is None:
+                z = Ar
+                rr, ss = by.dots((r, r), (Ar, Ar))
+                gamma = ss
+            else:
+                z = precondition(Ar)
+                rr, ss, gamma = by.dots((r, r), (Ar, Ar), (Ar, z))
+            rs = (rr**0.5 * s.unit) ** 2
+            active = active & by.open(rs)
+            if by.adaptive:  # A^T r is noise: there is no solution, or not in this dtype
+                active = active & (ss > s.least * rr)
+            beta = where(active, ratio(gamma, s.gamma), 0.0)
+            p = by.add(beta, s.p, z, over=s.p)
+            return _NormalConjugate(x, r, p, rs, gamma, s.least, s.unit, num_steps, active)
+
+        def last(s: _NormalConjugate, by: Bounds) -> _NormalConjugate:
+            x, r, active = descend(s, by)
+            (rr,) = by.dots((r, r))
+            rs, num_steps = where(s.active, (rr**0.5 * s.unit) ** 2, s.rs), s.num_steps + active
+            go_on = active & by.open(rs)
+            return s._replace(x=x, r=r, rs=rs, num_steps=num_steps, active=go_on)
+
+        def cycle(start: State, bounds: Bounds, most: Any) -> tuple[State, Any]:
+            s, taken = bounds.steps(step, begin_cycle(start), most, seen=True, last=last)
+            return State(s.x, s.r, s.rs, s.num_steps, s.active), taken
 
         return run_cycles(self, operator, b, *begin(self, operator, b, x0), cycle)
+
+
+class _NormalConjugate(NamedTuple):
+    """What CGLS carries: ``r`` and ``gamma = <A^T r, z>`` in a ``unit``, and what `State` has."""
+
+    x: Leaves
+    r: Leaves
+    p: Leaves
+    rs: Any
+    gamma: Any
+    least: Any
+    unit: Any
+    num_steps: Any
+    active: Any
 
 
 @dataclasses.dataclass(frozen=True)

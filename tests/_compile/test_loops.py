@@ -33,6 +33,9 @@ METHODS: dict[str, Any] = {
     "stop": hf.CG(negative_curvature="stop"),
     "least squares": hf.LeastSquares(),
     "bicgstab": hf.BiCGStab(),
+    "normal_cg": hf.NormalCG(),
+    "few steps of normal_cg": hf.NormalCG(maxiter=2, preconditioner=lambda v: 0.5 * v),
+    "one step of normal_cg": hf.NormalCG(maxiter=1, rtol=0),
     "fixed_point": hf.FixedPoint(maxiter=400, rtol=1e-6, step_size=0.2),
     "preconditioned fixed_point": hf.FixedPoint(
         maxiter=400, rtol=1e-6, step_size=0.4, preconditioner=lambda v: 0.5 * v
@@ -249,6 +252,9 @@ def test_equilibrium_layers_change(method: Any) -> None:
     close(*(torch.func.vmap(layer)(batch) for layer in (compiled, plain)))
     plain.cell = compiled.cell = Cell()
     close(outputs(compiled, x), outputs(plain, x))
+    compiled.method = hf.GMRES()
+    with pytest.raises(ValueError, match="the backward pass cannot be compiled, as its course"):
+        outputs(compiled, x)
     compiled.cell.drop.train()
     with pytest.raises(ValueError, match="the fixed-point solve cannot be compiled, as it draws"):
         compiled(x)
