@@ -68,10 +68,10 @@ def module_loop(
         >>> inner_loss = lambda net, h, x: (net(x) - h * x).square().mean()
         >>> outer_loss = lambda net, h, x: (net(x) - 3 * x).square().mean()
         >>> loop = hf.bilevel.module_loop(
-        ...     hf.bilevel.f2sa, net, inner_loss, outer_loss, inner_lr=0.2, outer_lr=0.1
+        ...     hf.bilevel.f2sa, net, inner_loss, outer_loss, inner_lr=0.4, outer_lr=0.1
         ... )
         >>> state = loop.init(dict(net.named_parameters()), torch.tensor(0.0))
-        >>> for _ in range(300):
+        >>> for _ in range(80):
         ...     state = loop.update(state, (torch.ones(4, 1),), (torch.ones(4, 1),))
         >>> state.params["weight"], state.hparams
         (tensor([[3.0000]]), tensor(3.0000))

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 newer_dtensors = pytest.mark.skipif(OLD, reason="the DTensors of torch 2.4 lack operations")
 
 F64 = torch.float64
-BY_DIFFERENCES = ("sama", "darts")
+BY_DIFFERENCES = ("sama", "darts", "soba by differences")
 TASKS, FEATURES, SAMPLES = 5, 3, 7
 
 # layout: the dimensions that are sharded: of params, of hparams, of data (samples, tasks, features)
@@ -108,6 +108,9 @@ def _full(tree: Any) -> list[Tensor]:
 
 
 def build(name: str, optimizers: bool) -> Any:
+    if name == "soba by differences":
+        rates = {"inner_lr": 0.3, "outer_lr": 0.1, "products": "finite_difference"}
+        return hf.bilevel.soba(inner_loss, outer_loss, **rates)
     rate = hf.optim.schedule(lambda hparams, step: 0.1 / (1 + step.double()))
     adam = hf.optim.clip_grad_norm(hf.optim.adam(rate), 0.5)
     own = {key: adam for key in variables(name)} if optimizers else {}
@@ -134,7 +137,7 @@ def counted() -> Iterator[list[int]]:
 
 def compare(name: str, layout: str, optimizers: bool) -> list[tuple[int, ...]]:
     """Three updates, beside those with ordinary tensors; the collectives of each of them."""
-    width, loop = LOOPS[name][1], build(name, optimizers)
+    width, loop = LOOPS.get(name, LOOPS["soba"])[1], build(name, optimizers)
     extra = (1, 2) if name == "saba" else ()
     ends, counts = [], []
     for w, h, batches in (problem(width), laid_out(layout, width)):
@@ -184,6 +187,11 @@ def test_dtensors_give_the_numbers_of_one_process(
     clipped = sum(sharded[key == "outer"] for key in variables(name))
     clipped += name == "pzobo" and sharded[0]  # which steps from pushed hparams too
     assert adam[0][1] == own + clipped
+
+
+@newer_dtensors
+def test_dtensors_and_products_by_differences(pair: ranks.Ranks) -> None:
+    pair.run(compare, "soba by differences", "all", False)
 
 
 def shared(name: str, tasks: Any) -> Any:

@@ -33,7 +33,8 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(4, 12), nn.Linear(4, 3)
+        # no bias: that of the keys has a gradient of zero, whose rounding Adam would blow up
+        self.first, self.last = nn.Linear(4, 12, bias=False), nn.Linear(4, 3)
         self.norm = nn.LayerNorm(4)
         self.unused = nn.Parameter(torch.ones(3))
         self.frozen = nn.Parameter(torch.ones(4), requires_grad=False)
@@ -116,7 +117,7 @@ def functional(name: str, by_adam: bool) -> State:
 
 
 def assert_like(name: str, state: State, expected: State) -> None:
-    tol = 1e-8 if name in ("sama", "darts") else 1e-11
+    tol = 1e-8 if name in ("sama", "darts") else 1e-10
     torch.testing.assert_close(_full(state), _full(expected), rtol=tol, atol=tol)
 
 
@@ -135,8 +136,8 @@ def test_a_module_is_called_as_its_function_is_and_left_as_it_was(name: str) -> 
         loop = make(name, module, by_adam)
         state = loop.init(trained(module), hparams())
         with torch.no_grad():
-            module.first.bias.zero_()  # what the module holds does not matter
-            before.first.bias.zero_()
+            module.last.bias.zero_()  # what the module holds does not matter
+            before.last.bias.zero_()
         for batch in batches():
             new = loop.update(state, *batch)
             torch.testing.assert_close(loop.update(state, *batch), new, rtol=0, atol=0)
@@ -151,9 +152,11 @@ def test_a_module_is_called_as_its_function_is_and_left_as_it_was(name: str) -> 
         assert (module.calls, module.last.weight.grad.sum()) == (0, 12)
 
 
-def sharded(name: str, by_adam: bool, folder: Path) -> tuple[list[Any], int]:
+def sharded(
+    name: str, by_adam: bool, folder: Path, shape: tuple[int, ...] = (2,)
+) -> tuple[list[Any], int]:
     """Three updates on this rank's half of each batch; saved after two."""
-    module, mesh = net(), mesh_of(2)
+    module, mesh = net(), mesh_of(*shape)
     for part in (module.first, module.last, module):
         fully_shard(part, mesh=mesh)
     loop = make(name, module, by_adam)
@@ -199,9 +202,18 @@ def test_fully_sharded_modules(pair: ranks.Ranks, name: str, by_adam: bool, tmp_
     assert_like(name, loop.update(state, *batches()[2]), expected)
 
 
-def misuse() -> dict[str, tuple[Any, type[Exception], str]]:
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+def test_modules_that_some_ranks_replicate(
+    pair: ranks.Ranks, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    for leaves, _ in pair.run(sharded, "f2sa", True, tmp_path, shape):
+        assert_like("f2sa", leaves, functional("f2sa", True))
+
+
+def misuse(module: nn.Module) -> dict[str, tuple[Any, type[Exception], str]]:
     f2sa, losses = hf.bilevel.f2sa, (inner_loss, outer_loss)
-    rates, module = {"inner_lr": 0.1, "outer_lr": 0.1}, net()
+    rates = {"inner_lr": 0.1, "outer_lr": 0.1}
     loop = hf.bilevel.module_loop(f2sa, module, *losses, **rates)
     state, batch = loop.init(trained(module), hparams()), batches()[0]
     return {
@@ -248,6 +260,8 @@ def misuse() -> dict[str, tuple[Any, type[Exception], str]]:
 
 
 def test_misuse() -> None:
-    for call, error, message in misuse().values():
+    module = net()
+    for call, error, message in misuse(module).values():
         with pytest.raises(error, match=message):
             call()
+        assert all(map(torch.equal, module.parameters(), net().parameters()))
