@@ -425,11 +425,6 @@ def slope_squared(state: State) -> float:
 # convex value function) after k updates, with their step sizes: k to the power of at most this.
 DECREASING: dict[str, tuple[int, dict[str, Any], float]] = {
     "soba": (0, {"inner_lr": decay(0.6, 0.4), "outer_lr": decay(0.3, 0.6)}, -2 / 5),
-    "ma_soba": (
-        0,
-        {"inner_lr": decay(0.6, 0.5), "outer_lr": decay(0.3, 0.5), "outer_weight": decay(1, 0.5)},
-        -1 / 2,
-    ),
     "ttsa": (
         0,
         {"inner_lr": decay(0.9, 2 / 3), "outer_lr": decay(1.0, 1.0), "num_adjoint_steps": Q},
