@@ -10,6 +10,12 @@
 - equilibrium.png: residuals of an equilibrium layer against evaluations, by solver
 - schedule.png: a learning rate for each step of SGD, as it is learned, and what it gains
 - weights.png: the weights that training samples learn, those with right and with wrong labels
+
+Drawn by ``python -m tests.benchmarks.bilevel --plot examples/guides/pictures``, in five minutes:
+
+- bilevel_quadratic.png: suboptimality of every bilevel loop, on least squares
+- bilevel_regularisation.png: on the regularisation of a logistic regression
+- bilevel_cleaning.png: on the cleaning of labels
 """
 
 from __future__ import annotations

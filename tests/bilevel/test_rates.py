@@ -179,13 +179,15 @@ LINEAR: dict[str, tuple[Hand, str, dict[str, Any], bool]] = {
         {"penalty": C, "proximal": PROXIMAL, "inner_lr": RHO / 2, "adjoint_lr": RHO},
         False,
     ),
-    "sama": (sama, "wh", {"optimizer": hf.optim.sgd}, False),
+    "sama": (sama, "wh", {"inner_optimizer": hf.optim.sgd(RHO)}, False),
     "darts": (darts, "wh", {"unroll_lr": RHO}, False),
 }
 
 
 def make(name: str, **settings: Any) -> Loop:
     rates = {"inner_lr": RHO, "outer_lr": GAMMA}
+    if "inner_optimizer" in settings:
+        del rates["inner_lr"]
     return getattr(hf.bilevel, name)(inner_loss, outer_loss, **(rates | settings))
 
 
@@ -328,7 +330,7 @@ def floor(name: str, scale: float, full: int, rest: Tensor, **settings: Any) -> 
     """The mean square distance from the rest in the last half of a run."""
     inner = 1.0 if full else scale
     rates = {"inner_lr": inner * RHO, "outer_lr": scale * GAMMA, "adjoint_lr": inner * RHO}
-    if name in ("pzobo", "sama", "darts"):
+    if name == "pzobo":  # it has no adjoint
         del rates["adjoint_lr"]
     states = many(name, int(100 / scale), full, **(rates | settings))
     return torch.stack([far(state, rest) for state in states[len(states) // 2 :: 5]]).mean().item()
@@ -356,10 +358,19 @@ FLOORS: dict[str, tuple[int, Tensor, dict[str, Any]]] = {
     "fsla": (0, BEST, {"outer_weight": 0.3}),
     "amigo": (0, BEST, BOTH),
     "stocbio": (0, rest_and_rate(stocbio, "wh")[0], BOTH | {"adjoint_lr": RHO}),
-    "mrbo": (0, rest_and_rate(mrbo, "wh")[0], {"num_adjoint_steps": Q, "adjoint_lr": RHO}),
+    "mrbo": (
+        0,
+        rest_and_rate(mrbo, "wh")[0],
+        {
+            "num_adjoint_steps": Q,
+            "adjoint_lr": RHO,
+            "inner_weight": 0.9,
+            "outer_weight": 0.6,
+        },
+    ),
     "bsa": (1, rest_and_rate(mrbo, "wh")[0], BOTH),
     "ttsa": (1, rest_and_rate(mrbo, "wh")[0], {"num_adjoint_steps": Q}),
-    "sustain": (1, rest_and_rate(mrbo, "wh")[0], {"num_adjoint_steps": Q}),
+    "sustain": (1, rest_and_rate(mrbo, "wh")[0], {"num_adjoint_steps": Q, "outer_weight": 0.6}),
     "pzobo": (1, rest_of_pzobo(), {"num_inner_steps": T, "num_directions": 2}),
     "f2sa": (0, rest_and_rate(f2sa, "wuh")[0], {"penalty": C, "num_inner_steps": T}),
 }
@@ -414,11 +425,6 @@ def slope_squared(state: State) -> float:
 # convex value function) after k updates, with their step sizes: k to the power of at most this.
 DECREASING: dict[str, tuple[int, dict[str, Any], float]] = {
     "soba": (0, {"inner_lr": decay(0.6, 0.4), "outer_lr": decay(0.3, 0.6)}, -2 / 5),
-    "ma_soba": (
-        0,
-        {"inner_lr": decay(0.6, 0.5), "outer_lr": decay(0.3, 0.5), "outer_weight": decay(1, 0.5)},
-        -1 / 2,
-    ),
     "ttsa": (
         0,
         {"inner_lr": decay(0.9, 2 / 3), "outer_lr": decay(1.0, 1.0), "num_adjoint_steps": Q},
