@@ -864,6 +864,8 @@ def test_steps_with_operations_of_their_own() -> None:
             torch.testing.assert_close(fn(h), (3 * solver(h) ** 2) @ expected)
             solution = method.solution_map(solver)
             torch.testing.assert_close(jacrev(solution)(h), expected)
+            pull, rows = torch.func.vjp(solution, h)[1], torch.arange(12.0).reshape(2, 3, 2)
+            torch.testing.assert_close(vmap(vmap(pull))(rows)[0], rows @ expected)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
