@@ -1,11 +1,14 @@
-"""Time and memory of one product with its cross term, exact and by differences.
+"""Time and memory of one product with its cross term, exact and by differences, and of `Reverse`.
 
-    python -m tests.benchmarks.products
+    python -m tests.benchmarks.products [ROW ...]
 
-A network like GPT (4 layers, width 256, length 128, batch 8, float32, two threads), whose samples
+A network like GPT (4 layers, width 256, length 128, batch 8, float32, one thread), whose samples
 have weights: the product of the Hessian of the loss with a vector like the params, and of the cross
-derivative with respect to the weights. Each row runs in a process of its own. Its memory is the
-highest resident size less that before the first computation; its time the median of five.
+derivative with respect to the weights; and the hypergradient of the weights through four steps of
+SGD. "Blocks" has `hyperfunc.checkpoint` around each layer.
+Each row runs in a process of its own. Its memory is the highest resident size less that before the
+first computation, and the most that the new tensors of a later one hold; its time, of the CPU, is
+the median of five.
 """
 
 from __future__ import annotations
@@ -20,43 +23,65 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import hyperfunc as hf
+from examples.common import Meter
 from hyperfunc._engine.finite_differences import DifferencedLinearization
 from hyperfunc._torch import autodiff
 
-LAYERS, WIDTH, LENGTH, BATCH, VOCABULARY = 4, 256, 128, 8, 1000
-ROWS = ("training gradient", "reverse", "finite_difference")
+LAYERS, WIDTH, LENGTH, BATCH, VOCABULARY, STEPS = 4, 256, 128, 8, 1000, 4
+ROWS = (
+    "training gradient",
+    *("finite_difference", "reverse", "reverse, blocks"),
+    *("forward over reverse", "forward over reverse, blocks"),
+    *("Reverse, 4 steps", "Reverse, 4 steps, blocks"),
+)
 
 
 class Network(nn.Module):
     """A causal transformer with its default attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: bool = False) -> None:
         super().__init__()
+        self.blocks = blocks
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True)
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, 0.0, "gelu", batch_first=True)
         self.layers = nn.TransformerEncoder(layer, LAYERS)
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, tokens: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
-        return self.head(self.layers(self.embedding(tokens), mask=mask, is_causal=True))
+        keywords = {"src_mask": mask, "is_causal": True}
+        x = self.embedding(tokens)
+        for layer in self.layers.layers:
+
+            def block(w: Any, x: Tensor, layer: nn.Module = layer) -> Any:
+                return functional_call(layer, w, (x,), keywords)
+
+            if self.blocks:
+                x = hf.checkpoint(block)(dict(layer.named_parameters()), x)
+            else:
+                x = layer(x, **keywords)
+        return self.head(x)
 
 
 def build(row: str) -> Callable[[], Any]:
     """What a row computes."""
     torch.manual_seed(0)
-    apply, params = hf.functional(Network())
+    apply, params = hf.functional(Network("blocks" in row))
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH + 1))
     names, w = tuple(params), tuple(params.values())
     weights = torch.zeros(BATCH)
     u = tuple(torch.randn_like(leaf) for leaf in w)
 
-    def loss(*leaves: Tensor) -> Tensor:
-        logits = apply(dict(zip(names, leaves[:-1], strict=True)), tokens[:, :-1])
+    def loss_of(params: dict[str, Tensor], weights: Tensor) -> Tensor:
+        logits = apply(params, tokens[:, :-1])
         losses = nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
-        return (leaves[-1].exp() * losses.mean(1)).mean()
+        return (weights.exp() * losses.mean(1)).mean()
+
+    def loss(*leaves: Tensor) -> Tensor:
+        return loss_of(dict(zip(names, leaves[:-1], strict=True)), leaves[-1])
 
     primals, groups = (*w, weights), (tuple(range(len(w) + 1)),)
     if row == "training gradient":
@@ -71,6 +96,14 @@ def build(row: str) -> Callable[[], Any]:
             return made[0].pull(u)
 
         return product
+    if row.startswith("Reverse"):
+        solver = hf.minimize(loss_of, hf.optim.sgd(lr=0.01), STEPS, init=lambda h: params)
+        fn = hf.hypergrad(solver, loss_of, method=hf.Reverse())
+        return lambda: fn(weights)
+    if row.startswith("forward"):
+        gradient = torch.func.grad(lambda primals: loss(*primals))
+        tangents = (*u, torch.zeros(BATCH))
+        return lambda: torch.func.jvp(gradient, (primals,), (tangents,))[1]
     return lambda: autodiff.Linearization(
         lambda *leaves: autodiff.gradient(
             lambda *w: loss(*w, leaves[-1]), leaves[:-1], create_graph=True
@@ -81,32 +114,35 @@ def build(row: str) -> Callable[[], Any]:
 
 
 def measure(row: str) -> dict[str, float]:
-    """Seconds and MB of one row, in this process."""
-    torch.set_num_threads(2)
+    """Seconds and memory of one row, in this process."""
+    torch.set_num_threads(1)
     compute = build(row)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = time.process_time()
         compute()
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"seconds": sorted(times)[2], "MB": memory / 1000}
+    with Meter((0, 0)) as meter:
+        compute()
+    return {"s": sorted(times)[2], "MB": memory / 1000, "MB of tensors": meter.peak / 1e6}
 
 
 def main() -> None:
     """Measure every row in a process of its own, and print a table."""
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(sys.argv[1])))
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(sys.argv[2])))
         return
-    print("| | s | MB | of a training gradient |\n| --- | --- | --- | --- |")
+    print("| | s | MB | MB of tensors | of a training gradient |\n| --- | --- | --- | --- | --- |")
     first: dict[str, float] = {}
-    for row in ROWS:
-        command = [sys.executable, "-m", "tests.benchmarks.products", row]
+    for row in ROWS if len(sys.argv) == 1 else (ROWS[0], *sys.argv[1:]):
+        command = [sys.executable, "-m", "tests.benchmarks.products", "--measure", row]
         result = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
         first = first or result
-        ratios = ", ".join(f"{result[key] / first[key]:.2f}" for key in ("seconds", "MB"))
-        print(f"| {row} | {result['seconds']:.2f} | {result['MB']:.0f} | {ratios} |")
+        ratios = ", ".join(f"{result[key] / first[key]:.2f}" for key in first)
+        cells = (f"{result['s']:.2f}", *(f"{result[key]:.0f}" for key in list(first)[1:]), ratios)
+        print("|", " | ".join((row, *cells)), "|", flush=True)
 
 
 if __name__ == "__main__":
