@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -123,11 +125,9 @@ def docstrings(*shares: float, seed: int = 0) -> tuple[list[Rows], list[str]]:
     left out. The texts are those of the installed versions.
     """
     found: dict[str, set[str]] = defaultdict(set)
-    for name in DOCUMENTED:
-        for item in _public(importlib.import_module(name)):
-            for member in (item, *(_public(item) if inspect.isclass(item) else ())):
-                if len(text := inspect.getdoc(member) or "") >= 200:
-                    found[text[:HEAD]].add(name)
+    for name, member in _documented():
+        if len(text := inspect.getdoc(member) or "") >= 200:
+            found[text[:HEAD]].add(name)
     texts = sorted(text for text, names in found.items() if len(names) == 1)
     y = np.array([DOCUMENTED.index(*found[text]) for text in texts])
     vectorizer = TfidfVectorizer(
@@ -135,6 +135,30 @@ def docstrings(*shares: float, seed: int = 0) -> tuple[list[Rows], list[str]]:
     )
     x = vectorizer.fit_transform(texts)
     return _parts(x, y, shares, seed), list(vectorizer.get_feature_names_out())
+
+
+def docstrings_and_code(length: int, count: int, *more: int, seed: int = 0) -> list[Tensor]:
+    """Texts of two kinds from the same modules: docstrings, and the ends of source codes.
+
+    As numbers below 96, a row of ``length`` a text. The first part has ``count`` of each kind, the
+    docstrings first; the parts after it have docstrings alone.
+    """
+    documents, codes = set(), set()
+    for _, member in _documented():
+        text = " ".join((inspect.getdoc(member) or "").split())
+        documents.add(text[:length])
+        with contextlib.suppress(AttributeError, OSError):  # of what is not written in Python
+            code = inspect.getsource(member.__code__).replace(member.__doc__ or "\n", " ")
+            codes.add(" ".join(code.split())[-length:])
+    draw = np.random.RandomState(seed)
+    rows = []
+    for texts, wanted in ((documents, count + sum(more)), (codes, count)):
+        long = sorted(text for text in texts if len(text) == length)
+        chosen = [long[i] for i in draw.permutation(len(long))[:wanted]]
+        places = [[min(max(ord(c) - 32, 0), 95) for c in text] for text in chosen]
+        rows.append(torch.tensor(places))
+    first, *others = rows[0].split([count, *more])
+    return [torch.cat([first, rows[1]]), *others]
 
 
 def csr_matrix(x: Tensor) -> sparse.csr_matrix:
@@ -205,6 +229,15 @@ def _least_squares(X: Tensor, y: Tensor, X_val: Tensor, y_val: Tensor) -> Tree:
     """Gram matrix and moments of centred rows, and other rows shifted by the same means."""
     X, X_val, y, y_val = X - X.mean(0), X_val - X.mean(0), y - y.mean(), y_val - y.mean()
     return {"H": X.T @ X / len(y), "c": X.T @ y / len(y), "X_val": X_val, "y_val": y_val}
+
+
+def _documented() -> Iterator[tuple[str, Any]]:
+    """The public functions, classes and methods of the modules, each with the module's name."""
+    for name in DOCUMENTED:
+        for item in _public(importlib.import_module(name)):
+            yield name, item
+            if inspect.isclass(item):
+                yield from ((name, member) for member in _public(item))
 
 
 def _public(owner: object) -> list[object]:

@@ -3,9 +3,11 @@
 import json
 
 import any_solver
+import data_weights_lm
 import dataset_distillation
 import datasets
 import hyper_cleaning
+import influence
 import logistic_regression
 import per_feature_l2
 import pytest
@@ -82,6 +84,50 @@ def test_wrong_labels_get_small_weights(tmp_path):
     assert rows["auc"] > 0.9
     assert rows["a learned weight a sample"] > rows["noisy labels as they are"]
     check_files(tmp_path)
+
+
+@pytest.mark.slow
+def test_every_method_tells_sequences_from_noise(monkeypatch, tmp_path):
+    def documents(length, *counts):
+        more = [(torch.randint(96, (60, 1)) + 3 * torch.arange(length)) % 96 for _ in counts]
+        return [torch.cat([more[0], torch.randint(96, (60, length))]), *more[1:]]
+
+    monkeypatch.setattr(data_weights_lm, "docstrings_and_code", documents)
+    rows = data_weights_lm.main(["--steps=60", f"--out={tmp_path}"])
+    assert len(rows) == 6
+    assert rows["the good half alone"][1] < rows["all documents"][1]
+    for name in ("sama", "f2sa", "soba", "Reverse"):
+        assert rows[name][2] > 0.8, name
+        assert rows[name][1] < rows["all documents"][1], name
+    check_files(tmp_path)
+
+
+@pytest.mark.slow
+def test_influences_are_what_leaving_out_does(tmp_path):
+    rows = influence.main(["--samples=30", f"--out={tmp_path}"])
+    for model, bound in zip(influence.MODELS, (0.95, 0.6), strict=True):
+        for name in ("the Hessian", "Gauss-Newton", "the Hessian, damped"):
+            assert rows[f"{model}, {name}"][0] > bound, name
+        assert rows[f"{model}, gradients alone"][0] < rows[f"{model}, Gauss-Newton"][0]
+    check_files(tmp_path)
+
+
+def test_influences_of_a_softmax_regression_have_their_closed_form():
+    """By the Hessian ``X^T (diag p - p p^T) X / n + reg``, which the Gauss-Newton matrix equals."""
+    rows, other = (datasets.Rows(x.double(), y) for x, y in datasets.digits(60, 40))
+    w, _ = influence.fit(torch.zeros(640, dtype=torch.float64), torch.ones(60).double(), rows)
+    W, eye = w.view(64, 10), torch.eye(10, dtype=torch.float64)
+    p, p_other = (rows.x @ W).softmax(1), (other.x @ W).softmax(1)
+    middle = p[:, :, None] * eye - p[:, :, None] * p[:, None]
+    H = torch.einsum("na,nb,ncd->acbd", rows.x, rows.x, middle).reshape(640, 640) / 60
+    H = H + influence.REG * torch.eye(640, dtype=torch.float64)
+    of_samples = (rows.x[:, :, None] * (p - eye[rows.y])[:, None]).reshape(60, 640) / 60
+    of_other = (other.x.T @ (p_other - eye[other.y])).reshape(640) / 40
+    expected = of_samples @ torch.linalg.solve(H, of_other)
+    for name in ("the Hessian", "Gauss-Newton"):
+        found = influence.influences(w, rows, other, *influence.METHODS[name])
+        atol = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=atol)
 
 
 def test_ten_learned_images_train_better_than_ten_means(tmp_path):
