@@ -374,7 +374,9 @@ CASES = [
     Case("its method", lambda x, w: w.square().select_scatter(x, -2, 1), (3,), ((3, 3),)),
     Case(
         "as_strided_scatter",
-        lambda x, w: torch.as_strided_scatter(x.square(), w, (2, 2), (3, 1), 1),
+        lambda x, w: torch.as_strided_scatter(
+            x.square().as_strided_scatter(w, (2, 2), (3, 1), 1), w, (2, 2), (1, 3)
+        ),
         (3, 3),
         ((2, 2),),
     ),
