@@ -33,6 +33,10 @@ DEFAULT_BACKEND = "inductor"
 # are computed anew at each use: of params, all steps before would be.
 _OPTIONS: dict[str, Any] = {"realize_reads_threshold": 1}
 
+# Operations that add or put values into places of a tensor. With that option inductor (2.13) reads
+# such a tensor before the values are in it.
+_SCATTERS = ("scatter", "index", "col2im", "pool", "embedding_dense", "upsample", "grid_sampler")
+
 # Signatures after which something seems to change that was not meant to.
 _MANY = 16
 
@@ -74,7 +78,7 @@ class Backend:
                 node.meta.pop("val", None)
         fakes = FakeTensorMode(shape_env=ShapeEnv())  # without an environment nothing is cached
         example: Any = [fakes.from_tensor(leaf, static_shapes=True) for leaf in operands]
-        options = dict(_OPTIONS)
+        options = {} if any(map(_scatters, _parts(graph))) else dict(_OPTIONS)
         if loops.supported():
             options["cpp_wrapper"] = not loops.may_be_empty(graph)
             options["unsafe_marked_cacheable_functions"] = loops.cacheable()
@@ -249,6 +253,11 @@ class Compiler:
             f"largest entry is {found.size:.1e}, more than perturbed arguments explain. Leave "
             f"compile out, or name another backend"
         )
+
+
+def _scatters(part: torch.fx.GraphModule) -> bool:
+    names = (str(node.target) for node in part.graph.nodes if node.op == "call_function")
+    return any(scatter in name for name in names for scatter in _SCATTERS)
 
 
 def applies(tensors: Sequence[Any]) -> bool:
