@@ -82,6 +82,12 @@ def warn_unless_converged(
     registry[site] = text  # afterwards, for new filters clear the registry
 
 
+def warn_at_call_site(warning: Warning) -> None:
+    """Warn once for each line of a user's code that a call was made from."""
+    filename, line, module, registry = _call_site()
+    warnings.warn_explicit(warning, None, filename, line, module, registry)  # type: ignore[arg-type]
+
+
 def _call_site() -> tuple[str, int, str, dict[object, str]]:
     """The innermost line of code that is neither torch's nor this package's, and its registry."""
     frame: types.FrameType | None = sys._getframe(1)

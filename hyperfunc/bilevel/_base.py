@@ -32,6 +32,7 @@ from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.containers import loadable
 from hyperfunc._types import Leaves, Loss, TensorTree
 from hyperfunc.optim._base import Optimizer, Schedule, check_optimizer, skips_unused
+from hyperfunc.optim._decay import tell_of_decay
 
 StepSize: TypeAlias = float | Tensor | Callable[[Tensor], Any]
 """A number, a 0-d tensor, a function of the step that returns one, or an `optim.schedule`."""
@@ -182,6 +183,7 @@ class Method(PrintsAsCall):
         w, h = (tuple(leaf.clone() for leaf in tracking.detach(leaves)) for leaves in (w, h))
         second = self.adjoint in ("params", "restarted")
         u = tuple(leaf.clone() for leaf in w) if second else trees.zeros_like(w)
+        self._tell_of_decay(params_spec, hparams)
         state = State(
             step=torch.zeros((), dtype=torch.int64),
             params=trees.unflatten(params_spec, w),
@@ -195,6 +197,27 @@ class Method(PrintsAsCall):
                 for key, rule in self.optimizers.items()
             }
         )
+
+    def _tell_of_decay(self, spec: trees.TreeSpec, hparams: TensorTree) -> None:
+        """Raise or warn if an optimiser decays params or adjoint, of which the losses know not."""
+        for key in ("inner", "adjoint"):
+            rule = self.steps.get(key)
+            if not isinstance(rule, Optimizer):
+                continue
+            what = f"{self.name}: the weight decay of {key}_optimizer"
+            remedy = "Leave it at 0 (hf.optim.adam in place of adamw)"
+            if (key, self.adjoint) == ("adjoint", "steps"):
+                text = f"{what} shifts the adjoint, and so the direction of hparams. {remedy}"
+                tell_of_decay(rule, spec, hparams, text, text)
+                continue
+            remedy += ", and write + 0.5 * decay * (w**2).sum() into inner_loss"
+            function = f"{what} is a function of hparams, to which no derivative reaches. {remedy}"
+            constant = (
+                f"{what} takes the params to another point than the minimum of inner_loss, which "
+                f"the direction of hparams is that of. {remedy}"
+            )
+            # what has no adjoint follows the steps themselves
+            tell_of_decay(rule, spec, hparams, function, constant if self.adjoint else None)
 
     def enter(self, state: Any) -> Point:
         """The state in flat form."""

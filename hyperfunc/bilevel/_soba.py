@@ -40,7 +40,9 @@ def soba(
         outer_lr: step size on the hparams.
         adjoint_lr: step size on the adjoint; by default ``inner_lr``.
         inner_optimizer: in place of ``inner_lr``, an optimiser of `hyperfunc.optim`; the adjoint
-            then needs a step of its own.
+            then needs a step of its own. Weight decay belongs into ``inner_loss``: the optimiser's
+            (0.01 in `hyperfunc.optim.adamw` by default) is no part of what the directions are
+            taken of.
         outer_optimizer: in place of ``outer_lr``.
         adjoint_optimizer: in place of ``adjoint_lr``. It minimises a quadratic whose solution is
             the adjoint: weight decay would shift it.
@@ -52,7 +54,8 @@ def soba(
         TypeError: a loss that is no function; a batch that is no tuple; a step size of no kind
             above; no step for a variable, or two; a state that is no `State`.
         ValueError: a negative step size; a loss that is not scalar; a state without the states of
-            these optimisers.
+            these optimisers; in ``init``, a weight decay of an optimiser that depends on hparams.
+            A constant one warns.
 
     Example:
         >>> inner_loss = lambda w, h, x: (w - h * x) ** 2 / 2

@@ -197,7 +197,9 @@ def minimize(
 
     $$(w_{t+1}, s_{t+1}) = \mathrm{update}(\nabla_w \ell(w_t, \lambda, \ldots), s_t, w_t, \lambda)$$
 
-    Implicit methods use the inner loss as their condition, whatever the optimiser.
+    Implicit methods use the inner loss as their condition, whatever the optimiser: weight decay
+    belongs into the loss, as by `proximal`. With one in the optimiser they warn, and raise where it
+    depends on ``hparams``.
 
     Args:
         inner_loss: ``(params, hparams, *args) -> scalar``, pure.

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count
+from hyperfunc._engine.convergence import warn_at_call_site
 from hyperfunc._engine.shown import show
 from hyperfunc._torch import tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, Bounds, LinearOperator, Solved
 from hyperfunc.optim import Optimizer, check_optimizer, sgd
+from hyperfunc.optim._decay import tell_of_decay
 
 Sampler: TypeAlias = Any
 """``(step, *args) -> args``, a tuple like args with a leading step dimension, or an iterator."""
@@ -188,12 +190,19 @@ class StochasticAID(AbstractLinearSolver):
         return [self.on_minibatch(fn, step, "outer_sampler") for step in steps]
 
 
+_DECAY = (
+    "StochasticAID: the optimizer has a weight decay, which shifts the adjoint, and so the "
+    "hypergradient. Leave weight_decay at 0 (Adam in place of AdamW)"
+)
+
+
 def _make_advance(
     optimizer: Any, scheduler: Callable[..., Any] | None, x: Leaves, spec: trees.TreeSpec
 ) -> Callable[[Leaves, Leaves, int], Leaves]:
     """``(gradient, x, step) -> x``, which keeps the optimiser's state to itself."""
     if not isinstance(optimizer, Optimizer):
         return _make_torch_advance(optimizer, scheduler, x)
+    tell_of_decay(optimizer, spec, None, None, _DECAY)
     state = optimizer.init(trees.unflatten(spec, x))
 
     def advance(gradient: Leaves, x: Leaves, step: int) -> Leaves:
@@ -238,6 +247,8 @@ def _make_torch_advance(
             "adjoint system has none. Take an optimizer of gradients alone, such as "
             "torch.optim.SGD, or method='gmres' for a system without minibatches"
         )
+    if any(group.get("weight_decay") for group in optimizer.param_groups):
+        warn_at_call_site(UserWarning(_DECAY))
     scheduler = None if scheduler_factory is None else scheduler_factory(optimizer)
     if scheduler is not None and not callable(getattr(scheduler, "step", None)):
         raise TypeError(

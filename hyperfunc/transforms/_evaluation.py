@@ -36,12 +36,35 @@ from hyperfunc.inner_solvers._solvers import with_products
 from hyperfunc.inner_solvers._steps import DescentStep
 from hyperfunc.iterative import FirstOrder, ForwardMode
 from hyperfunc.linear_solvers import StochasticAID
+from hyperfunc.optim._decay import tell_of_decay
 from hyperfunc.transforms._methods import is_implicit
 from hyperfunc.transforms._unreached import (
     is_sound,
     refuse_own_leaves,
     refuse_unreached_by_rule,
     refuse_unreached_by_solver,
+)
+
+_REMEDY = (
+    "Leave the optimizer's weight_decay at 0 (hf.optim.adam in place of adamw) and write the decay "
+    "into the loss: hf.minimize(hf.proximal(inner_loss, {decay}, center=zeros), ...), with zeros a "
+    "tree like params. Or differentiate the steps: method='reverse'"
+)
+_DECAY_OF_HPARAMS = (
+    "the weight decay of the optimizer is a function of hparams, and {method} differentiates the "
+    "minimum of inner_loss, which does not have it: its hypergradient would be zero, which is "
+    "wrong. " + _REMEDY.replace("{decay}", "weight=lambda hparams: ...")
+)
+_DECAY = (
+    "the optimizer has a weight decay, so that the params do not go to the minimum of inner_loss, "
+    "which {method} differentiates: the hypergradient is off by that. "
+    + _REMEDY.replace("{decay}", "weight=0.01")
+)
+_DECAY_UNLESS_STATED = (
+    "the optimizer has a weight decay, so that the params do not go to the minimum of its loss: "
+    "unless inner_loss= holds that decay, {method} differentiates another minimum, and the "
+    "hypergradient is off. Leave weight_decay at 0 (hf.optim.adam in place of adamw), and write "
+    "the decay into both losses, as hf.proximal(loss, weight=0.01, center=zeros)"
 )
 
 
@@ -70,6 +93,20 @@ class Rule:
             compiler=self.compiler,
         )
 
+    def tell_of_decay(self, problem: ImplicitProblem, hparams: TensorTree) -> None:
+        """Raise or warn if the solver's optimiser decays params, where the condition does not."""
+        step, condition = getattr(self.inner_solver, "step", None), problem.condition
+        if not isinstance(step, DescentStep) or condition.kind != "inner_loss":
+            return
+        assert problem.bound is not None
+        name = type(self.method).__name__
+        texts: tuple[str | None, str] = _DECAY_OF_HPARAMS, _DECAY
+        if condition.fn is not step.inner_loss:
+            texts = None, _DECAY_UNLESS_STATED  # it may hold the decay
+        function, constant = (text and text.format(method=name) for text in texts)
+        spec = problem.bound.params_spec
+        tell_of_decay(step.optimizer, spec, hparams, function, constant)
+
     def solution_map(self, hparams: TensorTree, *args: Any) -> TensorTree:
         """The inner solution, with this rule as its derivative; with ``has_aux`` a pair."""
         if not is_implicit(self.method):
@@ -82,6 +119,7 @@ class Rule:
         arguments, theta, _ = Arguments.flatten(hparams, args)
         problem = self.make_problem(arguments)
         w, theta = problem.solution(theta)
+        self.tell_of_decay(problem, hparams)
         if torch.is_grad_enabled() and not tracking.is_tracked(theta):
             problem.refuse_captured(w, theta)
         assert problem.bound is not None
@@ -171,6 +209,7 @@ class Hypergradient:
         arguments, theta, hparams_spec = Arguments.flatten(hparams, args)
         problem = self.rule.make_problem(arguments)
         w, theta = problem.solution(theta)
+        self.rule.tell_of_decay(problem, hparams)
         assert problem.bound is not None
         bound = problem.bound
         start = None if adjoint_init is None else _flatten_start(adjoint_init, bound, w, theta)

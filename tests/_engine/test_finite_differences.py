@@ -107,7 +107,7 @@ def test_code_without_a_second_derivative(method: str) -> None:
     def fn(cube: Callable[[Tensor], Tensor], **options: Any) -> Any:
         solver = hf.minimize(
             lambda w, h: h * cube(w).sum() / 3 + ((w - 1) ** 2).sum(),
-            hf.optim.adamw(0.05, weight_decay=0.1),
+            hf.optim.adam(0.05),
             30,
             init=lambda h: torch.full((3,), 0.5, dtype=F64),
         )

@@ -116,6 +116,7 @@ def test_optimizers_of_every_loop(name: str) -> None:
     assert_close(loaded, alone[0], 0)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight decay")
 @pytest.mark.parametrize("name", slow_but("soba", of=LOOPS))
 def test_params_that_no_loss_uses_stay_as_they_are(name: str) -> None:
     """Under weight decay, with exact products and differences, alone and mapped."""

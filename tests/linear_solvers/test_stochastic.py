@@ -397,6 +397,7 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*weight decay")  # which AdamW has by default
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("factory", GRADIENT_OPTIMIZERS, ids=lambda factory: factory.__name__)
 def test_every_torch_optimizer_takes_its_own_steps(factory: Any, scheduler: str) -> None:
@@ -430,7 +431,7 @@ PURE = {
     "sgd": hf.optim.sgd(lr=0.2, momentum=0.5, nesterov=True),
     "heavy_ball": hf.optim.heavy_ball(lr=0.1, momentum=0.3),
     "adam": hf.optim.adam(lr=0.1),
-    "adamw": hf.optim.adamw(lr=0.1),
+    "adamw": hf.optim.adamw(lr=0.1, weight_decay=0.0),
     "rmsprop": hf.optim.rmsprop(lr=0.1),
     "adagrad": hf.optim.adagrad(lr=0.1),
     "from_torch": hf.optim.from_torch(torch.optim.RAdam, lr=0.1),
