@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, TypeGuard
 
@@ -36,6 +37,20 @@ def check_callable(value: Any, name: str, signature: str) -> None:
             f"{name} is {show(value)} of type {type(value).__name__}; "
             f"expected a function {signature}"
         )
+
+
+def takes(fn: Any, count: int, other: int) -> bool:
+    """Whether the signature of a function, if it has one, allows so many arguments, not others."""
+    try:
+        signature = inspect.signature(fn, follow_wrapped=False)
+        signature.bind(*[None] * count)
+    except (TypeError, ValueError):
+        return False
+    try:
+        signature.bind(*[None] * other)
+    except TypeError:
+        return True
+    return False
 
 
 def check_count(owner: object, name: str, value: Any, least: int = 1, also: str = "") -> int:
