@@ -6,6 +6,7 @@ import inspect
 import math
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 from hyperfunc._engine.shown import show
@@ -41,6 +42,8 @@ def check_callable(value: Any, name: str, signature: str) -> None:
 
 def takes(fn: Any, count: int, other: int) -> bool:
     """Whether the signature of a function, if it has one, allows so many arguments, not others."""
+    if torch.compiler.is_compiling():  # which cannot look
+        return False
     try:
         signature = inspect.signature(fn, follow_wrapped=False)
         signature.bind(*[None] * count)
