@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 from hyperfunc._engine.shown import show
@@ -36,6 +38,22 @@ def check_callable(value: Any, name: str, signature: str) -> None:
             f"{name} is {show(value)} of type {type(value).__name__}; "
             f"expected a function {signature}"
         )
+
+
+def takes(fn: Any, count: int, other: int) -> bool:
+    """Whether the signature of a function, if it has one, allows so many arguments, not others."""
+    if torch.compiler.is_compiling():  # which cannot look
+        return False
+    try:
+        signature = inspect.signature(fn, follow_wrapped=False)
+        signature.bind(*[None] * count)
+    except (TypeError, ValueError):
+        return False
+    try:
+        signature.bind(*[None] * other)
+    except TypeError:
+        return True
+    return False
 
 
 def check_count(owner: object, name: str, value: Any, least: int = 1, also: str = "") -> int:

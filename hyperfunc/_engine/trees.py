@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import optree
@@ -215,6 +215,19 @@ def check_like(
         else:
             continue
         raise ValueError(f"{what}: the leaf for {paths(like_spec, root)[index]} {problem}")
+
+
+def paths_to_like(tree: TensorTree, like: Leaves, like_spec: TreeSpec, root: str) -> Iterator[str]:
+    """Where in nested dicts, lists and tuples there are trees of a structure and its shapes."""
+    leaves, spec = flatten(tree)
+    if spec == like_spec and all(
+        isinstance(leaf, Tensor) and leaf.shape == ref.shape
+        for leaf, ref in zip(leaves, like, strict=True)
+    ):
+        yield root
+    elif isinstance(tree, dict | list | tuple):
+        for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from paths_to_like(part, like, like_spec, f"{root}[{key!r}]")
 
 
 def accumulation_dtype(leaves: Leaves) -> torch.dtype:
@@ -442,7 +455,14 @@ def _advice(leaf: Any) -> str:
         return "Pass its parameters: apply, params = hf.functional(module)"
     if tensordicts.is_tensordict(leaf):
         return "Call .to_tensordict() on it, or pass it through *args"
+    if type(leaf).__module__ == "numpy":
+        return (
+            "Write torch.as_tensor(...) around it, or decorate an inner solver that computes in "
+            "NumPy with @hf.from_numpy"
+        )
     if hasattr(leaf, "__dict__"):
+        if "coef_" in vars(leaf):  # a fitted estimator
+            return "Return its coef_ and intercept_, and decorate the solver with @hf.from_numpy"
         register = f"optree.register_pytree_node(..., namespace={NAMESPACE!r})"
         return f"If it holds tensors, register its class by {register}"
     return "Write torch.tensor(...) around a number"

@@ -40,6 +40,7 @@ from hyperfunc._engine.results import (
 from hyperfunc._engine.solver_aux import UNTOLD, split_aux
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition
 from hyperfunc._rule.minibatches import SECOND_DERIVATIVE, MinibatchLinearization
+from hyperfunc._rule.unused import UNUSED, failures_explained, is_used
 from hyperfunc._torch import autodiff, batching, derivative_rules, tracking
 from hyperfunc._torch.captured import captured_message, captured_tensors, escaped_message
 from hyperfunc._torch.unsupported import explained
@@ -62,14 +63,6 @@ _NOT_FINITE = {
     "the inner solution is. Check the outer loss and the derivatives of the condition there, or "
     "pass throw=False to get the numbers as they are",
 }
-
-UNUSED = (
-    "no derivative reaches hparams: {kind} computes nothing from them. An implicit method "
-    "differentiates the solution of {kind}, so that hparams which the inner solver only starts "
-    "from count for nothing. Use them in {kind}, for example by hf.proximal(loss, weight), which "
-    "keeps the solution near them, differentiate the steps: method='reverse_unroll', or carry the "
-    "outer gradient back to the start (first-order MAML): method='first_order'"
-)
 
 _FLOAT16 = (
     ". In float16 the derivative of a step of Adam or RMSprop overflows at a gradient of zero, "
@@ -218,14 +211,16 @@ class ImplicitProblem:
 
     def pull(self, w: Leaves, theta: Leaves, wrt: Sequence[int], b: Leaves) -> Leaves:
         """``-(dr/dtheta)^T A^{-T} b`` for the tensors of theta at wrt, whose solve nobody sees."""
-        if self.compiler is not None and self.compiler.applies((*w, *theta, *b)):
-            stats, cross = self._pull_compiled(self.compiler, w, theta, tuple(wrt), b)
-            if not batching.any_true(stats.result == UNFINISHED):
-                self.refuse_failure(stats)
-                self._tell(stats)
-                return cross
-        linearization = self.linearize(w, theta, wrt)
-        u, _ = self.unseen_adjoint(linearization, w, theta, b)
+        assert self.bound is not None
+        with failures_explained(self.bound, w, theta, wrt):
+            if self.compiler is not None and self.compiler.applies((*w, *theta, *b)):
+                stats, cross = self._pull_compiled(self.compiler, w, theta, tuple(wrt), b)
+                if not batching.any_true(stats.result == UNFINISHED):
+                    self.refuse_failure(stats)
+                    self._tell(stats)
+                    return cross
+            linearization = self.linearize(w, theta, wrt)
+            u, _ = self.unseen_adjoint(linearization, w, theta, b)
         return cross_term(self, linearization, w, theta, wrt, u)
 
     def _pull_compiled(
@@ -307,19 +302,13 @@ class ImplicitProblem:
 
     def warn_of_zero_push(self, w: Leaves, theta: Leaves, wrt: Sequence[int], b: Leaves) -> None:
         """Warn if a tangent of hparams has become zero as the condition does not use them."""
-        n, size = len(w), self.arguments.num_hparams
+        size = self.arguments.num_hparams
         if not any(i < size for i in wrt) or not batching.can_look(b[0]):
             return
         if batching.any_true(trees.norm(b) != 0):
             return
-        bound = self.bound
-        assert bound is not None
-
-        def residual(*leaves: Tensor) -> Leaves:
-            return bound.residual_at(leaves[:n], leaves[n:])
-
-        point = tracking.detach((*w, *theta))
-        if not autodiff.uses(residual, point, range(n, n + size)):
+        assert self.bound is not None
+        if not is_used(self.bound, w, theta, range(size)):
             self.warn_of_unused_hparams()
 
     def refuse_captured(self, w: Leaves, theta: Leaves) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc._engine.random_vectors import random_signs
+from hyperfunc._engine.results import RESULTS
 from hyperfunc._engine.shown import show
 from hyperfunc._engine.solver_aux import without_aux
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition, make_condition
@@ -37,18 +38,22 @@ from hyperfunc.diagnostics._routes import (
     gap_of_vmap,
     suspect,
 )
+from hyperfunc.inner_solvers._composed import ComposedLoss
+from hyperfunc.inner_solvers._proximal import ProximalLoss
 from hyperfunc.inner_solvers._solvers import IterativeSolver
 from hyperfunc.iterative import FirstOrder, Reverse, ReverseUnroll
 from hyperfunc.linear_solvers import (
     CG,
     AbstractLinearSolver,
     Auto,
+    Damped,
     Dense,
     FixedPoint,
     Neumann,
     Nystrom,
     PipelinedCG,
 )
+from hyperfunc.linear_solvers._base import parts
 from hyperfunc.linear_solvers._spectrum import spectral_radius
 from hyperfunc.transforms._hypergrad import hypergrad_and_solution
 from hyperfunc.transforms._methods import is_implicit, resolve_method
@@ -197,9 +202,18 @@ class _Problem:
         """What `hypergrad_and_solution` makes of the problem."""
         solver = self.inner_solver if params is None else lambda hparams, *args: params
         if self.condition is not None:
-            options[self.condition.kind] = self.condition.fn
+            fn = self.condition.fn
+            # at given params it is judged by the Hessian, and a plain function has no other matrix
+            exact = params is not None and self.is_composed
+            options[self.condition.kind] = functools.partial(fn) if exact else fn
         options |= {"method": method, "has_aux": self.has_aux, "throw": False}
         return hypergrad_and_solution(solver, self.outer_loss, **options)
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether the implicit methods take a Gauss-Newton matrix for the Hessian."""
+        fn: Any = None if self.condition is None else self.condition.fn
+        return isinstance(fn.loss if isinstance(fn, ProximalLoss) else fn, ComposedLoss)
 
     def outer(self, params: TensorTree, hparams: TensorTree) -> Tensor:
         output = self.outer_loss(params, hparams, *self.args)
@@ -235,7 +249,7 @@ class _ConditionAtParams:
         bound, w, theta = _bind(problem, params)
         self.bound, self.w, self.theta = bound, w, theta
         hparams = range(bound.arguments.num_hparams)
-        self.linearization, _ = bound.linearize_residual(w, theta, hparams)
+        self.linearization, _ = bound.linearize_residual(w, theta, hparams)  # of the Hessian
         self.residual = self.linearization.outputs
         # in the form of the condition, by which Auto knows a map
         self.operator = bound.operator(bound.linearize(w, theta, ()), theta)
@@ -302,7 +316,7 @@ def _check(
             u, _ = at.bound.state.split(tracking.detach(trees.flatten(solution.adjoint)[0]))
             b = outer_gradient[0]
             size = trees.norm(b)
-            left = trees.norm(at.operator.T.residual(u, b))
+            left = trees.norm(trees.sub(b, at.linearization.pull(u, 0)))
             report = report._replace(linear_residual=left / torch.where(size > 0, size, 1.0))
     if not _within(errors, torch.zeros_like(errors), 0.05 * scale):
         return report._replace(causes=_causes("inconclusive"))
@@ -469,8 +483,7 @@ class _Search:
         assert self.at is not None
         assert isinstance(facts, Diagnosis)
         if not self._solved():
-            broken = _assumption_broken(method, facts, self.at)
-            found.add("assumption_broken" if broken else "linear_solve")
+            found.add(self._unsolved_because(method, facts, self.at))
         if not self._satisfied(facts, self.at):
             found |= self._unsatisfied_because(facts)
         return found or {"condition_mismatch"}
@@ -482,6 +495,17 @@ class _Search:
         if isinstance(report.by_dense, Tensor):
             return _within(report.by_method, report.by_dense, self.gap)
         return float(report.linear_residual) <= self.rtol
+
+    def _unsolved_because(self, method: Any, facts: Diagnosis, at: _ConditionAtParams) -> str:
+        """What keeps the method from the exact solution of the linear system."""
+        if _assumption_broken(method, facts, at):
+            return "assumption_broken"
+        if outcome(self.report.result) == RESULTS.success:
+            if any(isinstance(part, Damped) for part in parts(method)):
+                return "damping"
+            if self.problem.is_composed:
+                return "curvature"
+        return "linear_solve"
 
     def _satisfied(self, facts: Diagnosis, at: _ConditionAtParams) -> bool:
         """Whether a Newton step on the condition leaves the hypergradient as it is."""

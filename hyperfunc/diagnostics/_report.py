@@ -26,6 +26,15 @@ ADVICE = {
         "the adjoint does not solve its linear system. Raise maxiter or lower rtol, or take "
         "another method: see hf.diagnose"
     ),
+    "curvature": (
+        "hf.composed takes the Gauss-Newton matrix for the Hessian; error_bound=True bounds what "
+        "that costs. For the Hessian itself write the loss as one function, loss(model(params)), "
+        "with method='cg', 'gmres' or 'normal_cg'"
+    ),
+    "damping": (
+        "the adjoint solves the damped system, not the system itself. Lower the damping of "
+        "hf.Damped, or leave it out"
+    ),
     "assumption_broken": (
         "the method assumes what does not hold here: symmetry, positive curvature, contraction, "
         "that late steps alone matter, or that steps are the identity. Use the method that "
@@ -55,6 +64,8 @@ class Causes(NamedTuple):
     solver_not_converged: Tensor
     condition_mismatch: Tensor
     linear_solve: Tensor
+    curvature: Tensor
+    damping: Tensor
     assumption_broken: Tensor
     dependence_lost: Tensor
     route: Tensor
@@ -74,7 +85,8 @@ class HypergradCheck(NamedTuple):
     Attributes:
         hypergradient: by the method, a tree like hparams.
         by_method: its products with the directions.
-        by_dense: by the implicit formula with a direct solve, at the same params.
+        by_dense: by the implicit formula with a direct solve, at the same params; with the Hessian,
+            for a loss made by `composed` too.
         by_unrolling: by differentiating the inner solver.
         by_differences: by finite differences through the inner solver.
         difference_errors: the estimated errors of these.
@@ -82,7 +94,7 @@ class HypergradCheck(NamedTuple):
         inner_residual: the norm of the condition's residual at the returned params.
         newton_distance: how far a Newton step on the condition goes from there, relative to the
             norm of the params.
-        linear_residual: of the linear solve, ``||b - A^T u|| / ||b||``.
+        linear_residual: of the linear solve, ``||b - A^T u|| / ||b||``, with the same ``A``.
         result: int64, its code of `hyperfunc.RESULTS`.
         causes: what is wrong, as bools.
         lost: a tree like hparams of bools: where a dependence on hparams was found to be lost.
@@ -134,7 +146,11 @@ class HypergradCheck(NamedTuple):
 
     def __str__(self) -> str:
         lines = ["passed" if self.passed else "failed"]
-        for name, cause in zip(Causes._fields, self.causes, strict=True):
+        causes = self.causes._asdict()
+        if not isinstance(self.by_unrolling, Tensor):  # of a black box more steps are seldom known
+            names = ("condition_mismatch", "solver_not_converged")
+            causes = {name: causes[name] for name in names} | causes
+        for name, cause in causes.items():
             if bool(cause):
                 lines.append(f"- {name.replace('_', ' ')}: {ADVICE[name]}{self._details(name)}")
         columns = {
@@ -170,6 +186,8 @@ class HypergradCheck(NamedTuple):
         facts = self.diagnosis
         if name == "route":
             return f". It is {', '.join(self.operations) or 'one that was not found'}"
+        if name in ("curvature", "damping"):
+            return f". The linear system is off by {float(self.linear_residual):.2g} of its size"
         if name in ("linear_solve", "assumption_broken") and isinstance(self.result, Tensor):
             text = f". The solve reported: {outcome(self.result).message}"
             if name == "assumption_broken" and isinstance(facts, Diagnosis):

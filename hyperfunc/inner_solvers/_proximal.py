@@ -110,7 +110,18 @@ class ProximalLoss:
             center = self.center(hparams) if callable(self.center) else self.center
             name = "the centre of proximal"
         leaves, center_spec = trees.flatten(center)
-        trees.check_like(leaves, center_spec, like, spec, name, "params")
+        try:
+            trees.check_like(leaves, center_spec, like, spec, name, "params")
+        except ValueError as error:
+            if self.center is not None:
+                raise
+            path = next(trees.paths_to_like(hparams, like, spec, "hparams"), None)
+            if path == "hparams":  # all but a dtype or device
+                raise
+            advice = "a tree like params, or a function of hparams that returns one"
+            if path is not None:
+                advice = f"lambda hparams: {path}"
+            raise ValueError(f"{error}. Pass center={advice}") from None
         return tuple(leaves)
 
     def at(self, hparams: TensorTree, like: Leaves, spec: trees.TreeSpec) -> Regulariser:

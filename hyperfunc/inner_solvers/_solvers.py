@@ -12,7 +12,7 @@ from torch import Tensor
 from hyperfunc import optim
 from hyperfunc._compile.compiler import Backend, Compiler, check_backend
 from hyperfunc._engine import loop, trees
-from hyperfunc._engine.checks import check_callable, check_count, check_number
+from hyperfunc._engine.checks import check_callable, check_count, check_number, takes
 from hyperfunc._engine.finite_differences import Products
 from hyperfunc._engine.flat import split
 from hyperfunc._engine.shown import show
@@ -464,6 +464,14 @@ def _build(
             check_number(caller, name, value)
     if inputs is not None:
         _check_inputs(inputs, num_steps)
+        descends = isinstance(step, DescentStep)
+        fn = getattr(step, "inner_loss" if descends else "fixed_point", step)
+        if takes(fn, 2, 3):
+            raise TypeError(
+                f"{caller}: {'inner_loss' if descends else 'step'} takes two arguments, but "
+                f"inputs= adds the minibatch of a step as "
+                f"the last one; expected a function of (params, hparams, *args, batch)"
+            )
     backend = check_backend(compile)
     solver = IterativeSolver(step, num_steps, init, inputs, rtol or 0.0, atol or 0.0, condition)
     return solver if backend is None else solver.compiled(backend)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.checks import is_number
+from hyperfunc._engine.checks import is_number, takes
 from hyperfunc._engine.shown import show
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._torch.containers import loadable
@@ -132,6 +132,11 @@ def check_optimizer(optimizer: Any, caller: str) -> Optimizer:
 def check_coefficient(name: str, key: str, coefficient: Coefficient) -> None:
     if not callable(coefficient):
         _check_values(name, key, coefficient, key)
+    elif not isinstance(coefficient, Schedule) and takes(coefficient, 2, 1):
+        raise TypeError(
+            f"{name}: {key} is a function of two arguments; expected one of hparams alone. For "
+            f"one of the step too, write {key}=hf.optim.schedule(lambda hparams, step: ...)"
+        )
 
 
 def refuse_schedule(name: str, key: str, coefficient: Any) -> None:

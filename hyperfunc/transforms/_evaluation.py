@@ -28,6 +28,7 @@ from hyperfunc._rule.implicit import (
     raise_unless_finite,
 )
 from hyperfunc._rule.outer_loss import OuterLoss, mean_outer_gradient
+from hyperfunc._rule.unused import failures_explained
 from hyperfunc._torch import autodiff, batching, derivative_rules, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves, TensorTree
@@ -216,7 +217,8 @@ class Hypergradient:
         differentiate = self._differentiate
         if self.compiler is not None and self.compiler.applies((*w, *theta)):
             differentiate = self._differentiate_compiled
-        value, aux, u, stats, grads = differentiate(problem, w, theta, start)
+        with failures_explained(bound, w, theta, range(problem.arguments.num_hparams)):
+            value, aux, u, stats, grads = differentiate(problem, w, theta, start)
         if self.rule.throw and not is_sound(grads):
             raise_unless_finite(grads, hparams_spec, "hparams")
             refuse_unreached_by_rule(problem, self._outer_value(problem, len(w)), w, theta, grads)

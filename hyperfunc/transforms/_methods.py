@@ -28,6 +28,14 @@ METHODS: dict[str, type] = {
     "first_order": iterative.FirstOrder,
 }
 
+# what is looked for under the name of a paper
+PAPERS = {
+    "maml": "reverse_unroll",
+    "anil": "reverse_unroll",
+    "fomaml": "first_order",
+    "imaml": "cg",
+}
+
 
 def resolve_method(method: Any) -> Any:
     """The method object for a method or its short name."""
@@ -35,7 +43,7 @@ def resolve_method(method: Any) -> Any:
         if method in METHODS:
             return METHODS[method]()
         key = method.lower().replace("-", "_")
-        near = difflib.get_close_matches(key, METHODS)
+        near = [PAPERS[key]] if key in PAPERS else difflib.get_close_matches(key, METHODS)
         advice = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ValueError(
             f"unknown method {show(method)}. {advice}Known methods: {', '.join(map(repr, METHODS))}"

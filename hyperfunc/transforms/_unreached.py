@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._rule.implicit import UNUSED, ImplicitProblem
+from hyperfunc._rule.implicit import ImplicitProblem
+from hyperfunc._rule.unused import UNUSED, is_used
 from hyperfunc._torch import autodiff, batching, tracking
 from hyperfunc._types import Leaves
 from hyperfunc.inner_solvers._solvers import IterativeSolver
@@ -21,11 +22,16 @@ _AS_THEY_ARE = ". Pass throw=False to get the zeros"
 
 _NOT_FOLLOWED = (
     "no derivative reaches hparams: neither the result of the inner solver nor outer_loss depends "
-    "on them by operations that autograd follows. Look in the inner solver for torch.optim, "
-    "backward(), detach(), .data, .item(), NumPy, torch.no_grad() or create_graph=False, and for "
-    "a loop that takes no step. Make the solver with hf.minimize or hf.iterate, or name what its "
-    "result satisfies and take an implicit method, which needs no graph of it: "
-    "inner_loss=..., method='cg'"
+    "on them by operations that autograd follows. {likely}Look in the inner solver for "
+    "torch.optim, backward(), detach(), .data, .item(), NumPy, torch.no_grad() or "
+    "create_graph=False, and for a loop that takes no step. Make the solver with hf.minimize or "
+    "hf.iterate, or name what its result satisfies and take an implicit method, which needs no "
+    "graph of it: inner_loss=..., method='cg'"
+)
+
+_LIKELY = (
+    "Most likely init returns a constant, and inner_loss or step uses no hparams, or not its "
+    "params (module(x) in place of apply(params, x)). "
 )
 
 _PARAMETERS = (
@@ -50,15 +56,12 @@ def refuse_unreached_by_rule(
     grads: Leaves,
 ) -> None:
     """Raise if all is zero as condition and outer loss, of ``(*w, *theta)``, use no hparams."""
-    bound, n = problem.bound, len(w)
+    bound, size = problem.bound, problem.arguments.num_hparams
     assert bound is not None
-    indices = range(n, n + problem.arguments.num_hparams)
-
-    def residual(*leaves: Tensor) -> Leaves:
-        return bound.residual_at(leaves[:n], leaves[n:])
-
-    functions = (lambda *leaves: (outer(*leaves),), residual)
-    if _are_zero(grads) and not any(autodiff.uses(f, (*w, *theta), indices) for f in functions):
+    if not _are_zero(grads) or is_used(bound, w, theta, range(size)):
+        return
+    indices = range(len(w), len(w) + size)
+    if not autodiff.uses(lambda *leaves: (outer(*leaves),), (*w, *theta), indices):
         raise ValueError(UNUSED.format(kind=problem.condition.kind) + _AS_THEY_ARE)
 
 
@@ -77,7 +80,8 @@ def refuse_unreached_by_solver(
     """
     if not _are_zero(grads):
         return
-    message = _NOT_FOLLOWED
+    likely = _LIKELY if isinstance(inner_solver, IterativeSolver) else ""
+    message = _NOT_FOLLOWED.format(likely=likely)
     if isinstance(method, FirstOrder):
         message = method.unused
         value_of = functools.partial(value, method.followed(inner_solver))

@@ -173,6 +173,11 @@ def indefinite(w: Tensor, reg: Tensor) -> Tensor:
     return 0.5 * (torch.tensor([1.0, -1.0, 2.0, -0.5], dtype=F64) * w**2).sum() - (reg * w).sum()
 
 
+composed = hf.proximal(
+    hf.composed(lambda w, reg: (X @ w).exp(), lambda out, reg: 0.5 * ((out + Y) ** 2).sum()), 1.0
+)
+
+
 def noisy(reg: Tensor) -> Tensor:
     digits = torch.frac(solve(reg) * 1e6)
     return solve(reg) + 1e-2 * digits
@@ -203,6 +208,8 @@ BROKEN = [
         "a black box for another loss",
         {"condition_mismatch", "solver_not_converged"},
         keywords={"inner_loss": lambda w, reg: loss(w, reg + 1)},
+        solver=without_gradients,
+        text="failed\n- condition mismatch",
     ),
     Broken(
         "a stale copy of hparams in the condition",
@@ -221,6 +228,19 @@ BROKEN = [
         {"linear_solve"},
         keywords={"inner_loss": loss, "method": hf.CG(maxiter=1)},
         text="step limit",
+    ),
+    Broken(
+        "a damped system",
+        {"damping"},
+        keywords={"inner_loss": loss, "method": hf.Damped(hf.CG(), 0.5)},
+        text="Lower the damping",
+    ),
+    Broken(
+        "a Gauss-Newton matrix far from the Hessian",
+        {"curvature"},
+        solver=hf.minimize(composed, hf.optim.sgd(lr=0.1), 200, init=torch.zeros_like),
+        keywords={"inner_loss": composed},
+        text="takes the Gauss-Newton matrix for the Hessian",
     ),
     Broken(
         "one step for a map that contracts slowly",

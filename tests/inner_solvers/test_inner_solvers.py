@@ -255,6 +255,18 @@ def _stack(*leaves: Tensor) -> Tensor:
         ),
         (lambda: iterate(halve, 2, init=zeros, inputs=[3]), TypeError, "inputs[0] is 3"),
         (lambda: iterate(halve, 2, init=zeros, inputs=()), ValueError, "inputs is an empty tree"),
+        (
+            lambda: minimize(
+                lambda w, h: h, hf.optim.sgd(0.1), 2, init=zeros, inputs=torch.ones(2)
+            ),
+            TypeError,
+            "minimize: inner_loss takes two arguments, but inputs= adds the minibatch",
+        ),
+        (
+            lambda: iterate(lambda w, h: w, 2, init=zeros, inputs=torch.ones(2)),
+            TypeError,
+            "iterate: step takes two arguments, but inputs= adds the minibatch",
+        ),
         (lambda: minimize(3, hf.optim.sgd(0.1), 2, init=zeros), TypeError, "inner_loss is 3"),
         (
             lambda: minimize(ridge, torch.optim.SGD, 2, init=zeros),

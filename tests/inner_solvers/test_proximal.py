@@ -267,8 +267,11 @@ def test_bad_arguments(arguments, error, text):
 
 def test_a_center_of_another_structure_is_named(hparams):
     loss = hf.proximal(base, 1.0)  # the hparams are no tree like params
-    with pytest.raises(ValueError, match="the hparams, as the centre of proximal, has another"):
+    text = "the hparams, as the centre of proximal, has another.* Pass center="
+    with pytest.raises(ValueError, match=text + "a tree like params"):
         hf.hypergrad(newton, outer, inner_loss=loss)(hparams)
+    with pytest.raises(ValueError, match=rf"{text}lambda hparams: hparams\['a'\]\[1\]$"):
+        loss(newton(hparams), {"a": [hparams, center(hparams)]})
 
 
 def test_a_weight_that_is_no_scalar_is_refused(hparams):

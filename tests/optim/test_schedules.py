@@ -378,6 +378,11 @@ def test_bilevel_loops_and_stochastic_solves_take_schedules():
 
 W = torch.ones(2)
 ERRORS = [
+    (
+        lambda: optim.sgd(lambda h, step: h),
+        TypeError,
+        r"lr is .* two arg.* lr=hf.optim.schedu",
+    ),
     (lambda: optim.schedule(0.1), TypeError, r"schedule: fn is 0.1 .*\(hparams, step\) -> value"),
     (lambda: optim.cosine(-0.1, 10), ValueError, "cosine: value is -0.1; expected a number of at"),
     (lambda: optim.cosine(0.1, 0), ValueError, "cosine: num_steps is 0; expected an integer >= 1"),

@@ -141,6 +141,8 @@ METHOD_NAMES = {
     "Neumann series": "'neumann'",
     "fixedpoint": "'fixed_point'",
     "Dense": "'dense'",
+    "FOMAML": "'first_order'",
+    "imaml": "'cg'",
 }
 
 
@@ -286,7 +288,14 @@ CALLS: dict[str, Case] = {
         lambda: make(inner_solver=lambda h: h.numpy())(H),
         TypeError,
         "params is <array of shape (2,) and dtype float32> of type ndarray; "
-        "expected a floating-point tensor",
+        "expected a floating-point tensor. Write torch.as_tensor(...) around it, or decorate an "
+        "inner solver that computes in NumPy with @hf.from_numpy",
+    ),
+    "solver returns an estimator": (
+        lambda: make(inner_solver=hf.from_numpy(lambda h: types.SimpleNamespace(coef_=h)))(H),
+        TypeError,
+        "params is ... of type SimpleNamespace; ...Return its coef_ and intercept_, and "
+        "decorate the solver with @hf.from_numpy",
     ),
     "solver returns integers": (
         lambda: make(inner_solver=lambda h: {"w": torch.ones(2, dtype=torch.long)})(H),
@@ -452,6 +461,11 @@ CALLS: dict[str, Case] = {
         "the linear solve with CG(maxiter=3, ...) failed: the recurrence broke down: the operator "
         "is not what the method assumes (CG needs a symmetric positive definite one",
     ),
+    "an indefinite operator without hparams": (
+        lambda: make(inner_loss=lambda w, h: -(w**2).sum())(H),
+        ValueError,
+        "no derivative reaches hparams: inner_loss computes nothing from them. ",
+    ),
     "a non-symmetric operator": (
         lambda: make(
             inner_loss=None, optimality=lambda w, h: torch.stack([w[0] + w[1], w[1] - w[0]]) - h
@@ -472,7 +486,7 @@ CALLS: dict[str, Case] = {
         "the linear solve with Dense() failed: the recurrence broke down",
     ),
     "NaN in the operator": (
-        lambda: make(inner_loss=lambda w, h: (NAN * w**2).sum())(H),
+        lambda: make(inner_loss=lambda w, h: (NAN * (w - h) ** 2).sum())(H),
         hf.HypergradError,
         "the linear solve with CG(...) failed: non-finite values (NaN or Inf) appeared. Pass "
         "throw=False to get the result codes instead",

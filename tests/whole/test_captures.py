@@ -244,7 +244,7 @@ CUT: dict[str, tuple[Any, dict[str, Any], str]] = {
             lambda w, h: (w - h).square().sum(), hf.optim.sgd(0.1), 0, init=lambda h: ZEROS
         ),
         {"method": "reverse_unroll"},
-        "no derivative reaches hparams: .* a loop that takes no step",
+        "no derivative reaches hparams: .* init returns a constant.* a loop that takes no step",
     ),
     **{
         f"a detached loss, {method}": (
@@ -313,6 +313,16 @@ def test_a_solution_that_hparams_do_not_reach_warns() -> None:
         solver(h).sum().backward()
     with pytest.warns(UserWarning, match="no derivative reaches hparams: inner_loss computes"):
         grad(lambda h: solver(h).sum())(h.detach())
+    failing = hf.implicit_diff(lambda h: h / h, inner_loss=lambda w, h: -((w - 1) ** 2).sum())
+    for call in (
+        lambda: failing(h).sum().backward(),
+        lambda: vmap(grad(lambda h: failing(h).sum()))(h.detach().expand(3, 2)),
+    ):
+        with pytest.raises(ValueError, match="no derivative reaches hparams: inner_loss computes"):
+            call()
+    used = hf.implicit_diff(lambda h: h / h, inner_loss=lambda w, h: -((w - h) ** 2).sum())
+    with pytest.raises(hf.HypergradError, match="broke down"):
+        used(h).sum().backward()
 
 
 def test_forward_mode_says_so_too() -> None:
