@@ -136,7 +136,8 @@ class Solution(NamedTuple):
             `hyperfunc.Fallback`.
         error_bound: the `hyperfunc.HypergradBound` that ``error_bound=`` asked for.
         solver_aux: the second output of an inner solver with ``solver_has_aux=True``, detached,
-            numbers as tensors; for `hyperfunc.minimize` a `hyperfunc.SolverAux`.
+            numbers as tensors; for `hyperfunc.minimize` with ``has_aux`` or ``trace`` a
+            `hyperfunc.SolverAux`; ``()`` without.
 
     Example:
         >>> gradient = hf.hypergrad_and_solution(
