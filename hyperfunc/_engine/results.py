@@ -179,6 +179,17 @@ class HypergradError(RuntimeError):
     __module__ = "hyperfunc"  # the name that users catch it by
 
 
+def explain(code: RESULTS, kind: str) -> str:
+    """A code's message, with advice for a condition of some kind, such as ``"fixed_point"``."""
+    head, loss, _ = code.message.partition(" An inner loss with")
+    if not loss or kind != "fixed_point":
+        return code.message
+    return (
+        f"{head} The derivative of a map is seldom symmetric: use hf.GMRES() or hf.BiCGStab(), "
+        f"and where the system has no solution, LeastSquares"
+    )
+
+
 def code_where(mask: Tensor, code: RESULTS | Tensor, other: RESULTS | Tensor) -> Tensor:
     """A code where the mask holds, else the other one; either may be a tensor of codes."""
     codes: list[Any] = [int(c) if isinstance(c, RESULTS) else c for c in (code, other)]
