@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from hyperfunc._compile.compiler import Compiler, check_backend
 from hyperfunc._engine import trees
-from hyperfunc._engine.checks import check_count
+from hyperfunc._engine.checks import check_callable, check_count
 from hyperfunc._engine.results import SolveStats
 from hyperfunc._engine.shown import show
 from hyperfunc._torch import autodiff, derivative_rules, tracking
@@ -29,7 +29,13 @@ from hyperfunc.fixed_point_solvers._base import (
 from hyperfunc.inner_solvers import iterate
 from hyperfunc.iterative import Reverse, ReverseUnroll
 from hyperfunc.iterative._segment import RngAutocastState
-from hyperfunc.linear_solvers import GMRES, AbstractLinearSolver
+from hyperfunc.linear_solvers import (
+    GMRES,
+    AbstractLinearSolver,
+    Auto,
+    BiCGStab,
+    PipelinedCG,
+)
 from hyperfunc.modules import FunctionalModule
 from hyperfunc.transforms._hypergrad import implicit_diff, make_differentiable
 from hyperfunc.transforms._methods import resolve_method
@@ -71,7 +77,8 @@ class EquilibriumLayer(nn.Module):
             state is a sample with a stop of its own, ``batch_dim=0``.
         method: how it is differentiated. A linear solver applies the implicit rule; by default
             `GMRES`, as :math:`I - \partial \mathrm{cell} / \partial z` is not symmetric and the
-            cell need not be a contraction. ``hf.FixedPoint()`` keeps fewer vectors where it is;
+            cell need not be a contraction, and with ``compile`` `BiCGStab`, as `GMRES` with a
+            tolerance does not compile. ``hf.FixedPoint()`` keeps fewer vectors where it is;
             ``hf.OneStep()`` is the Jacobian-free gradient. ``hf.Reverse(last=K)`` takes K further
             steps of the cell from the solution and differentiates these ("phantom gradient");
             ``hf.ReverseUnroll()`` differentiates every step of the solver, and holds their graphs.
@@ -86,9 +93,14 @@ class EquilibriumLayer(nn.Module):
         on_backward: called with the `SolveStats` of the backward pass, as ``history.append``.
         compile: whether to compile the solve and the backward pass, as by the ``compile`` of
             `hyperfunc.hypergrad`: as loops that stop by themselves. Takes a ``method`` that
-            compiles, such as ``hf.BiCGStab()`` or ``hf.FixedPoint()``, not `GMRES`, and a cell that
-            draws no random numbers. ``return_trace``, ``at_steps``, second derivatives and those of
-            torch.func run uncompiled.
+            compiles, such as ``hf.BiCGStab()``, then the default, ``hf.NormalCG()`` or
+            ``hf.FixedPoint()``; and a cell that draws no random numbers. ``return_trace``,
+            ``at_steps``, second derivatives and those of torch.func run uncompiled.
+
+    Raises:
+        TypeError: a setting of another kind.
+        ValueError: a ``method`` that replays the steps of `hyperfunc.iterate`; with ``compile`` one
+            that does not compile: `GMRES`, `PipelinedCG` or `Auto` with a tolerance.
 
     Example:
         >>> class Cell(torch.nn.Module):
@@ -118,7 +130,7 @@ class EquilibriumLayer(nn.Module):
         self,
         cell: nn.Module,
         solver: AbstractFixedPointSolver = Anderson(maxiter=200, batch_dim=0),
-        method: Any = GMRES(),
+        method: Any = None,
         *,
         init: Callable[..., TensorTree] | None = None,
         throw: bool | None = None,
@@ -129,7 +141,8 @@ class EquilibriumLayer(nn.Module):
         super().__init__()
         self.backend = check_backend(compile)
         self._compilers: dict[Any, tuple[Compiler, Compiler]] = {}
-        self.solver, self.method, self.init = solver, method, init
+        default = GMRES() if self.backend is None else BiCGStab()
+        self.solver, self.method, self.init = solver, default if method is None else method, init
         self.throw, self.throw_backward, self.on_backward = throw, throw_backward, on_backward
         self.cell = cell
         self.training = cell.training
@@ -140,7 +153,9 @@ class EquilibriumLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "method":
-            value = _check_method(value)
+            value = _check_method(value, compiles=self.backend is not None)
+        if name in _SIGNATURES and value is not None:
+            check_callable(value, f"EquilibriumLayer: {name}", _SIGNATURES[name])
         kind, expected = _EXPECTED.get(name, (object, ""))
         if not isinstance(value, kind):
             raise TypeError(f"EquilibriumLayer: {name} is {show(value)}; expected {expected}")
@@ -212,7 +227,8 @@ class EquilibriumLayer(nn.Module):
         rng = None
         if not recorded and self.backend is None:
             rng = RngAutocastState.capture(trees.flatten((state, weights, inputs))[0])
-        cell = _Cell(apply, device_type, dtype, rng)
+        zeros = init is None and self.init is None
+        cell = _Cell(apply, device_type, dtype, rng, zeros)
         # what the backward pass needs must not change when the buffers are updated
         args = ({name: buffer.clone() for name, buffer in buffers.items()}, *inputs)
         solver = _reachable(self.solver, dtype, throw=False)
@@ -395,6 +411,7 @@ class _Cell:
     device_type: str
     dtype: torch.dtype | None
     rng: RngAutocastState | None
+    zeros: bool  # whether the state began as zeros like the first input
     draws: list[bool] = dataclasses.field(default_factory=list)  # whether it does, once called
 
     def __call__(
@@ -419,11 +436,19 @@ class _Cell:
     def _evaluate(
         self, state: TensorTree, hparams: TensorTree, buffers: dict[str, Tensor], /, *inputs: Any
     ) -> TensorTree:
-        weights, _ = hparams
-        if self.dtype is None:
-            return self.apply(weights, state, *inputs, buffers=buffers)
-        with torch.autocast(self.device_type, self.dtype):
-            output = self.apply(weights, state, *inputs, buffers=buffers)
+        on = self.dtype is not None
+        try:
+            with torch.autocast(self.device_type, self.dtype) if on else contextlib.nullcontext():
+                output = self.apply(hparams[0], state, *inputs, buffers=buffers)
+        except RuntimeError as error:
+            if not self.zeros or type(error) is not RuntimeError:
+                raise
+            raise RuntimeError(f"EquilibriumLayer: the cell says: {error}. {_ZEROS}") from error
+        if self.zeros and isinstance(output, Tensor) and output.shape != state.shape:
+            shapes = f"of shape {tuple(output.shape)} for a state of shape {tuple(state.shape)}"
+            raise ValueError(f"EquilibriumLayer: the cell returned a tensor {shapes}. {_ZEROS}")
+        if not on:
+            return output
         leaves, spec = trees.flatten(output)
         like, like_spec = trees.flatten(state)
         if spec != like_spec:
@@ -432,10 +457,18 @@ class _Cell:
         return trees.unflatten(spec, [leaf.to(ref.dtype) for leaf, ref in pairs])
 
 
+_ZEROS = (
+    "The state began as zeros like the first input; if it is to have another shape, pass "
+    "init=lambda x: x.new_zeros(...)"
+)
 _SOLVER = "a fixed-point solver such as hf.fixed_point_solvers.Anderson(batch_dim=0)"
 _EXPECTED: dict[str, tuple[type[Any], str]] = {
     "cell": (nn.Module, "a torch.nn.Module with forward(state, *inputs) -> state"),
     "solver": (AbstractFixedPointSolver, _SOLVER),
+}
+_SIGNATURES = {
+    "init": "(*inputs) -> state",
+    "on_backward": "of the SolveStats; of a list history write history.append",
 }
 
 
@@ -448,8 +481,13 @@ def _detach(tree: TensorTree) -> TensorTree:
     return trees.unflatten(spec, tracking.detach(leaves))
 
 
-def _check_method(method: Any) -> Any:
+def _check_method(method: Any, compiles: bool) -> Any:
     method = resolve_method(method)
+    if compiles and (chooses := _that_chooses(method)):
+        raise ValueError(
+            f"EquilibriumLayer: compile takes no {chooses!r}, which chooses by values as it goes; "
+            f"expected a method that compiles: write method=hf.BiCGStab() or hf.NormalCG()"
+        )
     if isinstance(method, AbstractLinearSolver | ReverseUnroll) or (
         isinstance(method, Reverse) and method.last is not None
     ):
@@ -459,6 +497,16 @@ def _check_method(method: Any) -> Any:
         f"hf.iterate; expected a linear solver such as hf.GMRES(), hf.Reverse(last=K), which "
         f"differentiates K steps from the solution, or hf.ReverseUnroll()"
     )
+
+
+def _that_chooses(method: Any) -> Any:
+    """The linear solver, it or one within, that does not compile with its tolerances."""
+    if isinstance(method, GMRES | PipelinedCG | Auto):
+        return None if (method.rtol, method.atol) == (0, 0) else method
+    if not isinstance(method, AbstractLinearSolver):
+        return None
+    parts = (getattr(method, field.name) for field in dataclasses.fields(method))  # type: ignore[arg-type]
+    return next(filter(None, map(_that_chooses, parts)), None)
 
 
 def _snapshot(

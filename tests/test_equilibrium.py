@@ -795,6 +795,17 @@ class Nothing(nn.Module):
         return 0.5 * z + x
 
 
+class Wide(nn.Module):
+    """A cell whose state has another shape than its input; one number a row of input broadcasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = nn.Linear(N, N).double()
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(x + (z if z.shape[1] == 1 else self.state(z)))[:, :1].expand(-1, N)
+
+
 ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "cell": (
         lambda: hf.EquilibriumLayer(lambda z, x: z),  # type: ignore[arg-type]
@@ -815,6 +826,39 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: hf.EquilibriumLayer(Cell(), method="gmress"),
         ValueError,
         "unknown method 'gmress'. Did you mean 'gmres'",
+    ),
+    "method that chooses": (
+        lambda: hf.EquilibriumLayer(Cell(), method="gmres", compile=True),
+        ValueError,
+        r"compile takes no GMRES\(.*write method=hf\.BiCGStab\(\) or hf\.NormalCG\(\)",
+    ),
+    "method that chooses, later and within": (
+        lambda: setattr(
+            hf.EquilibriumLayer(Cell(), compile=True), "method", hf.Damped(hf.Auto(), 0.1)
+        ),
+        ValueError,
+        r"compile takes no Auto\(",
+    ),
+    "init": (
+        lambda: hf.EquilibriumLayer(Cell(), init=torch.zeros(1, N)),  # type: ignore[arg-type]
+        TypeError,
+        r"init is .* expected a function \(\*inputs\) -> state",
+    ),
+    "on_backward": (
+        lambda: hf.EquilibriumLayer(Cell(), on_backward=[]),  # type: ignore[arg-type]
+        TypeError,
+        r"on_backward is \[\] of type list; expected a function .* history\.append",
+    ),
+    "start": (
+        lambda: hf.EquilibriumLayer(Wide())(inputs()[:, :2]),
+        RuntimeError,
+        r"cannot be multiplied \(6x2 and 5x5\)\. The state began as zeros like the first input; .*"
+        r"init=lambda x: x\.new_zeros",
+    ),
+    "start that broadcasts": (
+        lambda: hf.EquilibriumLayer(Wide())(inputs()[:, :1]),
+        ValueError,
+        r"shape \(6, 5\) for a state of shape \(6, 1\)\. The state began as zeros",
     ),
     "no input": (lambda: hf.EquilibriumLayer(Cell())(), TypeError, "first input is missing"),
     "integers": (
@@ -860,3 +904,10 @@ def test_errors(name: str) -> None:
     call, kind, text = ERRORS[name]
     with pytest.raises(kind, match=text):
         call()
+
+
+def test_the_default_method_compiles() -> None:
+    assert isinstance(hf.EquilibriumLayer(Cell()).method, hf.GMRES)
+    assert isinstance(hf.EquilibriumLayer(Cell(), compile=True).method, hf.BiCGStab)
+    fixed = hf.GMRES(maxiter=4, rtol=0)
+    assert hf.EquilibriumLayer(Cell(), method=fixed, compile=True).method == fixed

@@ -136,7 +136,8 @@ class Solution(NamedTuple):
             `hyperfunc.Fallback`.
         error_bound: the `hyperfunc.HypergradBound` that ``error_bound=`` asked for.
         solver_aux: the second output of an inner solver with ``solver_has_aux=True``, detached,
-            numbers as tensors; for `hyperfunc.minimize` a `hyperfunc.SolverAux`.
+            numbers as tensors; for `hyperfunc.minimize` with ``has_aux`` or ``trace`` a
+            `hyperfunc.SolverAux`; ``()`` without.
 
     Example:
         >>> gradient = hf.hypergrad_and_solution(
@@ -176,6 +177,17 @@ class HypergradError(RuntimeError):
     """
 
     __module__ = "hyperfunc"  # the name that users catch it by
+
+
+def explain(code: RESULTS, kind: str) -> str:
+    """A code's message, with advice for a condition of some kind, such as ``"fixed_point"``."""
+    head, loss, _ = code.message.partition(" An inner loss with")
+    if not loss or kind != "fixed_point":
+        return code.message
+    return (
+        f"{head} The derivative of a map is seldom symmetric: use hf.GMRES() or hf.BiCGStab(), "
+        f"and where the system has no solution, LeastSquares"
+    )
 
 
 def code_where(mask: Tensor, code: RESULTS | Tensor, other: RESULTS | Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from hyperfunc._engine.results import (
     ChoiceStats,
     HypergradError,
     SolveStats,
+    explain,
     find_failure,
     of_tasks,
 )
@@ -247,7 +248,8 @@ class ImplicitProblem:
             useless = (result == int(RESULTS.nonfinite)) | (result == int(RESULTS.divergence))
             result = torch.where(useless, result, 0)
         if self.throw is not False:
-            raise_on_failure(SolveStats(*stats[:3])._replace(result=result), self.linear_solver)
+            found = SolveStats(*stats[:3])._replace(result=result)
+            raise_on_failure(found, self.linear_solver, self.condition.kind)
 
     def _tell(self, stats: SolveStats | ChoiceStats) -> None:
         """Tell of a solve whose statistics nobody sees."""
@@ -256,7 +258,8 @@ class ImplicitProblem:
             self.on_backward(SolveStats(*tracking.detach(found)))
         solver = self.linear_solver
         name = f"the linear solve with {solver!r} for a derivative"
-        warn_unless_converged(solver, found, name, lambda code: code.message)
+        kind = self.condition.kind
+        warn_unless_converged(solver, found, name, lambda code: explain(code, kind))
 
     @contextlib.contextmanager
     def explained(self, theta: Leaves) -> Iterator[None]:
@@ -556,12 +559,12 @@ def raise_unless_finite(leaves: Leaves, spec: trees.TreeSpec, name: str = "param
     raise HypergradError(message)
 
 
-def raise_on_failure(stats: SolveStats, linear_solver: AbstractLinearSolver) -> None:
+def raise_on_failure(stats: SolveStats, linear_solver: AbstractLinearSolver, kind: str) -> None:
     if failure := find_failure(stats.result):
         code, tasks = failure
         raise HypergradError(
             f"the linear solve with {linear_solver!r} failed{tasks}: "
-            f"{code.message}. Pass throw=False to get the result codes instead"
+            f"{explain(code, kind)}. Pass throw=False to get the result codes instead"
         )
 
 

@@ -264,7 +264,7 @@ class Hypergradient:
         if batching.any_true(stats.result == UNFINISHED):
             return self._differentiate(problem, w, theta, start)
         if self.rule.throw:
-            raise_on_failure(stats, self.rule.method)
+            raise_on_failure(stats, self.rule.method, problem.condition.kind)
         return value, aux, u, stats, grads
 
     def _bound_error(self, problem: ImplicitProblem, w: Leaves, theta: Leaves, u: Leaves) -> Any:

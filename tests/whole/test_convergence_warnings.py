@@ -162,6 +162,13 @@ def test_a_layer_has_a_switch_for_each_direction() -> None:
         else:
             with pytest.raises(hf.HypergradError, match="the residual grew"):
                 layer(rows).sum().backward()
+    # that of a map is told of maps, not of inner losses
+    scales = torch.tensor([-0.5, 2.0], dtype=F64)  # so that I - J is indefinite
+    layer = hf.EquilibriumLayer(Wrapped(lambda z, x: scales * z + x), method="cg")
+    rows = torch.ones(1, 2, dtype=F64, requires_grad=True)
+    (warning,) = caught(lambda: layer(rows).sum().backward())
+    assert "use hf.GMRES() or hf.BiCGStab()" in str(warning.message)
+    assert "inner loss" not in str(warning.message)
     # nor are values that are not finite
     nan = hf.EquilibriumLayer(Wrapped(lambda z, x: z * torch.nan))
     with pytest.raises(hf.HypergradError, match="non-finite"):
