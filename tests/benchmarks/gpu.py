@@ -146,7 +146,8 @@ def run_child(job: str, device: str, limit: float) -> list[Row]:
 def child(job: str, device: str) -> None:
     """Run a job in this process: a line of JSON for what is planned, and for each row."""
     warnings.simplefilter("ignore")
-    torch.backends.cudnn.allow_tf32 = False
+    if device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
     steps = STEPS.get(job, measured)(job, device)
     names = [name for name, _ in steps]
     print(json.dumps({"entries": names}), flush=True)

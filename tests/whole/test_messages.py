@@ -100,6 +100,7 @@ def test_no_message_prints_entries() -> None:
 def test_no_repr_prints_entries() -> None:
     partial = functools.partial(loss, SECRET)
     steps = {"init": loss, "inputs": torch.stack([SECRET])}
+    mapped = lambda w, h, batch: loss(w, h)  # noqa: E731
     for made in (
         hf.optim.clip_grad_norm(hf.optim.sgd(SECRET), SECRET[0]),
         hf.optim.per_step(SECRET),
@@ -108,8 +109,8 @@ def test_no_repr_prints_entries() -> None:
         hf.proximal(loss, SECRET[0], center=SECRET),
         hf.gradient_descent_map(loss, SECRET),
         hf.ErrorBound(contraction=SECRET[0] / 1e4),
-        hf.minimize(loss, hf.optim.adam(SECRET), 1, **steps),
-        hf.hypergrad(hf.iterate(loss, 1, **steps), loss, method="reverse"),
+        hf.minimize(mapped, hf.optim.adam(SECRET), 1, **steps),
+        hf.hypergrad(hf.iterate(mapped, 1, **steps), loss, method="reverse"),
         hf.bilevel.soba(loss, loss, inner_lr=SECRET[0], outer_lr=0.1),
     ):
         assert "1234" not in repr(made), repr(made)
