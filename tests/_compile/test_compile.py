@@ -143,7 +143,7 @@ def test_what_nothing_uses_is_not_kept() -> None:
     found = []
     for backend in (BACKEND, False):
         sgd = hf.optim.sgd(0.1)
-        solver = hf.minimize(softsign, sgd, 3, init=lambda h, x: torch.ones_like(x))
+        solver = hf.minimize(softsign, sgd, 6, init=lambda h, x: torch.ones_like(x))
         found.append(hf.hypergrad(solver, softsign, method="reverse_unroll", compile=backend)(h, x))
     close(*found)
 
