@@ -21,6 +21,9 @@ Solve = TypeVar("Solve", bound=Callable[..., Any])
 _LEAST, _MOST = 2.0**-80, 2.0**80  # of the squared norm, within which nothing is done
 _SMALL, _LARGE = 2.0**-75, 2.0**84  # the units outside of that, powers of two
 
+_NORMAL = 2.0**-126  # a solution below has lost digits, or all
+_FOR_SQUARES = 2.0**60
+
 
 def in_units(solve: Solve) -> Solve:
     """A method ``(operator, b, x0)`` that solves in other units where squares are no numbers."""
@@ -33,9 +36,15 @@ def in_units(solve: Solve) -> Solve:
         if unit is None:
             return solve(self, operator, b, x0)  # type: ignore[no-any-return]
         start = None if x0 is None else trees.scale(1 / unit, x0)
-        x, stats = solve(self, operator, trees.scale(1 / unit, b), start)
-        x = trees.scale(unit, x)
-        result = code_where(trees.all_finite(x), stats.result, RESULTS.nonfinite)
+        scaled_x, stats = solve(self, operator, trees.scale(1 / unit, b), start)
+        x = trees.scale(unit, scaled_x)
+        size = trees.scale(_FOR_SQUARES, scaled_x)
+        squares = trees.dot(size, size)
+        lost = (squares > 0) & (squares < (_NORMAL * _FOR_SQUARES / unit) ** 2)
+        result = code_where(
+            lost & (stats.result == RESULTS.success), RESULTS.stagnation, stats.result
+        )
+        result = code_where(trees.all_finite(x), result, RESULTS.nonfinite)
         return x, stats._replace(residual_norm=unit * stats.residual_norm, result=result)
 
     return cast(Solve, scaled)

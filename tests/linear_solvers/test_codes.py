@@ -194,6 +194,14 @@ def test_least_squares_neither_overflow_nor_underflow() -> None:
         torch.testing.assert_close(A.mT @ (b - A @ x), 0 * x, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("solver", [hf.CG(), hf.Dense(), hf.GMRES()])
+def test_a_solution_too_small_for_float32_is_no_success(solver: Any) -> None:
+    A, b = torch.tensor([[2.0, 0.5], [0.5, 1.0]]), (torch.tensor([1e-25, 2e-25]),)
+    for size, code in ((1.0, True), (1e10, True), (1e30, False)):
+        _, stats = solver.solve(LinearOperator.from_matrix(size * A), b)
+        assert (int(stats.result) == hf.RESULTS.success) is code
+
+
 def test_derivatives_of_any_size_are_solved_for() -> None:
     """In float32 the squares of 1e-25 and 1e20 are zero and Inf, which no residual shows."""
     A = torch.tensor([[2.0, 1.0, 0.5], [0.0, 3.0, 1.0], [1.0, 0.0, 4.0]])
