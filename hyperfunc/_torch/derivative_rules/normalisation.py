@@ -49,7 +49,8 @@ def rms_norm(
         return TORCHS_OWN
     x = widened(input)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    y = x * (x.square().mean(dims, keepdim=True) + eps).rsqrt()
+    square = (x * x).sum(dims, keepdim=True) / math.prod(normalized_shape)
+    y = x * (square + eps).rsqrt()
     return narrowed(
         _affine(y, weight, None), input, stays_wide_in_autocast=input.device.type != "cpu"
     )
@@ -201,11 +202,12 @@ class _Statistics:
 def _standardised(
     x: Tensor, dims: tuple[int, ...], eps: float, statistics: _Statistics | None = None
 ) -> Tensor:
-    mean = x.mean(dims, keepdim=True)
+    count = math.prod([x.shape[i] for i in dims])
+    mean = x.sum(dims, keepdim=True) / count  # of x.mean() each gradient divides a whole tensor
     centred = x - mean
-    var = (centred * centred).mean(dims, keepdim=True)  # torch.var_mean is ten times as slow
+    var = (centred * centred).sum(dims, keepdim=True) / count  # var_mean is ten times as slow
     if statistics is not None:
-        statistics.update(mean, var, math.prod([x.shape[i] for i in dims]))
+        statistics.update(mean, var, count)
     return centred * (var + eps).rsqrt()
 
 
