@@ -51,8 +51,10 @@ class RESULTS(enum.IntEnum):
         "(CG needs a symmetric positive definite one and Nystrom a symmetric one; NormalCG, GMRES "
         "and Dense need an invertible one, or a system with a solution, on which BiCGStab may "
         "break down all the same). An inner loss with negative curvature at these params is no "
-        'minimum: train on, or use GMRES, CG(negative_curvature="stop") or Damped; and where the '
-        "system has no solution, LeastSquares",
+        "minimum: take more inner steps; or write inner_loss as composed(model, loss), whose "
+        "curvature is never negative (with hf.proximal: proximal(composed(model, loss), weight)); "
+        'or use Damped, GMRES or CG(negative_curvature="stop"); and where the system has no '
+        "solution, LeastSquares",
     )
     nonfinite = 3, "non-finite values (NaN or Inf) appeared"
     divergence = (
