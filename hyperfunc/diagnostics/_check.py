@@ -486,6 +486,8 @@ class _Search:
             found.add(self._unsolved_because(method, facts, self.at))
         if not self._satisfied(facts, self.at):
             found |= self._unsatisfied_because(facts)
+        elif not found and _is_unsolved(facts):
+            found = self._unsatisfied_because(facts)
         return found or {"condition_mismatch"}
 
     def _solved(self) -> bool:
@@ -509,8 +511,7 @@ class _Search:
 
     def _satisfied(self, facts: Diagnosis, at: _ConditionAtParams) -> bool:
         """Whether a Newton step on the condition leaves the hypergradient as it is."""
-        norm, noise = facts.residual
-        if bool(norm <= 10 * noise):
+        if not _is_unsolved(facts):
             return True
         here = self.report.by_dense
         if not isinstance(here, Tensor):
@@ -523,14 +524,27 @@ class _Search:
         return _along(self.problem.hypergrad(at.exact, params)[0], self.directions)
 
     def _unsatisfied_because(self, facts: Diagnosis) -> set[str]:
-        """By whether more steps help a solver that can take them; otherwise both causes."""
+        """By whether more steps help a solver that can take them; otherwise both causes.
+
+        A solver that minimises the very loss that is stated has not converged as long as it moves.
+        """
         solver, problem = self.problem.inner_solver, self.problem
         if not isinstance(solver, IterativeSolver) or solver.inputs is not None:
             return {"solver_not_converged", "condition_mismatch"}
         longer = dataclasses.replace(solver, num_steps=4 * solver.num_steps + 4, rtol=0.0, atol=0.0)
-        bound, w, theta = _bind(problem, longer(problem.hparams, *problem.args))
-        helped = bool(trees.norm(bound.residual_at(w, theta)) < facts.residual.value / 2)
+        output = longer(problem.hparams, *problem.args)
+        bound, w, theta = _bind(problem, output[0] if solver.has_aux else output)
+        helped = bool(trees.norm(bound.residual_at(w, theta)) < 0.9 * facts.residual.value)
+        if not helped and solver.condition == (bound.condition.kind, bound.condition.fn):
+            moved = float(trees.norm(trees.sub(w, self.w)))
+            helped = not moved <= 1e-6 * float(trees.norm(w))  # nor NaN
         return {"solver_not_converged" if helped else "condition_mismatch"}
+
+
+def _is_unsolved(facts: Diagnosis) -> bool:
+    """Whether the residual is more than rounding."""
+    norm, noise = facts.residual
+    return not bool(norm <= 10 * noise)
 
 
 def _assumption_broken(method: Any, facts: Diagnosis, at: _ConditionAtParams) -> bool:

@@ -52,8 +52,10 @@ ADVICE = {
         "hf.task_map(fn, in_dims, chunk_size=1)"
     ),
     "inconclusive": (
-        "the finite differences are too noisy to judge by. Is the inner solver random, or stopped "
-        "by a loose tolerance? Use float64, fix its number of steps, or pass a larger rtol"
+        "the finite differences are too noisy to judge by. Is the inner solver random (dropout, "
+        "minibatches)? Then call torch.manual_seed(0) first in it, so that each run draws the "
+        "same. Or is it stopped by a loose tolerance? Then fix its number of steps. Otherwise use "
+        "float64, or pass a larger rtol"
     ),
 }
 

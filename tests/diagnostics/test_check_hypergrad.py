@@ -45,9 +45,9 @@ def rotation_solution(reg: Tensor) -> Tensor:
     return torch.linalg.solve(torch.eye(4, dtype=F64) - J.double(), reg.sin())
 
 
-def descent(num_steps: int, fn: Callable[..., Tensor] = loss) -> Any:
+def descent(num_steps: int, fn: Callable[..., Tensor] = loss, lr: float = 0.5) -> Any:
     return hf.minimize(
-        fn, hf.optim.sgd(lr=0.5), num_steps, init=lambda reg: torch.zeros(4, dtype=F64)
+        fn, hf.optim.sgd(lr=lr), num_steps, init=lambda reg: torch.zeros(4, dtype=F64)
     )
 
 
@@ -197,6 +197,15 @@ class Broken:
 
 BROKEN = [
     Broken("five steps of descent", {"solver_not_converged"}, solver=descent(5), text="more steps"),
+    Broken(  # the hypergradient by the formula is the same at all params
+        "three steps and a linear outer loss",
+        {"solver_not_converged"},
+        solver=descent(3),
+        outer_loss=lambda w, reg: w.sum(),
+        text="more steps",
+    ),
+    Broken("three steps that barely move", {"solver_not_converged"}, solver=descent(3, lr=1e-5)),
+    Broken("steps that diverge", {"solver_not_converged"}, solver=descent(10, lr=9.0)),
     Broken(
         "descent on another loss",
         {"condition_mismatch"},
