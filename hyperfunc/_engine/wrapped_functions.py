@@ -15,7 +15,8 @@ from hyperfunc._engine.shown import show
 class Wrapped:
     """A callable with the name and doc of a function, which pickles as its parts do.
 
-    What stands under that name, as after decoration, pickles as the name.
+    What stands under that name, as after decoration, pickles as the name; but in ``__main__``,
+    which is another module in another process, cloudpickle takes functions by value, and so these.
     """
 
     __wrapped__: Callable[..., Any]
@@ -25,7 +26,11 @@ class Wrapped:
         functools.update_wrapper(wrapper, fn, updated=())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        found: Any = sys.modules.get(getattr(self, "__module__", ""))
+        module = getattr(self, "__module__", "")
+        pickler = sys._getframe(1).f_globals.get("__name__", "")
+        if module == "__main__" and pickler.endswith("cloudpickle"):
+            return super().__reduce_ex__(protocol)
+        found: Any = sys.modules.get(module)
         for part in getattr(self, "__qualname__", "").split("."):
             found = getattr(found, part, None)
         return self.__qualname__ if found is self else super().__reduce_ex__(protocol)

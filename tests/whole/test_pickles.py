@@ -3,12 +3,16 @@
 import copy
 import importlib
 import inspect
+import os
 import pickle
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import optree
 import pytest
 import torch
@@ -521,6 +525,31 @@ def test_decorated_functions_are_pickled_by_name() -> None:
     for fn in unnamed:
         with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
             pickle.dumps(fn)
+
+
+SCRIPT = """
+import cloudpickle, hyperfunc as hf, sys
+@hf.hypergrad(outer_loss=lambda w, h: (w**2).sum(), inner_loss=lambda w, h: ((w - h) ** 2).sum())
+@hf.from_numpy
+def solve(h):
+    return h + 0.0
+cloudpickle.dump(solve, sys.stdout.buffer)
+"""
+
+
+def test_a_script_sends_its_decorated_functions_to_other_processes(tmp_path: Path) -> None:
+    """As joblib does, with which scikit-learn runs folds side by side."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(Path(hf.__file__).parents[1])}
+    run = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        check=True,
+    )
+    solve = cloudpickle.loads(run.stdout)
+    assert torch.allclose(solve(torch.ones(2)), 2 * torch.ones(2))
 
 
 def test_wrapped_functions_are_functions_still() -> None:
