@@ -41,6 +41,8 @@ Variable: TypeAlias = Literal["inner", "adjoint", "outer"]
 """What a loop steps on, as its settings call it: params, adjoint (or second params), hparams."""
 
 _PLACES = {"inner": ("w", "params"), "adjoint": ("u", "adjoint"), "outer": ("h", "hparams")}
+_CURVATURE = "Stay below 2 / the largest curvature of the inner loss, eig_max of hf.diagnose"
+_SIZES = {"inner": _CURVATURE, "adjoint": _CURVATURE, "outer": "Raise it as long as the loss falls"}
 BOTH = ("inner_loss", "outer_loss")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -556,7 +558,7 @@ def _resolved(method: Method) -> dict[str, Any]:
             else (f", or {key}_optimizer=hf.optim.adam(1e-3)")
         )
         raise TypeError(
-            f"{name}: no step for the {what} was given; expected {key}_lr=0.1 or another step "
-            f"size{also}"
+            f"{name}: no step for the {what} was given; expected {key}_lr=, a step size{also}. "
+            f"{_SIZES[key]}"
         )
     return rules

@@ -484,10 +484,8 @@ class _Search:
         assert isinstance(facts, Diagnosis)
         if not self._solved():
             found.add(self._unsolved_because(method, facts, self.at))
-        if not self._satisfied(facts, self.at):
+        if not self._satisfied(facts, self.at) or (_is_unsolved(facts) and not found):
             found |= self._unsatisfied_because(facts)
-        elif not found and _is_unsolved(facts):
-            found = self._unsatisfied_because(facts)
         return found or {"condition_mismatch"}
 
     def _solved(self) -> bool:
@@ -532,8 +530,7 @@ class _Search:
         if not isinstance(solver, IterativeSolver) or solver.inputs is not None:
             return {"solver_not_converged", "condition_mismatch"}
         longer = dataclasses.replace(solver, num_steps=4 * solver.num_steps + 4, rtol=0.0, atol=0.0)
-        output = longer(problem.hparams, *problem.args)
-        bound, w, theta = _bind(problem, output[0] if solver.has_aux else output)
+        bound, w, theta = _bind(problem, longer(problem.hparams, *problem.args))
         helped = bool(trees.norm(bound.residual_at(w, theta)) < 0.9 * facts.residual.value)
         if not helped and solver.condition == (bound.condition.kind, bound.condition.fn):
             moved = float(trees.norm(trees.sub(w, self.w)))

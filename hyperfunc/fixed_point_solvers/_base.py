@@ -219,7 +219,7 @@ def raise_unless_solved(
     if failure is not None:
         code, samples = failure
         raise HypergradError(
-            f"the fixed-point solve with {solver!r} failed{samples}: {_ADVICE[code]}. "
+            f"the fixed-point solve with {solver!r} failed{samples}: {_advice(solver, code)}. "
             f"Pass throw=False to get the best iterates and the result codes instead"
         )
 
@@ -227,16 +227,21 @@ def raise_unless_solved(
 def warn_unless_solved(solver: AbstractFixedPointSolver, stats: SolveStats) -> None:
     """Warn of a solve whose statistics nobody sees, unless it was a success."""
     name = f"the fixed-point solve with {solver!r}"
-    warn_unless_converged(solver, stats, name, lambda code: f"{_ADVICE[code]}.", "samples")
+    warn_unless_converged(solver, stats, name, lambda code: f"{_advice(solver, code)}.", "samples")
+
+
+def _advice(solver: AbstractFixedPointSolver, code: RESULTS) -> str:
+    names = (name for name in ("Anderson", "Broyden", "Newton") if name != type(solver).__name__)
+    return _ADVICE[code].format(others=", ".join(names))
 
 
 _ADVICE = {
     RESULTS.max_steps: "the tolerance was not reached. Raise maxiter or rtol, start closer, or "
-    "take a solver that needs fewer steps (Anderson, Broyden, Newton)",
+    "take a solver that needs fewer steps ({others})",
     RESULTS.nonfinite: "non-finite values (NaN or Inf) appeared. Check the start and the inputs, "
     "or bound the map",
     RESULTS.divergence: "the residual grew instead of shrinking: the map is no contraction there. "
-    "Take Anderson, Broyden or Newton, start closer, or bound the map's Lipschitz constant "
+    "Take another solver ({others}), start closer, or bound the map's Lipschitz constant "
     "(torch.nn.utils.parametrizations.spectral_norm)",
 }
 
