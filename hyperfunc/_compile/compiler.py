@@ -77,7 +77,7 @@ class Backend:
             for node in part.graph.nodes:  # fake tensors of many modes, which inductor mistakes
                 node.meta.pop("val", None)
         fakes = FakeTensorMode(shape_env=ShapeEnv())  # without an environment nothing is cached
-        example: Any = [fakes.from_tensor(leaf, static_shapes=True) for leaf in operands]
+        example: Any = [fakes.from_tensor(_like(leaf), static_shapes=True) for leaf in operands]
         options = {} if any(map(_scatters, _parts(graph))) else dict(_OPTIONS)
         if loops.supported():
             options["cpp_wrapper"] = not loops.may_be_empty(graph)
@@ -253,6 +253,11 @@ class Compiler:
             f"largest entry is {found.size:.1e}, more than perturbed arguments explain. Leave "
             f"compile out, or name another backend"
         )
+
+
+def _like(leaf: Tensor) -> Tensor:
+    """A tensor like one, in memory of its own: loops refuse operands that share theirs."""
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
 
 
 def _scatters(part: torch.fx.GraphModule) -> bool:

@@ -104,13 +104,14 @@ def while_loop(
         if found == orders:
             break
         orders = found
-    with internals.outside_all():
+    with internals.outside_all(), torch.no_grad():  # with a gradient it stacks all states
         count, *end = _operator()(*graphs, start, captured)
     return lift(tuple(end)), count
 
 
 def sink_views(graph: GraphModule) -> None:
     """Take views of the operands of loops inside of them, as no two operands may share memory."""
+    _merge_constants(graph)
     for node in list(graph.graph.nodes):
         if node.target is not _operator():
             continue
@@ -125,6 +126,26 @@ def sink_views(graph: GraphModule) -> None:
     for _, part in graph.named_children():
         if isinstance(part, GraphModule):
             sink_views(part)
+
+
+def _merge_constants(graph: GraphModule) -> None:
+    """Read each constant once, and a copy of one that shares memory with another."""
+    read: dict[int, Node] = {}
+    memory: set[int] = set()
+    for node, tensor in _constants(graph):
+        if id(tensor) in read:
+            node.replace_all_uses_with(read[id(tensor)])
+            graph.graph.erase_node(node)
+            continue
+        read[id(tensor)] = node
+        place = tensor.untyped_storage().data_ptr()
+        if place in memory:
+            with graph.graph.inserting_after(node):
+                copy = graph.graph.call_function(torch.ops.aten.clone.default, (node,))
+            node.replace_all_uses_with(copy)
+            copy.args = (node,)
+            read[id(tensor)] = copy
+        memory.add(place)
 
 
 def has_loops(graph: GraphModule) -> bool:

@@ -418,3 +418,37 @@ def hf_backend() -> Any:
     from hyperfunc._compile.compiler import check_backend
 
     return check_backend(True)
+
+
+SHARED = {
+    "cg": hf.CG(),
+    "few": hf.CG(maxiter=3, rtol=0),
+    "normal_cg": "normal_cg",
+    "reverse": "reverse",
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("name", slow_but("cg", of=SHARED))
+def test_inductor_takes_data_that_share_memory(name: str) -> None:
+    """Losses close over data twice, over views of them, and get them in args too."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(12, 3, generator=generator, dtype=F64)
+    y, turned = X[:, 0].gt(0).to(F64), X.mT
+
+    def inner(w: Tensor, h: Tensor, Z: Tensor, Z_again: Tensor) -> Tensor:
+        fit = torch.nn.functional.binary_cross_entropy_with_logits(X @ w, y)
+        more = (turned @ Z @ w - w).square().mean() + (Z_again[:4] @ w).cos().mean()
+        return fit + 0.1 * more + (h.exp() * w**2).sum()
+
+    def outer(w: Tensor, h: Tensor, Z: Tensor, Z_again: Tensor) -> Tensor:
+        return (Z[:6] @ w - y[:6]).square().sum()
+
+    sgd = hf.optim.sgd(lr=0.05)
+    solver = hf.minimize(inner, sgd, 150, init=lambda h, *data: torch.zeros(3, dtype=F64))
+    plain, compiled = (
+        hf.hypergrad(solver, outer, method=SHARED[name], compile=compile)(h, X, X)
+        for compile in (False, True)
+        for h in [torch.zeros(3, dtype=F64)]
+    )
+    close(compiled, plain)
