@@ -96,6 +96,8 @@ def while_loop(
         return (count + 1, *(_laid_out(*pair) for pair in zip(new, leaves, strict=True)))
 
     device = state[0].device if state else torch.device("cpu")
+    if isinstance(most, int) and most < 1:
+        return state, torch.zeros((), dtype=torch.int64, device=device)
     for _ in range(2):  # in the layout that the step gives, which so need not copy what it gives
         found: list[tuple[int, ...]] = []
         first = (_copy(leaf, order) for leaf, order in zip(lower(state), orders, strict=True))
