@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_count, check_number
 from hyperfunc.fixed_point_solvers._base import (
     AbstractFixedPointSolver,
@@ -73,7 +74,9 @@ class Anderson(AbstractFixedPointSolver):
         return Iteration(problem.evaluate, self._start, self._step, self.memory)
 
     def _start(self, point: Point) -> _Memory:
-        window = Window.empty(point.residual, room(point.z, self.memory))
+        # rows that can be written to need not be copied to make room for more
+        few = min(self.memory, 8) if trees.may_overwrite((point.z, point.value)) else 0
+        window = Window.empty(point.residual, room(point.z, self.memory) or few)
         return _Memory(point.residual, self._plain(point), window)
 
     def _step(

@@ -482,5 +482,8 @@ def _norms(rows: Tensor) -> Tensor:
 
 
 def _select(mask: Tensor, a: Point, b: Point) -> Point:
+    """The first point for the samples of a mask, the second for the others."""
+    if trees.can_read((mask,)) and (mask == mask[:1]).all():  # most often
+        return a if mask[:1].all() else b
     masks = mask[:, None], mask[:, None], mask
     return Point(*(torch.where(*parts) for parts in zip(masks, a, b, strict=True)))

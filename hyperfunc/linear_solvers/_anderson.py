@@ -108,8 +108,9 @@ class Window(NamedTuple):
     def empty(like: Tensor, room: int = 0) -> Window:
         """A window for vectors in the last dimension, with room for so many rows."""
         *lead, size = like.shape
-        rows, square = like.new_zeros(*lead, room, size), like.new_zeros(*lead, room, room)
-        return Window(rows, rows, square, square.new_zeros(*lead, room, 1) > 0)
+        shapes = [(*lead, room, n) for n in (size, size, room, 1)]
+        units, steps, gram, alive = map(like.new_zeros, shapes)  # each may be written to
+        return Window(units, steps, gram, alive > 0)
 
     def put(self, f_step: Tensor, g_step: Tensor, slot: Any, active: Tensor | bool) -> Window:
         """The window with a row in a slot; this one, which may be overwritten, is gone then."""
