@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from hyperfunc._compile.compiler import Compiler, check_backend
 from hyperfunc._engine import trees
-from hyperfunc._engine.checks import check_callable, check_count
+from hyperfunc._engine.checks import check_callable, check_count, check_flags
 from hyperfunc._engine.results import SolveStats
 from hyperfunc._engine.shown import show
 from hyperfunc._torch import autodiff, derivative_rules, tracking
@@ -139,6 +139,8 @@ class EquilibriumLayer(nn.Module):
         compile: bool | str | Mapping[str, Any] = False,
     ) -> None:
         super().__init__()
+        flags = {"throw": throw, "throw_backward": throw_backward}
+        check_flags(self, **{name: flag is not None and flag for name, flag in flags.items()})
         self.backend = check_backend(compile)
         self._compilers: dict[Any, tuple[Compiler, Compiler]] = {}
         default = GMRES() if self.backend is None else BiCGStab()
@@ -203,6 +205,7 @@ class EquilibriumLayer(nn.Module):
             self._check_exportable()
         elif torch.compiler.is_compiling():  # loops that stop by values are no graph
             run = torch.compiler.disable(run)
+        check_flags(self, return_stats=return_stats, return_trace=return_trace)
         state, stats, trace, states = run(inputs, init, return_stats, return_trace, at_steps)
         further: tuple[Any, ...] = (stats,) if return_stats else ()
         further += ((trace,) if return_trace else ()) + ((states,) if at_steps else ())

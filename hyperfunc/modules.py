@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from hyperfunc._engine.checks import check_flags
 from hyperfunc._engine.shown import show
 from hyperfunc._engine.trees import check_like, flatten, flatten_floating
 from hyperfunc._torch import derivative_rules
@@ -116,6 +117,7 @@ def functional(
 
     Ioffe and Szegedy, "Batch normalization", 2015; Miyato et al., "Spectral normalization", 2018.
     """
+    check_flags("functional", include_frozen=include_frozen)
     _check_module(module)
     if buffers not in get_args(BufferMode):
         raise ValueError(
@@ -213,6 +215,7 @@ def assign_grads(
         >>> hparams["log_reg"]
         tensor([-0.1000, -0.1000])
     """
+    check_flags("assign_grads", add=add)
     if isinstance(tree_or_module, nn.Module) and not is_tensordict(tree_or_module):
         root = "module"
         tree, grads = _named_targets(tree_or_module, grads)

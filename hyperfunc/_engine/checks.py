@@ -83,6 +83,19 @@ def check_number(
     return value
 
 
+def check_flags(owner: object, **flags: Any) -> None:
+    """Raise unless each is True or False: a tensor is no setting, as it may differ by task."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            advice = ""
+            if isinstance(value, Tensor):
+                advice = f". Write {name}=bool(...), outside of any torch.func transform"
+            raise TypeError(
+                f"{_name(owner)}: {name} is {show(value)} of type {type(value).__name__}; "
+                f"expected True or False{advice}"
+            )
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a Python number, which a bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.checks import check_count, check_number
+from hyperfunc._engine.checks import check_count, check_flags, check_number
 from hyperfunc._engine.flat import split
 from hyperfunc._engine.shown import show, show_fields
 from hyperfunc._rule.conditions import BoundCondition
@@ -105,6 +105,7 @@ class ErrorBound:
                 "for a fixed-point map, the second for an inner loss or optimality function"
             )
         check_count(self, "num_steps", self.num_steps)
+        check_flags(self, sharpen=self.sharpen)
 
     def check(self, kind: str) -> None:
         """Raise if the constant that is given is not the one that a kind of condition has."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyperfunc._compile.compiler import Compiler, check_backend
 from hyperfunc._engine import loop, trees
-from hyperfunc._engine.checks import check_callable, check_count
+from hyperfunc._engine.checks import check_callable, check_count, check_flags
 from hyperfunc._engine.convergence import warn_unless_converged
 from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, code_where, find_failure
 from hyperfunc._engine.shown import show
@@ -43,6 +43,7 @@ class AbstractFixedPointSolver(abc.ABC):
 
     def __post_init__(self) -> None:
         check_stopping(self)
+        check_flags(self, throw=self.throw)
         if isinstance(self.batch_dim, bool) or not isinstance(self.batch_dim, int | None):
             expected = "expected an integer, or None for one problem"
             raise TypeError(
@@ -98,6 +99,7 @@ class AbstractFixedPointSolver(abc.ABC):
             if count in at_steps:
                 kept[count] = point.z
 
+        check_flags(self, return_trace=return_trace)
         watched = return_trace or at_steps
         iteration = self._iteration(problem)
         rows, stats = _solve(self, iteration, problem, observe if watched else None)
@@ -145,6 +147,7 @@ class AbstractFixedPointSolver(abc.ABC):
         """
         check_callable(fixed_point, "fixed_point", "(params, hparams, *args) -> tree like params")
         check_callable(init, "init", "(hparams, *args) -> params")
+        check_flags(self, has_aux=has_aux)
         backend = check_backend(compile)
         compiler = None
         if backend is not None:

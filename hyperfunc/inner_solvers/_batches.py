@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.checks import check_count
+from hyperfunc._engine.checks import check_count, check_flags
 from hyperfunc._types import TensorTree
 
 
@@ -121,6 +121,7 @@ def batch_indices(
     sizes = {"num_samples": num_samples, "batch_size": batch_size, "num_steps": num_steps}
     for name, value in sizes.items():
         check_count("batch_indices", name, value)
+    check_flags("batch_indices", shuffle=shuffle)
     if batch_size > num_samples:
         raise ValueError(
             f"batch_indices: batch_size is {batch_size}; expected at most num_samples = "

@@ -12,7 +12,7 @@ from torch import Tensor
 from hyperfunc import optim
 from hyperfunc._compile.compiler import Backend, Compiler, check_backend
 from hyperfunc._engine import loop, trees
-from hyperfunc._engine.checks import check_callable, check_count, check_number, takes
+from hyperfunc._engine.checks import check_callable, check_count, check_flags, check_number, takes
 from hyperfunc._engine.finite_differences import Products
 from hyperfunc._engine.flat import split
 from hyperfunc._engine.shown import show
@@ -258,6 +258,7 @@ def minimize(
     condition = ("inner_loss", inner_loss) if inputs is None else None
     if init_state is not None:
         check_callable(init_state, "minimize: init_state", "(hparams, *args) -> state")
+    check_flags("minimize", has_aux=has_aux, trace=trace)
     has_aux = has_aux or trace
     traced = num_steps if trace else None
     step = DescentStep(

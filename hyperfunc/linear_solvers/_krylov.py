@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
+from hyperfunc._engine.checks import check_flags
 from hyperfunc._engine.random_vectors import random_uniform
 from hyperfunc._engine.results import RESULTS, code_where
 from hyperfunc._engine.shown import show
@@ -89,6 +90,7 @@ class CG(PreconditionedSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flags(self, check_symmetry=self.check_symmetry)
         if self.negative_curvature not in ("raise", "stop"):
             raise ValueError(
                 f"CG: negative_curvature is {show(self.negative_curvature)}; "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hyperfunc._engine import trees
-from hyperfunc._engine.checks import check_number
+from hyperfunc._engine.checks import check_flags, check_number
 from hyperfunc._engine.random_vectors import random_uniform
 from hyperfunc._engine.results import RESULTS, ChoiceStats, SolveStats, code_where
 from hyperfunc._engine.shown import show
@@ -186,6 +186,7 @@ class Blockwise(AbstractLinearSolver):
 
     def __post_init__(self) -> None:
         check_solver(self, "solver", self.solver)
+        check_flags(self, check_blocks=self.check_blocks)
         if self.blocks not in get_args(Blocks):
             names = ", ".join(map(repr, get_args(Blocks)))
             raise ValueError(f"Blockwise: blocks is {show(self.blocks)}; expected one of {names}")

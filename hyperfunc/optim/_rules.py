@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperfunc._engine.checks import check_flags
 from hyperfunc._engine.shown import show
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import Coefficient, Optimizer, evaluate, is_zero
@@ -68,6 +69,7 @@ def sgd(
     References:
         Sutskever et al. On the importance of initialization and momentum in deep learning. 2013.
     """
+    check_flags("sgd", nesterov=nesterov, maximize=maximize)
     if nesterov and (is_zero(momentum) or not is_zero(dampening)):
         raise ValueError(
             f"sgd: nesterov=True needs momentum and no dampening; got momentum={show(momentum)}, "
@@ -222,6 +224,8 @@ def adam(
         Kingma, Ba. Adam: a method for stochastic optimization. ICLR 2015.
         Reddi, Kale, Kumar. On the convergence of Adam and beyond. ICLR 2018.
     """
+    flags = {"amsgrad": amsgrad, "maximize": maximize}
+    check_flags("adam", **flags, decoupled_weight_decay=decoupled_weight_decay)
     return _Adam(
         *(lr, _pair("adam", betas), eps, weight_decay, amsgrad, maximize, decoupled_weight_decay),
         slots=_adam_slots(amsgrad),
@@ -255,6 +259,7 @@ def adamw(
     References:
         Loshchilov, Hutter. Decoupled weight decay regularization. ICLR 2019.
     """
+    check_flags("adamw", amsgrad=amsgrad, maximize=maximize)
     return _AdamW(
         *(lr, _pair("adamw", betas), eps, weight_decay, amsgrad, maximize),
         slots=_adam_slots(amsgrad),
@@ -355,6 +360,7 @@ def rmsprop(
         Tieleman, Hinton. Lecture 6.5: rmsprop. Neural networks for machine learning, 2012.
         Graves. Generating sequences with recurrent neural networks. arXiv:1308.0850 (``centered``).
     """
+    check_flags("rmsprop", centered=centered, maximize=maximize)
     momenta = [] if is_zero(momentum) else ["momentum_buffer"]
     slots = ["square_avg", *momenta] + ["grad_avg"] * centered
     return _RMSprop(
@@ -434,6 +440,7 @@ def adagrad(
             "which sees no hparams. Pass a number or a tensor, or put the value into the state: "
             "state._replace(slots={'sum': ...})"
         )
+    check_flags("adagrad", maximize=maximize)
     return _Adagrad(
         *(lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize),
         slots={"sum": initial_accumulator_value},

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, overload
 
 from hyperfunc._compile.compiler import Backend, Compiler, check_backend
+from hyperfunc._engine.checks import check_flags
 from hyperfunc._engine.finite_differences import Products
 from hyperfunc._engine.results import Solution, SolveStats
 from hyperfunc._engine.shown import show
@@ -358,6 +359,7 @@ def implicit_diff(
     References:
         Blondel et al., Efficient and modular implicit differentiation, arXiv 2105.15183.
     """
+    check_flags("implicit_diff", has_aux=has_aux, throw=throw is not None and throw)
     method = resolve_method(method)
     if isinstance(method, StochasticAID) and method.outer_sampler is not None:
         raise ValueError(
@@ -395,6 +397,7 @@ def _transform(
             f"{name} got the keyword argument {next(iter(unknown))!r}, which it does not know; "
             f"expected some of {', '.join(inspect.signature(function).parameters)}"
         )
+    check_flags(name, has_aux=has_aux, throw=throw, solver_has_aux=solver_has_aux)
     method, backend = resolve_method(method), check_backend(compile)
     bound = _check_error_bound(error_bound, method)
     if outer_loss is None or not callable(outer_loss):
