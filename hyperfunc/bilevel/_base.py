@@ -31,8 +31,8 @@ from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.containers import loadable
 from hyperfunc._types import Leaves, Loss, TensorTree
+from hyperfunc.bilevel._unseen import tell_of_decays, tell_of_learned
 from hyperfunc.optim._base import Optimizer, Schedule, check_optimizer, skips_unused
-from hyperfunc.optim._decay import tell_of_decay
 
 StepSize: TypeAlias = float | Tensor | Callable[[Tensor], Any]
 """A number, a 0-d tensor, a function of the step that returns one, or an `optim.schedule`."""
@@ -155,6 +155,12 @@ class Method(PrintsAsCall):
     adjoint: ClassVar[Literal["steps", "series", "params", "restarted", ""]] = "steps"
     shares: ClassVar[bool] = True  # whether its step size is by default that of the params
     first_order: ClassVar[bool] = False  # whether first derivatives of the losses suffice
+    follows: ClassVar[str] = ""  # whose steps the direction of hparams is that of
+    unseen: ClassVar[str] = (
+        "but the direction of hparams is that of the minimum of inner_loss, whatever the steps to "
+        "it. To learn it, take hf.bilevel.sama or pzobo, or hf.minimize in hf.hypergrad with "
+        "method='reverse'"
+    )
 
     def __post_init__(self) -> None:
         check_products(self.products)
@@ -185,7 +191,6 @@ class Method(PrintsAsCall):
         w, h = (tuple(leaf.clone() for leaf in tracking.detach(leaves)) for leaves in (w, h))
         second = self.adjoint in ("params", "restarted")
         u = tuple(leaf.clone() for leaf in w) if second else trees.zeros_like(w)
-        self._tell_of_decay(params_spec, hparams)
         state = State(
             step=torch.zeros((), dtype=torch.int64),
             params=trees.unflatten(params_spec, w),
@@ -193,33 +198,15 @@ class Method(PrintsAsCall):
             hparams=trees.unflatten(hparams_spec, h),
             memory=(),
         )
-        return state._replace(
+        tell_of_decays(self, params_spec, hparams)
+        state = state._replace(
             optimizers={
                 key: rule.init(getattr(state, _PLACES[key][1]))
                 for key, rule in self.optimizers.items()
             }
         )
-
-    def _tell_of_decay(self, spec: trees.TreeSpec, hparams: TensorTree) -> None:
-        """Raise or warn if an optimiser decays params or adjoint, of which the losses know not."""
-        for key in ("inner", "adjoint"):
-            rule = self.steps.get(key)
-            if not isinstance(rule, Optimizer):
-                continue
-            what = f"{self.name}: the weight decay of {key}_optimizer"
-            remedy = "Leave it at 0 (hf.optim.adam in place of adamw)"
-            if (key, self.adjoint) == ("adjoint", "steps"):
-                text = f"{what} shifts the adjoint, and so the direction of hparams. {remedy}"
-                tell_of_decay(rule, spec, hparams, text, text)
-                continue
-            remedy += ", and write + 0.5 * decay * (w**2).sum() into inner_loss"
-            function = f"{what} is a function of hparams, to which no derivative reaches. {remedy}"
-            constant = (
-                f"{what} takes the params to another point than the minimum of inner_loss, which "
-                f"the direction of hparams is that of. {remedy}"
-            )
-            # what has no adjoint follows the steps themselves
-            tell_of_decay(rule, spec, hparams, function, constant if self.adjoint else None)
+        tell_of_learned(self, self.enter(state))
+        return state
 
     def enter(self, state: Any) -> Point:
         """The state in flat form."""
@@ -266,6 +253,11 @@ class Point:
     optimizers: Mapping[str, Any]
     # for each loss, which params it was seen to use in this update; shared by all its points
     used: dict[str, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
+
+    def at(self, h: Leaves) -> Point:
+        """The point with other hparams, which its steps see as well."""
+        hparams = trees.unflatten(self.hparams_spec, h)
+        return dataclasses.replace(self, h=h, state=self.state._replace(hparams=hparams))
 
     def gradient(self, batch: tuple[Any, ...]) -> Leaves:
         """The gradient of the inner loss with respect to params."""

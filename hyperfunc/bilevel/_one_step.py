@@ -11,6 +11,7 @@ from torch import Tensor
 from hyperfunc import optim
 from hyperfunc._engine import trees
 from hyperfunc._engine.finite_differences import Products, difference
+from hyperfunc._engine.flat import split
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves, Loss
 from hyperfunc.bilevel._base import (
@@ -40,14 +41,16 @@ def sama(inner_loss: Loss, outer_loss: Loss, **steps: Unpack[Steps]) -> Loop:
     .. math::
         w \leftarrow \phi(g), \qquad
         u = -\Bigl(\frac{\partial \phi}{\partial g}\Bigr)^{\!\top} \nabla_w E(w, \lambda), \qquad
-        \lambda \leftarrow \lambda - \gamma D_\lambda .
+        \lambda \leftarrow \lambda - \gamma \Bigl(D_\lambda
+        + \Bigl(\frac{\partial \phi}{\partial \lambda}\Bigr)^{\!\top} \nabla_w E\Bigr) ,
 
-    The Hessian is taken for the identity, and :math:`\partial \phi / \partial g` from the optimiser
-    itself: for `hyperfunc.optim.sgd` it is minus the step size, for Adam the scale of each entry
-    too. The cross term is a difference of two gradients at :math:`w \pm \epsilon u`, so that first
-    derivatives suffice: 3 gradients of the inner loss and one of the outer loss an update. The
-    direction is biased, and as large as ``inner_lr``: ``outer_lr`` is to be larger by as much. The
-    paper's further step of the params along :math:`u` is left out.
+    the last term for coefficients of the optimiser that are functions of the hparams, such as a
+    learned rate. The Hessian is taken for the identity, and :math:`\partial \phi / \partial g` from
+    the optimiser itself: for `hyperfunc.optim.sgd` it is minus the step size, for Adam the scale of
+    each entry too. The cross term is a difference of two gradients at :math:`w \pm \epsilon u`, so
+    that first derivatives suffice: 3 gradients of the inner loss and one of the outer loss an
+    update. The direction is biased, and as large as ``inner_lr``: ``outer_lr`` is to be larger by
+    as much. The paper's further step of the params along :math:`u` is left out.
 
     ``State.adjoint`` is :math:`u`. With ``inner_lr`` the inner optimiser is
     ``hf.optim.adam(inner_lr)``, as in the paper. There is no step on the adjoint; all other
@@ -94,7 +97,8 @@ def darts(
     direction is biased, and as large as :math:`\xi`: ``outer_lr`` is to be larger by as much.
 
     ``unroll_lr`` is :math:`\xi`, a step size, by default ``inner_lr``; with 0 it is the paper's
-    first-order variant, for losses whose hparams are in the outer loss too. ``State.adjoint`` is
+    first-order variant, for losses whose hparams are in the outer loss too; a schedule of
+    `hyperfunc.optim` that depends on the hparams is learned with them. ``State.adjoint`` is
     :math:`\xi \nabla_w E(w', \lambda)`. There is no step on the adjoint; all other arguments, what
     is returned and the errors are those of `soba`.
 
@@ -137,6 +141,7 @@ class _OneStep(Method):
 @dataclasses.dataclass(frozen=True, repr=False)
 class _SAMA(_OneStep):
     name = "sama"
+    follows = "inner"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,11 +161,13 @@ class _SAMA(_OneStep):
         moved = point.step("inner", grads)
         outer_params, outer_hparams = moved.outer_gradient(outer_batch)
 
-        def along(*grads: Tensor) -> Tensor:
-            return trees.dot(point.step("inner", grads).w, outer_params)
+        def along(*leaves: Tensor) -> Tensor:
+            grads, h = split(leaves, len(point.w))
+            return trees.dot(point.at(h).step("inner", grads).w, outer_params)
 
-        u = trees.neg(autodiff.gradient(along, grads))
-        d_h = self.direction(moved, u, outer_hparams, inner_batch)
+        of_grads, of_rates = split(autodiff.gradient(along, (*grads, *point.h)), len(point.w))
+        u = trees.neg(of_grads)
+        d_h = self.direction(moved, u, trees.add(outer_hparams, of_rates), inner_batch)
         return dataclasses.replace(moved, u=u).step("outer", d_h).leave()
 
 
@@ -179,6 +186,8 @@ class _DARTS(_OneStep):
     unroll_lr: StepSize | None = dataclasses.field(kw_only=True)
 
     name = "darts"
+    follows = "unroll"
+    unseen = "but the step that is unrolled is that of unroll_lr. To learn it, hand it to unroll_lr"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,9 +209,19 @@ class _DARTS(_OneStep):
         check_batch(self.name, "inner_batch", inner_batch)
         check_batch(self.name, "outer_batch", outer_batch)
         lr = point.rate("unroll_lr")
-        ahead = dataclasses.replace(point, w=trees.axpy(-lr, point.gradient(inner_batch), point.w))
+        grads = point.gradient(inner_batch)
+        ahead = dataclasses.replace(point, w=trees.axpy(-lr, grads, point.w))
         outer_params, outer_hparams = ahead.outer_gradient(outer_batch)
         u = trees.axpy(lr, outer_params, trees.zeros_like(point.w))
+        rule: Any = self.unroll_lr
+        if isinstance(rule, Schedule):  # which hparams may be part of
+
+            def along(*h: Tensor) -> Tensor:
+                rate: Tensor = point.at(h).rate("unroll_lr")
+                return -rate * trees.dot(grads, outer_params)
+
+            of_rate = autodiff.gradient(along, point.h)
+            outer_hparams = trees.add(outer_hparams, of_rate)
         moved = point.step("outer", self.direction(point, u, outer_hparams, inner_batch))
         moved = moved.step("inner", moved.gradient(inner_batch))
         return dataclasses.replace(moved, u=u).leave()

@@ -88,6 +88,7 @@ class _PZOBO(Method):
 
     name = "pzobo"
     adjoint = ""
+    follows = "inner"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,8 +107,8 @@ class _PZOBO(Method):
         mu, end = self.smoothing, _descended(point, batches)
         outer_params, d_h = end.outer_gradient(outer_batch)
         for v in self._drawn(point):
-            pushed = dataclasses.replace(point, h=trees.axpy(mu, v, point.h))
-            response = trees.sub(_descended(pushed, batches).w, end.w)
+            pushed = _descended(point.at(trees.axpy(mu, v, point.h)), batches)
+            response = trees.sub(pushed.w, end.w)
             slope = trees.dot(response, outer_params) / (mu * self.num_directions)
             d_h = trees.axpy(slope, v, d_h)
         return end.step("outer", d_h).leave()

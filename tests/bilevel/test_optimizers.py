@@ -149,9 +149,9 @@ def test_optimizers_by_name_and_of_ones_own() -> None:
     (w, _, h), plain = vectors(state), make("soba").update(state, *batches)
     d = (w - vectors(plain)[0]) / 0.4
     for optimizer in (
-        hf.optim.sgd({"a": 0.2, "b": lambda hparams: hparams[0].sum()}),
+        hf.optim.sgd({"a": 0.2, "b": lambda hparams: hparams[0].detach().sum()}),
         hf.optim.grouped(
-            {"a": hf.optim.sgd(0.2), "b": hf.optim.sgd(lambda hparams: hparams[0].sum())}
+            {"a": hf.optim.sgd(0.2), "b": hf.optim.sgd(lambda hparams: hparams[0].detach().sum())}
         ),
     ):
         loop = make("soba", inner=optimizer)
