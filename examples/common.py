@@ -139,6 +139,13 @@ def save(args: argparse.Namespace, figure: Figure, **results: Any) -> None:
     print(f"numbers and picture are in {args.out}; the process took {spent}")
 
 
+def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    """What a function returns, and the seconds of CPU time that the call took."""
+    begin = time.process_time()
+    result = function(*args)
+    return result, time.process_time() - begin
+
+
 class Meter(TorchDispatchMode):
     """Counts products with matrices of a shape, and the most bytes that new tensors hold."""
 

@@ -18,7 +18,6 @@ regression and 0.83 for the network, its Gauss-Newton matrix to 0.80, gradients 
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import common
@@ -126,9 +125,7 @@ def main(argv: list[str] | None = None) -> dict:
             losses.append(other_loss(without, other))
         truth = torch.stack(losses) - before
         for name, settings in METHODS.items():
-            begin = time.process_time()
-            found = influences(w, rows, other, *settings)
-            seconds = time.process_time() - begin
+            found, seconds = common.timed(influences, w, rows, other, *settings)
             points[model, name] = found[chosen], truth
             correlation = torch.corrcoef(torch.stack(points[model, name]))[0, 1].item()
             auc = roc_auc_score(wrong, -found)

@@ -15,8 +15,6 @@ Reference: Finn, Abbeel and Levine, Model-agnostic meta-learning, 2017, arXiv 17
 
 from __future__ import annotations
 
-import time
-
 import common
 import torch
 from meta_learning_kin import APPLY, START, draw
@@ -80,9 +78,9 @@ def main(argv: list[str] | None = None) -> dict:
         if hypergradient:
             hypergradient(meta, draw(args.tasks, torch.Generator()))  # the first call compiles
         for _ in range(args.iterations if hypergradient else 0):
-            tasks, begin = draw(args.tasks, generator), time.process_time()
-            grads = hypergradient(meta, tasks)
-            seconds += time.process_time() - begin
+            tasks = draw(args.tasks, generator)
+            grads, passed = common.timed(hypergradient, meta, tasks)
+            seconds += passed
             meta, state = optimizer.update(grads, state, meta)
         if name in ("by hand", "hyperfunc"):  # of compiled code torch does not tell
             with common.Meter((0, 0)) as meter:

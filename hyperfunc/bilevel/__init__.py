@@ -24,7 +24,8 @@ A method is an estimate of the directions in a scheme of updates:
 * inner steps, then an adjoint for one step on the hparams: `amigo` (by steps), `stocbio` (by a
   Neumann series), `bsa` and, with one inner step, `ttsa` (by a random term of it), `vrbo` (SPIDER);
 * one step on the params and, by such an adjoint, on the hparams at once: `mrbo`, `sustain` (STORM);
-* inner steps, also at hparams moved along random directions, without products: `pzobo`.
+* inner steps, differentiated one after the other: `truncated`; or taken also at hparams moved along
+  random directions, without products: `pzobo`;
 * first derivatives alone: `f2sa`, `bome`, `pbgd` and `meha` replace the adjoint by a penalty,
   `sama` and `darts` by one step of the inner optimiser.
 
@@ -48,10 +49,10 @@ the state's hparams and step. In the place of each may stand an optimiser of `hy
 its own steps (each of the inner ones), its clipping, its coefficients by leaf or of the state's
 hparams. It takes the direction of the method for the gradient, and its state is part of the
 `State`. Params that no loss uses it leaves as they are. Inner steps that depend on hparams (a
-learned rate, say) are part of the direction in `sama`, `pzobo` and, as ``unroll_lr``, `darts`; all
-others follow the minimum of the inner loss, and ``init`` warns of such steps. The ``adjoint_lr`` of
-a Neumann series is a step size only; second params that begin anew in every update (`bome`,
-`pbgd`) begin with a new state of their optimiser.
+learned rate, say) are part of the direction in `truncated`, `sama`, `pzobo` and, as ``unroll_lr``,
+`darts`; all others follow the minimum of the inner loss, and ``init`` warns of such steps. The
+``adjoint_lr`` of a Neumann series is a step size only; second params that begin anew in every
+update (`bome`, `pbgd`) begin with a new state of their optimiser.
 
 Every variable and batch may hold DTensors; `module_loop` calls a module with its hooks, as
 ``fully_shard`` needs it. Non-finite values are passed on, not looked for: the loops never wait for
@@ -74,6 +75,7 @@ from hyperfunc.bilevel._series import bsa, mrbo, sustain, ttsa, vrbo
 from hyperfunc.bilevel._soba import soba
 from hyperfunc.bilevel._step_sizes import power_decay, power_growth
 from hyperfunc.bilevel._stocbio import stocbio
+from hyperfunc.bilevel._truncated import truncated
 
 __all__ = [
     "Loop",
@@ -100,6 +102,7 @@ __all__ = [
     "srba",
     "stocbio",
     "sustain",
+    "truncated",
     "ttsa",
     "vrbo",
 ]

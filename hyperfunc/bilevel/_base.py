@@ -158,7 +158,7 @@ class Method(PrintsAsCall):
     follows: ClassVar[str] = ""  # whose steps the direction of hparams is that of
     unseen: ClassVar[str] = (
         "but the direction of hparams is that of the minimum of inner_loss, whatever the steps to "
-        "it. To learn it, take hf.bilevel.sama or pzobo, or hf.minimize in hf.hypergrad with "
+        "it. To learn it, take hf.bilevel.truncated or sama, or hf.minimize in hf.hypergrad with "
         "method='reverse'"
     )
 
@@ -265,12 +265,12 @@ class Point:
 
     def product(self, v: Leaves, batch: tuple[Any, ...]) -> Leaves:
         """The product of the Hessian of the inner loss with a vector."""
-        return self._linearize(batch, range(len(self.w))).pull(v)
+        return self.linearize(batch, range(len(self.w))).pull(v)
 
     def cross(self, v: Leaves, batch: tuple[Any, ...]) -> Leaves:
         """The product of the cross derivative of the inner loss with a vector."""
         n = len(self.w)
-        return self._linearize(batch, range(n, n + len(self.h))).pull(v)
+        return self.linearize(batch, range(n, n + len(self.h))).pull(v)
 
     def outer_gradient(self, batch: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
         """The gradient of the outer loss with respect to params and hparams."""
@@ -316,7 +316,7 @@ class Point:
         check_batch(self.method.name, "inner_batch", inner_batch)
         check_batch(self.method.name, "outer_batch", outer_batch)
         n = len(self.w)
-        linearization = self._linearize(inner_batch, range(n + len(self.h)))
+        linearization = self.linearize(inner_batch, range(n + len(self.h)))
         products = split(linearization.pull(self.u), n)
         return [linearization.outputs, *products, *self.outer_gradient(outer_batch)]
 
@@ -384,7 +384,7 @@ class Point:
             optimizers={key: self.optimizers[key] for key in self.state.optimizers},
         )
 
-    def _linearize(self, batch: tuple[Any, ...], group: range) -> autodiff.Linearization:
+    def linearize(self, batch: tuple[Any, ...], group: range) -> autodiff.Linearization:
         n, loss = len(self.w), self.loss("inner_loss", batch)
         primals = (*self.w, *self.h)
         if self.method.products == "finite_difference":

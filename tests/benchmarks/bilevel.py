@@ -106,6 +106,7 @@ METHODS = {
     "pzobo": Method(
         FIRST, "T * (J + 1)", "0", "0", "1", "T", {"num_inner_steps": 10, "num_directions": 4}
     ),
+    "truncated": Method(SERIES, "2 * T", "T", "T", "1", "T", {"num_inner_steps": 10}),
     "f2sa": Method(
         FIRST,
         "2 * T + 2",

@@ -25,6 +25,7 @@ LOOPS: dict[str, tuple[dict[str, Any], int | None, str]] = {
     "mrbo": (SERIES, Q + 2, "series"),
     "vrbo": ({**ONE, **SERIES, "period": 2}, 2 * (Q + 2), "series"),
     "pzobo": (ONE, 1, "none"),
+    "truncated": (ONE, 1, "none"),
     "f2sa": (ONE, None, "params"),
     "bome": (ONE, None, "restarted"),
     "pbgd": (ONE, None, "restarted"),

@@ -13,7 +13,13 @@ import hyperfunc as hf
 from tests.benchmarks.bilevel import AID, METHODS, Problem, main, make
 
 KINDS = ("gradients", "products", "cross", "outer")
-TOGETHER = {"soba", "saba", "ma_soba", "srba"}  # one pass serves the gradient and both products
+TOGETHER = {
+    "soba",
+    "saba",
+    "ma_soba",
+    "srba",
+    "truncated",
+}  # one pass serves the gradient and both products
 COUNTS = ("passes", "products", "cross", "outer")
 GUIDE = Path(__file__).parents[2] / "examples" / "guides" / "bilevel_methods.md"
 

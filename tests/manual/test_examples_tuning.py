@@ -96,7 +96,7 @@ def test_every_method_tells_sequences_from_noise(monkeypatch, tmp_path):
     rows = data_weights_lm.main(["--steps=60", f"--out={tmp_path}"])
     assert len(rows) == 6
     assert rows["the good half alone"][1] < rows["all documents"][1]
-    for name in ("sama", "f2sa", "soba", "Reverse"):
+    for name in ("sama", "f2sa", "soba", "truncated"):
         assert rows[name][2] > 0.8, name
         assert rows[name][1] < rows["all documents"][1], name
     check_files(tmp_path)

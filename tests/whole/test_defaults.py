@@ -77,6 +77,7 @@ KEYWORD_ONLY: dict[Any, dict[str, Any]] = {
     bilevel.mrbo: MOMENTUM,
     bilevel.vrbo: {**TWO_LOOPS, "num_inner_steps": 3},
     bilevel.pzobo: {"num_inner_steps": 10, "num_directions": 1, "smoothing": 0.01, "seed": 0},
+    bilevel.truncated: {"num_inner_steps": 10},
     bilevel.f2sa: {"adjoint_lr": None, "penalty": None, "num_inner_steps": 1},
     bilevel.bome: {"adjoint_lr": None, "barrier": 0.5, "num_inner_steps": 10},
     bilevel.pbgd: {"adjoint_lr": None, "penalty": 10.0, "num_inner_steps": 10},

@@ -366,6 +366,9 @@ MADE: dict[str, list[Case]] = {
         (lambda: hf.bilevel.vrbo(inner_loss, outer_loss, period=2, **RATES), loop_of(48))
     ],
     "bilevel.pzobo": [(lambda: hf.bilevel.pzobo(inner_loss, outer_loss, **RATES), loop_of(10))],
+    "bilevel.truncated": [
+        (lambda: hf.bilevel.truncated(inner_loss, outer_loss, **RATES), loop_of(10))
+    ],
     "bilevel.f2sa": [(lambda: hf.bilevel.f2sa(inner_loss, outer_loss, **RATES), loop_once)],
     "bilevel.bome": [(lambda: hf.bilevel.bome(inner_loss, outer_loss, **RATES), loop_once)],
     "bilevel.pbgd": [(lambda: hf.bilevel.pbgd(inner_loss, outer_loss, **RATES), loop_once)],
