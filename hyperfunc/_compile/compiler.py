@@ -37,6 +37,9 @@ _OPTIONS: dict[str, Any] = {"realize_reads_threshold": 1}
 # such a tensor before the values are in it.
 _SCATTERS = ("scatter", "index", "col2im", "pool", "embedding_dense", "upsample", "grid_sampler")
 
+# Operations whose result Inductor takes for a copy of the first operand, laid out as it is.
+_WRITES_TO_EXPANDED = ("index_add", "index_copy", "index_fill", "index_put", "diagonal_scatter")
+
 # Signatures after which something seems to change that was not meant to.
 _MANY = 16
 
@@ -225,6 +228,7 @@ class Compiler:
                 )
         for part in _parts(graph):
             _spell_out_scaled_sums(part)
+            _lay_out_expanded(part)
             part.graph.eliminate_dead_code()
             part.recompile()
         loops.sink_views(graph)
@@ -356,6 +360,26 @@ def _outside(call: _Call, operands: Leaves) -> Leaves:
 def _parts(graph: torch.fx.GraphModule) -> list[torch.fx.GraphModule]:
     """A trace, and the parts of the loops in it."""
     return [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+
+
+def _lay_out_expanded(graph: torch.fx.GraphModule) -> None:
+    """Copy what is expanded before it is written into, as Inductor writes to it as it is.
+
+    Entries that share their memory get the sum, or the last, of what each of them should have
+    (torch 2.13).
+    """
+    for node in list(graph.graph.nodes):
+        if not any(name in str(node.target) for name in _WRITES_TO_EXPANDED) or not node.args:
+            continue
+        source, value = node.args[0], node.args[0].meta.get("val")
+        if isinstance(value, Tensor) and 0 in value.stride():
+            with graph.graph.inserting_before(node):
+                copy = graph.graph.call_function(
+                    torch.ops.aten.clone.default,
+                    (source,),
+                    {"memory_format": torch.contiguous_format},
+                )
+            node.replace_input_with(source, copy)
 
 
 def _spell_out_scaled_sums(graph: torch.fx.GraphModule) -> None:

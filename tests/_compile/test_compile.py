@@ -574,6 +574,81 @@ def test_inductor_needs_scaled_sums_spelled_out(monkeypatch: pytest.MonkeyPatch)
     assert wrong() == {"add", "add, product second", "add in place"}
 
 
+ROWS, VALUES = torch.tensor([0, 0, 1, 1]), torch.linspace(-1, 1, 24, dtype=F64).reshape(2, 4, 3)
+WRITES: dict[str, Any] = {
+    "index_add": lambda x: x.index_add(1, ROWS, VALUES),
+    "index_copy": lambda x: x.index_copy(1, ROWS[1:3], VALUES[:, :2]),
+    "index_fill": lambda x: x.index_fill(1, ROWS[:1], 1.0),
+    "index_put": lambda x: x.index_put((ROWS[1:3], ROWS[1:3]), VALUES[0, :2]),
+    "accumulated": lambda x: x.index_put((ROWS.flip(0), ROWS), VALUES[0], accumulate=True),
+    "diagonal_scatter": lambda x: x.diagonal_scatter(VALUES[0, :3, :2]),
+    "scatter": lambda x: x.scatter(1, ROWS[None, :, None].expand(2, 4, 3), 2.0),
+    "scatter_add": lambda x: x.scatter_add(1, ROWS[None, :, None].expand(2, 4, 3), VALUES),
+    "select_scatter": lambda x: x.select_scatter(VALUES[0, :2], 0, 0),
+    "masked_scatter": lambda x: x.masked_scatter(VALUES[:, :2] > 0, VALUES),
+}
+RIGHT = {"scatter", "scatter_add", "select_scatter", "masked_scatter"}  # without a copy
+
+
+def written(h: Tensor) -> dict[str, Tensor]:
+    """Values put into a tensor that is expanded along either dimension."""
+    expanded = h.sin().expand(2, 2, 3), h.sin()[:, None].expand(2, 2, 3)
+    return {
+        f"{name} {i}": write(x).cos()
+        for name, write in WRITES.items()
+        for i, x in enumerate(expanded)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated", "ignore:`torch._prims_common.check`"
+)
+def test_inductor_needs_copies_of_what_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is wrong any more without them, `_lay_out_expanded` can go."""
+    h = torch.linspace(0.1, 1.0, 6, dtype=F64).reshape(2, 3)
+
+    def wrong() -> set[str]:
+        off = set()
+        for name, expected in written(h).items():
+            solver = hf.iterate(
+                lambda w, h, name=name: written(h)[name],
+                1,
+                init=lambda h: h.expand(2, 2, 3),
+                compile=True,
+            )
+            try:
+                close(solver(h), expected)
+            except RuntimeError as error:
+                off.add(name.split()[0] if "gives other numbers" in str(error) else str(error))
+        return off
+
+    assert not wrong()
+    monkeypatch.setattr(compiler, "_lay_out_expanded", lambda graph: None)
+    assert wrong() == {*WRITES} - RIGHT
+
+
+def test_nothing_expanded_is_written_into() -> None:
+    seen: list[torch.fx.Node] = []
+
+    @torch._dynamo.register_backend(name="watching")
+    def watching(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.extend(node for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    h = torch.linspace(0.1, 1.0, 6, dtype=F64).reshape(2, 3)
+    solver = hf.iterate(
+        lambda w, h: w + sum(x.sum() for x in written(h).values()),
+        1,
+        init=lambda h: h,
+        compile="watching",
+    )
+    close(solver(h), h + sum(x.sum() for x in written(h).values()))
+    writes = [node for node in seen if str(node.target).split(".")[1] in {*WRITES} - RIGHT]
+    assert len(writes) == 2 * len({*WRITES} - RIGHT)
+    assert all("clone" in str(node.args[0].target) for node in writes)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_inductor() -> None:
