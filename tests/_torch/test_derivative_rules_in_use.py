@@ -1,5 +1,6 @@
 """The derivative rules where they are used: when the mode is on, and hypergradients through it."""
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from torch.func import jacfwd, jacrev, jvp, vmap
 import hyperfunc as hf
 from hyperfunc._torch import derivative_rules
 from hyperfunc._torch.derivative_rules import _mode
+from tests._torch import torch_faults
+from tests._torch.test_derivative_rules import CASES
 from tests.cells import thinned
 
 # torch compiles its rules for forward mode by a deprecated function when they are first used.
@@ -538,3 +541,15 @@ def test_whole_hessians_of_normalised_nets(layer: nn.Module) -> None:
     expected = torch.stack([cg(value) for value in h])
     torch.testing.assert_close(torch.stack([dense(value) for value in h]), expected)
     torch.testing.assert_close(vmap(dense)(h), expected)
+
+
+def test_the_report_on_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    """It tells right numbers from wrong ones and from errors; our own rules make all right."""
+    [case] = [case for case in CASES if case.name == "layer_norm"]
+    with derivative_rules.active():
+        assert set(torch_faults.report(case)) == {torch_faults.RIGHT}
+    off = torch_faults.found(lambda: [torch.ones(2)], (torch.tensor([1.0, 2.0]),))
+    assert off == "WRONG by 50.0% of the largest entry"
+    assert torch_faults.found(lambda: torch.ones(2) @ torch.ones(3), ()).startswith("RuntimeError")
+    torch_faults.main(["--operations", "mse_loss, sum"])
+    assert re.search(r"\d+ right, \d+ raised, \d+ wrong\n$", capsys.readouterr().out)
