@@ -18,6 +18,11 @@ def check_scalar(value: Any, name: str) -> Tensor:
         advice = ""
         if isinstance(value, tuple) and name == "outer_loss":
             advice = ". For an outer loss that returns (value, aux), pass has_aux=True"
+        elif isinstance(value, tuple) and name.endswith("inner_loss"):
+            advice = (
+                " alone. What else it computes may come from the outer loss, with has_aux=True in "
+                "the transform; hf.minimize(..., trace=True) gives the losses of its steps"
+            )
         raise TypeError(f"{name} returned {type(value).__name__}; expected a scalar tensor{advice}")
     if value.ndim != 0:
         raise ValueError(

@@ -54,8 +54,8 @@ ADVICE = {
     "inconclusive": (
         "the finite differences are too noisy to judge by. Is the inner solver random (dropout, "
         "minibatches)? Then call torch.manual_seed(0) first in it, so that each run draws the "
-        "same. Or is it stopped by a loose tolerance? Then fix its number of steps. Otherwise use "
-        "float64, or pass a larger rtol"
+        "same (under vmap with randomness='same'). Or is it stopped by a loose tolerance? Then fix "
+        "its number of steps. Otherwise use float64, or pass a larger rtol"
     ),
 }
 

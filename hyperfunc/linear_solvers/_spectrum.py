@@ -281,10 +281,10 @@ def _rounding(scale: Tensor, like: Leaves) -> Tensor:
 def _step_size(
     is_map: bool, eig_min: Estimate, eig_max: Estimate, sigma_max: Estimate, symmetric: Tensor
 ) -> Tensor:
-    """1 for a map; else what contracts best where the symmetric part is positive definite."""
+    """1 for a map; else what contracts best, if the symmetric part is surely positive definite."""
     if is_map:
         return torch.ones_like(sigma_max.value)
     low, high, sigma = eig_min.value, eig_max.value, sigma_max.value
     best = torch.where(symmetric, 2 / (low + high), low / sigma**2)
     usual = torch.where(sigma > 0, 1 / sigma, 1.0)
-    return torch.where((low > 0) & torch.isfinite(best), best, usual)
+    return torch.where((low > eig_min.uncertainty) & torch.isfinite(best), best, usual)

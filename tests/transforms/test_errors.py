@@ -403,7 +403,7 @@ CALLS: dict[str, Case] = {
     "inner_loss returns a pair": (
         lambda: make(inner_loss=lambda w, h: (w.sum(), w))(H),
         TypeError,
-        "inner_loss returned tuple; expected a scalar tensor$",
+        "inner_loss returned tuple; expected a scalar tensor alone. ...trace=True",
     ),
     "inner_loss returns an integer": (
         lambda: make(inner_loss=lambda w, h: torch.tensor(1))(H),
