@@ -631,7 +631,7 @@ def test_inductor_needs_copies_of_what_is_expanded(monkeypatch: pytest.MonkeyPat
 def test_nothing_expanded_is_written_into() -> None:
     seen: list[torch.fx.Node] = []
 
-    @torch._dynamo.register_backend(name="watching")
+    @torch._dynamo.register_backend(name="watching writes")
     def watching(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         seen.extend(node for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
@@ -641,7 +641,7 @@ def test_nothing_expanded_is_written_into() -> None:
         lambda w, h: w + sum(x.sum() for x in written(h).values()),
         1,
         init=lambda h: h,
-        compile="watching",
+        compile="watching writes",
     )
     close(solver(h), h + sum(x.sum() for x in written(h).values()))
     writes = [node for node in seen if str(node.target).split(".")[1] in {*WRITES} - RIGHT]
