@@ -17,6 +17,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_count, check_flags
 from hyperfunc._engine.results import SolveStats
 from hyperfunc._engine.shown import show
+from hyperfunc._engine.user_functions import call, explain
 from hyperfunc._torch import autodiff, derivative_rules, tracking
 from hyperfunc._torch.internals import is_exporting
 from hyperfunc._types import TensorTree
@@ -289,7 +290,7 @@ class EquilibriumLayer(nn.Module):
 
     def _initial_state(self, inputs: tuple[Any, ...]) -> TensorTree:
         if self.init is not None:
-            return self.init(*inputs)
+            return call("init(*inputs)", self.init, *inputs)
         if not inputs or not tracking.is_differentiable(inputs[0]):
             first = f"of type {type(inputs[0]).__name__}" if inputs else "missing"
             if inputs and isinstance(inputs[0], Tensor):
@@ -443,7 +444,9 @@ class _Cell:
         try:
             with torch.autocast(self.device_type, self.dtype) if on else contextlib.nullcontext():
                 output = self.apply(hparams[0], state, *inputs, buffers=buffers)
-        except RuntimeError as error:
+        except Exception as error:
+            cell: Any = self.apply._module
+            explain(error, "the cell(state, *inputs)", cell.forward, (state, *inputs))
             if not self.zeros or type(error) is not RuntimeError:
                 raise
             raise RuntimeError(f"EquilibriumLayer: the cell says: {error}. {_ZEROS}") from error
