@@ -17,9 +17,10 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_count, check_flags
 from hyperfunc._engine.results import SolveStats
 from hyperfunc._engine.shown import show
+from hyperfunc._engine.user_functions import call, explain
 from hyperfunc._torch import autodiff, derivative_rules, tracking
 from hyperfunc._torch.internals import is_exporting
-from hyperfunc._types import TensorTree
+from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.fixed_point_solvers import AbstractFixedPointSolver, Anderson, Newton
 from hyperfunc.fixed_point_solvers._base import (
     raise_unless_solved,
@@ -83,7 +84,8 @@ class EquilibriumLayer(nn.Module):
             steps of the cell from the solution and differentiates these ("phantom gradient");
             ``hf.ReverseUnroll()`` differentiates every step of the solver, and holds their graphs.
         init: ``(*inputs) -> state``, where the solver starts and what a state looks like; by
-            default zeros like the first input.
+            default zeros like the first input. Integers and bools in a state, such as masks, are
+            constants: the cell returns some of the same shapes, which are dropped.
         throw: what happens where the solver does not reach its tolerance. By default non-finite
             values raise; else the result is the best iterate, and a `ConvergenceWarning` tells it,
             unless ``return_stats`` does. True raises for all of these, False for none. With
@@ -225,15 +227,16 @@ class EquilibriumLayer(nn.Module):
     ) -> tuple[TensorTree, SolveStats, Any, list[TensorTree]]:
         state = self._initial_state(inputs) if init is None else init
         apply, weights, buffers = _snapshot(self.cell, "batch")
-        device_type, dtype = _autocast_of(state)
+        leaves, constants, _ = trees.flatten_state(state, "init")
+        device_type, dtype = _autocast_of(leaves)
         recorded = torch.compiler.is_compiling()  # by torch.export, which knows no values
         rng = None
         if not recorded and self.backend is None:
             rng = RngAutocastState.capture(trees.flatten((state, weights, inputs))[0])
         zeros = init is None and self.init is None
-        cell = _Cell(apply, device_type, dtype, rng, zeros)
+        cell = _Cell(apply, device_type, dtype, rng, zeros, bool(constants))
         # what the backward pass needs must not change when the buffers are updated
-        args = ({name: buffer.clone() for name, buffer in buffers.items()}, *inputs)
+        args = (({name: buffer.clone() for name, buffer in buffers.items()}, constants), *inputs)
         solver = _reachable(self.solver, dtype, throw=False)
         with torch.autocast(device_type, enabled=False) if dtype else contextlib.nullcontext():
             unroll = isinstance(self.method, ReverseUnroll)
@@ -253,7 +256,7 @@ class EquilibriumLayer(nn.Module):
             states = rest.pop() if at_steps else []
             if not unroll and not recorded:
                 solution, *states = (
-                    self._attach(cell, (weights, _detach(state)), args, dtype, compilers[1])
+                    self._attach(cell, weights, _detach(state), args, dtype, compilers[1])
                     for state in (solution, *states)
                 )
         if self.training and buffers and not tracking.transforms_active():
@@ -289,7 +292,7 @@ class EquilibriumLayer(nn.Module):
 
     def _initial_state(self, inputs: tuple[Any, ...]) -> TensorTree:
         if self.init is not None:
-            return self.init(*inputs)
+            return call("init(*inputs)", self.init, *inputs)
         if not inputs or not tracking.is_differentiable(inputs[0]):
             first = f"of type {type(inputs[0]).__name__}" if inputs else "missing"
             if inputs and isinstance(inputs[0], Tensor):
@@ -304,20 +307,27 @@ class EquilibriumLayer(nn.Module):
     def _attach(
         self,
         cell: _Cell,
-        hparams: TensorTree,
+        weights: TensorTree,
+        solution: TensorTree,
         args: tuple[Any, ...],
         dtype: torch.dtype | None,
         compiler: Compiler | None,
     ) -> TensorTree:
-        """The solution, which is the second part of the hparams, with its derivatives."""
+        """The solution with its derivatives, which its integers and bools have none of."""
         method = _reachable(self.method, dtype)
+        w, constants, state = trees.flatten_state(solution, "state")
+
+        def found(hparams: Any, held: Any, /, *inputs: Any) -> TensorTree:
+            return state.fill(trees.flatten(hparams[1])[0], held[1])
+
         if isinstance(method, Reverse):
             assert method.last is not None
-            rule = implicit_diff(iterate(cell, method.last, init=_second), method=method)
+            rule = implicit_diff(iterate(cell, method.last, init=found), method=method)
         else:
             options = (method, self.throw_backward, self.on_backward)
-            rule = make_differentiable((cell, None, None), *options, _second, compiler=compiler)
-        return rule(hparams, *args)
+            rule = make_differentiable((cell, None, None), *options, found, compiler=compiler)
+        hparams = weights, trees.unflatten(state.spec, w)
+        return rule(hparams, (args[0][0], constants), *args[1:])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The state of a cell, as layers saved it before they had "cell." in their names.
@@ -389,10 +399,10 @@ def jacobian_frobenius_squared(
         arXiv 2106.14342.
     """
     check_count("jacobian_frobenius_squared", "num_probes", num_probes)
-    leaves, spec = trees.flatten_floating(params, "params")
+    leaves, others, state = trees.flatten_state(params, "params")
 
-    def flat(*z: Tensor) -> tuple[Tensor, ...]:
-        return trees.flatten_floating(fn(trees.unflatten(spec, z), *args), "the output of fn")[0]
+    def flat(*z: Tensor) -> Leaves:
+        return trees.flatten_state(fn(state.fill(z, others), *args), "the output of fn")[0]
 
     linearization = autodiff.Linearization(flat, leaves, (tuple(range(len(leaves))),), tracked=True)
     terms = []
@@ -415,11 +425,13 @@ class _Cell:
     dtype: torch.dtype | None
     rng: RngAutocastState | None
     zeros: bool  # whether the state began as zeros like the first input
+    has_constants: bool  # integers and bools in the state
     draws: list[bool] = dataclasses.field(default_factory=list)  # whether it does, once called
 
     def __call__(
-        self, state: TensorTree, hparams: TensorTree, buffers: dict[str, Tensor], /, *inputs: Any
+        self, state: TensorTree, hparams: TensorTree, held: tuple[Any, Any], /, *inputs: Any
     ) -> TensorTree:
+        buffers, _ = held
         if self.rng is None:
             return self._evaluate(state, hparams, buffers, *inputs)
         if not self.draws:
@@ -443,21 +455,22 @@ class _Cell:
         try:
             with torch.autocast(self.device_type, self.dtype) if on else contextlib.nullcontext():
                 output = self.apply(hparams[0], state, *inputs, buffers=buffers)
-        except RuntimeError as error:
+        except Exception as error:
+            cell: Any = self.apply._module
+            explain(error, "the cell(state, *inputs)", cell.forward, (state, *inputs))
             if not self.zeros or type(error) is not RuntimeError:
                 raise
             raise RuntimeError(f"EquilibriumLayer: the cell says: {error}. {_ZEROS}") from error
         if self.zeros and isinstance(output, Tensor) and output.shape != state.shape:
             shapes = f"of shape {tuple(output.shape)} for a state of shape {tuple(state.shape)}"
             raise ValueError(f"EquilibriumLayer: the cell returned a tensor {shapes}. {_ZEROS}")
-        if not on:
+        if not (on or self.has_constants):
             return output
         leaves, spec = trees.flatten(output)
         like, like_spec = trees.flatten(state)
         if spec != like_spec:
             return output
-        pairs = zip(leaves, like, strict=True)
-        return trees.unflatten(spec, [leaf.to(ref.dtype) for leaf, ref in pairs])
+        return trees.unflatten(spec, list(map(_settled, leaves, like)))
 
 
 _ZEROS = (
@@ -475,8 +488,12 @@ _SIGNATURES = {
 }
 
 
-def _second(hparams: TensorTree, *args: Any) -> TensorTree:
-    return hparams[1]
+def _settled(leaf: Any, like: Tensor) -> Any:
+    """A leaf of the next state in the dtype of the state, whose integers and bools stay."""
+    if like.is_floating_point():
+        return leaf.to(like.dtype)
+    kept = isinstance(leaf, Tensor) and (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
+    return like if kept else leaf
 
 
 def _detach(tree: TensorTree) -> TensorTree:
@@ -549,9 +566,8 @@ def _weight(module: nn.Module, name: str) -> Any:
         return getattr(module, name)
 
 
-def _autocast_of(state: TensorTree) -> tuple[str, torch.dtype | None]:
+def _autocast_of(leaves: Leaves) -> tuple[str, torch.dtype | None]:
     """The device type of a state, and the dtype of autocast if that is on there."""
-    leaves, _ = trees.flatten_floating(state, "init")
     device_type = leaves[0].device.type
     available = torch.amp.is_autocast_available(device_type)
     on = available and torch.is_autocast_enabled(device_type)

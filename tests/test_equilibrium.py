@@ -21,7 +21,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import hyperfunc as hf
 from hyperfunc.fixed_point_solvers import Anderson, Broyden, Newton, Picard
-from tests.cells import each_cell
+from tests.cells import each_cell, slow_but
 
 N, BATCH = 5, 6
 SOLVERS: dict[str, Any] = {
@@ -106,6 +106,95 @@ def test_gradients_are_those_of_unrolling_to_convergence(solver: str, device: to
             with case(name):
                 layer = hf.EquilibriumLayer(cell, SOLVERS[solver], method)
                 check_close(gradients(layer, x), expected)
+
+
+class Masked(nn.Module):
+    """A cell whose state holds a mask and a counter, or which finds the mask for itself."""
+
+    def __init__(self, cell: Cell, in_state: bool) -> None:
+        super().__init__()
+        self.cell, self.in_state = cell, in_state
+
+    def forward(self, z: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        if not self.in_state:
+            return {"z": self.cell(z["z"], x) * (x > 0)}
+        count = z["count"] + 1
+        return {"z": self.cell(z["z"], x) * z["mask"], "mask": ~z["mask"], "count": count}
+
+    def init(self, x: Tensor) -> dict[str, Tensor]:
+        count = torch.full((len(x),), 7, device=x.device)
+        others = {"mask": x > 0, "count": count} if self.in_state else {}
+        return {"z": torch.zeros_like(x), **others}
+
+
+MASKED: dict[str, dict[str, Any]] = {
+    **{name: {"solver": solver} for name, solver in SOLVERS.items()},
+    **{f"by {name}": {"method": method} for name, method in METHODS.items()},
+    "unrolled": {"solver": SOLVERS["picard"], "method": "reverse_unroll"},
+    "compiled": {"compile": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("name", slow_but(*MASKED.keys() - {"compiled"}, of=MASKED))
+def test_integers_and_bools_in_the_state_are_constants(name: str, device: torch.device) -> None:
+    """All numbers are those of a cell that has them from elsewhere."""
+    settings, cell, x = MASKED[name], Cell().to(device), inputs().to(device)
+    found = []
+    for in_state in (True, False):
+        masked = Masked(cell, in_state)
+        layer = hf.EquilibriumLayer(masked, init=masked.init, **settings)
+        z, stats, [start, *_] = layer(x, return_stats=True, at_steps=(0, 2))
+        if in_state:
+            assert torch.equal(z["mask"], x > 0)
+            assert z["count"].tolist() == start["count"].tolist() == [7] * BATCH
+            assert not z["count"].requires_grad
+        leaf = x.clone().requires_grad_()
+        first = torch.autograd.grad(
+            objective(layer(leaf)["z"]), [leaf, *layer.parameters()], create_graph=True
+        )
+        second = torch.autograd.grad(objective(torch.cat([g.flatten() for g in first])), leaf)
+        numbers = [z["z"], start["z"], stats.num_steps, *first, *second]
+        numbers.append(vmap(lambda x, layer=layer: layer(x[None])["z"])(x))
+        numbers.append(vmap(grad(lambda x, layer=layer: objective(layer(x[None])["z"])))(x))
+        found.append(numbers)
+    check_close(*found)
+    expected = x.clone().requires_grad_()
+    z = torch.zeros_like(x)
+    for _ in range(200):
+        z = cell(z, expected) * (x > 0)
+    check_close(found[0][0], z)
+    check_close(found[0][3], torch.autograd.grad(objective(z), expected)[0], 1e-6)
+
+
+def test_a_cell_may_not_change_the_integers_of_a_state() -> None:
+    class Widens(Masked):
+        def forward(self, z: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+            return super().forward(z, x) | {"count": z["count"].float()}
+
+    cell = Widens(Cell(), True)
+    with pytest.raises(ValueError, match=r"leaf for params\['count'\] has dtype torch.float32"):
+        hf.EquilibriumLayer(cell, init=cell.init)(inputs())
+
+
+def test_a_mask_in_the_state_under_autocast_and_in_the_regulariser() -> None:
+    cell = Masked(Cell(), True).float()
+    x = inputs().float()
+    layer = hf.EquilibriumLayer(cell, init=cell.init)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = layer(x)
+    assert z["z"].dtype is torch.float32
+    torch.testing.assert_close(z, expected, rtol=0, atol=0.05)
+    z["z"].sum().backward()
+    norms = [
+        hf.jacobian_frobenius_squared(
+            layer.cell, state, x, num_probes=3, generator=torch.Generator().manual_seed(0)
+        )
+        for state in (expected, {"z": expected["z"]})
+        if setattr(layer.cell, "in_state", "mask" in state) is None
+    ]
+    check_close(*norms)
 
 
 def test_truncated_gradients_are_their_formulas(device: torch.device) -> None:

@@ -152,7 +152,8 @@ class Compiler:
         except TypeError as error:
             raise ValueError(
                 f"compile: args of {self.name} hold a value that is neither a tensor nor hashable "
-                f"({error}), so that it cannot be told when it changes. Leave it out of args"
+                f"({error}), so that it cannot be told when it changes. Leave it out of args, "
+                f"or write torch.as_tensor(...) around an array"
             ) from error
         frames: list[trees.Frame] = []
         grad_mode = torch.is_grad_enabled()  # in which tensors that require grad are refused

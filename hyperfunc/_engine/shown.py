@@ -14,7 +14,7 @@ def show(value: Any) -> str:
     """The repr of a value, with the shapes of tensors and arrays in place of their entries."""
     if isinstance(value, Tensor):
         return f"<tensor of shape {tuple(value.shape)} and dtype {value.dtype}>"
-    if hasattr(value, "__array_interface__") and hasattr(value, "shape") and value.shape:
+    if is_array(value) and value.shape:
         return f"<array of shape {tuple(value.shape)} and dtype {value.dtype}>"
     kind = type(value)
     if kind in (list, tuple):
@@ -27,6 +27,29 @@ def show(value: Any) -> str:
     if "tensor(" in text or "array(" in text:
         return f"{kind.__name__}(...)"
     return text if hasattr(kind, "__dataclass_fields__") else _cut(text)
+
+
+def kind_of(value: Any) -> str:
+    """What a value is in a few words: its type, and the shapes and dtypes in it."""
+    if isinstance(value, Tensor):
+        where = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{where}"
+    if is_array(value):
+        return f"array {value.dtype} {tuple(value.shape)}"
+    kind = type(value)
+    if kind in (list, tuple) and value and all(isinstance(each, int | float) for each in value):
+        return f"{kind.__name__} of {len(value)} numbers"
+    if kind in (list, tuple):
+        parts = ", ".join(map(kind_of, value))
+        return _cut(f"[{parts}]" if kind is list else f"({parts})")
+    if kind is dict:
+        return _cut(f"{{{', '.join(f'{key!r}: {kind_of(each)}' for key, each in value.items())}}}")
+    return kind.__name__
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is an array of NumPy, or a scalar of its."""
+    return hasattr(value, "__array_interface__") and hasattr(value, "shape")
 
 
 def show_fields(value: Any) -> str:

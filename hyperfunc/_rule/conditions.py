@@ -23,6 +23,7 @@ from hyperfunc._engine.checks import check_scalar
 from hyperfunc._engine.finite_differences import DifferencedLinearization, Products
 from hyperfunc._engine.shown import show
 from hyperfunc._engine.solver_aux import UNTOLD
+from hyperfunc._engine.user_functions import call
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.captured import captured_message
 from hyperfunc._types import Leaves, TensorTree
@@ -117,7 +118,8 @@ class BoundCondition:
         if self.condition.kind == "inner_loss":
             return autodiff.gradient(lambda *w: self.value(self.loss, *w, *theta), w)
         name = self.condition.kind
-        value = self.condition.fn(self.params(w, theta), *hparams_and_args)
+        role = f"{name}(params, hparams, *args)"
+        value = call(role, self.condition.fn, self.params(w, theta), *hparams_and_args)
         leaves, spec = trees.flatten(value)
         like, full, what = self.leaves(w, theta), self.state.full, f"the output of {name}"
         try:
@@ -131,9 +133,8 @@ class BoundCondition:
     def value(self, loss: Callable[..., Any], *tensors: Tensor) -> Tensor:
         """An inner loss for the leaves of ``w`` followed by the tensors of ``theta``."""
         w, theta = tensors[: self.num_params], tensors[self.num_params :]
-        return check_scalar(
-            loss(self.params(w, theta), *self.arguments.unflatten(theta)), "inner_loss"
-        )
+        at = self.params(w, theta), *self.arguments.unflatten(theta)
+        return check_scalar(call("inner_loss(params, hparams, *args)", loss, *at), "inner_loss")
 
     def linearize(self, w: Leaves, theta: Leaves, wrt: Sequence[int]) -> autodiff.Linearization:
         """``P`` at a point; group 0 is ``w``, group 1 the tensors of ``theta`` at ``wrt``.

@@ -39,6 +39,7 @@ from hyperfunc._engine.results import (
     of_tasks,
 )
 from hyperfunc._engine.solver_aux import UNTOLD, split_aux
+from hyperfunc._engine.user_functions import call
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition
 from hyperfunc._rule.minibatches import SECOND_DERIVATIVE, MinibatchLinearization
 from hyperfunc._rule.unused import UNUSED, failures_explained, is_used
@@ -128,7 +129,8 @@ class ImplicitProblem:
         layouts: list[Layout] = []
 
         def run(*tensors: Tensor) -> Leaves:
-            result = self.inner_solver(*self.arguments.unflatten(tensors))
+            at = self.arguments.unflatten(tensors)
+            result = call("the inner solver(hparams, *args)", self.inner_solver, *at)
             params, aux = split_aux(result, self.has_aux)
             leaves, spec = flatten_params(params)
             values, frame = trees.partition(aux)

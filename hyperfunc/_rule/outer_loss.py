@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_scalar
+from hyperfunc._engine.user_functions import call
 from hyperfunc._rule.implicit import ImplicitProblem
 from hyperfunc._torch import autodiff, sharding
 from hyperfunc._torch.captured import captured_message
@@ -63,7 +64,8 @@ class OuterLoss:
     def __call__(
         self, params: TensorTree, hparams: TensorTree, *args: Any
     ) -> tuple[Leaves, Leaves]:
-        output = self._outer_loss(params, hparams, *args)
+        role = "outer_loss(params, hparams, *args)"
+        output = call(role, self._outer_loss, params, hparams, *args)
         if not self._has_aux:
             return (sharding.replicate(check_scalar(output, "outer_loss")),), ()
         if not (isinstance(output, tuple) and len(output) == 2):

@@ -27,6 +27,7 @@ from hyperfunc._engine.finite_differences import (
 )
 from hyperfunc._engine.flat import split
 from hyperfunc._engine.shown import show
+from hyperfunc._engine.user_functions import call
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
 from hyperfunc._torch import autodiff, tracking
 from hyperfunc._torch.containers import loadable
@@ -306,7 +307,8 @@ class Point:
             w, h = split(leaves, len(self.w))
             params = trees.unflatten(self.params_spec, w)
             hparams = trees.unflatten(self.hparams_spec, h)
-            value = getattr(self.method, key)(params, hparams, *batch)
+            role = f"{self.method.name}: {key}(params, hparams, *batch)"
+            value = call(role, getattr(self.method, key), params, hparams, *batch)
             return checks.check_scalar(value, f"{self.method.name}: {key}")
 
         return loss

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hyperfunc._engine import checks, trees
+from hyperfunc._engine.user_functions import call
 from hyperfunc._torch import autodiff, sharding, tracking
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.bilevel._base import Loop, Method, Point, State, TakesOwnGradient
@@ -144,8 +145,9 @@ class _ModuleLoss(TakesOwnGradient):
             by_params, by_hparams = chosen.start == 0, chosen.stop is None
             h = tuple(leaf.detach().requires_grad_(by_hparams) for leaf in point.h)
             hparams = trees.unflatten(point.hparams_spec, h)
-            value = self.fn(self.module, hparams, *batch)
-            checks.check_scalar(value, f"{point.method.name}: {key}")
+            name = f"{point.method.name}: {key}"
+            value = call(f"{name}(module, hparams, *batch)", self.fn, self.module, hparams, *batch)
+            checks.check_scalar(value, name)
             if value.requires_grad:
                 # only a backward to the parameters runs the hooks that add up their gradients
                 value.backward(inputs=None if by_params else h)

@@ -16,6 +16,7 @@ from hyperfunc._engine.checks import check_callable, check_count, check_flags
 from hyperfunc._engine.convergence import warn_unless_converged
 from hyperfunc._engine.results import RESULTS, HypergradError, SolveStats, code_where, find_failure
 from hyperfunc._engine.shown import show
+from hyperfunc._engine.user_functions import call
 from hyperfunc._torch import sharding
 from hyperfunc._types import InnerSolver, Leaves, ParamsFunction, TensorTree
 from hyperfunc.linear_solvers._base import check_stopping
@@ -176,7 +177,7 @@ class FixedPointInnerSolver:
 
     def __call__(self, hparams: TensorTree, /, *args: Any) -> TensorTree:
         """The solution, or with ``has_aux`` a pair of it and the `hyperfunc.SolveStats`."""
-        init = self.init(hparams, *args)
+        init = call("init(hparams, *args)", self.init, hparams, *args)
         arguments = (self.fixed_point, init, hparams, *args)
         solution, stats = solve_compiled(self.solver, self.compiler, *arguments)
         if self.has_aux:
@@ -339,7 +340,8 @@ class Problem:
 
     def apply(self, leaves: Leaves) -> Leaves:
         """The map on flat trees."""
-        output = self.fixed_point(self.tree(leaves), self.hparams, *self.args)
+        role, at = "fixed_point(params, hparams, *args)", (self.hparams, *self.args)
+        output = call(role, self.fixed_point, self.tree(leaves), *at)
         values, spec = trees.flatten(output)
         like, name = self.state.merge(leaves, self.constants), "the output of fixed_point"
         trees.check_like(values, spec, like, self.state.full, name, "params")

@@ -10,8 +10,12 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_scalar
+from hyperfunc._engine.user_functions import call
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves, TensorTree
+
+_MODEL = "composed: model(params, hparams, *args)"
+_LOSS = "composed: loss(outputs, hparams, *args)"
 
 
 def composed(model: Callable[..., TensorTree], loss: Callable[..., Any]) -> ComposedLoss:
@@ -72,7 +76,8 @@ class ComposedLoss:
     loss: Callable[..., Any]
 
     def __call__(self, params: TensorTree, hparams: TensorTree, /, *args: Any) -> Any:
-        return self.loss(self.model(params, hparams, *args), hparams, *args)
+        outputs = call(_MODEL, self.model, params, hparams, *args)
+        return call(_LOSS, self.loss, outputs, hparams, *args)
 
     def linearised_gradient(
         self,
@@ -90,14 +95,14 @@ class ComposedLoss:
 
         def outputs(*tensors: Tensor) -> Leaves:
             w, theta = tensors[:n], tensors[n:]
-            value = self.model(params(w, theta), *unflatten(theta))
+            value = call(_MODEL, self.model, params(w, theta), *unflatten(theta))
             leaves, output_spec = trees.flatten_floating(value, "the output of the model")
             specs.append(output_spec)
             return leaves
 
         def value(*leaves: Tensor) -> Tensor:
             tree = trees.unflatten(specs[0], leaves)
-            return check_scalar(self.loss(tree, *unflatten(theta)), "inner_loss")
+            return check_scalar(call(_LOSS, self.loss, tree, *unflatten(theta)), "inner_loss")
 
         model = autodiff.Linearization(outputs, (*w, *theta), (tuple(range(n)),))
         return model.pull(autodiff.gradient(value, trees.add(model.outputs, model.push(step))))

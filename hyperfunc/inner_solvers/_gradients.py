@@ -12,6 +12,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_scalar
 from hyperfunc._engine.finite_differences import Products, differenced_gradient
 from hyperfunc._engine.flat import split
+from hyperfunc._engine.user_functions import call
 from hyperfunc._torch import autodiff
 from hyperfunc._types import Leaves, Loss
 
@@ -66,4 +67,7 @@ class InnerGradient:
         return differenced_gradient(value, leaves, (*others, *tensors), values)
 
     def _value(self, w: Leaves, others: Leaves, hparams: Any, args: tuple[Any, ...]) -> Tensor:
-        return check_scalar(self.loss(self.state.fill(w, others), hparams, *args), "inner_loss")
+        at = self.state.fill(w, others), hparams, *args
+        return check_scalar(
+            call("inner_loss(params, hparams, *args)", self.loss, *at), "inner_loss"
+        )

@@ -12,6 +12,7 @@ from torch import Tensor
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_number, is_number
 from hyperfunc._engine.shown import show, show_fields
+from hyperfunc._engine.user_functions import call
 from hyperfunc._torch.tangents import in_own_dtype
 from hyperfunc._types import Leaves, Loss, TensorTree
 from hyperfunc.optim._base import refuse_schedule
@@ -91,7 +92,8 @@ class ProximalLoss:
         leaves, _, state = trees.flatten_state(params, "params")
         offset = trees.sub(leaves, self.center_at(hparams, leaves, state.spec))
         norm_squared = sum(torch.sum(leaf * leaf).to(leaves[0]) for leaf in offset)
-        return self.loss(params, hparams, *args) + 0.5 * self.weight_at(hparams) * norm_squared
+        loss = call("proximal: loss(params, hparams, *args)", self.loss, params, hparams, *args)
+        return loss + 0.5 * self.weight_at(hparams) * norm_squared
 
     def weight_at(self, hparams: TensorTree) -> float | Tensor:
         """The weight for given hparams, a number or a 0-d tensor."""

@@ -16,6 +16,7 @@ from hyperfunc._engine.checks import check_callable, check_count, check_flags, c
 from hyperfunc._engine.finite_differences import Products
 from hyperfunc._engine.flat import split
 from hyperfunc._engine.shown import show
+from hyperfunc._engine.user_functions import call
 from hyperfunc._engine.wrapped_functions import name_of
 from hyperfunc._torch import batching, derivative_rules, tracking
 from hyperfunc._torch.tangents import all_in_own_dtype
@@ -27,6 +28,7 @@ from hyperfunc.inner_solvers._steps import DescentStep, FlatStep, MapStep, Specs
 # compiled, they pay where the vectors have few entries.
 LONGEST_BLOCK = 4
 _FEW = 4096
+_INIT = "init(hparams, *args)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,9 +289,9 @@ class FlatSteps:
     def start(self, hparams: TensorTree, args: tuple[Any, ...]) -> Leaves:
         """The state before the first step."""
         if self._differentiated:
-            params = self._watches[0].run(self._init, hparams, *args)
+            params = self._watches[0].run(call, _INIT, self._init, hparams, *args)
         else:
-            params = self._init(hparams, *args)
+            params = call(_INIT, self._init, hparams, *args)
         leaves, self._params_spec = trees.flatten_floating(params, "params", others=True)
         self._state_spec = trees.StateSpec.of(self._params_spec, leaves)
         memory, self._memory_spec = trees.flatten(self._step.remember(params, hparams, args))

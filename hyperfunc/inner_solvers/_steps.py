@@ -13,6 +13,7 @@ from hyperfunc import optim
 from hyperfunc._engine import trees
 from hyperfunc._engine.finite_differences import Products
 from hyperfunc._engine.flat import split
+from hyperfunc._engine.user_functions import call
 from hyperfunc._torch import tracking
 from hyperfunc._torch.containers import loadable
 from hyperfunc._types import InnerSolver, Leaves, Loss, ParamsFunction, TensorTree
@@ -79,8 +80,11 @@ class MapStep:
         return ()
 
     def bind(self, specs: Specs, like: Leaves, hparams: Any, args: tuple[Any, ...]) -> FlatStep:
+        role = "step(params, hparams, *args)"
+
         def step(leaves: Leaves, memory: Leaves, extra: tuple[Any, ...]) -> tuple[Leaves, Leaves]:
-            params = self.fixed_point(trees.unflatten(specs[0], leaves), hparams, *args, *extra)
+            at = trees.unflatten(specs[0], leaves), hparams, *args, *extra
+            params = call(role, self.fixed_point, *at)
             return _checked(params, leaves, specs[0], "the step's result", "params"), memory
 
         return step
@@ -101,7 +105,7 @@ class DescentStep:
         state = self.optimizer.init(trees.unflatten(spec.spec, w))
         if self.init_state is not None:
             like, like_spec = trees.flatten(state)
-            state = self.init_state(hparams, *args)
+            state = call("init_state(hparams, *args)", self.init_state, hparams, *args)
             leaves, state_spec = trees.flatten(state)
             name = "the state that init_state returned"
             trees.check_like(leaves, state_spec, tuple(like), like_spec, name, "optimizer.init")

@@ -13,6 +13,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable
 from hyperfunc._engine.shown import show
 from hyperfunc._engine.solver_aux import split_aux
+from hyperfunc._engine.user_functions import call
 from hyperfunc._rule.conditions import Arguments, Condition
 from hyperfunc._rule.implicit import ImplicitProblem
 from hyperfunc._torch import tracking
@@ -138,8 +139,9 @@ def _descend(
     solver: IterativeSolver, init: InnerSolver, hparams: TensorTree, /, *args: Any
 ) -> TensorTree:
     """The result of the steps, whose gradients are constants, with the derivative of the start."""
-    start = init(hparams, *args)
-    own = start if init is solver.init else solver.init(hparams, *args)
+    role = "init(hparams, *args)"
+    start = call(role, init, hparams, *args)
+    own = start if init is solver.init else call(role, solver.init, hparams, *args)
     at = trees.tree_map(lambda leaf: leaf.detach(), own)
     result = dataclasses.replace(solver, init=lambda *_: at)(hparams, *args)
     result, aux = split_aux(result, solver.has_aux)

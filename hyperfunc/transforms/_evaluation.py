@@ -17,6 +17,7 @@ from hyperfunc._engine.flat import split
 from hyperfunc._engine.results import UNFINISHED, ChoiceStats, Solution, SolveStats
 from hyperfunc._engine.shown import show
 from hyperfunc._engine.solver_aux import WithAux, split_aux
+from hyperfunc._engine.user_functions import call
 from hyperfunc._rule.conditions import Arguments, BoundCondition, Condition, make_condition
 from hyperfunc._rule.error_bound import ErrorBound, error_bound
 from hyperfunc._rule.implicit import (
@@ -46,6 +47,7 @@ from hyperfunc.transforms._unreached import (
     refuse_unreached_by_solver,
 )
 
+_SOLVER = "the inner solver(hparams, *args)"
 _REMEDY = (
     "Leave the optimizer's weight_decay at 0 (hf.optim.adam in place of adamw) and write the decay "
     "into the loss: hf.minimize(hf.proximal(inner_loss, {decay}, center=zeros), ...), with zeros a "
@@ -115,7 +117,7 @@ class Rule:
             wanted = tracking.transforms_active()
             wanted = wanted or tracking.is_tracked(trees.flatten((hparams, args))[0])
             with derivative_rules.active(wanted):
-                result = solution_map(hparams, *args)
+                result = call(_SOLVER, solution_map, hparams, *args)
             return split_aux(result, True) if self.has_aux else result
         arguments, theta, _ = Arguments.flatten(hparams, args)
         problem = self.make_problem(arguments)
@@ -325,7 +327,7 @@ class Hypergradient:
         layouts: list[Layout] = []
 
         def solve(solver: Callable[..., Any], leaves: Leaves) -> tuple[Any, Leaves, Leaves]:
-            result = solver(*arguments.unflatten(leaves))
+            result = call(_SOLVER, solver, *arguments.unflatten(leaves))
             params, aux = split_aux(result, self.rule.has_aux)
             w, spec = flatten_params(params)
             values, frame = trees.partition(aux)
