@@ -78,7 +78,7 @@ class PipelinedCG(PreconditionedSolver):
             return _Vectors(x, r, u, w, p, s, q, operator.mv(q))
 
         def cycle(start: State, bounds: Bounds, most: int) -> tuple[State, int]:
-            x, r, rs, num_steps, active, _ = start
+            x, r, rs, num_steps, active, *_ = start
             v = vectors_at(x, r)
             gamma_previous = alpha = torch.ones_like(rs)
             own = False  # the first vectors are those of the caller, or one and the same
