@@ -102,7 +102,7 @@ class EquilibriumLayer(nn.Module):
     Raises:
         TypeError: a setting of another kind.
         ValueError: a ``method`` that replays the steps of `hyperfunc.iterate`; with ``compile`` one
-            that does not compile: `GMRES`, `PipelinedCG` or `Auto` with a tolerance.
+            that does not compile: `PipelinedCG` or `Auto` with a tolerance.
 
     Example:
         >>> class Cell(torch.nn.Module):
@@ -521,7 +521,7 @@ def _check_method(method: Any, compiles: bool) -> Any:
 
 def _that_chooses(method: Any) -> Any:
     """The linear solver, it or one within, that does not compile with its tolerances."""
-    if isinstance(method, GMRES | PipelinedCG | Auto):
+    if isinstance(method, PipelinedCG | Auto):
         return None if (method.rtol, method.atol) == (0, 0) else method
     if not isinstance(method, AbstractLinearSolver):
         return None

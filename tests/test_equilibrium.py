@@ -917,9 +917,9 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "unknown method 'gmress'. Did you mean 'gmres'",
     ),
     "method that chooses": (
-        lambda: hf.EquilibriumLayer(Cell(), method="gmres", compile=True),
+        lambda: hf.EquilibriumLayer(Cell(), method="auto", compile=True),
         ValueError,
-        r"compile takes no GMRES\(.*write method=hf\.BiCGStab\(\) or hf\.NormalCG\(\)",
+        r"compile takes no Auto\(.*write method=hf\.BiCGStab\(\) or hf\.NormalCG\(\)",
     ),
     "method that chooses, later and within": (
         lambda: setattr(

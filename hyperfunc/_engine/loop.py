@@ -42,8 +42,10 @@ def repeat(
     return state, count
 
 
-def when(flag: Tensor, change: Callable[[State], State], state: State) -> State:
+def when(flag: Tensor | bool, change: Callable[[State], State], state: State) -> State:
     """``change(state)`` if the flag holds for a task, else the state as it is."""
+    if isinstance(flag, bool):
+        return change(state) if flag else state
     if not is_kept((state, flag)):
         return change(state) if batching.any_true(flag) else state
     return _keep(lambda _, pair: change(pair), state, flag.to(torch.int64), None)[0]

@@ -226,7 +226,7 @@ def _closed(fns: Sequence[Callable[..., Any]], example: Leaves) -> tuple[list[Gr
     captured: dict[int, tuple[int, Tensor]] = {}
     for graph in graphs:
         for _, tensor in _constants(graph):
-            if any(tensor in made for made in _LOCAL.made):
+            if any(_is_own(tensor, *part) for part in _LOCAL.made):
                 raise AssertionError("a tensor that was made inside a loop is used outside of it")
             captured.setdefault(id(tensor), (len(captured), tensor))
     for graph in graphs:
@@ -244,10 +244,15 @@ def _noted(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     def part(*args: Tensor) -> Any:
         result = fn(*args)
-        _LOCAL.made.append(internals.trace().tracer.tensor_tracker)
+        _LOCAL.made.append((internals.trace().tracer.tensor_tracker, args))
         return result
 
     return part
+
+
+def _is_own(tensor: Tensor, tracker: Any, args: Leaves) -> bool:
+    """Whether a part of a loop made a tensor, which parts of one loop do not make of its state."""
+    return tensor in tracker and all(tensor is not leaf for leaf in args)
 
 
 def _constants(graph: GraphModule) -> list[tuple[Node, Tensor]]:

@@ -24,7 +24,8 @@ class State(NamedTuple):
 
     Tensors, or numbers where the bounds are. At the end of a cycle ``rs`` and ``active`` are what
     the recurrence says, and ``r`` is not used. ``accepted``: where it broke down,
-    its iterate is an answer all the same, as if it were out of steps.
+    its iterate is an answer all the same, as if it were out of steps. ``memory``: what the method
+    takes from one cycle to the next.
     """
 
     x: Leaves
@@ -33,6 +34,7 @@ class State(NamedTuple):
     num_steps: Any
     active: Any
     accepted: Any = False
+    memory: Leaves = ()
 
 
 Cycle: TypeAlias = Callable[[State, Bounds, Any], tuple[State, Any]]
@@ -71,6 +73,7 @@ def run_cycles(
     *,
     always: bool = False,
     retry: bool = False,
+    restarts: bool = False,
 ) -> Solved:
     """Run cycles until the residual itself meets the tolerance, or one gains too little.
 
@@ -79,7 +82,8 @@ def run_cycles(
     number of steps ends without this product, unless it is ``always`` to be taken. With ``retry``
     what broke down starts again too, as it may only have drifted.
 
-    Compiled code holds one cycle: where another is called for, the code is `UNFINISHED`.
+    Compiled code holds a loop over cycles where a method ``restarts``, and else one of them: where
+    another is called for, the code is `UNFINISHED`.
     """
     start = bounds.as_tensors(start)
 
@@ -91,7 +95,9 @@ def run_cycles(
 
     progress = _Progress(start, torch.full_like(start.rs, -1, dtype=torch.int64), solver.maxiter)
     kept = loop.is_kept(start)
-    if bounds.adaptive and not kept:
+    if bounds.adaptive and kept and restarts:
+        progress = progress._replace(left=bounds.tensor(solver.maxiter, torch.int64))
+    if bounds.adaptive and (restarts or not kept):
         progress, _ = loop.repeat(advance, progress, None, lambda p: p.state.active & (p.left > 0))
     elif bounds.adaptive and progress.left:
         progress = advance(0, progress)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hyperfunc._engine import trees
+from hyperfunc._engine import loop, trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.trees import ravel_local, unravel
 from hyperfunc._torch import sharding, tracking
@@ -18,6 +19,7 @@ from hyperfunc.linear_solvers._base import (
     LinearOperator,
     Solved,
     check_stopping,
+    no_steps,
 )
 from hyperfunc.linear_solvers._cycles import State, begin, run_cycles
 from hyperfunc.linear_solvers._preconditioners import (
@@ -84,33 +86,33 @@ class GMRES(AbstractLinearSolver):
     @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
         restart = resolve_count(self, "restart", self.restart, 20, b)
+        room = max(1, min(restart, self.maxiter))
         preconditioner = prepare(self.preconditioner, operator, b)
         precondition = preconditioner or (lambda v: v)
         vectors = _FlatVectors(b)
         start, bounds = begin(self, operator, b, x0)
-        operator_norm = product_norm = torch.zeros_like(start.rs)
+        zero = torch.zeros_like(start.rs)
+        operator_norm = zero
 
-        def cycle(start: State, bounds: Bounds, most: int) -> tuple[State, int]:
-            nonlocal operator_norm, product_norm
-            x, r, rs, num_steps, active, _ = start
-            most, step = min(most, restart), 0
-            space = _Space(vectors, r, rs, product_norm, active, most + 1)
-            while step < most and not (step and bounds.finished(active)):
-                step += 1
-                z = precondition(unravel(space.basis[-1], b))
-                made, norm = space.extend(operator.mv(z), active)
-                rs = torch.where(made, space.residual_norm**2, rs)
-                rs = torch.where(active & ~torch.isfinite(norm), norm, rs)
-                # without a preconditioner, z is a unit vector
-                gain = norm if preconditioner is None else norm / trees.norm(z)
-                operator_norm = torch.maximum(operator_norm, torch.where(made, gain, 0.0))
-                num_steps = num_steps + made
-                active = made & bounds.open(rs)
-            product_norm = space.norm
-            x = trees.add(x, precondition(unravel(space.combination(), b)))
-            return State(x, r, rs, num_steps, active), step
+        def step(s: _Space, by: Bounds) -> _Space:
+            z = precondition(unravel(s.last(), b))
+            product = vectors.ravel(operator.mv(z))
+            # without a preconditioner, z is a unit vector
+            return s.extend(vectors, product, None if preconditioner is None else trees.norm(z), by)
 
-        x, stats = run_cycles(self, operator, b, start, bounds, cycle, retry=True)
+        def cycle(start: State, bounds: Bounds, most: Any) -> tuple[State, Any]:
+            nonlocal operator_norm
+            most = min(most, restart) if isinstance(most, int) else most.clamp_max(restart)
+            space = _Space.begin(vectors.ravel(start.r), start, room)
+            s, taken = bounds.steps(step, space, most, numbers=False)
+            operator_norm = s.operator_norm
+            x = trees.add(start.x, precondition(unravel(s.combination(start), b)))
+            memory = s.product_norm, s.operator_norm
+            end = State(x, start.r, s.rs, s.num_steps, s.active, memory=memory)
+            return end, taken if bounds.adaptive else most
+
+        start = start._replace(memory=(zero, zero))
+        x, stats = run_cycles(self, operator, b, start, bounds, cycle, retry=True, restarts=True)
         if bounds.adaptive:
             return x, stats
         # of the recurrence, which does not know of rounding
@@ -156,82 +158,122 @@ class _FlatVectors:
         return w if self._counted is None else w * self._counted
 
 
-class _Space:
-    """The Arnoldi relation ``A M V_k = V_{k+1} H_k``, and its residual norm as it grows.
+class _Space(NamedTuple):
+    """The Arnoldi relation ``A M V_k = V_{k+1} H_k`` as it grows.
 
-    A finished task gets zero vectors, and columns of ``H_k`` that keep its coefficients at zero.
+    A finished task gets zero vectors. Where the loop is kept there is room for all steps from the
+    first one on.
     """
 
-    def __init__(
-        self,
-        vectors: _FlatVectors,
-        r: Leaves,
-        rs: Tensor,
-        norm: Tensor,
-        active: Tensor,
-        size: int,
-    ) -> None:
-        self._vectors = vectors
-        self.norm = norm  # of the products so far, the largest
-        self.start = self.residual_norm = rs.sqrt()
-        self.basis = torch.where(active, vectors.ravel(r) / self.start, 0.0)[None]
-        # room for the whole basis, where that may be written to
-        self._room: Tensor | None = None
-        if not tracking.transforms_active() and trees.may_overwrite((self.basis,)):
-            self._room = self.basis.new_empty(size, self.basis.shape[1])
-            self._room[0] = self.basis[0]
-            self.basis = self._room[:1]
-        self.columns: list[Tensor] = []
-        self._residual_norms = [self.start]
-        # the last row of the orthogonal factor of H_k, all that Givens' rotations need of it
-        self._row = torch.ones_like(self.start)[None]
+    basis: Tensor
+    columns: Any  # of H_k: a tuple, or rows of a tensor
+    # the last row of the orthogonal factor of H_k, all that Givens' rotations need of it
+    last_row: Tensor
+    residual_norms: Any  # at first, and after each step
+    size: Any  # k
+    residual_norm: Tensor
+    product_norm: Tensor  # of the products so far, the largest
+    operator_norm: Tensor
+    rs: Tensor
+    num_steps: Tensor
+    active: Tensor
 
-    def extend(self, product: Leaves, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in the product with the last vector: who made this step, and its norm."""
-        vectors, w = self._vectors, self._vectors.ravel(product)
-        projection, norm = vectors.project(self.basis, w)
-        w = w - projection @ self.basis
-        correction = vectors.products(self.basis, w)
-        w = w - correction @ self.basis
+    @staticmethod
+    def begin(r: Tensor, start: State, room: int) -> _Space:
+        """No step yet, and room for so many."""
+        norm = start.rs.sqrt()
+        first = torch.where(start.active, r / norm, 0.0)
+        rest = norm, *start.memory, *start[2:5]
+        if loop.is_kept(start):
+            zeros = first.new_zeros(room + 1, room + 1)
+            basis = torch.nn.functional.pad(first[None], (0, 0, 0, room))
+            none = no_steps(norm)
+            last_row = _put(zeros[0], torch.ones_like(norm), none)
+            norms = _put(zeros[0] + torch.inf, norm, none)
+            return _Space(basis, zeros[1:], last_row, norms, none, *rest)
+        basis = first[None]
+        if not tracking.transforms_active() and trees.may_overwrite((first,)):
+            basis = first.new_empty(room + 1, len(first))
+            basis[0] = first
+        return _Space(basis, (), torch.ones_like(norm)[None], (norm,), 0, *rest)
+
+    def last(self) -> Tensor:
+        """The last vector of the basis."""
+        if isinstance(self.size, int):
+            return self.basis[self.size]
+        return self.basis.index_select(0, self.size.reshape(1))[0]
+
+    def extend(self, vectors: _FlatVectors, w: Tensor, length: Tensor | None, by: Bounds) -> _Space:
+        """Take in the product with the last vector, or with that of a length."""
+        slot = self.size + 1
+        basis = self.basis[:slot] if isinstance(slot, int) else self.basis
+        projection, norm = vectors.project(basis, w)
+        w = w - projection @ basis
+        correction = vectors.products(basis, w)
+        w = w - correction @ basis
         column, below = projection + correction, vectors.norm(w)
 
-        diagonal = self._row @ column
+        diagonal = self.last_row @ column
         pivot = torch.hypot(diagonal, below)
         # a pivot that is rounding noise tells a singular operator
-        self.norm = torch.maximum(self.norm, torch.where(active, norm, 0.0))
-        made = active & (pivot > _NOISE * torch.finfo(w.dtype).eps * self.norm)
+        product_norm = torch.maximum(self.product_norm, torch.where(self.active, norm, 0.0))
+        made = self.active & (pivot > _NOISE * torch.finfo(w.dtype).eps * product_norm)
         sine = torch.where(made, below / pivot, 1.0)
-        self._row = torch.cat([-sine * self._row, (diagonal / pivot)[None]])
-        self.residual_norm = self.residual_norm * sine
-        self._residual_norms.append(self.residual_norm)
-        column = torch.cat([column, below[None]])
-        idle = torch.eye(len(column), dtype=w.dtype, device=w.device)[-1]
-        self.columns.append(torch.where(made, column, idle))
-        self._append(torch.where(made & (below > 0), w / below, 0.0))
-        return made, norm
+        last_row = _put(-sine * self.last_row, diagonal / pivot, slot)
+        residual_norm = self.residual_norm * sine
 
-    def _append(self, vector: Tensor) -> None:
-        count = len(self.basis)
-        if self._room is not None and trees.may_overwrite((vector,)):
-            self._room[count] = vector
-            self.basis = self._room[: count + 1]
-        else:
-            self.basis = torch.cat([self.basis, vector[None]])
-            self._room = None
+        vector = torch.where(made & (below > 0), w / below, 0.0)
+        rs = torch.where(made, residual_norm**2, self.rs)
+        rs = torch.where(self.active & ~torch.isfinite(norm), norm, rs)
+        gain = norm if length is None else norm / length
+        return _Space(
+            _put(self.basis, vector, slot),
+            _put(self.columns, _put(column, below, slot), self.size),
+            last_row,
+            _put(self.residual_norms, residual_norm, slot),
+            slot,
+            residual_norm,
+            product_norm,
+            torch.maximum(self.operator_norm, torch.where(made, gain, 0.0)),
+            rs,
+            self.num_steps + made,
+            made & by.open(rs),
+        )
 
-    def combination(self) -> Tensor:
+    def combination(self, start: State) -> Tensor:
         """The vector ``V_k y`` for which the residual is smallest."""
-        size = len(self.columns)
-        if size == 0:
-            return torch.zeros_like(self.basis[0])
-        pad = torch.nn.functional.pad
-        hessenberg = torch.stack([pad(c, (0, size + 1 - len(c))) for c in self.columns], dim=1)
-        orthogonal, triangular = torch.linalg.qr(hessenberg)
+        columns, norms, size = self.columns, self.residual_norms, len(self.columns)
+        if isinstance(columns, tuple):
+            pad = torch.nn.functional.pad
+            columns = torch.stack([pad(c, (0, size + 1 - len(c))) for c in columns])
+            norms = torch.stack(norms)
+        # coefficients of steps that were not made are zero
+        made = torch.arange(size, device=columns.device) < self.num_steps - start.num_steps
+        eye = torch.eye(size + 1, dtype=columns.dtype, device=columns.device)
+        columns = torch.where(made[:, None], columns, eye[1:])
+        orthogonal, triangular = torch.linalg.qr(columns.mT)
         # column j: the coefficients of the best combination of the first j vectors
-        rhs = pad((self.start * orthogonal[0])[:, None].expand(size, size).triu(), (1, 0))
+        rhs = (norms[0] * orthogonal[0])[:, None].expand(size, size).triu()
+        rhs = torch.nn.functional.pad(rhs, (1, 0))
         y: Tensor = torch.linalg.solve_triangular(triangular, rhs, upper=True)
         # the residual that each leaves, the last unless it is as large as the first
-        noise = _NOISE * torch.finfo(y.dtype).eps * self.norm * torch.linalg.vector_norm(y, dim=0)
-        left = torch.stack(self._residual_norms) + noise
-        best = torch.where(left[-1] < 0.1 * self.start, size, left.argmin())
+        noise = _NOISE * trees.epsilon((y,)) * self.product_norm
+        noise = noise * torch.linalg.vector_norm(y, dim=0)
+        enough = self.residual_norm + noise[-1] < 0.1 * norms[0]
+        best = torch.where(enough, size, (norms + noise).argmin())
         return y.gather(1, best.expand(size, 1))[:, 0] @ self.basis[:size]
+
+
+def _put(rows: Any, row: Tensor, slot: Any) -> Any:
+    """Rows with one in a slot, which is the first free one."""
+    if isinstance(rows, tuple):
+        return *rows, row
+    if not isinstance(slot, int):
+        here = torch.arange(len(rows), device=rows.device) == slot
+        return torch.where(here.reshape(-1, *[1] * row.ndim), row, rows)
+    if slot < len(rows):
+        if trees.may_overwrite((row,)):
+            rows[slot] = row
+            return rows
+        rows = rows[:slot]
+    return torch.cat([rows, row[None]])

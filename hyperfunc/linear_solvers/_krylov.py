@@ -257,7 +257,7 @@ class NormalCG(PreconditionedSolver):
         noise = (10 * trees.epsilon(b)) ** 2
 
         def begin_cycle(start: State) -> _NormalConjugate:
-            x, r, rs, num_steps, active, _ = start
+            x, r, rs, num_steps, active, *_ = start
             # in a unit in which gamma is about 1, as the norm of A A^T r may overflow or underflow
             unit = _power_of_two(rs.sqrt(), r)
             s = transposed.mv(trees.scale(1 / unit, r))
@@ -445,7 +445,7 @@ class BiCGStab(PreconditionedSolver):
                 num_steps, go_on = s.num_steps + active, stable & by.open(rs)
                 return _Biconjugate(x, r, p, v, rs, rho, s.rho, alpha, omega, num_steps, go_on)
 
-            x, r, rs, num_steps, active, _ = start
+            x, r, rs, num_steps, active, *_ = start
             zeros = trees.zeros_like(r)
             state = _Biconjugate(x, r, zeros, zeros, rs, rs, one, one, one, num_steps, active)
             s, taken = bounds.steps(step, state, most, numbers=False)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hyperfunc._engine import trees
+from hyperfunc._engine import loop, trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._types import Leaves
-from hyperfunc.linear_solvers._base import Bounds, LinearOperator, Solved
+from hyperfunc.linear_solvers._base import Bounds, LinearOperator, Solved, no_steps
 from hyperfunc.linear_solvers._cycles import State, begin, run_cycles
 from hyperfunc.linear_solvers._preconditioners import PreconditionedSolver, prepare
 from hyperfunc.linear_solvers._units import in_units
@@ -64,55 +64,75 @@ class PipelinedCG(PreconditionedSolver):
 
     @in_units
     def solve(self, operator: LinearOperator, b: Leaves, x0: Leaves | None = None) -> Solved:
-        precondition = prepare(self.preconditioner, operator, b) or (lambda v: v)
+        preconditioner = prepare(self.preconditioner, operator, b)
+        precondition = preconditioner or (lambda v: v)
 
-        def vectors_at(x: Leaves, r: Leaves, p: Leaves | None = None) -> _Vectors:
-            """Those of an iterate, its residual and a direction, evaluated anew."""
-            u = precondition(r)
-            w = operator.mv(u)
-            if p is None:
-                zeros = trees.zeros_like(x)
-                return _Vectors(x, r, u, w, zeros, zeros, zeros, zeros)
-            s = operator.mv(p)
-            q = precondition(s)
-            return _Vectors(x, r, u, w, p, s, q, operator.mv(q))
+        def start_cycle(start: State, by: Bounds) -> _Pipeline:
+            x, r, rs, num_steps, active, *_ = start
+            u, zeros, one = precondition(r), trees.zeros_like(x), torch.ones_like(rs)
+            vectors = x, r, u, operator.mv(u), zeros, zeros, zeros, zeros, (), ()
+            count = no_steps(rs) if loop.is_kept(start) else 0
+            # as if a step with an infinite gamma had been made, so that beta is zero
+            infinite = torch.full_like(rs, torch.inf)
+            return ahead(
+                _Pipeline(*vectors, rs, infinite, infinite, one, one, num_steps, active, count), by
+            )
 
-        def cycle(start: State, bounds: Bounds, most: int) -> tuple[State, int]:
-            x, r, rs, num_steps, active, _ = start
-            v = vectors_at(x, r)
-            gamma_previous = alpha = torch.ones_like(rs)
-            own = False  # the first vectors are those of the caller, or one and the same
-            for step in range(most):
-                if step and step % self.replace == 0:
-                    v = vectors_at(v.x, operator.residual(v.x, b), v.p).where(active, v)
-                pending = trees.start_dots((v.r, v.r), (v.r, v.u), (v.w, v.u))
-                m = precondition(v.w)
-                n = operator.mv(m)
-                rs_now, gamma, delta = pending()
-                rs = torch.where(active, rs_now, rs)
-                active = active & bounds.open(rs)
-                if bounds.finished(active):
-                    return State(v.x, v.r, rs, num_steps, active), step
-                if step == 0:
-                    beta, curvature = torch.zeros_like(rs), delta
-                else:
-                    beta = torch.where(active, gamma / gamma_previous, 0.0)
-                    curvature = delta - beta * gamma / alpha
-                alpha = gamma / curvature
-                active = active & (alpha > 0) & (alpha < torch.inf)
-                num_steps = num_steps + active
-                v = v.step(torch.where(active, alpha, 0.0), beta, m, n, own)
-                own = own or trees.may_overwrite(*v)
-                gamma_previous = gamma
-            return State(v.x, v.r, rs, num_steps, active), most
+        def ahead(s: _Pipeline, by: Bounds) -> _Pipeline:
+            """The next product, and meanwhile the inner products of a step."""
+            pending = trees.start_dots((s.r, s.r), (s.r, s.u), (s.w, s.u))
+            m = precondition(s.w)
+            n = operator.mv(m)
+            rs, gamma, delta = pending()
+            rs = torch.where(s.active, rs, s.rs)
+            active = s.active & by.open(rs)
+            m = m if preconditioner else ()
+            products = rs, s.gamma, gamma, delta
+            return _Pipeline(*s[:8], m, n, *products, s.alpha, s.num_steps, active, s.count)
+
+        def descend(s: _Pipeline, by: Bounds) -> _Pipeline:
+            beta = torch.where(s.active, s.gamma / s.gamma_before, 0.0)
+            alpha = s.gamma / (s.delta - beta * s.gamma / s.alpha)
+            active = s.active & (alpha > 0) & (alpha < torch.inf)
+            num_steps, up = s.num_steps + active, torch.where(active, alpha, 0.0)
+            down = -up
+            z, q = by.add(beta, s.z, s.n, s.z), by.add(beta, s.q, s.m or s.w, s.q)
+            Ap, p = by.add(beta, s.s, s.w, s.s), by.add(beta, s.p, s.u, s.p)
+            x, r = by.add(up, p, s.x, s.x), by.add(down, Ap, s.r, s.r)
+            u, w = by.add(down, q, s.u, s.u), by.add(down, z, s.w, s.w)
+            vectors = x, r, u, w, p, Ap, q, z, (), ()
+            scalars = s.rs, s.gamma_before, s.gamma, s.delta, alpha, num_steps, active
+            return _Pipeline(*vectors, *scalars, s.count + 1)
+
+        def step(s: _Pipeline, by: Bounds) -> _Pipeline:
+            s = descend(s, by)
+
+            def renew(old: tuple[Leaves, ...]) -> tuple[Leaves, ...]:
+                r, Ap = operator.residual(s.x, b), operator.mv(s.p)
+                u, q = precondition(r), precondition(Ap)
+                new = r, u, operator.mv(u), s.p, Ap, q, operator.mv(q)
+                return tuple(trees.where(s.active, *pair) for pair in zip(new, old, strict=True))
+
+            drifting: tuple[Leaves, ...] = s[1:8]
+            anew = loop.when(s.count % self.replace == 0, renew, drifting)
+            return ahead(_Pipeline._make((s.x, *anew, *s[8:])), by)
+
+        def cycle(start: State, by: Bounds, most: Any) -> tuple[State, Any]:
+            s = start_cycle(start, by)
+            s, taken = by.steps(step, s, most, numbers=False, last=descend)
+            return State(s.x, s.r, s.rs, s.num_steps, s.active), taken
 
         return run_cycles(
             self, operator, b, *begin(self, operator, b, x0), cycle, always=True, retry=True
         )
 
 
-class _Vectors(NamedTuple):
-    """Iterate, residual, ``u = M r``, ``w = A u``, ``s = A p``, ``q = M s``, ``z = A q``."""
+class _Pipeline(NamedTuple):
+    """``u = M r``, ``w = A u``, ``s = A p``, ``q = M s``, ``z = A q``, ``m = M w``, ``n = A m``.
+
+    ``m`` is left out if it is ``w``. Further ``gamma = <r, u>``, also the one before, ``delta =
+    <w, u>``, the last ``alpha``, what `State` has, and steps of this cycle.
+    """
 
     x: Leaves
     r: Leaves
@@ -122,19 +142,13 @@ class _Vectors(NamedTuple):
     s: Leaves
     q: Leaves
     z: Leaves
-
-    def step(self, alpha: Tensor, beta: Tensor, m: Leaves, n: Leaves, own: bool) -> _Vectors:
-        """The vectors after a step; ``own`` if these may be written over."""
-
-        def add(factor: Tensor, x: Leaves, y: Leaves, out: Leaves) -> Leaves:
-            return trees.axpy(factor, x, y, out=out if own else None)
-
-        z, q = add(beta, self.z, n, self.z), add(beta, self.q, m, self.q)
-        s, p = add(beta, self.s, self.w, self.s), add(beta, self.p, self.u, self.p)
-        x, r = add(alpha, p, self.x, self.x), add(-alpha, s, self.r, self.r)
-        u, w = add(-alpha, q, self.u, self.u), add(-alpha, z, self.w, self.w)
-        return _Vectors(x, r, u, w, p, s, q, z)
-
-    def where(self, mask: Tensor, others: _Vectors) -> _Vectors:
-        """These where the mask holds, else the others."""
-        return _Vectors(*(trees.where(mask, *pair) for pair in zip(self, others, strict=True)))
+    m: Leaves
+    n: Leaves
+    rs: Tensor
+    gamma_before: Tensor
+    gamma: Tensor
+    delta: Tensor
+    alpha: Tensor
+    num_steps: Tensor
+    active: Tensor
+    count: Any

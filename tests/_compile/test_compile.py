@@ -325,7 +325,7 @@ def test_failures_are_those_of_plain_calls() -> None:
 
 
 def choosing() -> Any:
-    return make(BACKEND, hf.GMRES())(*(leaf for leaf in one_task()))
+    return make(BACKEND, hf.Auto())(*(leaf for leaf in one_task()))
 
 
 def one_task() -> tuple[Any, Tensor, Tensor]:

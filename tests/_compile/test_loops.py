@@ -42,6 +42,13 @@ METHODS: dict[str, Any] = {
     ),
     "neumann": hf.Neumann(maxiter=9, rtol=0, step_size=0.1),
     "diverging": hf.Neumann(maxiter=50, step_size=3.0),
+    "pipelined_cg": hf.PipelinedCG(),
+    "replaced": hf.PipelinedCG(replace=2, preconditioner=lambda v: 0.5 * v),
+    "few steps of pipelined_cg": hf.PipelinedCG(maxiter=3, rtol=0, replace=2),
+    "gmres": hf.GMRES(),
+    "restarted gmres": hf.GMRES(restart=2),
+    "few steps of gmres": hf.GMRES(maxiter=3, restart=2, preconditioner=lambda v: 0.5 * v),
+    "fixed gmres": hf.GMRES(maxiter=5, restart=3, rtol=0),
 }
 
 
@@ -252,8 +259,8 @@ def test_equilibrium_layers_change(method: Any) -> None:
     close(*(torch.func.vmap(layer)(batch) for layer in (compiled, plain)))
     plain.cell = compiled.cell = Cell()
     close(outputs(compiled, x), outputs(plain, x))
-    with pytest.raises(ValueError, match=r"compile takes no GMRES\("):
-        compiled.method = hf.GMRES()
+    with pytest.raises(ValueError, match=r"compile takes no Auto\("):
+        compiled.method = hf.Auto()
     assert compiled.method == method
     compiled.cell.drop.train()
     with pytest.raises(ValueError, match="the fixed-point solve cannot be compiled, as it draws"):
