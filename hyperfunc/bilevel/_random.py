@@ -13,7 +13,7 @@ _MASK = 0xFFFFFFFF
 def uniform(seed: int, step: Tensor, count: int) -> Tensor:
     """``count`` numbers, uniform in (0, 1), float64: the same for the same seed and step."""
     index = torch.arange(count, device=step.device)
-    bits = _mixed(_mixed(_mixed(step) + _key(seed)) + index)
+    bits: Tensor = _mixed(_mixed(_mixed(step) + _key(seed)) + index)
     return (bits.to(torch.float64) + 0.5) / 2**32
 
 
@@ -26,7 +26,7 @@ def _key(seed: int) -> int:
     """32 bits that all bits of a seed have a part in."""
     key = 0
     while seed > 0 or key == 0:
-        key, seed = _mixed(key + seed), seed >> 32
+        key, seed = int(_mixed(key + seed)), seed >> 32
     return key
 
 
