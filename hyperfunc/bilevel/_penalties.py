@@ -120,8 +120,9 @@ def bome(
     with the inner products over params and hparams together: the smallest change of
     :math:`\nabla E` that makes :math:`q` decrease at the rate :math:`\eta \|\nabla q\|^2`, the
     dynamic barrier. The penalty :math:`c` finds its own size, which is without bound at a solution:
-    with constant step sizes the loop ends in a neighbourhood whose size grows with them. ``T + 2``
-    gradients of the inner loss and one of the outer loss an update.
+    with constant step sizes the loop ends in a neighbourhood whose size grows with them.
+    Small inner batches bias it, as they do `pbgd`. ``T + 2`` gradients of the inner loss and one of
+    the outer loss an update.
 
     ``barrier`` is :math:`\eta > 0`, ``num_inner_steps`` :math:`T \ge 1`; the inner loss is as for
     `pbgd`, and all other arguments, what is returned and the errors are those of `f2sa`.
@@ -171,8 +172,11 @@ def pbgd(
 
     With a constant penalty the params end at a distance like :math:`1/c` from a minimum of the
     inner loss, and the hparams as far from the solution if :math:`T` is of the order of
-    :math:`\log c` or more, as :math:`z_T` is to be as near that minimum. ``T + 2``
-    gradients of the inner loss and one of the outer loss an update. The paper has one step size for
+    :math:`\log c` or more, as :math:`z_T` is to be as near that minimum. All :math:`T` steps see
+    one batch, so that :math:`z_T` nears the minimum of the loss of that batch: on small batches the
+    direction of the hparams is biased, however small the steps and large the penalty. Hand over
+    inner batches whose minima hardly differ, or take `f2sa`. ``T + 2`` gradients of the inner loss
+    and one of the outer loss an update. The paper has one step size for
     both, which is :math:`\gamma = \rho / c`: a large penalty asks for a small ``outer_lr``, and one
     that grows for one that falls as fast.
 
@@ -226,7 +230,9 @@ def meha(
         + \nabla_w \ell(w, \lambda) - \tfrac1\gamma (w - z)\bigr) .
 
     Four gradients of the inner loss and two of the outer loss an update. The direction of the
-    hparams is a hypergradient over :math:`c`, other than in the other loops.
+    hparams is a hypergradient over :math:`c`, other than in the other loops. Noise in the inner
+    loss leaves a bias like :math:`\rho_u c`: let ``inner_lr`` and ``adjoint_lr`` fall faster than
+    the penalty grows.
 
     ``proximal`` is :math:`\gamma > 0`, below :math:`1/m` where the inner loss has curvature of
     :math:`-m` and more (the paper asks for half of that). ``adjoint_lr`` is below 2 over the

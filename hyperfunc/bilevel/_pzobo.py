@@ -46,7 +46,8 @@ def pzobo(
         num_inner_steps: :math:`T \ge 1`.
         num_directions: :math:`J \ge 1`; one update takes ``T (J + 1)`` inner gradients.
         smoothing: :math:`\mu > 0`, at least ten times the precision of the dtypes.
-        seed: an integer >= 0; it and the step of the state alone determine what is drawn.
+        seed: an integer >= 0; it and the step of the state alone determine what is drawn, the same
+            for all tasks under ``vmap`` that are at the same step.
         steps: ``inner_lr``, ``outer_lr`` or optimisers, as in `soba`; there is none on an adjoint.
 
     Returns:

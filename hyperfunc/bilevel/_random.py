@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ _MASK = 0xFFFFFFFF
 def uniform(seed: int, step: Tensor, count: int) -> Tensor:
     """``count`` numbers, uniform in (0, 1), float64: the same for the same seed and step."""
     index = torch.arange(count, device=step.device)
-    bits = _mixed(_mixed(_mixed(step & _MASK) + (seed & _MASK)) + index)
+    bits: Tensor = _mixed(_mixed(_mixed(step) + _key(seed)) + index)
     return (bits.to(torch.float64) + 0.5) / 2**32
 
 
@@ -20,9 +22,17 @@ def normal(seed: int, step: Tensor, count: int) -> Tensor:
     return 2**0.5 * torch.erfinv(2 * uniform(seed, step, count) - 1)
 
 
-def _mixed(x: Tensor) -> Tensor:
+def _key(seed: int) -> int:
+    """32 bits that all bits of a seed have a part in."""
+    key = 0
+    while seed > 0 or key == 0:
+        key, seed = int(_mixed(key + seed)), seed >> 32
+    return key
+
+
+def _mixed(x: Any) -> Any:
     """A bijection of 32 bits after which neighbours look unrelated; products fit in 63 bits."""
-    x = x & _MASK
+    x = (x + 0x9E3779B9) & _MASK  # without which 0 would stay 0, in the first step for the seed 0
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
     x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
     return x ^ (x >> 15)

@@ -54,9 +54,10 @@ def bsa(
     so the step sizes of the hparams must decrease. The paper lets the number of inner steps grow
     with the updates: make a new loop with more steps and hand it the state.
 
-    ``seed`` and the step of the state alone determine what is drawn. All :math:`Q` products are
-    computed, as an update never looks at a number. The other arguments, the batches and the errors
-    are those of `stocbio`.
+    ``seed``, an integer >= 0, and the step of the state alone determine what is drawn: a run that
+    is resumed goes on as it would have, and tasks under ``vmap`` draw the same at the same step.
+    All :math:`Q` products are computed, as an update never looks at a number. The other arguments,
+    the batches and the errors are those of `stocbio`.
 
     Example:
         >>> inner_loss = lambda w, h, x: (w - h * x) ** 2 / 2

@@ -1,6 +1,6 @@
 """Time and memory of one product with its cross term, exact and by differences, and of `Reverse`.
 
-    python -m tests.benchmarks.products [ROW ...]
+    python -m tests.benchmarks.products [ROW ...] [--layers 4]
 
 A network like GPT (4 layers, width 256, length 128, batch 8, float32, one thread), whose samples
 have weights: the product of the Hessian of the loss with a vector like the params, and of the cross
@@ -13,6 +13,7 @@ the median of five.
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
@@ -30,7 +31,7 @@ from examples.common import Meter
 from hyperfunc._engine.finite_differences import DifferencedLinearization
 from hyperfunc._torch import autodiff
 
-LAYERS, WIDTH, LENGTH, BATCH, VOCABULARY, STEPS = 4, 256, 128, 8, 1000, 4
+WIDTH, LENGTH, BATCH, VOCABULARY, STEPS = 256, 128, 8, 1000, 4
 ROWS = (
     "training gradient",
     *("finite_difference", "reverse", "reverse, blocks"),
@@ -42,12 +43,12 @@ ROWS = (
 class Network(nn.Module):
     """A causal transformer with its default attention."""
 
-    def __init__(self, blocks: bool = False) -> None:
+    def __init__(self, num_layers: int, blocks: bool = False) -> None:
         super().__init__()
         self.blocks = blocks
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, 0.0, "gelu", batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, LAYERS)
+        self.layers = nn.TransformerEncoder(layer, num_layers)
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -66,10 +67,10 @@ class Network(nn.Module):
         return self.head(x)
 
 
-def build(row: str) -> Callable[[], Any]:
+def build(row: str, num_layers: int = 4) -> Callable[[], Any]:
     """What a row computes."""
     torch.manual_seed(0)
-    apply, params = hf.functional(Network("blocks" in row))
+    apply, params = hf.functional(Network(num_layers, "blocks" in row))
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH + 1))
     names, w = tuple(params), tuple(params.values())
     weights = torch.zeros(BATCH)
@@ -113,10 +114,10 @@ def build(row: str) -> Callable[[], Any]:
     ).pull(u)
 
 
-def measure(row: str) -> dict[str, float]:
+def measure(row: str, num_layers: int) -> dict[str, float]:
     """Seconds and memory of one row, in this process."""
     torch.set_num_threads(1)
-    compute = build(row)
+    compute = build(row, num_layers)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = []
     for _ in range(5):
@@ -131,13 +132,19 @@ def measure(row: str) -> dict[str, float]:
 
 def main() -> None:
     """Measure every row in a process of its own, and print a table."""
-    if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(measure(sys.argv[2])))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--measure", action="store_true", help="one row, in this process")
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.rows[0], options.layers)))
         return
     print("| | s | MB | MB of tensors | of a training gradient |\n| --- | --- | --- | --- | --- |")
     first: dict[str, float] = {}
-    for row in ROWS if len(sys.argv) == 1 else (ROWS[0], *sys.argv[1:]):
+    for row in dict.fromkeys((ROWS[0], *(options.rows or ROWS))):
         command = [sys.executable, "-m", "tests.benchmarks.products", "--measure", row]
+        command.append(f"--layers={options.layers}")
         result = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
         first = first or result
         ratios = ", ".join(f"{result[key] / first[key]:.2f}" for key in first)
