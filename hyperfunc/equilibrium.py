@@ -69,7 +69,8 @@ class EquilibriumLayer(nn.Module):
 
     ``torch.export``, with ``strict=False`` and under ``torch.no_grad()``, takes a layer whose
     solver makes a fixed number of steps, ``rtol=0, atol=0``: `Picard`, `Anderson` or `Broyden`;
-    with a ``batch_dim`` for batches of any size too. With ``strict=True`` torch reads the code of
+    with a ``batch_dim`` for batches of any size too, where ``init`` has ``x.shape[0]`` in place of
+    ``len(x)``. With ``strict=True`` torch reads the code of
     the solvers in place of running it, and stops there with an error of its own.
 
     Args:

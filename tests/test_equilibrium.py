@@ -433,7 +433,8 @@ def test_dropout_in_the_cell_has_one_mask_a_call(method: Any) -> None:
 @pytest.mark.slow
 def test_export_of_a_fixed_number_of_steps() -> None:
     x, batch = inputs(), torch.export.Dim("batch", min=2)
-    for solver in (Picard(4, rtol=0, batch_dim=0), Anderson(4, rtol=0, batch_dim=0)):
+    for solver in (Picard, Anderson, Broyden):
+        solver = solver(4, rtol=0, batch_dim=0)
         layer = hf.EquilibriumLayer(Cell(), solver)
         with torch.no_grad():
             shapes = {"inputs": ({0: batch},)}

@@ -64,7 +64,8 @@ class Broyden(AbstractFixedPointSolver):
         return Iteration(problem.evaluate, self._start, self._step, self.memory)
 
     def _start(self, point: Point) -> _Memory:
-        rows = point.z.new_zeros(len(point.z), room(point.z, self.memory), point.z.shape[1])
+        batch, size = point.z.shape  # not len, of which torch.export makes a constant
+        rows = point.z.new_zeros(batch, room(point.z, self.memory), size)
         return _Memory(point.z, point.residual, rows, rows)
 
     def _step(
