@@ -70,8 +70,10 @@ def tasks(dtype: torch.dtype = F64) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros(6, dtype=dtype), matrices.to(dtype), b.to(dtype)
 
 
-def hypergradient(method: Any, compile: Any) -> Any:
+def hypergradient(method: Any, compile: Any, calls: Any = None) -> Any:
     def inner_loss(w: Tensor, h: Tensor, A: Tensor, b: Tensor) -> Tensor:
+        if calls is not None:
+            calls.append(1)
         return 0.5 * w @ (A @ w) - w @ (b * h.exp())
 
     return hf.hypergrad_and_solution(
@@ -100,6 +102,46 @@ def test_each_task_stops_by_itself_with_the_code_of_plain_calls(name: str) -> No
         assert expected[1].stats.result.tolist() == [0, 0, 0, int(hf.RESULTS.breakdown)]
     for i in (2, 3):
         close(compiled(h, A[i], b[i]), plain(h, A[i], b[i]))
+
+
+WHOLE = {
+    "restarts": hf.GMRES(restart=2),
+    "replacement": hf.PipelinedCG(replace=2),
+    "the next solver": hf.Auto(),
+    "window": hf.AndersonFixedPoint(step_size=0.3, memory=3),
+}
+
+
+@pytest.mark.parametrize("name", slow_but("restarts", of=WHOLE))
+def test_compiled_code_holds_all_of_a_solve(name: str) -> None:
+    calls: list[int] = []
+    compiled = hypergradient(WHOLE[name], BACKEND, calls)
+    h, A, b = tasks()
+    index = 3 if name == "the next solver" else 2
+    first = compiled(h, A[index], b[index])
+    assert calls
+    assert first[1].stats.result == 0
+    calls.clear()
+    close(compiled(h, A[index], b[index]), first)
+    assert not calls
+
+
+@pytest.mark.parametrize("method", slow_but("dense", of={"dense": hf.Dense(), "auto": hf.Auto()}))
+def test_dense_solves_singular_systems_that_have_a_solution(method: str) -> None:
+    A = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[1.0, -2.0], [-2.0, 4.0]]], dtype=F64)
+    results = []
+    for compile in (False, BACKEND):
+        fn = hf.hypergrad_and_solution(
+            lambda h, A: h,
+            lambda w, h, A: (A @ w).sum(),
+            optimality=lambda w, h, A: A @ (w - h),
+            method={"dense": hf.Dense(), "auto": hf.Auto()}[method],
+            throw=False,
+            compile=compile,
+        )
+        results.append(torch.func.vmap(fn, (None, 0))(torch.ones(2, dtype=F64), A))
+    assert results[0][1].stats.result.tolist() == [0, 0]
+    close(results[1], results[0])
 
 
 @pytest.mark.slow
