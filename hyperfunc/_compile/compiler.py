@@ -216,8 +216,8 @@ class Compiler:
                 raise
             raise ValueError(
                 f"compile: {self.name} cannot be compiled, as its course depends on the values of "
-                f"tensors: an if or .item() on a tensor, or a solver that chooses as it goes, as "
-                f"Auto does. Tolerances need the default backend on a CPU; else write "
+                f"tensors: an if or .item() on a tensor, or a solver of your own that chooses as "
+                f"it goes. Tolerances need the default backend on a CPU; else write "
                 f"rtol=0, atol=0 for a fixed number of steps, or leave compile out"
             ) from error
         for node in itertools.chain.from_iterable(part.graph.nodes for part in _parts(graph)):

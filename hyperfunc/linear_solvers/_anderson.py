@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfunc._engine import trees
+from hyperfunc._engine import loop, trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.trees import ravel, unravel
 from hyperfunc._types import Leaves
@@ -67,28 +67,46 @@ class AndersonFixedPoint(RichardsonSolver):
         r = rhs if x0 is None else ravel(operator.residual(x0, b), dtype)
         bb, rs = rhs @ rhs, r @ r
         bounds = Bounds.make(self.rtol, self.atol, b, rs)
-        first, num_steps, active = rs, no_steps(rs), bounds.open(rs)
-        window, slot, previous = Window.empty(rhs), 0, (x, x)
-        for step in range(self.maxiter):
-            if bounds.finished(active):
-                break
-            if step > 0:
-                r = rhs - ravel(operator.mv(unravel(x, b)), dtype)
-                rs = torch.where(active, r @ r, rs)
-                # a step from the solution may lead away from it again
-                active = active & bounds.open(rs)
+        active, none = bounds.open(rs), no_steps(rs)
+
+        def plain_step(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
             f = r if precondition is None else ravel(precondition(unravel(r, b)), dtype)
             f = self.step_size * f
-            new = plain = x + f
-            if step > 0:
-                window = window.put(f - previous[0], plain - previous[1], slot, True)
-                slot = (slot + 1) % self.memory
-                new = plain - window.correction(f)
-            previous = f, plain
-            num_steps = num_steps + active
-            x = torch.where(active, new, x)
-        stats = report_growth(bounds.stats(num_steps, rs, active), rs, first, bb, b)
-        return unravel(x, b), stats
+            return f, x + f
+
+        def step(s: _Iterate, by: Bounds) -> _Iterate:
+            r = rhs - ravel(operator.mv(unravel(s.x, b)), dtype)
+            rs = torch.where(s.active, r @ r, s.rs)
+            # a step from the solution may lead away from it again
+            active = s.active & by.open(rs)
+            f, plain = plain_step(s.x, r)
+            window = s.window.put(f - s.f, plain - s.plain, s.count % self.memory, True)
+            x = torch.where(active, plain - window.correction(f), s.x)
+            return _Iterate(x, f, plain, window, rs, s.num_steps + active, active, s.count + 1)
+
+        if self.maxiter == 0:
+            return unravel(x, b), bounds.stats(none, rs, active)
+        f, plain = plain_step(x, r)
+        kept = loop.is_kept(x)
+        window, count = Window.empty(rhs, self.memory if kept else 0), none if kept else 0
+        x = torch.where(active, plain, x)
+        start = _Iterate(x, f, plain, window, rs, none + active, active, count)
+        s, _ = bounds.steps(step, start, self.maxiter - 1, numbers=False, sure=False)
+        stats = report_growth(bounds.stats(s.num_steps, s.rs, s.active), s.rs, rs, bb, b)
+        return unravel(s.x, b), stats
+
+
+class _Iterate(NamedTuple):
+    """An iterate, the last plain step ``plain = x + f`` from the one before, and steps after it."""
+
+    x: Tensor
+    f: Tensor
+    plain: Tensor
+    window: Window
+    rs: Tensor
+    num_steps: Tensor
+    active: Tensor
+    count: Any
 
 
 class Window(NamedTuple):

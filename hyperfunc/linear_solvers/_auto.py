@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hyperfunc._engine import trees
+from hyperfunc._engine import loop, trees
 from hyperfunc._engine.checks import check_count
-from hyperfunc._engine.results import RESULTS, ChoiceStats, SolveStats
+from hyperfunc._engine.results import RESULTS, UNFINISHED, ChoiceStats, SolveStats
 from hyperfunc._engine.trees import unravel
 from hyperfunc._torch import batching, sharding
 from hyperfunc._types import Leaves
@@ -53,8 +53,10 @@ class Auto(AbstractLinearSolver):
     So it costs what `CG` costs, and at most a fifth more, where `CG` works. The answer is the one
     with the smallest residual of all. `hyperfunc.diagnose` measures what a choice by hand needs.
 
-    Under ``vmap`` a method runs if some task needs it. ``Solution.stats`` is a `ChoiceStats`, whose
-    ``choice`` is an index into ``Auto.CHOICES``, and whose steps are those of all solvers together.
+    Under ``vmap`` a method runs if some task needs it. Compiled code holds all but the trials:
+    where `CG` takes ``10 num_steps`` steps or more, the solve is done again uncompiled.
+    ``Solution.stats`` is a `ChoiceStats`, whose ``choice`` is an index into ``Auto.CHOICES``, and
+    whose steps are those of all solvers together.
 
     Args:
         num_steps: products for the diagonal, >= 1. They and the steps of trials come in addition
@@ -101,9 +103,15 @@ class Auto(AbstractLinearSolver):
         whole = sharding.layout_of(b) is None
         few = whole and size <= MOST_ENTRIES
         bounds = self.rtol, self.atol
-        solver = CG(min(self.maxiter, _PATIENCE * size) if few else self.maxiter, *bounds)
+        most = min(self.maxiter, _PATIENCE * size) if few else self.maxiter
         trials = _Trials(self.num_steps, operator, b, x0)
-        x, stats = solver.run(operator, b, x0, trials.stages() if whole else ())
+        if loop.is_kept(b):  # trials are left to Python
+            before = min(most, trials.FIRST * self.num_steps)
+            x, stats = CG(before, *bounds).run(operator, b, x0)
+            unfinished = (stats.num_steps >= before) & (before < most)
+            stats = stats._replace(result=torch.where(unfinished, UNFINISHED, stats.result))
+        else:
+            x, stats = CG(most, *bounds).run(operator, b, x0, trials.stages() if whole else ())
         told = ChoiceStats(*stats, trials.chosen.expand_as(stats.result))
         rest: dict[int, AbstractLinearSolver] = {2: Dense()}
         if not few:
@@ -124,6 +132,8 @@ class _Trials:
     held against as many products of the plain iteration.
     """
 
+    FIRST = 10  # times num_steps
+
     def __init__(
         self, num_steps: int, operator: LinearOperator, b: Leaves, x0: Leaves | None
     ) -> None:
@@ -136,7 +146,7 @@ class _Trials:
         """When to do what."""
         k = self._num_steps
         notes = [(step, self._note) for step in (0, 2 * k, 4 * k)]
-        return (*notes, (10 * k, self._try_jacobi), (30 * k, self._try_nystrom))
+        return (*notes, (self.FIRST * k, self._try_jacobi), (30 * k, self._try_nystrom))
 
     def _note(self, x: Leaves, r: Leaves) -> None:
         self._energies.append(self._energy(x, r))

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from hyperfunc._engine import trees
+from hyperfunc._engine import loop, trees
 from hyperfunc._engine.random_vectors import random_signs
 from hyperfunc._engine.results import RESULTS, SolveStats, code_where
 from hyperfunc._engine.trees import ravel, unravel
@@ -57,8 +57,12 @@ class Dense(AbstractLinearSolver):
         finite = torch.isfinite(matrix).all() & torch.isfinite(rhs).all()
         safe = torch.where(finite, matrix, torch.eye(len(rhs), dtype=dtype, device=rhs.device))
         flat, regular = _eliminate(safe, rhs)
-        if batching.can_look(rhs) and not batching.all_true(regular):
-            flat = torch.where(regular, flat, _least_squares(safe, rhs))
+        if loop.is_kept(rhs) or batching.can_look(rhs):
+
+            def complete(flat: Tensor) -> Tensor:
+                return torch.where(regular, flat, _least_squares(safe, rhs))
+
+            flat = loop.when(~regular, complete, flat)
         x = unravel(torch.nan_to_num(flat), b)
         residual = operator.residual(x, b)
         residual_norm, norm = trees.norm(residual), torch.linalg.vector_norm(rhs)

@@ -114,8 +114,9 @@ class PipelinedCG(PreconditionedSolver):
                 return tuple(trees.where(s.active, *pair) for pair in zip(new, old, strict=True))
 
             drifting: tuple[Leaves, ...] = s[1:8]
-            anew = loop.when(s.count % self.replace == 0, renew, drifting)
-            return ahead(_Pipeline._make((s.x, *anew, *s[8:])), by)
+            anew: Any = loop.when(s.count % self.replace == 0, renew, drifting)
+            rest: Any = s[8:]
+            return ahead(_Pipeline(s.x, *anew, *rest), by)
 
         def cycle(start: State, by: Bounds, most: Any) -> tuple[State, Any]:
             s = start_cycle(start, by)

@@ -11,13 +11,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from hyperfunc._engine import trees
+from hyperfunc._engine import loop, trees
 from hyperfunc._engine.checks import check_flags, check_number
 from hyperfunc._engine.random_vectors import random_uniform
-from hyperfunc._engine.results import RESULTS, ChoiceStats, SolveStats, code_where
+from hyperfunc._engine.results import RESULTS, UNFINISHED, ChoiceStats, SolveStats, code_where
 from hyperfunc._engine.shown import show
 from hyperfunc._engine.trees import ravel, unravel
-from hyperfunc._torch import batching
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import AbstractLinearSolver, LinearOperator, Solved
 from hyperfunc.linear_solvers._units import in_units
@@ -116,31 +115,45 @@ def try_next(
     stats: ChoiceStats,
 ) -> tuple[Leaves, ChoiceStats]:
     """Solve the tasks that are open, and keep the better answer of each."""
-    if not batching.any_true(open_):
-        return x, stats
-    # what is solved becomes a system with the solution zero, which takes no steps
-    zeros = trees.zeros_like(b)
-    start = None if x0 is None else trees.where(open_, x0, zeros)
-    y, then = solver.solve(operator, trees.where(open_, b, zeros), start)
-    better, norm = open_, then.residual_norm
-    if batching.any_true(open_ & (then.result != int(RESULTS.success))):
-        old, norm = (trees.norm(operator.residual(v, b)) for v in (x, y))
-        better = open_ & ((then.result == int(RESULTS.success)) | ~(norm >= old))
-        better = better & (torch.isfinite(norm) | ~torch.isfinite(old))
-        kept = open_ & ~better
-        stats = stats._replace(residual_norm=torch.where(kept, old, stats.residual_norm))
-        no_failure = kept & (then.result == int(RESULTS.max_steps))
-        spared = better & (stats.result == int(RESULTS.max_steps))
-        stats = stats._replace(result=code_where(no_failure, RESULTS.max_steps, stats.result))
-        failed = then.result > int(RESULTS.max_steps)
-        then = then._replace(result=code_where(spared & failed, RESULTS.max_steps, then.result))
-    merged = ChoiceStats(
-        torch.where(open_, stats.num_steps + then.num_steps, stats.num_steps),
-        torch.where(better, norm, stats.residual_norm),
-        torch.where(better, then.result, stats.result),
-        torch.where(better, index, stats.choice),
-    )
-    return trees.where(better, y, x), merged
+    open_ = open_ & (stats.result != UNFINISHED)
+
+    def attempt(found: tuple[Leaves, ChoiceStats]) -> tuple[Leaves, ChoiceStats]:
+        x, stats = found
+        # what is solved becomes a system with the solution zero, which takes no steps
+        zeros = trees.zeros_like(b)
+        start = None if x0 is None else trees.where(open_, x0, zeros)
+        y, (num_steps, norm, code, *_) = solver.solve(operator, trees.where(open_, b, zeros), start)
+
+        def compare(_: Any) -> Any:
+            """Who is better off, the norms of the residuals of both, and their codes."""
+            old, norm = (trees.norm(operator.residual(v, b)) for v in (x, y))
+            better = open_ & ((code == int(RESULTS.success)) | ~(norm >= old))
+            better = better & (torch.isfinite(norm) | ~torch.isfinite(old))
+            kept = open_ & ~better
+            no_failure = kept & (code == int(RESULTS.max_steps))
+            spared = better & (stats.result == int(RESULTS.max_steps))
+            failed = code > int(RESULTS.max_steps)
+            return (
+                better,
+                torch.where(kept, old, stats.residual_norm),
+                norm,
+                code_where(no_failure, RESULTS.max_steps, stats.result),
+                code_where(spared & failed, RESULTS.max_steps, code),
+            )
+
+        untested = open_, stats.residual_norm, norm, stats.result, code
+        failed = open_ & (code != int(RESULTS.success))
+        better, old, new, old_code, new_code = loop.when(failed, compare, untested)
+        result = torch.where(better, new_code, old_code)
+        merged = ChoiceStats(
+            torch.where(open_, stats.num_steps + num_steps, stats.num_steps),
+            torch.where(better, new, old),
+            torch.where(open_ & (code == UNFINISHED), UNFINISHED, result),
+            torch.where(better, index, stats.choice),
+        )
+        return trees.where(better, y, x), merged
+
+    return loop.when(open_, attempt, (x, stats))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hyperfunc._engine import loop
 from hyperfunc._engine.results import UNFINISHED
 from hyperfunc._torch import loops
 from hyperfunc._torch.autodiff import Linearization
-from hyperfunc.linear_solvers import _cycles
+from hyperfunc.linear_solvers import _auto, _cycles
 from tests.cells import slow_but
 
 F64 = torch.float64
@@ -48,6 +48,12 @@ METHODS: dict[str, Any] = {
     "gmres": hf.GMRES(),
     "restarted gmres": hf.GMRES(restart=2),
     "few steps of gmres": hf.GMRES(maxiter=3, restart=2, preconditioner=lambda v: 0.5 * v),
+    "auto": hf.Auto(),
+    "fallback": hf.Fallback(hf.CG(), hf.GMRES(maxiter=2)),
+    "anderson": hf.AndersonFixedPoint(step_size=0.3, memory=3),
+    "few steps of anderson": hf.AndersonFixedPoint(
+        maxiter=4, rtol=0, memory=2, preconditioner=lambda v: 0.5 * v
+    ),
     "fixed gmres": hf.GMRES(maxiter=5, restart=3, rtol=0),
 }
 
@@ -64,8 +70,10 @@ def tasks(dtype: torch.dtype = F64) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros(6, dtype=dtype), matrices.to(dtype), b.to(dtype)
 
 
-def hypergradient(method: Any, compile: Any) -> Any:
+def hypergradient(method: Any, compile: Any, calls: Any = None) -> Any:
     def inner_loss(w: Tensor, h: Tensor, A: Tensor, b: Tensor) -> Tensor:
+        if calls is not None:
+            calls.append(1)
         return 0.5 * w @ (A @ w) - w @ (b * h.exp())
 
     return hf.hypergrad_and_solution(
@@ -94,6 +102,71 @@ def test_each_task_stops_by_itself_with_the_code_of_plain_calls(name: str) -> No
         assert expected[1].stats.result.tolist() == [0, 0, 0, int(hf.RESULTS.breakdown)]
     for i in (2, 3):
         close(compiled(h, A[i], b[i]), plain(h, A[i], b[i]))
+
+
+WHOLE = {
+    "restarts": hf.GMRES(restart=2),
+    "replacement": hf.PipelinedCG(replace=2),
+    "the next solver": hf.Auto(),
+    "window": hf.AndersonFixedPoint(step_size=0.3, memory=3),
+}
+
+
+@pytest.mark.parametrize("name", slow_but("restarts", of=WHOLE))
+def test_compiled_code_holds_all_of_a_solve(name: str) -> None:
+    calls: list[int] = []
+    compiled = hypergradient(WHOLE[name], BACKEND, calls)
+    h, A, b = tasks()
+    index = 3 if name == "the next solver" else 2
+    first = compiled(h, A[index], b[index])
+    assert calls
+    assert first[1].stats.result == 0
+    calls.clear()
+    close(compiled(h, A[index], b[index]), first)
+    assert not calls
+
+
+@pytest.mark.parametrize("method", slow_but("dense", of={"dense": hf.Dense(), "auto": hf.Auto()}))
+def test_dense_solves_singular_systems_that_have_a_solution(method: str) -> None:
+    A = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[1.0, -2.0], [-2.0, 4.0]]], dtype=F64)
+    results = []
+    for compile in (False, BACKEND):
+        fn = hf.hypergrad_and_solution(
+            lambda h, A: h,
+            lambda w, h, A: (A @ w).sum(),
+            optimality=lambda w, h, A: A @ (w - h),
+            method={"dense": hf.Dense(), "auto": hf.Auto()}[method],
+            throw=False,
+            compile=compile,
+        )
+        results.append(torch.func.vmap(fn, (None, 0))(torch.ones(2, dtype=F64), A))
+    assert results[0][1].stats.result.tolist() == [0, 0]
+    close(results[1], results[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["of many", "that Jacobi helps", "fixed"])
+def test_what_auto_leaves_to_other_methods_and_to_python(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = hf.Auto(num_steps=1, maxiter=80)
+    h, A, b = tasks()
+    if kind == "of many":
+        monkeypatch.setattr(_auto, "MOST_ENTRIES", 0)
+        A[2, 0, 1] += 2.0  # not symmetric
+    else:
+        method = hf.Auto(num_steps=1, maxiter=80, rtol=0) if kind == "fixed" else method
+        generator = torch.Generator().manual_seed(1)
+        noise = 0.05 * torch.randn(4, 40, 40, generator=generator, dtype=F64)
+        d = torch.logspace(0, 5, 40, dtype=F64).sqrt()
+        A = torch.eye(40, dtype=F64) + 0.05 * noise @ noise.mT
+        A[1:] = d[:, None] * A[1:] * d
+        h, b = torch.zeros(40, dtype=F64), torch.ones(4, 40, dtype=F64)
+    plain, compiled = (hypergradient(method, c) for c in (False, BACKEND))
+    expected = torch.func.vmap(plain, (None, 0, 0))(h, A, b)
+    choices = expected[1].stats.choice.unique().tolist()
+    assert choices == ([0, 3] if kind == "of many" else [0, 1])
+    close(torch.func.vmap(compiled, (None, 0, 0))(h, A, b), expected)
 
 
 def test_where_another_cycle_is_called_for_python_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,8 +316,40 @@ def test_equilibrium_layers_forward_and_backward() -> None:
     close(*results)
 
 
+class Symmetric(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 3).double()
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        W = self.linear.weight
+        return 0.2 * z @ (W + W.mT) + x
+
+
+ADJOINTS: dict[str, Any] = {
+    "gmres": hf.GMRES(restart=4),
+    "blocks": hf.Blockwise(hf.GMRES(), blocks="batch"),
+    "pipelined_cg": hf.PipelinedCG(),
+    "auto": hf.Auto(),
+}
+
+
+@pytest.mark.parametrize("name", slow_but("gmres", of=ADJOINTS))
+def test_equilibrium_layers_take_every_adjoint(name: str) -> None:
+    histories: list[list[Any]] = [[], []]
+    plain, compiled = layers(ADJOINTS[name])
+    x = torch.linspace(-1, 1, 12, dtype=F64).reshape(4, 3)
+    cells = (Symmetric(),) if name == "pipelined_cg" else (Symmetric(), Cell())
+    for cell in cells:
+        for layer, history in zip((plain, compiled), histories, strict=True):
+            layer.cell, layer.on_backward = cell, history.append
+        close(outputs(compiled, x), outputs(plain, x))
+    close(histories[1], histories[0])
+    assert all(stats.result == 0 for stats in histories[0])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [hf.BiCGStab(), hf.CG(maxiter=2, rtol=0)])
+@pytest.mark.parametrize("method", [hf.BiCGStab(), hf.GMRES(), hf.CG(maxiter=2, rtol=0)])
 def test_equilibrium_layers_change(method: Any) -> None:
     plain, compiled = layers(method, throw_backward=False)
     x = torch.linspace(-1, 1, 12, dtype=F64).reshape(4, 3)
@@ -259,9 +364,6 @@ def test_equilibrium_layers_change(method: Any) -> None:
     close(*(torch.func.vmap(layer)(batch) for layer in (compiled, plain)))
     plain.cell = compiled.cell = Cell()
     close(outputs(compiled, x), outputs(plain, x))
-    with pytest.raises(ValueError, match=r"compile takes no Auto\("):
-        compiled.method = hf.Auto()
-    assert compiled.method == method
     compiled.cell.drop.train()
     with pytest.raises(ValueError, match="the fixed-point solve cannot be compiled, as it draws"):
         compiled(x)
