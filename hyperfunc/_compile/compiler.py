@@ -25,6 +25,7 @@ from hyperfunc._engine import trees
 from hyperfunc._engine.shown import show
 from hyperfunc._torch import internals, loops, tracking
 from hyperfunc._torch.captured import captured_values
+from hyperfunc._torch.indexing import RowsByIndex
 from hyperfunc._types import Leaves
 
 DEFAULT_BACKEND = "inductor"
@@ -209,7 +210,8 @@ class Compiler:
 
     def _trace(self, fn: Callable[..., Leaves], operands: Leaves) -> torch.fx.GraphModule:
         try:
-            with loops.kept() if self.backend.keeps_loops(operands) else contextlib.nullcontext():
+            keeps = self.backend.keeps_loops(operands)
+            with RowsByIndex(), loops.kept() if keeps else contextlib.nullcontext():
                 graph = make_fx(fn)(*operands)
         except RuntimeError as error:
             if "tracing tensor" not in str(error) and "data-dependent" not in str(error).lower():

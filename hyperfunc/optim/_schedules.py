@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.checks import check_callable, check_count
 from hyperfunc._engine.shown import show
 from hyperfunc._engine.wrapped_functions import PrintsAsCall
+from hyperfunc._torch import indexing
 from hyperfunc.optim._base import (
     ByName,
     Coefficient,
@@ -223,7 +223,7 @@ class _Own(PrintsAsCall, Schedule):
     name = "schedule"
 
     def __call__(self, hparams: Any, step: Tensor) -> Any:
-        with _RowsByStep():
+        with indexing.RowsByIndex():
             return self.fn(hparams, step)
 
 
@@ -241,7 +241,7 @@ class _PerStep(PrintsAsCall, Schedule):
                     f"per_step: got values of {got}; expected tensors with a leading dimension of "
                     f"steps"
                 )
-            return _row(rows, step.clamp(max=len(rows) - 1))
+            return indexing.row(rows, step.clamp(max=len(rows) - 1))
 
         return trees.tree_map(row, _values("per_step", "values", self.values, hparams, step))
 
@@ -346,21 +346,3 @@ def _polynomial(t: Tensor, n: int, value: Any, power: Any) -> Any:
 
 def _as_tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-
-
-def _row(rows: Tensor, index: Tensor) -> Tensor:
-    """A row, where the index may differ between tasks and be unknown to a compiler."""
-    return rows.index_select(0, index.reshape(1).to(rows.device)).squeeze(0)
-
-
-class _RowsByStep(TorchFunctionMode):
-    """Within this context, ``rows[step]`` reads no value, as compiled code and ``vmap`` need."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is Tensor.__getitem__ and isinstance(args[1], Tensor):
-            rows, index = args
-            if index.ndim == 0 and index.dtype == torch.int64:
-                return _row(rows, index)
-        return func(*args, **(kwargs or {}))

@@ -741,3 +741,53 @@ def test_inductor_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         for (_, mapped, seed), got in zip(tasks, pool.map(work, tasks), strict=True):
             close(got, calls(plain, mapped, seed))
     assert len(compilations) == 4
+
+
+def quartic(w: Tensor, h: Any) -> Tensor:
+    return ((w - 1.5) ** 4).sum()
+
+
+def by_map(rate: Callable[[Tensor, Tensor], Tensor], num_steps: int) -> Any:
+    """Gradient descent whose rate is some function of rates and of the number of the step."""
+
+    def step(w: Tensor, h: Tensor, i: Tensor) -> Tensor:
+        return w - rate(h, i).exp() * torch.func.grad(quartic)(w, h)
+
+    inputs = torch.arange(num_steps)
+    return hf.iterate(step, num_steps, init=lambda h: torch.ones(4, dtype=F64), inputs=inputs)
+
+
+def by_schedule(rate: Callable[[Tensor, Tensor], Tensor], num_steps: int) -> Any:
+    lr = hf.optim.schedule(lambda h, step: rate(h, step).exp())
+    return hf.minimize(
+        quartic, hf.optim.sgd(lr=lr), num_steps, init=lambda h: torch.ones(4, dtype=F64)
+    )
+
+
+RATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "this step": lambda rates, i: rates[i],
+    "the last step": lambda rates, i: rates[i - 1],  # of the first one, the last of all
+    "both": lambda rates, i: rates[i.int()] + 0.1 * rates[i - 1],
+}
+
+
+@pytest.mark.parametrize("make", [by_map, by_schedule])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, BACKEND) for name in RATES), pytest.param("both", True, marks=pytest.mark.slow)],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_rows_by_the_number_of_a_step(make: Any, name: str, backend: Any) -> None:
+    """The derivative of index_select under vmap, which inductor gets wrong, is not in the way."""
+    cases = ((3, "reverse"), (7, "reverse"), (7, "forward"))
+    for num_steps, method in cases[:1] if backend is True else cases:
+        rates = torch.linspace(-3, -1, num_steps, dtype=F64)
+        rates = torch.stack([rates, rates + 0.1])
+        w, expected = torch.ones(2, 1, dtype=F64), rates.clone().requires_grad_()
+        for i in range(num_steps):
+            rate = torch.stack([RATES[name](row, torch.tensor(i)) for row in expected])
+            w = w - rate.exp()[:, None] * 4 * (w - 1.5) ** 3
+        expected = torch.autograd.grad(4 * ((w - 1.5) ** 4).sum(), expected)[0]
+        fn = hf.hypergrad(make(RATES[name], num_steps), quartic, method=method, compile=backend)
+        close(fn(rates[0]), expected[0])
+        close(torch.func.vmap(fn)(rates), expected)
