@@ -987,3 +987,32 @@ def test_errors(name: str) -> None:
 def test_the_default_method() -> None:
     assert isinstance(hf.EquilibriumLayer(Cell()).method, hf.GMRES)
     assert isinstance(hf.EquilibriumLayer(Cell(), compile=True).method, hf.BiCGStab)
+
+
+def test_second_derivatives_through_steps_that_change_nothing() -> None:
+    """Anderson's differences are zeros where it has converged, and their norm has none there."""
+    cell, x = nn.Linear(3, 3, dtype=torch.float64), torch.linspace(-1, 1, 6).double().reshape(2, 3)
+    with torch.no_grad():
+        cell.weight.mul_(0.4)
+
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = cell
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return torch.tanh(self.linear(z) + x)
+
+    found = []
+    for solver in (
+        hf.fixed_point_solvers.Anderson(60, rtol=0.0),
+        hf.fixed_point_solvers.Picard(60, rtol=0.0),
+    ):
+        layer = hf.EquilibriumLayer(
+            Cell(), solver=solver, method="reverse_unroll", init=torch.zeros_like
+        )
+        grads = torch.autograd.grad(
+            (layer(x) ** 3).sum(), list(cell.parameters()), create_graph=True
+        )
+        found.append(torch.autograd.grad(sum((g**2).sum() for g in grads), list(cell.parameters())))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)

@@ -11,6 +11,7 @@ from torch import Tensor
 from hyperfunc._engine import loop, trees
 from hyperfunc._engine.checks import check_count
 from hyperfunc._engine.trees import ravel, unravel
+from hyperfunc._torch import tracking
 from hyperfunc._types import Leaves
 from hyperfunc.linear_solvers._base import Bounds, LinearOperator, Solved, no_steps
 from hyperfunc.linear_solvers._preconditioners import prepare
@@ -132,7 +133,12 @@ class Window(NamedTuple):
 
     def put(self, f_step: Tensor, g_step: Tensor, slot: Any, active: Tensor | bool) -> Window:
         """The window with a row in a slot; this one, which may be overwritten, is gone then."""
-        norm = torch.linalg.vector_norm(f_step, dim=-1, keepdim=True)
+        if tracking.is_tracked((f_step,)):  # the norm of zeros has no second derivative
+            zero = (f_step == 0).all(-1, keepdim=True)
+            norm = torch.linalg.vector_norm(f_step.masked_fill(zero, 1.0), dim=-1, keepdim=True)
+            norm = norm.masked_fill(zero, 0.0)
+        else:
+            norm = torch.linalg.vector_norm(f_step, dim=-1, keepdim=True)
         alive = (norm > 0) & active
         scale = torch.where(alive, 1 / torch.where(alive, norm, 1.0), 0.0)
         unit, step, gram = f_step * scale, g_step * scale, self.gram
