@@ -109,6 +109,13 @@ def vrbo(z: Any, q: int = Q) -> Any:
     return descended(past, h, 1), past, h
 
 
+def truncated(z: Any, q: int = T) -> Any:
+    """Its steps give the terms of the series, and the hparams their sum."""
+    w, h = z
+    w = descended(w, h, q)
+    return w, h - GAMMA * d_h(series(w, q - 1), h)
+
+
 def f2sa(z: Any, c: float = C) -> Any:
     w, y, h = z
     w = descended(w, h)
@@ -153,6 +160,7 @@ WIDE = {
     "sustain": Q + 2,
     "vrbo": (T + 1) * (Q + 2),
     "pzobo": T,
+    "truncated": T,
 }
 BOTH = {"num_inner_steps": T, "num_adjoint_steps": Q}
 # The map of an update, its variables, the settings, and whether the loop rests at the optimum.
@@ -169,6 +177,7 @@ LINEAR: dict[str, tuple[Hand, str, dict[str, Any], bool]] = {
     "stocbio": (stocbio, "wh", BOTH, False),
     "mrbo": (mrbo, "wh", {"num_adjoint_steps": Q}, False),
     "vrbo": (vrbo, "wuh", BOTH | {"period": 10**6}, False),
+    "truncated": (truncated, "wh", {"num_inner_steps": T}, False),
     "f2sa": (f2sa, "wuh", {"penalty": C, "num_inner_steps": T}, False),
     "pbgd": (pbgd, "wh", {"penalty": C, "num_inner_steps": T}, False),
     "meha": (
@@ -233,9 +242,12 @@ def test_without_noise_the_rate_is_that_of_the_affine_map(name: str) -> None:
 
 
 def test_a_truncated_series_leaves_a_bias_that_falls_geometrically() -> None:
-    """Lemma 3 of StocBiO: like ``(1 - lr mu) ** Q``, with ``mu`` the least curvature."""
+    """Like ``(1 - lr mu) ** Q``, with ``mu`` the least curvature.
+
+    Lemma 3 of StocBiO; and as Shaban et al. have it for the steps of `truncated`.
+    """
     counts = list(range(10, 30))
-    for hand, variables in ((stocbio, "wh"), (mrbo, "wh"), (vrbo, "wuh")):
+    for hand, variables in ((stocbio, "wh"), (mrbo, "wh"), (vrbo, "wuh"), (truncated, "wh")):
         best = torch.cat([W_BEST, H_BEST])
         biases = [(rest_and_rate(hand, variables, q=q)[0] - best).norm().log() for q in counts]
         expected = math.log(1 - RHO * torch.linalg.eigvalsh(A)[0].item())
