@@ -284,8 +284,9 @@ def test_errors_of_other_kinds_stay_as_they_are_beside_sparse_data() -> None:
     def broken(h: Tensor, X: Tensor) -> Tensor:
         raise RuntimeError("of the user's own")
 
-    with pytest.raises(RuntimeError, match=r"^of the user's own$"):
+    with pytest.raises(RuntimeError) as error:  # whose notes would be part of a match
         hf.hypergrad(broken, outer_loss, inner_loss=ridge)(H[0], EYE.to_sparse())
+    assert str(error.value) == "of the user's own"
 
 
 NO_TASKS: dict[str, Callable[[Any], Any]] = {
