@@ -400,6 +400,10 @@ def test_states_at_chosen_steps_have_the_derivatives_of_the_method_there() -> No
     check_close(late, z)
     with pytest.raises(ValueError, match="at_steps holds is -1"):
         layer(x, at_steps=(-1,))
+    with pytest.raises(
+        TypeError, match=r"at_steps is of type int; .* Write at_steps=\(4,\) for one"
+    ):
+        layer(x, at_steps=4)
 
 
 def fewest(layer: Any, x: Tensor) -> int:

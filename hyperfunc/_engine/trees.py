@@ -465,6 +465,8 @@ def _advice(leaf: Any) -> str:
             return "Return its coef_ and intercept_, and decorate the solver with @hf.from_numpy"
         register = f"optree.register_pytree_node(..., namespace={NAMESPACE!r})"
         return f"If it holds tensors, register its class by {register}"
+    if isinstance(leaf, Iterator):
+        return "For the parameters of a module, write apply, params = hf.functional(module)"
     return "Write torch.tensor(...) around a number"
 
 

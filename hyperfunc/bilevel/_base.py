@@ -545,7 +545,9 @@ def _resolved(method: Method) -> dict[str, Any]:
         rules["adjoint"] = rules.get("inner")
     missing = [key for key in _PLACES if rules.get(key) is None and (adjoint or key != "adjoint")]
     if missing:
-        key, what = missing[0], _PLACES[missing[0]][1]
+        key, what, size = missing[0], _PLACES[missing[0]][1], _SIZES[missing[0]]
+        if key == "adjoint" and adjoint in ("params", "restarted"):
+            what, size = "adjoint, here second params,", "What steps on the params will do"
         also = (
             ""
             if (key, adjoint) == ("adjoint", "series")
@@ -553,6 +555,6 @@ def _resolved(method: Method) -> dict[str, Any]:
         )
         raise TypeError(
             f"{name}: no step for the {what} was given; expected {key}_lr=, a step size{also}. "
-            f"{_SIZES[key]}"
+            f"{size}"
         )
     return rules

@@ -90,6 +90,11 @@ class AbstractFixedPointSolver(abc.ABC):
                 common batch dimension.
         """
         problem = Problem.make(fixed_point, init, hparams, args, self.batch_dim)
+        if not isinstance(at_steps, list | tuple):
+            raise TypeError(
+                f"{type(self).__name__}: at_steps is of type {type(at_steps).__name__}; expected a "
+                f"tuple of numbers of steps. Write at_steps=(4,) for one"
+            )
         for step in at_steps:
             check_count(self, "at_steps holds", step, 0)
         trace: list[Tensor] = []
@@ -241,7 +246,8 @@ def _advice(solver: AbstractFixedPointSolver, code: RESULTS) -> str:
 
 _ADVICE = {
     RESULTS.max_steps: "the tolerance was not reached. Raise maxiter or rtol, start closer, or "
-    "take a solver that needs fewer steps ({others})",
+    "take a solver that needs fewer steps ({others}). If none gets there, the map is no "
+    "contraction: a cell that norms its state is a common cause, and may norm its input instead",
     RESULTS.nonfinite: "non-finite values (NaN or Inf) appeared. Check the start and the inputs, "
     "or bound the map",
     RESULTS.divergence: "the residual grew instead of shrinking: the map is no contraction there. "

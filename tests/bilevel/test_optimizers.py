@@ -184,7 +184,7 @@ MISUSE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "none for the second params of meha": (
         lambda: hf.bilevel.meha(*losses, inner_lr=0.1, outer_lr=0.1),
         TypeError,
-        r"meha: no step for the adjoint was given",
+        r"meha: no step for the adjoint, here second params, was given",
     ),
     "none for the unrolled step": (
         lambda: hf.bilevel.darts(*losses, inner_optimizer=sgd, outer_lr=0.1),

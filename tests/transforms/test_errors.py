@@ -174,6 +174,11 @@ CALLS: dict[str, Case] = {
         "hparams['lr']['first'] is 0.1 of type float; expected a floating-point tensor. Write "
         "torch.tensor(...) around a number",
     ),
+    "hparams the parameters of a module": (
+        lambda: make()(torch.nn.Linear(2, 2).parameters()),
+        TypeError,
+        "hparams is ...of type generator; expected a floating-point tensor. ...write apply, params = hf.functional(module)",
+    ),
     "hparams a module": (
         lambda: make()({"net": torch.nn.Identity()}),
         TypeError,
