@@ -349,7 +349,8 @@ def _flat_dims(
             raise ValueError(
                 f"task_map: {path} is {show(leaf)} "
                 f"of type {type(leaf).__name__}, and in_dims is {dim} "
-                f"there; expected a tensor to take slices of. Write None in in_dims for it"
+                f"there; expected a tensor to take slices of. Write torch.as_tensor(...) around an "
+                f"array of tasks, or None in in_dims for what all of them share"
             )
         if not -leaf.ndim <= dim < leaf.ndim:
             raise ValueError(

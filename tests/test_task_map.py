@@ -200,7 +200,7 @@ ONES = torch.ones(3, 2)
         (lambda: hf.task_map(len, 0, True), TypeError, r"chunk_size is True"),
         (lambda: hf.task_map(len, 0, "all"), TypeError, r"'all'; expected 'auto', None or an int"),
         (lambda: hf.task_map(len, randomness="x"), ValueError, r"randomness is 'x'"),
-        (lambda: hf.task_map(len)(3), ValueError, r"args\[0\] is 3 of type int.*Write None"),
+        (lambda: hf.task_map(len)(3), ValueError, r"args\[0\] is 3 of type int.*or None"),
         (lambda: hf.task_map(len, 5)(ONES), ValueError, r"args\[0\] has shape \(3, 2\), and in_d"),
         (lambda: hf.task_map(len, (0, 0))(ONES), ValueError, r"does not suit the 1 arguments"),
         (lambda: hf.task_map(len, (None,))(ONES), ValueError, r"None for every argument"),

@@ -55,7 +55,9 @@ ADVICE = {
         "the finite differences are too noisy to judge by. Is the inner solver random (dropout, "
         "minibatches)? Then call torch.manual_seed(0) first in it, so that each run draws the "
         "same (under vmap with randomness='same'). Or is it stopped by a loose tolerance? Then fix "
-        "its number of steps. Otherwise use float64, or pass a larger rtol"
+        "its number of steps. Is the residual of the inner problem large, or has it kinks (ReLU)? "
+        "Then take more inner steps or a smaller rate first. In float32 use float64; or pass a "
+        "larger rtol"
     ),
 }
 

@@ -175,9 +175,10 @@ CALLS: dict[str, Case] = {
         "torch.tensor(...) around a number",
     ),
     "hparams the parameters of a module": (
-        lambda: make()(torch.nn.Linear(2, 2).parameters()),
+        lambda: make()(torch.nn.PReLU().parameters()),
         TypeError,
-        "hparams is ...of type generator; expected a floating-point tensor. ...write apply, params = hf.functional(module)",
+        "hparams is ...of type generator; expected a floating-point tensor. ...write apply, params "
+        "= hf.functional(module)",
     ),
     "hparams a module": (
         lambda: make()({"net": torch.nn.Identity()}),
