@@ -50,9 +50,9 @@ its own steps (each of the inner ones), its clipping, its coefficients by leaf o
 hparams. It takes the direction of the method for the gradient, and its state is part of the
 `State`. Params that no loss uses it leaves as they are. Inner steps that depend on hparams (a
 learned rate, say) are part of the direction in `truncated`, `sama`, `pzobo` and, as ``unroll_lr``,
-`darts`; all others follow the minimum of the inner loss, and ``init`` warns of such steps. The
-``adjoint_lr`` of a Neumann series is a step size only; second params that begin anew in every
-update (`bome`, `pbgd`) begin with a new state of their optimiser.
+`darts`; all others follow the minimum of the inner loss, and ``init`` warns of such steps (but for
+DTensors). The ``adjoint_lr`` of a Neumann series is a step size only; second params that begin anew
+in every update (`bome`, `pbgd`) begin with a new state of their optimiser.
 
 Every variable and batch may hold DTensors; `module_loop` calls a module with its hooks, as
 ``fully_shard`` needs it. Non-finite values are passed on, not looked for: the loops never wait for

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyperfunc._engine import trees
 from hyperfunc._engine.convergence import warn_at_call_site
-from hyperfunc._torch import autodiff
+from hyperfunc._torch import autodiff, sharding
 from hyperfunc._types import Leaves, TensorTree
 from hyperfunc.optim._base import Optimizer, Schedule
 from hyperfunc.optim._decay import tell_of_decay
@@ -39,8 +39,11 @@ def tell_of_decays(method: Any, spec: trees.TreeSpec, hparams: TensorTree) -> No
 
 
 def tell_of_learned(method: Any, point: Any) -> None:
-    """Warn of steps that depend on hparams, where the direction of hparams does not show it."""
-    if torch.compiler.is_compiling():
+    """Warn of steps that depend on hparams, where the direction of hparams does not show it.
+
+    Not of DTensors: looking takes a step, and some torch cannot differentiate on uneven shards.
+    """
+    if torch.compiler.is_compiling() or any(map(sharding.is_dtensor, (*point.w, *point.h))):
         return
     settings = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     settings |= {f"{key}_lr": method.steps.get(key) for key in ("inner", "adjoint")}
