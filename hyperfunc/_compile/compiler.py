@@ -223,7 +223,7 @@ class Compiler:
                 f"rtol=0, atol=0 for a fixed number of steps, or leave compile out"
             ) from error
         for node in itertools.chain.from_iterable(part.graph.nodes for part in _parts(graph)):
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            if _draws(node):
                 raise ValueError(
                     f"compile: {self.name} cannot be compiled, as it draws random numbers "
                     f"({node.target}), which compiled code draws differently. Draw them outside "
@@ -265,6 +265,17 @@ class Compiler:
 def _like(leaf: Tensor) -> Tensor:
     """A tensor like one, in memory of its own: loops refuse operands that share theirs."""
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    """Whether a node draws random numbers, as attention does with dropout alone."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == "dropout_p":
+            named = node.kwargs.get("dropout_p", argument.default_value)
+            return bool((node.args[i] if i < len(node.args) else named) != 0)
+    return True
 
 
 def _scatters(part: torch.fx.GraphModule) -> bool:
@@ -372,7 +383,8 @@ def _lay_out_expanded(graph: torch.fx.GraphModule) -> None:
     (torch 2.13).
     """
     for node in list(graph.graph.nodes):
-        if not any(name in str(node.target) for name in _WRITES_TO_EXPANDED) or not node.args:
+        packet = str(getattr(node.target, "overloadpacket", "")).removeprefix("aten.")
+        if packet not in _WRITES_TO_EXPANDED:  # in place they write to what is shared by right
             continue
         source, value = node.args[0], node.args[0].meta.get("val")
         if isinstance(value, Tensor) and 0 in value.stride():

@@ -113,7 +113,8 @@ def while_loop(
 
 def sink_views(graph: GraphModule) -> None:
     """Take views of the operands of loops inside of them, as no two operands may share memory."""
-    _merge_constants(graph)
+    if has_loops(graph):
+        _merge_constants(graph)
     for node in list(graph.graph.nodes):
         if node.target is not _operator():
             continue

@@ -47,20 +47,8 @@ def truncated(
     One update takes 2 T gradients and T products of the inner loss, and the memory of one product
     beside T copies of the params and of the optimiser's state.
 
-    Args:
-        inner_loss: ``(params, hparams, *inner_batch) -> scalar``.
-        outer_loss: ``(params, hparams, *outer_batch) -> scalar``.
-        num_inner_steps: :math:`T \ge 1`.
-        products: as in `soba`.
-        steps: ``inner_lr``, ``outer_lr`` or optimisers, as in `soba`; there is none on an adjoint.
-
-    Returns:
-        A `Loop`, with ``update(state, inner_batches, outer_batch)``. Each leaf of ``inner_batches``
-        has a leading dimension of size ``T``. The adjoint of the state stays zero.
-
-    Raises:
-        TypeError: as `soba`.
-        ValueError: as `soba`; a number out of its range.
+    ``num_inner_steps`` is :math:`T \ge 1`; the other arguments, what is returned and the errors are
+    those of `pzobo`, and ``products`` is that of `soba`.
 
     Example:
         >>> inner_loss = lambda w, h, x: (w - h * x) ** 2 / 2

@@ -57,8 +57,9 @@ def tell_of_learned(method: Any, point: Any) -> None:
         def value(*h: Tensor, name: str = name, rule: Any = rule) -> Leaves:
             return _stepped(point.at(h), name, rule)
 
-        reached = (i for i in range(len(point.h)) if autodiff.uses(value, point.h, [i]))
-        if (index := next(reached, None)) is not None:
+        if autodiff.uses(value, point.h, range(len(point.h))):
+            reached = (i for i in range(len(point.h)) if autodiff.uses(value, point.h, [i]))
+            index = next(reached)
             name = name.replace("_lr", "_optimizer") if isinstance(rule, Optimizer) else name
             path = trees.paths(point.hparams_spec, "hparams")[index]
             text = f"{method.name}: {name} depends on {path}, {method.unseen}. If it is not to be "

@@ -90,7 +90,7 @@ class AbstractFixedPointSolver(abc.ABC):
                 common batch dimension.
         """
         problem = Problem.make(fixed_point, init, hparams, args, self.batch_dim)
-        if not isinstance(at_steps, list | tuple):
+        if not isinstance(at_steps, Sequence):
             raise TypeError(
                 f"{type(self).__name__}: at_steps is of type {type(at_steps).__name__}; expected a "
                 f"tuple of numbers of steps. Write at_steps=(4,) for one"

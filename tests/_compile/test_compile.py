@@ -655,6 +655,32 @@ def test_nothing_expanded_is_written_into() -> None:
     assert all("clone" in str(node.args[0].target) for node in writes)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_attention_draws_numbers_with_dropout_alone(dropout: float) -> None:
+    """Of one task, whose gradient of the outer loss is torch's fused one."""
+    x = torch.linspace(-1, 1, 24, dtype=F64).reshape(1, 2, 3, 4)
+
+    def outer(w: Tensor, h: Tensor) -> Tensor:
+        q = w * x
+        return torch.nn.functional.scaled_dot_product_attention(q, q, x, dropout_p=dropout).sum()
+
+    plain, compiled = (
+        hf.hypergrad(
+            lambda h: h / 2,
+            outer,
+            inner_loss=lambda w, h: (w**2 - h * w).sum(),
+            method=hf.CG(maxiter=2, rtol=0),
+            compile=compile,
+        )
+        for compile in (False, BACKEND)
+    )
+    if dropout:
+        with pytest.raises(ValueError, match="cannot be compiled, as it draws random numbers"):
+            compiled(torch.ones(4, dtype=F64))
+        return
+    close(compiled(torch.ones(4, dtype=F64)), plain(torch.ones(4, dtype=F64)))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_inductor() -> None:
