@@ -561,22 +561,3 @@ def test_inductor_takes_data_that_share_memory(name: str) -> None:
         for h in [torch.zeros(3, dtype=F64)]
     )
     close(compiled, plain)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
-def test_inductor_takes_args_that_share_memory() -> None:
-    """The same tensor twice, and a view of it."""
-    X = torch.linspace(-1, 1, 36, dtype=F64).sin().reshape(6, 6)
-
-    def inner(w: Tensor, h: Tensor, *args: Tensor) -> Tensor:
-        return sum(((Z @ w - 1) ** 2).mean() for Z in args) + (h.exp() * w**2).sum()
-
-    sgd = hf.optim.sgd(lr=0.05)
-    solver = hf.minimize(inner, sgd, 100, init=lambda h, *args: torch.zeros(6, dtype=F64))
-    plain, compiled = (
-        hf.hypergrad(solver, lambda w, h, *args: (args[0] @ w).square().sum(), compile=compile)
-        for compile in (False, True)
-    )
-    for args in ((X, X), (X, X.mT, X[:3])):
-        close(compiled(h := torch.zeros(6, dtype=F64), *args), plain(h, *args))
