@@ -540,7 +540,10 @@ SHARED = {
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("name", slow_but("cg", of=SHARED))
 def test_inductor_takes_data_that_share_memory(name: str) -> None:
-    """Losses close over data twice, over views of them, and get them in args too."""
+    """Losses close over data twice, over views of them, and get them in args too.
+
+    What inductor keeps on disk hides a fault: break it with another ``TORCHINDUCTOR_CACHE_DIR``.
+    """
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(12, 3, generator=generator, dtype=F64)
     y, turned = X[:, 0].gt(0).to(F64), X.mT
